@@ -1,0 +1,2 @@
+"""Converters: a checkpoint in, a bundle out. They may import torch and transformers; qrank's
+runtime never imports them."""

@@ -1,0 +1,209 @@
+"""Find or download a checkpoint, match it to a card, and load it the way transformers does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qrank.bundle import Source
+from qrank.errors import ConversionError, FamilyError, ModelNotFoundError
+from qrank.extras import need
+from qrank.family import Card, Family, Pooling, find_card
+from qrank.hub import download, is_hub_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_FILES = ["*.json", "*.safetensors", "vocab.txt"]
+_ACTIVATIONS = {
+    "torch.nn.modules.linear.Identity": "identity",
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk and what it says of itself.
+
+    Attributes:
+        folder: holds config.json, safetensors files and the tokenizer.
+        source: where it comes from.
+        family: the card that reads it, made concrete.
+        tokenizer: transformers' own.
+    """
+
+    folder: Path
+    source: Source
+    family: Family
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def name(self) -> str:
+        """The last part of its id: `bge-reranker-base`."""
+        return self.source.id.rpartition("/")[2]
+
+    def load(self) -> PreTrainedModel:
+        """transformers' own model: the fp32 reference, and what is exported.
+
+        Raises:
+            ConversionError: the weights do not fit the architecture.
+        """
+        transformers = need("transformers")
+        torch = need("torch")
+        transformers.utils.logging.disable_progress_bar()
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            self.folder,
+            dtype=torch.float32,
+            # Plain matrix products and a softmax: exact, and every runtime knows them.
+            attn_implementation="eager",
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise ConversionError(
+                f"{self.folder} lacks weights of {self.family.architecture}: "
+                f"{', '.join(missing)}; is it a reranker?"
+            )
+        evaluated: PreTrainedModel = model.eval()
+        return evaluated
+
+
+def read_checkpoint(
+    source: str, *, family: str | None = None, revision: str | None = None, offline: bool = False
+) -> Checkpoint:
+    """Find a checkpoint and make its family concrete. No weights are loaded yet.
+
+    Args:
+        source: a folder, or a hub id.
+        family: a card's name or file; None to match by config.json.
+        revision: of the hub's repository.
+        offline: use what was downloaded before only.
+
+    Raises:
+        ModelNotFoundError: neither a folder nor a hub id.
+        FamilyError: no card reads it; or not one label; or no safetensors.
+    """
+    folder = Path(source)
+    commit = None
+    if folder.is_dir():
+        if revision is not None:
+            raise ModelNotFoundError(f"{source} is a folder; --revision is for hub ids")
+        identity = folder.resolve().name
+    elif is_hub_id(source):
+        folder = download(source, _FILES, revision=revision, offline=offline)
+        identity, commit = source, folder.name
+    else:
+        raise ModelNotFoundError(f"{source} is neither a folder nor a hub id (owner/name)")
+    config = _config(folder, source)
+    card = find_card(family, config)
+    _check_labels(config, source)
+    weights = _weights(folder, source)
+    tokenizer = need("transformers").AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not tokenizer.is_fast:
+        raise ConversionError(f"{source} has no tokenizer.json, and none can be made from it")
+    return Checkpoint(
+        folder=folder,
+        source=Source(identity, commit, _fingerprint(config, tokenizer, weights)),
+        family=_concrete(card, config, tokenizer),
+        tokenizer=tokenizer,
+    )
+
+
+def _config(folder: Path, source: str) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except FileNotFoundError:
+        raise ModelNotFoundError(f"{source} is no checkpoint: it holds no config.json") from None
+    except ValueError as error:
+        raise ConversionError(f"{source}: config.json is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConversionError(f"{source}: config.json is not a JSON object")
+    return config
+
+
+def _check_labels(config: dict[str, Any], source: str) -> None:
+    # Without either key, transformers' own default is two.
+    labels = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
+    if labels != 1:
+        raise FamilyError(
+            f"{source} has {labels} labels; a reranker has one: it is a classifier, "
+            "or a model without a trained head"
+        )
+
+
+def _weights(folder: Path, source: str) -> list[Path]:
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        raise FamilyError(
+            f"{source} has no *.safetensors file (found: {', '.join(others) or 'no weights'}); "
+            "qrank reads no pickles: save the model again with save_pretrained"
+        )
+    return weights
+
+
+def _fingerprint(
+    config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, weights: list[Path]
+) -> str:
+    total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    total.update(tokenizer.backend_tokenizer.to_str().encode())
+    for path in weights:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def _concrete(card: Card, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Family:
+    """Fill in a card with what the checkpoint's configuration says."""
+    slots = {"{query}": "query", "{document}": "document"}
+    roles = {"{cls}": tokenizer.cls_token_id, "{sep}": tokenizer.sep_token_id}
+    for role, number in roles.items():
+        if role in card.template and number is None:
+            raise FamilyError(f"the tokenizer names no {role.strip('{}')} token")
+    return Family(
+        name=card.name,
+        architecture=config["architectures"][0],
+        template=tuple(slots.get(item) or roles[item] for item in card.template),
+        segments=card.segments if card.segments and config.get("type_vocab_size", 2) > 1 else None,
+        max_length=_max_length(card, config, tokenizer),
+        pooling=_pooling(card, config),
+        activation=_activation(card, config),
+    )
+
+
+def _max_length(
+    card: Card, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> int:
+    positions: int = config["max_position_embeddings"]
+    if card.positions_after_pad:
+        positions -= config["pad_token_id"] + 1
+    # transformers says "no limit" by a very large number.
+    return min(positions, int(tokenizer.model_max_length))
+
+
+def _pooling(card: Card, config: dict[str, Any]) -> Pooling:
+    value = card.pooling
+    if value not in ("pooler", "cls", "mean"):
+        value = config.get(card.pooling, "")
+    if value == "pooler" or value == "cls" or value == "mean":
+        return value
+    raise FamilyError(
+        f"config.json has {card.pooling} = {value!r}; supported are 'cls' and 'mean'"
+    )
+
+
+def _activation(card: Card, config: dict[str, Any]) -> str:
+    """What the checkpoint says its scores go through (sentence-transformers' keys), or the card."""
+    named = config.get("sentence_transformers", {}).get("activation_fn")
+    named = named or config.get("sbert_ce_default_activation_function")
+    if named is None:
+        return card.activation
+    if named not in _ACTIVATIONS:
+        raise FamilyError(
+            f"config.json names the activation {named}; supported are: {', '.join(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[named]

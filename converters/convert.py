@@ -1,0 +1,224 @@
+"""A checkpoint -> a bundle, or one more variant of a bundle: whole or not at all."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+from qrank.backends import FORMATS
+from qrank.bundle import MANIFEST, TOKENIZER, FileRecord, Manifest, Variant
+from qrank.converters.checkpoint import Checkpoint, read_checkpoint
+from qrank.converters.fidelity import encode_pairs, make_probes, measure
+from qrank.converters.probes import calibration_pairs
+from qrank.converters.tokenizer import text_tokenizer
+from qrank.errors import ConversionError, FidelityError
+from qrank.extras import installed
+from qrank.fidelity import Fidelity
+
+DEFAULT_PRECISION = "int8"
+
+Progress = Callable[[str], None]
+"""Called with what is being done, each time that changes."""
+
+
+def converter(format: str) -> ModuleType:
+    """The converter module of a format."""
+    return importlib.import_module(f"qrank.converters.{format}")
+
+
+def formats_at_hand() -> list[str]:
+    """Formats whose every module is installed."""
+    return [f for f in FORMATS if all(installed(m) for m in converter(f).MODULES)]
+
+
+def convert(
+    source: str,
+    variants: Sequence[tuple[str, str]],
+    output: Path | None = None,
+    *,
+    family: str | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    force: bool = False,
+    progress: Progress = lambda step: None,
+) -> tuple[Path, Manifest]:
+    """Convert a checkpoint and prove every variant.
+
+    Args:
+        source: a checkpoint's folder, or a hub id.
+        variants: (format, precision) pairs to make; those the bundle has already are kept.
+        output: the bundle's folder; None: `NAME-qrank` in the working directory. A bundle of the
+            same checkpoint gains the variants.
+        family: a card's name or file; None to match by config.json.
+        revision: of the hub's repository.
+        offline: do not ask the hub.
+        force: replace what is at `output`, whatever bundle it is.
+        progress: told each step.
+
+    Returns:
+        The bundle's folder and its manifest.
+
+    Raises:
+        QrankError: see `qrank.errors`. What was at `output` is then as it was.
+    """
+    for format, precision in variants:
+        known = converter(format).PRECISIONS
+        if precision not in known:
+            raise ConversionError(f"{format} has no {precision}; it has: {', '.join(known)}")
+    progress("reading the checkpoint")
+    checkpoint = read_checkpoint(source, family=family, revision=revision, offline=offline)
+    target = (output or Path(f"{checkpoint.name}-qrank")).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _clear_leftovers(target)
+    old = None if force else _existing(target, checkpoint)
+    wanted = [v for v in variants if old is None or f"{v[0]}-{v[1]}" not in old.variants]
+    if old is not None and not wanted:
+        return target, old
+    work = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    work.mkdir()
+    try:
+        manifest = _build(checkpoint, wanted, work, target.name, old, progress)
+        if old is None:
+            _replace(work, target)
+        else:
+            _add(work, target, manifest, wanted)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target, manifest
+
+
+def _build(
+    checkpoint: Checkpoint,
+    wanted: Sequence[tuple[str, str]],
+    folder: Path,
+    name: str,
+    old: Manifest | None,
+    progress: Progress,
+) -> Manifest:
+    """Fill a folder with a bundle of the wanted variants, all proven."""
+    tokenizer = folder / TOKENIZER
+    original = json.loads(checkpoint.tokenizer.backend_tokenizer.to_str())
+    text = json.dumps(text_tokenizer(original), ensure_ascii=False, separators=(",", ":"))
+    tokenizer.write_text(text, "utf-8")
+    progress("running the fp32 reference")
+    model = checkpoint.load()
+    manifest = old or Manifest(
+        name=name.removesuffix("-qrank"),
+        family=checkpoint.family,
+        source=checkpoint.source,
+        files={TOKENIZER: FileRecord.of(tokenizer)},
+        probes=make_probes(checkpoint, model, tokenizer),
+    )
+    calibration = encode_pairs(calibration_pairs(), tokenizer, checkpoint)
+    for format, precision in wanted:
+        module = converter(format)
+        blank = Fidelity(0.0, 0.0, 0.0, 0.0)
+        variant = Variant(format, precision, {}, blank, _versions(module))
+        progress(f"converting to {variant.name}")
+        part = folder / variant.name
+        part.mkdir()
+        module.convert(model, checkpoint.family, precision, part, calibration)
+        progress(f"proving {variant.name}")
+        files = {
+            path.relative_to(folder).as_posix(): FileRecord.of(path)
+            for path in sorted(part.rglob("*"))
+            if path.is_file()
+        }
+        if not files or min(record.bytes for record in files.values()) == 0:
+            raise FidelityError(f"the converter of {variant.name} wrote an empty file")
+        variant = replace(variant, files=files, fidelity=measure(folder, variant, manifest.probes))
+        manifest = manifest.with_variant(variant)
+    manifest.save(folder)
+    return manifest
+
+
+def _versions(module: ModuleType) -> dict[str, str]:
+    packages = ("qrank", *module.MODULES)
+    return {name: metadata.version(name) for name in packages}
+
+
+def _existing(target: Path, checkpoint: Checkpoint) -> Manifest | None:
+    """The bundle that gains variants; None where nothing is.
+
+    Raises:
+        ConversionError: something else is there.
+    """
+    if not target.exists():
+        return None
+    if not (target / MANIFEST).is_file():
+        if target.is_dir() and not any(target.iterdir()):
+            return None
+        raise ConversionError(
+            f"{target} exists and is no bundle; name another folder with -o, or --force "
+            "to replace it"
+        )
+    old = Manifest.load(target)
+    if old.source.fingerprint != checkpoint.source.fingerprint or old.family != checkpoint.family:
+        raise ConversionError(
+            f"{target} was converted from {old.source.id} (family {old.family.name}), and "
+            f"{checkpoint.source.id} is another checkpoint; name another folder with -o, "
+            "or --force to replace it"
+        )
+    return old
+
+
+def _replace(work: Path, target: Path) -> None:
+    """Put a finished bundle in place; what was there goes only when it is."""
+    if not target.exists():
+        work.rename(target)
+        return
+    aside = target.with_name(f".{target.name}.old-{os.getpid()}")
+    target.rename(aside)
+    try:
+        work.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside)
+
+
+def _add(
+    work: Path, target: Path, manifest: Manifest, wanted: Sequence[tuple[str, str]]
+) -> None:
+    """Move new variants into a bundle. The manifest, replaced last, is what makes them count."""
+    for format, precision in wanted:
+        part = target / f"{format}-{precision}"
+        if part.exists():
+            # Not in the manifest: moved here by a run that was killed before it came to that.
+            shutil.rmtree(part)
+        (work / part.name).rename(part)
+    manifest.save(target)
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Remove what killed runs left beside the target, and put back what one had set aside."""
+    for path in target.parent.glob(f".{target.name}.*-*"):
+        kind, _, process = path.name.removeprefix(f".{target.name}.").partition("-")
+        if kind not in ("partial", "old") or not process.isdigit() or _alive(int(process)):
+            continue
+        if kind == "old" and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path)
+
+
+def _alive(process: int) -> bool:
+    if process == os.getpid():
+        return False
+    if os.name != "posix":
+        # There, signal 0 is Ctrl-C: leave the folder to its owner.
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,129 @@
+"""A checkpoint -> an ONNX graph that gives one logit a pair."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qrank.converters.graph_file import save_graph
+from qrank.converters.onnx_int8 import quantize
+from qrank.errors import ConversionError
+from qrank.extras import need
+from qrank.family import Family
+from qrank.work import Work
+
+if TYPE_CHECKING:
+    import onnx
+    from transformers import PreTrainedModel
+
+PRECISIONS = ("int8", "fp16", "fp32")
+MODULES = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime")
+"""What converting and verifying takes."""
+
+OPSET = 20
+"""The first with Gelu, and old enough for every runtime in use."""
+
+HEAD = frozenset({"pooler", "classifier", "head"})
+"""Names of the score head's modules in transformers' classes: they stay fp32 in every precision."""
+
+
+def convert(
+    model: PreTrainedModel, family: Family, precision: str, folder: Path, calibration: Work
+) -> None:
+    """Write `model.onnx` (and `model.onnx.data` above 2 GB) into a folder.
+
+    Args:
+        model: transformers' own, fp32.
+        family: the checkpoint's.
+        precision: one of PRECISIONS. Weights are never smaller than fp32 in the head.
+        folder: exists and is empty.
+        calibration: pairs whose activations int8 looks at.
+
+    Raises:
+        ConversionError: the graph cannot be exported.
+    """
+    path = folder / "model.onnx"
+    _export(model, family, path)
+    if precision == "fp32":
+        return
+    graph = need("onnx").load(path)
+    for file in folder.iterdir():
+        file.unlink()
+    head = head_nodes(graph)
+    if precision == "fp16":
+        graph = _half(graph, head)
+    else:
+        quantize(graph, keep=head, calibration=calibration)
+    save_graph(graph, path)
+
+
+def head_nodes(model: onnx.ModelProto) -> set[str]:
+    """Names of the nodes of the score head: the first that uses its weights, and what follows."""
+    weights = {i.name for i in model.graph.initializer if HEAD & set(i.name.split("."))}
+    found: set[str] = set()
+    after: set[str] = set()
+    for node in model.graph.node:
+        if any(name in weights or name in after for name in node.input):
+            found.add(node.name)
+            after.update(node.output)
+    if not found:
+        raise ConversionError("no score head was found in the exported graph")
+    return found
+
+
+def _export(model: PreTrainedModel, family: Family, path: Path) -> None:
+    torch = need("torch")
+    from qrank.scoring_graph import EncoderScorer
+
+    example = torch.ones(2, 8, dtype=torch.int64)
+    names = ["input_ids", "attention_mask"]
+    if family.segments is not None:
+        names.append("token_type_ids")
+    shape = {
+        0: torch.export.Dim("batch", min=1),
+        1: torch.export.Dim("length", min=2, max=family.max_length),
+    }
+    with _quiet():
+        program = torch.onnx.export(
+            EncoderScorer(model),
+            tuple(example.clone() for _ in names),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=names,
+            output_names=["logits"],
+            dynamic_shapes=(shape,) * len(names),
+            verbose=False,
+        )
+    if program is None:
+        raise ConversionError("torch.onnx.export gave no program")
+    save_graph(program.model_proto, path)
+
+
+def _half(model: onnx.ModelProto, head: set[str]) -> onnx.ModelProto:
+    """Weights and arithmetic in fp16, inputs and outputs and the head as they are."""
+    float16 = need("onnxruntime.transformers.float16")
+    with warnings.catch_warnings():
+        # It warns of every weight too small for fp16; the probes decide whether that matters.
+        warnings.simplefilter("ignore", UserWarning)
+        converted: onnx.ModelProto = float16.convert_float_to_float16(
+            model, keep_io_types=True, disable_shape_infer=True, node_block_list=sorted(head)
+        )
+    return converted
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter logs and warns of its own dependencies: nothing a user can act on."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,202 @@
+"""int8 for ONNX graphs: one scale a weight column, one a token; faithful, and free of neighbours.
+
+onnxruntime's own dynamic quantization takes one activation scale over a whole padded batch, so a
+pair's score depends on its neighbours, and one large value coarsens all others. Here
+
+1. every token (row of the activations) gets its own scale, so that a batch changes nothing;
+2. activations that come from a layer norm, where a few channels are far larger than the rest, are
+   first evened out: channel j is divided by s_j and row j of the weights multiplied by it, with
+   s_j = sqrt(max |x_j| / max |w_j|) (SmoothQuant, arXiv 2211.10438, with alpha = 0.5);
+3. weights are int8 with one scale a column, embedding tables int8 with one scale a row.
+
+Speed is that of onnxruntime's way (both measured in benchmarks/int8.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrank.backends.onnx import feed
+from qrank.converters.graph_file import save_graph
+from qrank.extras import need
+from qrank.work import Work
+
+if TYPE_CHECKING:
+    import onnx
+
+_LARGE_TABLE = 2**16
+"""Elements from which an embedding table is worth quantizing: words and positions, not types."""
+
+Floats = NDArray[np.float32]
+
+
+def quantize(model: onnx.ModelProto, *, keep: set[str], calibration: Work) -> None:
+    """Quantize a graph's matrix products and large tables in place.
+
+    Args:
+        model: fp32.
+        keep: names of nodes to leave as they are: the score head's.
+        calibration: pairs to see the size of each channel on.
+    """
+    _Quantizer(model, keep, _channel_maxima(model, calibration)).run()
+
+
+def _channel_maxima(model: onnx.ModelProto, calibration: Work) -> dict[str, Floats]:
+    """max |x_j| over all calibration tokens, for every layer norm's output."""
+    onnx, ort = need("onnx"), need("onnxruntime")
+    names = [n.output[0] for n in model.graph.node if n.op_type == "LayerNormalization"]
+    outputs = list(model.graph.output)
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        save_graph(model, path)
+        session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    maxima: dict[str, Floats] = {}
+    for i in range(len(calibration)):
+        found = session.run(names, feed(session, calibration.take(np.array([i]))))
+        for name, values in zip(names, found, strict=True):
+            largest = np.abs(values).reshape(-1, values.shape[-1]).max(axis=0)
+            maxima[name] = np.maximum(maxima.get(name, largest), largest)
+    del model.graph.output[:]
+    model.graph.output.extend(outputs)
+    return maxima
+
+
+class _Quantizer:
+    """Rewrites one graph; holds what its nodes share."""
+
+    def __init__(
+        self, model: onnx.ModelProto, keep: set[str], maxima: dict[str, Floats]
+    ) -> None:
+        self._onnx = need("onnx")
+        self._model = model
+        self._keep = keep
+        self._maxima = maxima
+        self._weights = {i.name: i for i in model.graph.initializer}
+        self._nodes: list[onnx.NodeProto] = []
+        self._added: dict[str, onnx.TensorProto] = {}
+        self._rows: dict[str, tuple[str, str]] = {}
+
+    def run(self) -> None:
+        graph = self._model.graph
+        # Types of values that are about to change, and nothing a runtime needs.
+        del graph.value_info[:]
+        self._constant("qrank.step", np.float32(1 / 127))
+        self._constant("qrank.zero", np.uint8(128))
+        self._constant("qrank.tiny", np.float32(1e-12))
+        self._constant("qrank.last", np.array([-1], np.int64))
+        # Products that share an input share its smoothing, so their weights are seen together.
+        smoothing = self._smoothing()
+        for node in graph.node:
+            if node.name in self._keep or not self._quantizable(node):
+                self._nodes.append(node)
+            elif node.op_type == "MatMul":
+                self._product(node, smoothing.get(node.input[0]))
+            else:
+                self._table(node)
+        del graph.node[:]
+        graph.node.extend(self._nodes)
+        used = {name for node in graph.node for name in node.input}
+        weights = [w for w in (*self._weights.values(), *self._added.values()) if w.name in used]
+        del graph.initializer[:]
+        graph.initializer.extend(weights)
+        self._model.opset_import.append(self._onnx.helper.make_opsetid("com.microsoft", 1))
+
+    def _quantizable(self, node: onnx.NodeProto) -> bool:
+        if node.op_type == "MatMul":
+            return node.input[1] in self._weights
+        if node.op_type == "Gather":
+            table = self._weights.get(node.input[0])
+            return (
+                table is not None
+                and table.data_type == self._onnx.TensorProto.FLOAT
+                and len(table.dims) == 2
+                and int(np.prod(table.dims)) >= _LARGE_TABLE
+            )
+        return False
+
+    def _smoothing(self) -> dict[str, Floats]:
+        """s of every layer norm's output that is multiplied by weights; shape [channels]."""
+        largest: dict[str, Floats] = {}
+        for node in self._model.graph.node:
+            if node.op_type == "MatMul" and node.input[0] in self._maxima:
+                if self._quantizable(node) and node.name not in self._keep:
+                    rows = np.abs(self._array(node.input[1])).max(axis=1)
+                    seen = largest.get(node.input[0], rows)
+                    largest[node.input[0]] = np.maximum(seen, rows)
+        smoothing = {}
+        for name, weights in largest.items():
+            s = np.sqrt(np.maximum(self._maxima[name], 1e-5) / np.maximum(weights, 1e-5))
+            smoothing[name] = (s / s.mean()).astype(np.float32)
+        return smoothing
+
+    def _product(self, node: onnx.NodeProto, smoothing: Floats | None) -> None:
+        """x @ W -> (int8 x @ int8 W) * column scale * row scale."""
+        weights = self._array(node.input[1]).astype(np.float32)
+        if smoothing is not None:
+            weights = weights * smoothing[:, None]
+        scale = np.abs(weights).max(axis=0) / 127
+        scale[scale == 0] = 1
+        integers, row_scale = self._quantized_rows(node.input[0], smoothing)
+        out = node.output[0]
+        self._constant(f"{out}.weight", np.rint(weights / scale).astype(np.int8))
+        self._constant(f"{out}.scale", scale.astype(np.float32))
+        self._node(
+            "MatMulIntegerToFloat",
+            [integers, f"{out}.weight", "qrank.step", f"{out}.scale", "qrank.zero"],
+            f"{out}.unit",
+            domain="com.microsoft",
+        )
+        self._node("Mul", [f"{out}.unit", row_scale], out)
+
+    def _quantized_rows(self, x: str, smoothing: Floats | None) -> tuple[str, str]:
+        """Names of x as uint8 around 128, and of the largest absolute value of each row."""
+        if x not in self._rows:
+            even = x
+            if smoothing is not None:
+                even = f"{x}.even"
+                self._constant(f"{x}.smoothing", (1 / smoothing).astype(np.float32))
+                self._node("Mul", [x, f"{x}.smoothing"], even)
+            self._node("Abs", [even], f"{x}.abs")
+            self._node("ReduceMax", [f"{x}.abs", "qrank.last"], f"{x}.max", keepdims=1)
+            self._node("Max", [f"{x}.max", "qrank.tiny"], f"{x}.row")
+            self._node("Div", [even, f"{x}.row"], f"{x}.unit")
+            self._node("QuantizeLinear", [f"{x}.unit", "qrank.step", "qrank.zero"], f"{x}.int")
+            self._rows[x] = (f"{x}.int", f"{x}.row")
+        return self._rows[x]
+
+    def _table(self, node: onnx.NodeProto) -> None:
+        """table[ids] -> int8 table[ids] * scale[ids]."""
+        table = self._array(node.input[0]).astype(np.float32)
+        scale = np.abs(table).max(axis=1, keepdims=True) / 127
+        scale[scale == 0] = 1
+        out, ids = node.output[0], node.input[1]
+        self._constant(f"{out}.table", np.rint(table / scale).astype(np.int8))
+        self._constant(f"{out}.scales", scale.astype(np.float32))
+        self._node("Gather", [f"{out}.table", ids], f"{out}.int")
+        self._node("Gather", [f"{out}.scales", ids], f"{out}.scale")
+        self._node("Cast", [f"{out}.int"], f"{out}.float", to=self._onnx.TensorProto.FLOAT)
+        self._node("Mul", [f"{out}.float", f"{out}.scale"], out)
+
+    def _array(self, name: str) -> NDArray[np.generic]:
+        array: NDArray[np.generic] = self._onnx.numpy_helper.to_array(self._weights[name])
+        return array
+
+    def _constant(self, name: str, value: NDArray[np.generic] | np.generic) -> None:
+        self._added[name] = self._onnx.numpy_helper.from_array(np.asarray(value), name)
+
+    def _node(
+        self, kind: str, inputs: list[str], output: str, domain: str = "", **attributes: int
+    ) -> None:
+        self._nodes.append(
+            self._onnx.helper.make_node(
+                kind, inputs, [output], name=f"{output}/{kind}", domain=domain, **attributes
+            )
+        )

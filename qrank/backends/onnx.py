@@ -1,0 +1,141 @@
+"""ONNX graphs on onnxruntime: the CPU, and every execution provider it was built with."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrank.backends import Options
+from qrank.batching import cut_padded
+from qrank.bundle import Variant
+from qrank.errors import TargetError
+from qrank.extras import need
+from qrank.work import Logits, Work
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "directml": "DmlExecutionProvider",
+}
+
+CPU_BATCH = 160
+"""Padded tokens a batch on the CPU. Beyond, matrix products are no faster and padding only costs
+(measured: benchmarks/batching.py); most documents are a batch of their own."""
+
+DEVICE_BATCH = 16_384
+"""Padded tokens a batch on an accelerator, which wants large ones."""
+
+
+def version() -> str:
+    """The runtime's name and version."""
+    return f"onnxruntime {need('onnxruntime').__version__}"
+
+
+def devices() -> list[str]:
+    """Devices this build of onnxruntime has a provider for."""
+    present = need("onnxruntime").get_available_providers()
+    return [device for device, provider in PROVIDERS.items() if provider in present]
+
+
+def open(folder: Path, variant: Variant, device: str, options: Options) -> OnnxBackend:
+    """Load a variant's `model.onnx`.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        TargetError: the device is absent, or onnxruntime cannot load the graph on it.
+    """
+    ort = need("onnxruntime")
+    if device not in (present := devices()):
+        raise TargetError(
+            f"onnxruntime {ort.__version__} here has no device {device!r}; "
+            f"present are: {', '.join(present)}"
+        )
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    settings.intra_op_num_threads = options.threads
+    # Streams share the session's threads: spinning for work would take them from each other.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # x86 CPUs without VNNI saturate unsigned x signed int8 products; this widens them there.
+    settings.add_session_config_entry("session.x64quantprecision", "1")
+    # The arena keeps the peak of every length it ever saw, and gains nothing here.
+    settings.enable_cpu_mem_arena = False
+    path = folder / variant.name / "model.onnx"
+    try:
+        session = ort.InferenceSession(str(path), settings, providers=[PROVIDERS[device]])
+    except Exception as error:  # onnxruntime's own exceptions share no base
+        raise TargetError(f"onnxruntime cannot load {path} on {device}: {error}") from error
+    if session.get_providers()[0] != PROVIDERS[device]:
+        raise TargetError(
+            f"onnxruntime fell back from {PROVIDERS[device]} to {session.get_providers()[0]}: "
+            f"the libraries of {device} are missing or do not match"
+        )
+    return OnnxBackend(session, on_cpu=device == "cpu", streams=options.threads)
+
+
+class OnnxBackend:
+    """A session, fed by parallel streams of small batches on the CPU, of large ones elsewhere."""
+
+    def __init__(
+        self, session: onnxruntime.InferenceSession, *, on_cpu: bool, streams: int
+    ) -> None:
+        self._session = session
+        self._batch = CPU_BATCH if on_cpu else DEVICE_BATCH
+        self._streams = ThreadPoolExecutor(streams if on_cpu else 1, "qrank-onnx")
+
+    def logits(self, work: Work) -> Logits:
+        """See `qrank.backends.Backend.logits`."""
+        batches = cut_padded(work.lengths, self._batch)
+        if len(batches) == 1:
+            results = [self._run(work.take(batches[0]))]
+        else:
+            results = list(self._streams.map(lambda b: self._run(work.take(b)), batches))
+        logits = np.empty(len(work), np.float32)
+        for batch, result in zip(batches, results, strict=True):
+            logits[batch] = result
+        return logits
+
+    def close(self) -> None:
+        """See `qrank.backends.Backend.close`."""
+        self._streams.shutdown()
+        del self._session
+
+    def _run(self, batch: Work) -> Logits:
+        (logits,) = self._session.run(["logits"], feed(self._session, batch))
+        return np.asarray(logits, np.float32).reshape(len(batch))
+
+
+def feed(session: onnxruntime.InferenceSession, batch: Work) -> dict[str, NDArray[np.int64]]:
+    """A batch as a scoring graph's inputs, each of shape [n, longest].
+
+    Raises:
+        TargetError: the graph wants an input the batch does not have.
+    """
+    values = {"input_ids": _padded(batch.sequences), "attention_mask": _mask(batch.lengths)}
+    if batch.segments is not None:
+        values["token_type_ids"] = _padded(batch.segments)
+    wanted = [i.name for i in session.get_inputs()]
+    if missing := [name for name in wanted if name not in values]:
+        raise TargetError(f"the graph wants {', '.join(missing)}; the family has none")
+    return {name: values[name] for name in wanted}
+
+
+def _padded(rows: list[NDArray[np.int32]] | list[NDArray[np.int8]]) -> NDArray[np.int64]:
+    """Rows side by side, filled up with 0, which the mask hides; shape [n, longest]."""
+    out = np.zeros((len(rows), max(len(row) for row in rows)), np.int64)
+    for target, row in zip(out, rows, strict=True):
+        target[: len(row)] = row
+    return out
+
+
+def _mask(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """1 where a token is, 0 where filling is; shape [n, longest]."""
+    return (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)

@@ -1,0 +1,31 @@
+"""Cut work into batches by what a backend pays for them."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def cut_padded(lengths: ArrayLike, limit: int) -> list[NDArray[np.intp]]:
+    """Cut sequences into batches that cost at most `limit` tokens, padding included.
+
+    A batch pays its longest length times its size, so neighbours in length go together. The
+    longest come first: memory peaks at once, and parallel streams end at about the same time.
+
+    Args:
+        lengths: tokens of each sequence, shape [n].
+        limit: padded tokens a batch may hold; a longer sequence gets a batch of its own.
+
+    Returns:
+        Indices into `lengths`; every index stands in exactly one batch.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    batches = []
+    start = 0
+    while start < len(order):
+        longest = max(int(lengths[order[start]]), 1)
+        end = start + max(limit // longest, 1)
+        batches.append(order[start:end])
+        start = end
+    return batches

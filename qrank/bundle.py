@@ -1,0 +1,252 @@
+"""Bundles: the folder `qrank convert` writes, and its manifest `qrank.json`.
+
+    NAME-qrank/
+      qrank.json          the manifest
+      tokenizer.json      text -> token ids, for every variant
+      onnx-int8/          one folder a variant
+        model.onnx
+
+The manifest names every file with its sha256 and carries a digest of itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qrank import paths
+from qrank.errors import BundleError
+from qrank.family import Family
+from qrank.fidelity import Fidelity
+from qrank.work import Logits, Work
+
+MANIFEST = "qrank.json"
+TOKENIZER = "tokenizer.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must be: its sha256 in hex, and its size."""
+
+    sha256: str
+    bytes: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        """Hash a file."""
+        with path.open("rb") as file:
+            return cls(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One (format, precision) of a bundle.
+
+    Attributes:
+        format: the file format, which is also the backend's name: `onnx`.
+        precision: `fp32`, `fp16`, `int8`.
+        files: path inside the bundle -> what it must be.
+        fidelity: measured on the probes when it was converted.
+        tools: versions of what made it.
+    """
+
+    format: str
+    precision: str
+    files: dict[str, FileRecord]
+    fidelity: Fidelity
+    tools: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """`onnx-int8`; also its folder in the bundle."""
+        return f"{self.format}-{self.precision}"
+
+    @property
+    def bytes(self) -> int:
+        """Size of its files."""
+        return sum(record.bytes for record in self.files.values())
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a bundle comes from.
+
+    Attributes:
+        id: hub id, or the name of the checkpoint's folder.
+        revision: the hub's commit; None for a folder.
+        fingerprint: sha256 over the checkpoint's weights, configuration and tokenizer.
+    """
+
+    id: str
+    revision: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Pairs as token ids, and the logits the fp32 reference gives them.
+
+    Attributes:
+        work: the pairs.
+        logits: of the reference, shape [n].
+        reference: the class and versions that gave them.
+    """
+
+    work: Work
+    logits: Logits
+    reference: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a bundle says about itself."""
+
+    name: str
+    family: Family
+    source: Source
+    files: dict[str, FileRecord]
+    probes: Probes
+    variants: dict[str, Variant] = field(default_factory=dict)
+
+    def with_variant(self, variant: Variant) -> Manifest:
+        """The manifest with one more variant."""
+        return replace(self, variants={**self.variants, variant.name: variant})
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON: keys sorted, no spaces, without the digest itself."""
+        canonical = json.dumps(_to_json(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write `qrank.json` into a bundle, whole or not at all."""
+        content = {**_to_json(self), "digest": self.digest}
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        # One line a list of numbers: the probes would fill thousands otherwise.
+        text = re.sub(r"\[[-\d.,e\s]+\]", lambda m: re.sub(r"\s+", " ", m[0]), text)
+        paths.write_atomically(folder / MANIFEST, text + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read a bundle's manifest. Files are checked by `check_files`.
+
+        Raises:
+            BundleError: no manifest, or one that is damaged or of another schema version.
+        """
+        path = folder / MANIFEST
+        try:
+            content = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise BundleError(f"{folder} is no bundle: it holds no {MANIFEST}") from None
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path} cannot be read: {error}; {_AGAIN}") from error
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if schema != SCHEMA:
+            raise BundleError(
+                f"{path} has schema version {schema!r}; this qrank reads {SCHEMA}: "
+                "convert the model again with this qrank, or install the one that wrote it"
+            )
+        try:
+            manifest = _from_json(content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(f"{path} is damaged ({error!r}); {_AGAIN}") from error
+        if manifest.digest != content.get("digest"):
+            raise BundleError(f"{path} does not match its own digest: it was changed; {_AGAIN}")
+        return manifest
+
+
+_AGAIN = "convert the model again"
+
+
+def _to_json(manifest: Manifest) -> dict[str, Any]:
+    probes = manifest.probes
+    segments = probes.work.segments
+    return {
+        "schema": SCHEMA,
+        "name": manifest.name,
+        "family": manifest.family.to_json(),
+        "source": asdict(manifest.source),
+        "files": {name: asdict(record) for name, record in manifest.files.items()},
+        "variants": {name: asdict(variant) for name, variant in manifest.variants.items()},
+        "probes": {
+            "reference": probes.reference,
+            "logits": [float(x) for x in probes.logits],
+            "sequences": [s.tolist() for s in probes.work.sequences],
+            "segments": None if segments is None else [s.tolist() for s in segments],
+        },
+    }
+
+
+def _from_json(content: dict[str, Any]) -> Manifest:
+    probes = content["probes"]
+    segments = probes["segments"]
+    work = Work(
+        [np.asarray(s, np.int32) for s in probes["sequences"]],
+        None if segments is None else [np.asarray(s, np.int8) for s in segments],
+    )
+    variants = {}
+    for name, item in content["variants"].items():
+        fidelity = Fidelity(**item["fidelity"])
+        variants[name] = Variant(
+            **{**item, "files": _records(item["files"]), "fidelity": fidelity}
+        )
+    return Manifest(
+        name=content["name"],
+        family=Family.from_json(content["family"]),
+        source=Source(**content["source"]),
+        files=_records(content["files"]),
+        probes=Probes(work, np.asarray(probes["logits"], np.float32), probes["reference"]),
+        variants=variants,
+    )
+
+
+def _records(content: dict[str, Any]) -> dict[str, FileRecord]:
+    return {name: FileRecord(**record) for name, record in content.items()}
+
+
+def check_files(
+    folder: Path, files: dict[str, FileRecord], *, always_hash: bool = False
+) -> None:
+    """Compare files with the manifest's records.
+
+    A hash is worked out once and remembered by path, size, time and inode: at 1.2 GB/s a 4 GB
+    model cannot be hashed at every start.
+
+    Args:
+        folder: the bundle.
+        files: path inside the bundle -> what it must be.
+        always_hash: hash even what was found right before.
+
+    Raises:
+        BundleError: a file is missing, or is not what the manifest says.
+    """
+    known = paths.recall("verified")
+    fresh = {}
+    for name, record in files.items():
+        path = (folder / name).resolve()
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise BundleError(f"{folder} lacks {name} ({error.strerror}); {_AGAIN}") from error
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ino, record.sha256]
+        if stat.st_size != record.bytes:
+            raise BundleError(
+                f"{path} has {stat.st_size:,} bytes, {record.bytes:,} expected; {_AGAIN}"
+            )
+        if always_hash or known.get(str(path)) != state:
+            found = FileRecord.of(path).sha256
+            if found != record.sha256:
+                raise BundleError(
+                    f"{path} is damaged: its sha256 is {found[:12]}…, "
+                    f"{record.sha256[:12]}… expected; {_AGAIN}"
+                )
+            fresh[str(path)] = state
+    if fresh:
+        paths.remember("verified", {**paths.recall("verified"), **fresh})

@@ -1,0 +1,46 @@
+"""The Hugging Face hub, by huggingface_hub's own cache, token and offline conventions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qrank.errors import ModelNotFoundError
+from qrank.extras import need
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form `owner/name`."""
+    owner, slash, repository = name.partition("/")
+    return bool(slash and owner.strip(".~") and repository and "/" not in repository)
+
+
+def download(
+    repository: str, files: list[str], *, revision: str | None = None, offline: bool = False
+) -> Path:
+    """Fetch some files of a repository, or find them where they were fetched before.
+
+    Args:
+        repository: `owner/name`.
+        files: names or patterns; what matches nothing is not an error.
+        revision: branch, tag or commit; None for the main branch.
+        offline: look at what is on disk only.
+
+    Returns:
+        A folder named after the commit.
+
+    Raises:
+        ModelNotFoundError: no such repository or revision, no access, or no network.
+    """
+    hub = need("huggingface_hub")
+    try:
+        return Path(
+            hub.snapshot_download(
+                repository, revision=revision, allow_patterns=files, local_files_only=offline
+            )
+        )
+    # The hub's errors are OSErrors, but for a malformed id's.
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelNotFoundError(
+            f"{repository} is no folder here, and the hub did not give it: {reason}"
+        ) from error

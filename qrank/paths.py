@@ -1,0 +1,74 @@
+"""The one folder qrank writes to by itself, and small files in it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import threading
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+log = logging.getLogger("qrank")
+
+
+@cache
+def cache_folder() -> Path | None:
+    """The cache folder, made if need be: $QRANK_CACHE, or the platform's.
+
+    Returns:
+        None where it cannot be written (a read-only home, say). Everything still works then;
+        what would have been remembered is worked out again, and one notice says so.
+    """
+    folder = Path(os.environ.get("QRANK_CACHE") or platformdirs.user_cache_path("qrank"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        log.info("no cache: %s; set QRANK_CACHE to a writable folder to start faster", error)
+        return None
+
+
+def recall(name: str) -> dict[str, Any]:
+    """What was last remembered under a name; {} when nothing readable is there."""
+    folder = cache_folder()
+    if folder is None:
+        return {}
+    try:
+        content = json.loads((folder / f"{name}.json").read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        log.info("ignoring the cache's %s.json: %s", name, error)
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def remember(name: str, content: dict[str, Any]) -> None:
+    """Keep a small JSON object under a name, where there is a cache."""
+    folder = cache_folder()
+    if folder is None:
+        return
+    try:
+        write_atomically(folder / f"{name}.json", json.dumps(content))
+    except OSError as error:
+        log.info("not remembered: %s", error)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file whole or not at all: readers see the old content or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

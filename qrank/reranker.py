@@ -1,0 +1,263 @@
+"""The public door: a query and documents in, a ranking out. The one place the pieces meet."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from qrank import activation, backends
+from qrank.bundle import TOKENIZER, Manifest, check_files
+from qrank.encoding import Encoder
+from qrank.errors import InputError, TargetError
+from qrank.locate import DEFAULT, locate
+from qrank.selection import Target, choose, prove
+from qrank.work import Ids, Logits, Segments, Work
+
+LongDocuments = Literal["truncate", "chunk"]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """One document of a ranked list.
+
+    Attributes:
+        index: its place in the list the caller gave, from 0.
+        score: relevance, after the family's activation.
+        logit: relevance as the model gives it; order and ties are decided on it.
+        text: the document.
+        truncated: whether the model read its beginning only.
+        part: the characters [start, end) that scored best, where it was cut into chunks.
+    """
+
+    index: int
+    score: float
+    logit: float
+    text: str
+    truncated: bool = False
+    part: tuple[int, int] | None = None
+
+
+class _Item(NamedTuple):
+    """One model input: (a part of) a document beside its query."""
+
+    owner: int
+    ids: Ids
+    segments: Segments | None
+    truncated: bool
+    part: tuple[int, int] | None
+
+
+class Reranker:
+    """Scores (query, document) pairs with a bundle. Safe to use from several threads.
+
+    After a fork the model is loaded again in the child at its first use: a runtime's threads do
+    not survive a fork.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = DEFAULT,
+        *,
+        backend: str | None = None,
+        device: str | None = None,
+        threads: int | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        """Load a bundle.
+
+        Args:
+            model: a bundled name, the folder `qrank convert` wrote, or a bundle's hub id.
+            backend: a format (`onnx`), a variant (`onnx-fp32`), or "module:function" of your own
+                (see `qrank.backends`). None: the preferred variant of the bundle.
+            device: `cpu`, `cuda`, `tensorrt`, `coreml` or `directml`. None: `cpu`.
+            threads: CPU threads in all. None: every CPU this process may use.
+            max_length: tokens a pair may have. None: what the model reads.
+
+        Raises:
+            QrankError: see `qrank.errors`; the message says what to do.
+        """
+        if threads is not None and threads < 1:
+            raise InputError(f"threads is {threads}; it must be 1 or more")
+        folder = locate(model)
+        self.manifest = Manifest.load(folder)
+        self.target: Target = choose(self.manifest, backend, device)
+        check_files(folder, {**self.manifest.files, **self.target.variant.files})
+        self._options = backends.Options(threads or backends.processors())
+        self._encoder = Encoder(
+            folder / TOKENIZER,
+            self.manifest.family,
+            max_length=max_length,
+            threads=self._options.threads,
+        )
+        self._folder = folder
+        self._open = backends.opener(backend if backend and ":" in backend else self.format)
+        self._lock = threading.Lock()
+        self._backend: backends.Backend | None = None
+        self._process = os.getpid()
+        self._ready()
+
+    @property
+    def format(self) -> str:
+        """The format that runs, which names its backend."""
+        return self.target.variant.format
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_k: int | None = None,
+        long_documents: LongDocuments = "truncate",
+    ) -> list[Ranking]:
+        """Order documents by relevance, most relevant first; equal ones keep their order.
+
+        Args:
+            query: cut with a warning (logger "qrank") where it alone exceeds the limit.
+            documents: any number; empty and blank ones are scored like any other.
+            top_k: keep only so many. None: all.
+            long_documents: what becomes of a document that does not fit: `truncate` reads its
+                beginning, `chunk` scores overlapping parts and keeps the best.
+
+        Raises:
+            InputError: an argument is out of its range, or a document is no string.
+            TargetError: the backend failed, or gave a number that is not finite.
+        """
+        if top_k is not None and top_k < 0:
+            raise InputError(f"top_k is {top_k}; it must be 0 or more")
+        if isinstance(documents, str):
+            raise InputError("documents is one string; give a list of strings")
+        documents = list(documents)
+        if not documents:
+            return []
+        items = self._items([(query, document) for document in documents], long_documents)
+        logits = self._logits(items)
+        best = _best_items([item.owner for item in items], logits)
+        scores = activation.activate(logits, self.manifest.family.activation)
+        # Stable, and on logits: scores may tie where an activation saturates.
+        order = sorted(best, key=lambda i: -logits[i])[:top_k]
+        return [
+            Ranking(
+                index=items[i].owner,
+                score=float(scores[i]),
+                logit=float(logits[i]),
+                text=documents[items[i].owner],
+                truncated=items[i].truncated,
+                part=items[i].part,
+            )
+            for i in order
+        ]
+
+    def score(
+        self,
+        pairs: Iterable[tuple[str, str]],
+        *,
+        raw: bool = False,
+        long_documents: LongDocuments = "truncate",
+    ) -> activation.Scores | Logits:
+        """Score (query, document) pairs, in the caller's order.
+
+        Args:
+            pairs: queries may differ.
+            raw: logits instead of scores.
+            long_documents: as for `rank`.
+
+        Returns:
+            float64 scores, or with `raw` float32 logits; shape [n].
+
+        Raises:
+            InputError, TargetError: as for `rank`.
+        """
+        listed = [tuple(pair) for pair in pairs]
+        if bad := next((i for i, pair in enumerate(listed) if len(pair) != 2), None):
+            raise InputError(f"pair {bad} is no (query, document) pair")
+        items = self._items(listed, long_documents)
+        if not items:
+            return np.empty(0, np.float32 if raw else np.float64)
+        logits = self._logits(items)
+        logits = logits[_best_items([item.owner for item in items], logits)]
+        return logits if raw else activation.activate(logits, self.manifest.family.activation)
+
+    def close(self) -> None:
+        """Free the model; using the reranker again loads it again."""
+        with self._lock:
+            if self._backend is not None and self._process == os.getpid():
+                self._backend.close()
+            self._backend = None
+
+    def __enter__(self) -> Reranker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _ready(self) -> backends.Backend:
+        """The backend of this process, opened and proven if need be."""
+        # Without the lock first: a fork may find it held by a thread the child does not have.
+        opened = self._backend
+        if opened is not None and self._process == os.getpid():
+            return opened
+        with self._lock:
+            if self._backend is None or self._process != os.getpid():
+                target = self.target
+                opened = self._open(self._folder, target.variant, target.device, self._options)
+                prove(opened, target, self.manifest)
+                self._backend, self._process = opened, os.getpid()
+            return self._backend
+
+    def _items(self, pairs: list[tuple[str, str]], long_documents: str) -> list[_Item]:
+        if long_documents not in ("truncate", "chunk"):
+            raise InputError(f"long_documents is {long_documents!r}; give 'truncate' or 'chunk'")
+        for i, pair in enumerate(pairs):
+            for kind, text in zip(("query", "document"), pair, strict=True):
+                if not isinstance(text, str):
+                    raise InputError(f"{kind} {i} is {type(text).__name__}, not a string")
+        encoder = self._encoder
+        queries = {query: encoder.query(query) for query in dict.fromkeys(q for q, _ in pairs)}
+        texts = dict.fromkeys(document for _, document in pairs)
+        documents = dict(zip(texts, encoder.ids(list(texts)), strict=True))
+        items = []
+        for owner, (query, document) in enumerate(pairs):
+            query_ids, ids = queries[query], documents[document]
+            room = encoder.room(query_ids)
+            if len(ids) <= room or long_documents == "truncate":
+                pair = encoder.pair(query_ids, ids[:room])
+                items.append(_Item(owner, *pair, truncated=len(ids) > room, part=None))
+            else:
+                for chunk in encoder.chunks(document, room):
+                    pair = encoder.pair(query_ids, chunk.ids)
+                    part = (chunk.start, chunk.end)
+                    items.append(_Item(owner, *pair, truncated=False, part=part))
+        return items
+
+    def _logits(self, items: list[_Item]) -> Logits:
+        sequences = [item.ids for item in items]
+        segments = [item.segments for item in items if item.segments is not None]
+        logits = self._ready().logits(Work(sequences, segments or None))
+        if not np.isfinite(logits).all():
+            bad = items[int(np.flatnonzero(~np.isfinite(logits))[0])].owner
+            raise TargetError(
+                f"{self.target.name} gave {logits[~np.isfinite(logits)][0]} for document {bad}; "
+                "no ranking can be made of that. Name another variant or device"
+            )
+        return logits
+
+
+def _best_items(owners: list[int], logits: Logits) -> list[int]:
+    """For each owner, in order, which of its items has the highest logit (the first of equals)."""
+    best: dict[int, int] = {}
+    for i, owner in enumerate(owners):
+        if owner not in best or logits[i] > logits[best[owner]]:
+            best[owner] = i
+    return list(best.values())

@@ -1,0 +1,105 @@
+"""Which variant of a bundle runs, on which device, and that it computes rightly there."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from qrank import paths
+from qrank.backends import FORMATS, Backend, module
+from qrank.bundle import Manifest, Probes, Variant
+from qrank.errors import TargetError
+from qrank.fidelity import TOLERANCES, Fidelity
+
+_PREFERRED = {"cpu": ("int8", "fp32", "fp16")}
+_PREFERRED_ELSEWHERE = ("fp16", "fp32", "int8")
+_PROBE_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Target:
+    """A variant on a device."""
+
+    variant: Variant
+    device: str
+
+    @property
+    def name(self) -> str:
+        """`onnx-int8@cpu`."""
+        return f"{self.variant.name}@{self.device}"
+
+
+def choose(manifest: Manifest, backend: str | None, device: str | None) -> Target:
+    """Pick the variant to run.
+
+    Args:
+        manifest: of the bundle.
+        backend: a format (`onnx`), a variant (`onnx-fp32`), or None for any; the name of a
+            user's own backend ("module:function") takes any variant too.
+        device: lower-case device name; None for the CPU.
+
+    Raises:
+        TargetError: the bundle has no such variant.
+    """
+    device = device or "cpu"
+    wanted = [
+        variant
+        for variant in manifest.variants.values()
+        if backend is None or ":" in backend or backend in (variant.format, variant.name)
+    ]
+    if not wanted:
+        raise TargetError(
+            f"the bundle {manifest.name} has no variant for backend {backend!r}; it has: "
+            f"{', '.join(manifest.variants)}; backends are: {', '.join(FORMATS)}"
+        )
+    order = _PREFERRED.get(device, _PREFERRED_ELSEWHERE)
+    return Target(min(wanted, key=lambda v: order.index(v.precision)), device)
+
+
+def prove(backend: Backend, target: Target, manifest: Manifest) -> None:
+    """Make sure a target reproduces the bundle's probes on this very machine.
+
+    Done once: a success is remembered by bundle, target, runtime version and CPU.
+
+    Raises:
+        TargetError: it does not; with the figures.
+    """
+    runtime = module(target.variant.format).version()
+    key = f"{manifest.digest} {target.name} {runtime} {_cpu()}"
+    known = paths.recall("proven")
+    if key in known:
+        return
+    probes = _some(manifest.probes)
+    fidelity = Fidelity.of(backend.logits(probes.work), probes.logits)
+    # A rank correlation of so few pairs says little: hold the differences alone, on the scale of
+    # all probes.
+    tolerance = replace(TOLERANCES[target.variant.precision], kendall=-1.0)
+    fidelity = replace(fidelity, spread=float(np.ptp(manifest.probes.logits)))
+    if missed := tolerance.shortfall(fidelity):
+        raise TargetError(
+            f"{target.name} computes wrongly on this machine ({runtime}): {missed} against the "
+            "probes of the bundle. Name another variant or device"
+        )
+    paths.remember("proven", {**paths.recall("proven"), key: True})
+
+
+def _some(probes: Probes) -> Probes:
+    """The shortest probes, up to a token count that costs a fraction of a second."""
+    order = np.argsort(probes.work.lengths, kind="stable")
+    kept = order[: max(int((np.cumsum(probes.work.lengths[order]) <= _PROBE_TOKENS).sum()), 4)]
+    return replace(probes, work=probes.work.take(kept), logits=probes.logits[kept])
+
+
+def _cpu() -> str:
+    """A short name of this CPU: kernels differ with its instruction set."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        # The clock in this file changes; model and instruction set do not.
+        text = "".join(sorted({x for x in lines if x.startswith(("model name", "flags"))}))
+    except OSError:
+        text = platform.processor()
+    return platform.machine() + "-" + hashlib.sha256(text.encode()).hexdigest()[:12]

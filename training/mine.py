@@ -1,0 +1,99 @@
+"""Step 2: queries, hard negatives and teacher scores.
+
+For each query, candidates come from the top of BM25 and of the bi-encoder over the whole pool,
+and a list of them is scored by the teacher. Writes `lists.jsonl`, in the order of training:
+{"query", "passages": [index...], "first": text read instead of the first passage or null,
+"labelled": whether the first is the query's own passage, "scores": [teacher logit...]}.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import bm25s
+import click
+import numpy as np
+import torch
+from embed import embed
+from numpy.typing import NDArray
+from queries import Query, made
+from sources import cache_folder
+
+LIST = 8
+# Ranks that a list's negatives are drawn from, and how many from each: the nearest are the
+# hardest, the rest keep the whole scale of relevance in view. The last comes from anywhere.
+RANKS = ((0, 6, 2), (6, 25, 2), (25, 100, 2))
+
+
+def embedded(path: Path, texts: list[str]) -> NDArray[np.float32]:
+    """Embeddings of texts, kept in a file: the one slow part of this step."""
+    if not path.exists():
+        np.save(path, embed(texts))
+    vectors: NDArray[np.float32] = np.load(path)
+    if len(vectors) != len(texts):
+        raise click.ClickException(f"{path} is of other texts: delete it")
+    return vectors
+
+
+def teacher(cosine: NDArray[np.float32], lexical: NDArray[np.float32],
+            labelled: bool) -> NDArray[np.float32]:
+    """Teacher logits of a list: mostly the cosine, a little BM25, and the label.
+
+    The cosine's slope and zero are those at which a sigmoid reads sensibly for this bi-encoder
+    (unrelated texts near 0, related ones above 0.45); `lexical` is BM25 over its highest in the
+    pool. The label outweighs a hard negative that the bi-encoder likes better.
+    """
+    logits = 14 * (cosine - 0.45) + 2 * (lexical - 0.5)
+    if labelled:
+        logits[0] = max(logits[0] + 1, logits[1:].max() + 1)
+    return logits.astype(np.float32)
+
+
+def pick(query: Query, lexical: NDArray[np.float32], cosine: NDArray[np.float32],
+         rng: random.Random) -> list[int]:
+    """The indices of one list: the query's own passage first where it is read, then negatives."""
+    ranked = [np.argsort(-scores)[:100] for scores in (lexical, cosine)]
+    taken = [query.passage]
+    for low, high, count in RANKS:
+        near = {int(i) for top in ranked for i in top[low:high]} - set(taken)
+        taken += rng.sample(sorted(near), min(count, len(near)))
+    while len(taken) < LIST + (not query.reads):
+        taken = list(dict.fromkeys([*taken, rng.randrange(len(cosine))]))
+    return taken if query.reads else taken[1:]
+
+
+@click.command()
+@click.option("--count", default=30_000, help="Queries made from passages, beside the questions.")
+@click.option("--seed", default=0)
+def main(count: int, seed: int) -> None:
+    """Make the lists that `train.py` reads."""
+    folder, rng = cache_folder(), random.Random(seed)
+    passages = [json.loads(line) for line in (folder / "passages.jsonl").open()]
+    texts = [passage["text"] for passage in passages]
+    queries = list(made(passages, count, seed))
+    for line in map(json.loads, (folder / "questions.jsonl").open()):
+        queries.append(Query(line["text"], line["passage"], texts[line["passage"]]))
+    rng.shuffle(queries)
+    pool = torch.from_numpy(embedded(folder / "passages.npy", texts))
+    asked = torch.from_numpy(embedded(folder / f"queries-{seed}.npy", [q.text for q in queries]))
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+    words = bm25s.tokenize([q.text for q in queries], stopwords="en", return_ids=False,
+                           show_progress=False)
+    with (folder / "lists.jsonl").open("w") as out:
+        for row, query in enumerate(queries):
+            cosine = (pool @ asked[row]).numpy()
+            lexical = index.get_scores(words[row]) if words[row] else np.zeros_like(cosine)
+            taken = pick(query, lexical, cosine, rng)
+            share = lexical[taken] / max(float(lexical.max()), 1e-6)
+            scores = teacher(cosine[taken], share, bool(query.reads))
+            differs = query.reads != texts[query.passage]
+            line = dict(query=query.text, passages=taken, labelled=bool(query.reads),
+                        first=query.reads if query.reads and differs else None,
+                        scores=[round(float(score), 3) for score in scores])
+            out.write(json.dumps(line) + "\n")
+    click.echo(f"{len(queries)} lists of {LIST}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Step 3: train the cross-encoder on the lists; can be stopped and started again at any time.
+
+The learning rate follows the share of `--minutes` that is used up, not a number of steps: on a
+machine shared with other work nobody knows how many steps an hour holds.
+"""
+
+import json
+import os
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import torch
+from model import pair_ids, start, tokenizer
+from sources import cache_folder
+from torch import Tensor, nn
+
+HELD_OUT = 128  # the first lists, never trained on
+
+
+class Batch(NamedTuple):
+    """Lists of one step: token ids of every pair, and the teacher's logits [lists, candidates]."""
+
+    pairs: list[list[int]]
+    segments: list[int]
+    scores: Tensor
+    labelled: Tensor
+
+
+class Lists:
+    """The lists of `lists.jsonl` as token ids. Passages are tokenized once, queries when read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = tokenizer()
+        texts = [json.loads(line)["text"] for line in (folder / "passages.jsonl").open()]
+        self.passages = self._ids([" ".join(text.split()[:300]) for text in texts])
+        self.rows = [json.loads(line) for line in (folder / "lists.jsonl").open()]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def batch(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        """Encode lists. One in five may be long: a long pair costs as much as four short ones."""
+        queries = self._ids([row["query"] for row in rows])
+        firsts = self._ids([row["first"] or "" for row in rows])
+        pairs, segments = [], []
+        for row, query, first in zip(rows, queries, firsts, strict=True):
+            query = query[:64]
+            limit = 288 if random.Random(row["query"]).random() < 0.2 else 112
+            for place, index in enumerate(row["passages"]):
+                document = first if place == 0 and first else self.passages[index]
+                pairs.append(pair_ids(query, document, limit))
+                segments.append(len(query) + 2)
+        return Batch(pairs, segments, torch.tensor([row["scores"] for row in rows]),
+                     torch.tensor([row["labelled"] for row in rows]))
+
+
+def logits(model: nn.Module, batch: Batch, pairs_at_once: int = 16) -> Tensor:
+    """The model's logits [lists, candidates], run in groups of pairs of like length."""
+    order = sorted(range(len(batch.pairs)), key=lambda i: len(batch.pairs[i]))
+    found: list[Tensor] = []
+    for begin in range(0, len(order), pairs_at_once):
+        group = order[begin : begin + pairs_at_once]
+        length = max(len(batch.pairs[i]) for i in group)
+        ids = torch.zeros(len(group), length, dtype=torch.long)
+        mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
+        for row, i in enumerate(group):
+            size = len(batch.pairs[i])
+            ids[row, :size] = torch.tensor(batch.pairs[i])
+            mask[row, :size] = 1
+            types[row, batch.segments[i] : size] = 1
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(input_ids=ids, attention_mask=mask, token_type_ids=types).logits
+        found.append(out.float().squeeze(1))
+    back = torch.empty(len(order), dtype=torch.long)
+    back[torch.tensor(order)] = torch.arange(len(order))
+    return torch.cat(found)[back].view_as(batch.scores)
+
+
+def loss_of(got: Tensor, scores: Tensor) -> Tensor:
+    """The teacher's distribution over the list, and a weaker pull of each logit to the teacher's.
+
+    The first makes the ranking; the second makes logits of different queries comparable, so that
+    zero means the same everywhere, and gives every single pair something to say.
+    """
+    log_p = torch.log_softmax(got, dim=1)
+    divergence = (torch.softmax(scores, dim=1) * (torch.log_softmax(scores, 1) - log_p)).sum(1)
+    return divergence.mean() + 0.05 * (got - scores.clamp(-7, 5)).square().mean()
+
+
+def rate(share: float, peak: float) -> float:
+    """The learning rate at a share of the time: up during the first 4 %, then down to zero."""
+    return peak * min(share / 0.04, (1 - share) / 0.96)
+
+
+@torch.no_grad()
+def held_out(model: nn.Module, lists: Lists) -> str:
+    """Loss, and how often the labelled passage comes first, on lists that are not trained on."""
+    model.eval()
+    losses, firsts, labelled = 0.0, 0, 0
+    for begin in range(0, HELD_OUT, 16):
+        batch = lists.batch(lists.rows[begin : begin + 16])
+        got = logits(model, batch)
+        losses += float(loss_of(got, batch.scores)) / (HELD_OUT / 16)
+        firsts += int(((got.argmax(1) == 0) & batch.labelled).sum())
+        labelled += int(batch.labelled.sum())
+    model.train()
+    return f"held-out loss {losses:.4f} first {firsts / labelled:.3f}"
+
+
+@click.command()
+@click.option("--minutes", required=True, type=float, help="Training time, over all starts.")
+@click.option("--peak", default=1.5e-4, help="Highest learning rate.")
+@click.option("--lists", "a_step", default=4, help="Lists a step.")
+@click.option("--frozen", default=2, help="Lowest layers that stay as they are.")
+@click.option("--name", default="mini", help="Name of the checkpoint folder.")
+@click.option("--threads", default=os.cpu_count())
+def main(minutes: float, peak: float, a_step: int, frozen: int, name: str, threads: int) -> None:
+    """Train until the minutes are used up, keeping `<cache folder>/<name>/` up to date."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    folder = cache_folder()
+    lists, target = Lists(folder), folder / name
+    model = start(frozen).train()
+    head = [*model.bert.pooler.parameters(), *model.classifier.parameters()]
+    body = [p for p in model.bert.encoder.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([dict(params=body, times=1.0), dict(params=head, times=4.0)],
+                                  weight_decay=0.01, fused=True)
+    step, used = 0, 0.0
+    if (target / "state.pt").exists():
+        state = torch.load(target / "state.pt", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, used = state["step"], state["used"]
+
+    def save() -> None:
+        target.mkdir(exist_ok=True)
+        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                     used=used)
+        torch.save(state, target / "state.tmp")
+        (target / "state.tmp").replace(target / "state.pt")
+
+    usable, mean, saved, tick = len(lists.rows) - HELD_OUT, 0.0, time.monotonic(), time.monotonic()
+    while used < minutes * 60:
+        for group in optimizer.param_groups:
+            group["lr"] = rate(used / (minutes * 60), peak) * group["times"]
+        rows = [lists.rows[HELD_OUT + (step * a_step + i) % usable] for i in range(a_step)]
+        batch = lists.batch(rows)
+        loss = loss_of(logits(model, batch), batch.scores)
+        loss.backward()
+        nn.utils.clip_grad_norm_(body + head, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        mean += (loss.item() - mean) / min(step + 1, 100)
+        step += 1
+        now = time.monotonic()
+        used, tick = used + min(now - tick, 60), now
+        if step % 25 == 0:
+            click.echo(f"step {step} minutes {used / 60:.1f} pairs {step * a_step * 8} "
+                       f"loss {mean:.4f} rate {optimizer.param_groups[0]['lr']:.1e}")
+        if now - saved > 240:
+            click.echo(held_out(model, lists))
+            save()
+            saved = time.monotonic()
+    save()
+    click.echo(held_out(model, lists))
+
+
+if __name__ == "__main__":
+    main()
