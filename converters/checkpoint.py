@@ -175,9 +175,7 @@ def _concrete(card: Card, config: dict[str, Any], tokenizer: PreTrainedTokenizer
     )
 
 
-def _max_length(
-    card: Card, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> int:
+def _max_length(card: Card, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> int:
     positions: int = config["max_position_embeddings"]
     if card.positions_after_pad:
         positions -= config["pad_token_id"] + 1
@@ -191,9 +189,7 @@ def _pooling(card: Card, config: dict[str, Any]) -> Pooling:
         value = config.get(card.pooling, "")
     if value == "pooler" or value == "cls" or value == "mean":
         return value
-    raise FamilyError(
-        f"config.json has {card.pooling} = {value!r}; supported are 'cls' and 'mean'"
-    )
+    raise FamilyError(f"config.json has {card.pooling} = {value!r}; supported are 'cls' and 'mean'")
 
 
 def _activation(card: Card, config: dict[str, Any]) -> str:

@@ -184,9 +184,7 @@ def _replace(work: Path, target: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _add(
-    work: Path, target: Path, manifest: Manifest, wanted: Sequence[tuple[str, str]]
-) -> None:
+def _add(work: Path, target: Path, manifest: Manifest, wanted: Sequence[tuple[str, str]]) -> None:
     """Move new variants into a bundle. The manifest, replaced last, is what makes them count."""
     for format, precision in wanted:
         part = target / f"{format}-{precision}"

@@ -24,9 +24,7 @@ PROBE_TOKENS = 512
 """Longest probe: every length behaves alike beyond, and the reference is slow."""
 
 
-def encode_pairs(
-    pairs: list[tuple[str, str]], tokenizer: Path, checkpoint: Checkpoint
-) -> Work:
+def encode_pairs(pairs: list[tuple[str, str]], tokenizer: Path, checkpoint: Checkpoint) -> Work:
     """Pairs as token ids, made by qrank's own encoder and held against transformers' tokenizer.
 
     Raises:

@@ -72,9 +72,7 @@ def _channel_maxima(model: onnx.ModelProto, calibration: Work) -> dict[str, Floa
 class _Quantizer:
     """Rewrites one graph; holds what its nodes share."""
 
-    def __init__(
-        self, model: onnx.ModelProto, keep: set[str], maxima: dict[str, Floats]
-    ) -> None:
+    def __init__(self, model: onnx.ModelProto, keep: set[str], maxima: dict[str, Floats]) -> None:
         self._onnx = need("onnx")
         self._model = model
         self._keep = keep

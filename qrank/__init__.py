@@ -1,7 +1,7 @@
 """Convert any reranker once, and run it quantized on the fastest thing the machine has.
 
-    >>> from qrank import Reranker
-    >>> Reranker("mini").rank("capital of France?", ["Berlin is in Germany.", "Paris is."])
+>>> from qrank import Reranker
+>>> Reranker("mini").rank("capital of France?", ["Berlin is in Germany.", "Paris is."])
 """
 
 from qrank.errors import QrankError

@@ -194,9 +194,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
     variants = {}
     for name, item in content["variants"].items():
         fidelity = Fidelity(**item["fidelity"])
-        variants[name] = Variant(
-            **{**item, "files": _records(item["files"]), "fidelity": fidelity}
-        )
+        variants[name] = Variant(**{**item, "files": _records(item["files"]), "fidelity": fidelity})
     return Manifest(
         name=content["name"],
         family=Family.from_json(content["family"]),
@@ -211,9 +209,7 @@ def _records(content: dict[str, Any]) -> dict[str, FileRecord]:
     return {name: FileRecord(**record) for name, record in content.items()}
 
 
-def check_files(
-    folder: Path, files: dict[str, FileRecord], *, always_hash: bool = False
-) -> None:
+def check_files(folder: Path, files: dict[str, FileRecord], *, always_hash: bool = False) -> None:
     """Compare files with the manifest's records.
 
     A hash is worked out once and remembered by path, size, time and inode: at 1.2 GB/s a 4 GB

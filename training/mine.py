@@ -35,8 +35,9 @@ def embedded(path: Path, texts: list[str]) -> NDArray[np.float32]:
     return vectors
 
 
-def teacher(cosine: NDArray[np.float32], lexical: NDArray[np.float32],
-            labelled: bool) -> NDArray[np.float32]:
+def teacher(
+    cosine: NDArray[np.float32], lexical: NDArray[np.float32], labelled: bool
+) -> NDArray[np.float32]:
     """Teacher logits of a list: mostly the cosine, a little BM25, and the label.
 
     The cosine's slope and zero are those at which a sigmoid reads sensibly for this bi-encoder
@@ -49,8 +50,9 @@ def teacher(cosine: NDArray[np.float32], lexical: NDArray[np.float32],
     return logits.astype(np.float32)
 
 
-def pick(query: Query, lexical: NDArray[np.float32], cosine: NDArray[np.float32],
-         rng: random.Random) -> list[int]:
+def pick(
+    query: Query, lexical: NDArray[np.float32], cosine: NDArray[np.float32], rng: random.Random
+) -> list[int]:
     """The indices of one list: the query's own passage first where it is read, then negatives."""
     ranked = [np.argsort(-scores)[:100] for scores in (lexical, cosine)]
     taken = [query.passage]
@@ -78,8 +80,9 @@ def main(count: int, seed: int) -> None:
     asked = torch.from_numpy(embedded(folder / f"queries-{seed}.npy", [q.text for q in queries]))
     index = bm25s.BM25()
     index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
-    words = bm25s.tokenize([q.text for q in queries], stopwords="en", return_ids=False,
-                           show_progress=False)
+    words = bm25s.tokenize(
+        [q.text for q in queries], stopwords="en", return_ids=False, show_progress=False
+    )
     with (folder / "lists.jsonl").open("w") as out:
         for row, query in enumerate(queries):
             cosine = (pool @ asked[row]).numpy()
@@ -88,9 +91,13 @@ def main(count: int, seed: int) -> None:
             share = lexical[taken] / max(float(lexical.max()), 1e-6)
             scores = teacher(cosine[taken], share, bool(query.reads))
             differs = query.reads != texts[query.passage]
-            line = dict(query=query.text, passages=taken, labelled=bool(query.reads),
-                        first=query.reads if query.reads and differs else None,
-                        scores=[round(float(score), 3) for score in scores])
+            line = dict(
+                query=query.text,
+                passages=taken,
+                labelled=bool(query.reads),
+                first=query.reads if query.reads and differs else None,
+                scores=[round(float(score), 3) for score in scores],
+            )
             out.write(json.dumps(line) + "\n")
     click.echo(f"{len(queries)} lists of {LIST}")
 

@@ -22,8 +22,11 @@ def start(frozen: int) -> BertForSequenceClassification:
     numbers are a third of a step's time on a CPU.
     """
     model = BertForSequenceClassification.from_pretrained(
-        backbone(), num_labels=1, dtype=torch.float32,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        backbone(),
+        num_labels=1,
+        dtype=torch.float32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     model.bert.embeddings.requires_grad_(False)
     for layer in model.bert.encoder.layer[:frozen]:

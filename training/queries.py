@@ -23,16 +23,32 @@ class Query(NamedTuple):
 
 
 _ABOUT = (
-    "what is known about {}", "what are the main properties of {}", "how does {} work",
-    "where can i find information on {}", "what is meant by {}", "tell me about {}",
-    "what methods are available for {}", "how is {} used", "what is the purpose of {}",
-    "has anyone investigated {}", "what problems arise with {}", "what is {}", "what are {}",
-    "papers dealing with {}", "how does one deal with {}", "what has been done on {}",
+    "what is known about {}",
+    "what are the main properties of {}",
+    "how does {} work",
+    "where can i find information on {}",
+    "what is meant by {}",
+    "tell me about {}",
+    "what methods are available for {}",
+    "how is {} used",
+    "what is the purpose of {}",
+    "has anyone investigated {}",
+    "what problems arise with {}",
+    "what is {}",
+    "what are {}",
+    "papers dealing with {}",
+    "how does one deal with {}",
+    "what has been done on {}",
 )
 _CLAIM = (
-    "is it true that {}", "has anyone shown that {}", "can it be said that {}",
-    "why is it that {}", "under what conditions can one say that {}", "how do we know that {}",
-    "what evidence is there that {}", "does anything indicate that {}",
+    "is it true that {}",
+    "has anyone shown that {}",
+    "can it be said that {}",
+    "why is it that {}",
+    "under what conditions can one say that {}",
+    "how do we know that {}",
+    "what evidence is there that {}",
+    "does anything indicate that {}",
 )
 _VAGUE = frozenset(
     "introduction|overview|notes|note|description|detailed description|see also|examples|example|"
@@ -40,7 +56,9 @@ _VAGUE = frozenset(
     "references|background|motivation|conclusion|remarks|limitations|options|features|"
     "member function documentation|function documentation|the commented program".split("|")
 )
-_STOP = frozenset("the of and to in a is that for it as with be by on this or an from at if".split())
+_STOP = frozenset(
+    "the of and to in a is that for it as with be by on this or an from at if".split()
+)
 
 
 def sentences(text: str) -> list[str]:
@@ -68,7 +86,7 @@ def _from_sentence(sentence: str, rng: random.Random) -> str:
         return rng.choice(_CLAIM).format(" ".join([words[0].lower(), *words[1:]]))
     length = rng.randint(4, 14)
     start = rng.randint(0, max(0, len(words) - length))
-    span = _trim([word.strip(",;:()\"") for word in words[start : start + length]])
+    span = _trim([word.strip(',;:()"') for word in words[start : start + length]])
     if len(span) < 3:
         return " ".join(words)
     if kind < 0.85:

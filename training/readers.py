@@ -58,8 +58,9 @@ def from_html(path: Path) -> Iterator[Section]:
     if len(raw) > 2_000_000 or not raw.strip():
         return
     try:
-        tree = lxml.html.fromstring(raw.decode("utf-8", "replace").encode(),
-                                    parser=lxml.html.HTMLParser(encoding="utf-8"))
+        tree = lxml.html.fromstring(
+            raw.decode("utf-8", "replace").encode(), parser=lxml.html.HTMLParser(encoding="utf-8")
+        )
     except (lxml.etree.ParserError, lxml.etree.XMLSyntaxError):
         return
     for element in tree.xpath(_NOT_PROSE):
@@ -93,8 +94,9 @@ def from_mallard(path: Path) -> Iterator[Section]:
 def from_pdf(path: Path) -> Iterator[Section]:
     """Paragraphs of a PDF by `pdftotext`; headings are not told apart, so titles stay empty."""
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    done = subprocess.run(["pdftotext", "-enc", "UTF-8", "-", "-"], input=raw,
-                          capture_output=True, check=True)
+    done = subprocess.run(
+        ["pdftotext", "-enc", "UTF-8", "-", "-"], input=raw, capture_output=True, check=True
+    )
     blocks = re.split(r"\n\s*\n|\f", done.stdout.decode("utf-8", "replace"))
     texts = (clean(re.sub(r"-\n(?=[a-z])", "", block)) for block in blocks)
     paragraphs = [text for text in texts if is_prose(text)]
@@ -155,5 +157,10 @@ def from_descriptions(dump: str) -> Iterator[Section]:
             yield Section(match[1].split(" - documentation")[0], paragraphs)
 
 
-READERS = {"html": from_html, "mallard": from_mallard, "pdf": from_pdf,
-           "dictd": from_dictd, "wordnet": from_wordnet}
+READERS = {
+    "html": from_html,
+    "mallard": from_mallard,
+    "pdf": from_pdf,
+    "dictd": from_dictd,
+    "wordnet": from_wordnet,
+}

@@ -164,15 +164,24 @@ def passages_of(source: Source, root: Path, rng: random.Random) -> list[tuple[st
 
 
 @click.command()
-@click.option("--data", type=click.Path(exists=True, path_type=Path), required=True,
-              help="Folder with squad/paragraphs.jsonl and squad/questions.jsonl.")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, path_type=Path),
+    required=True,
+    help="Folder with squad/paragraphs.jsonl and squad/questions.jsonl.",
+)
 def main(data: Path) -> None:
     """Fetch the texts and write passages.jsonl and questions.jsonl."""
     folder, rng = cache_folder(), random.Random(0)
-    passages = [dict(source="squad", title=line["title"].replace("_", " "), text=line["text"])
-                for line in map(json.loads, (data / "squad/paragraphs.jsonl").open())]
-    described = [pair for pair in cut(from_descriptions(descriptions(folder)), rng, merge=False)
-                 if len(pair[1].split()) >= 22]
+    passages = [
+        dict(source="squad", title=line["title"].replace("_", " "), text=line["text"])
+        for line in map(json.loads, (data / "squad/paragraphs.jsonl").open())
+    ]
+    described = [
+        pair
+        for pair in cut(from_descriptions(descriptions(folder)), rng, merge=False)
+        if len(pair[1].split()) >= 22
+    ]
     groups = [("descriptions", rng.sample(described, DESCRIPTIONS))]
     groups += [(s.package, passages_of(s, fetch(s.package, folder), rng)) for s in SOURCES]
     seen = set[str]()

@@ -55,8 +55,12 @@ class Lists:
                 document = first if place == 0 and first else self.passages[index]
                 pairs.append(pair_ids(query, document, limit))
                 segments.append(len(query) + 2)
-        return Batch(pairs, segments, torch.tensor([row["scores"] for row in rows]),
-                     torch.tensor([row["labelled"] for row in rows]))
+        return Batch(
+            pairs,
+            segments,
+            torch.tensor([row["scores"] for row in rows]),
+            torch.tensor([row["labelled"] for row in rows]),
+        )
 
 
 def logits(model: nn.Module, batch: Batch, pairs_at_once: int = 16) -> Tensor:
@@ -128,8 +132,9 @@ def main(minutes: float, peak: float, a_step: int, frozen: int, name: str, threa
     model = start(frozen).train()
     head = [*model.bert.pooler.parameters(), *model.classifier.parameters()]
     body = [p for p in model.bert.encoder.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([dict(params=body, times=1.0), dict(params=head, times=4.0)],
-                                  weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        [dict(params=body, times=1.0), dict(params=head, times=4.0)], weight_decay=0.01, fused=True
+    )
     step, used = 0, 0.0
     if (target / "state.pt").exists():
         state = torch.load(target / "state.pt", weights_only=True)
@@ -139,8 +144,9 @@ def main(minutes: float, peak: float, a_step: int, frozen: int, name: str, threa
 
     def save() -> None:
         target.mkdir(exist_ok=True)
-        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                     used=used)
+        state = dict(
+            model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, used=used
+        )
         torch.save(state, target / "state.tmp")
         (target / "state.tmp").replace(target / "state.pt")
 
@@ -160,8 +166,10 @@ def main(minutes: float, peak: float, a_step: int, frozen: int, name: str, threa
         now = time.monotonic()
         used, tick = used + min(now - tick, 60), now
         if step % 25 == 0:
-            click.echo(f"step {step} minutes {used / 60:.1f} pairs {step * a_step * 8} "
-                       f"loss {mean:.4f} rate {optimizer.param_groups[0]['lr']:.1e}")
+            click.echo(
+                f"step {step} minutes {used / 60:.1f} pairs {step * a_step * 8} "
+                f"loss {mean:.4f} rate {optimizer.param_groups[0]['lr']:.1e}"
+            )
         if now - saved > 240:
             click.echo(held_out(model, lists))
             save()

@@ -1,0 +1,46 @@
+"""The command line: click commands, a file each, without logic of their own."""
+
+from __future__ import annotations
+
+import click
+from click.shell_completion import get_completion_class
+
+import qrank
+from qrank.cli.common import Group, debug_option
+from qrank.cli.convert import convert
+from qrank.cli.models import inspect, models
+from qrank.cli.score import score
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(qrank.__version__, prog_name="qrank")
+@debug_option
+def main() -> None:
+    """Rerank documents with a quantized model on this machine.
+
+    \b
+      qrank score -q "which planet is red?" passages.txt
+      qrank convert cross-encoder/ms-marco-MiniLM-L6-v2
+
+    \b
+    Exit codes: 0 done, 1 other, 2 bad input or usage, 3 a package is missing,
+    4 no such model, 5 damaged bundle, 6 unsupported checkpoint, 7 backend or
+    device, 8 conversion failed, 9 converted model not faithful.
+    """
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print a script that completes qrank's commands and options.
+
+    \b
+      qrank completion bash >> ~/.bashrc
+    """
+    script = get_completion_class(shell)
+    assert script is not None  # one of click's own three
+    click.echo(script(main, {}, "qrank", "_QRANK_COMPLETE").source())
+
+
+for command in (convert, inspect, models, score):
+    main.add_command(command)

@@ -1,0 +1,66 @@
+"""What every command shares: errors as one line, notices on stderr, options that recur."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from qrank.errors import QrankError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def notice(message: str) -> None:
+    """Say something on stderr, out of the way of results."""
+    click.echo(f"qrank: {message}", err=True)
+
+
+class _Notices(logging.Handler):
+    """Warnings of the library, as notices."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        notice(record.getMessage())
+
+
+class Group(click.Group):
+    """Turns a QrankError into one line on stderr and the error's exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """See click."""
+        handler = _Notices(logging.WARNING)
+        logging.getLogger("qrank").addHandler(handler)
+        try:
+            return super().invoke(ctx)
+        except QrankError as error:
+            if ctx.meta.get("qrank.debug"):
+                traceback.print_exc()
+            notice(f"error: {error}")
+            sys.exit(error.exit_code)
+        finally:
+            logging.getLogger("qrank").removeHandler(handler)
+
+
+def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta["qrank.debug"] = True
+
+
+def debug_option(command: Command) -> Command:
+    """`--debug`: with an error, show where it was raised."""
+    return click.option(
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        callback=_set_debug,
+        help="With an error, show where it was raised.",
+    )(command)
+
+
+def megabytes(size: int) -> str:
+    """Bytes for people: 23.9 MB."""
+    return f"{size / 1e6:.1f} MB"

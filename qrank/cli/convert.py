@@ -1,0 +1,89 @@
+"""`qrank convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from qrank.backends import FORMATS
+from qrank.cli.common import debug_option, notice
+from qrank.cli.models import fidelity_lines
+from qrank.extras import need, pip_line
+
+
+@click.command()
+@click.argument("source")
+@click.option(
+    "--to",
+    "formats",
+    multiple=True,
+    type=click.Choice(FORMATS),
+    help="Format to make; repeat for more.  [default: all whose packages are installed]",
+)
+@click.option("--precision", help="fp32, fp16 or int8; with exactly one --to.  [default: int8]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The bundle's folder.  [default: ./NAME-qrank]",
+)
+@click.option("--family", help="Card that reads the checkpoint: a name (qrank models) or *.toml.")
+@click.option("--revision", help="Branch, tag or commit of a hub repository.")
+@click.option("--offline", is_flag=True, help="Use what was downloaded from the hub before only.")
+@click.option("--force", is_flag=True, help="Replace what is at the output.")
+@debug_option
+def convert(
+    source: str,
+    formats: tuple[str, ...],
+    precision: str | None,
+    output: Path | None,
+    family: str | None,
+    revision: str | None,
+    offline: bool,
+    force: bool,
+) -> None:
+    """Convert a reranker to a bundle, and prove that it still ranks like the original.
+
+    SOURCE is the folder of a checkpoint (config.json, *.safetensors, tokenizer) or a hub id. A
+    bundle of the same checkpoint gains what it lacks. Every variant is run on probe pairs against
+    the original in fp32; one that is not faithful is refused, and nothing is written.
+
+    \b
+      qrank convert cross-encoder/ms-marco-MiniLM-L6-v2
+      qrank convert ./my-reranker --to onnx --precision fp16 -o ./my-bundle
+    """
+    need("torch")
+    from qrank.converters.convert import DEFAULT_PRECISION, formats_at_hand
+    from qrank.converters.convert import convert as run
+
+    if precision is not None and len(formats) != 1:
+        raise click.UsageError("--precision goes with exactly one --to")
+    if not formats:
+        formats = tuple(formats_at_hand())
+        for absent in sorted(set(FORMATS) - set(formats)):
+            notice(f"leaving out {absent}: {pip_line('convert')}")
+    variants = [(format, precision or DEFAULT_PRECISION) for format in dict.fromkeys(formats)]
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        folder, manifest = run(
+            source,
+            variants,
+            output,
+            family=family,
+            revision=revision,
+            offline=offline,
+            force=force,
+            progress=status.update if console.is_terminal else lambda step: None,
+        )
+    made = {f"{format}-{precision}" for format, precision in variants}
+    for line in fidelity_lines(v for v in manifest.variants.values() if v.name in made):
+        click.echo(line)
+    click.echo(f"{_shown(folder)} is ready: qrank score -m {_shown(folder)} -q QUERY FILE")
+
+
+def _shown(folder: Path) -> str:
+    """A path as short as it can be said from here."""
+    here = Path.cwd()
+    return f"./{folder.relative_to(here)}" if folder.is_relative_to(here) else str(folder)

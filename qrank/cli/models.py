@@ -1,0 +1,78 @@
+"""`qrank models` and `qrank inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import click
+
+from qrank.bundle import Manifest, Variant, check_files
+from qrank.cli.common import debug_option, megabytes
+from qrank.family import cards
+from qrank.locate import bundled, locate
+
+
+@click.command()
+@debug_option
+def models() -> None:
+    """List the bundled models, and the families that can be converted."""
+    click.echo("Bundles")
+    for name, folder in bundled().items():
+        manifest = Manifest.load(folder)
+        for variant in manifest.variants.values():
+            click.echo(
+                f"  {name:14} {manifest.family.name}, {variant.name}, {megabytes(variant.bytes)}"
+            )
+    click.echo("Families")
+    for card in cards():
+        click.echo(f"  {card.name:14} {card.about}")
+
+
+@click.command()
+@click.argument("bundle")
+@click.option("--verify", is_flag=True, help="Hash every file again.")
+@debug_option
+def inspect(bundle: str, verify: bool) -> None:
+    """Show what a bundle says of itself: origin, sizes, fidelity.
+
+    BUNDLE is a bundled name, a folder or a hub id.
+    """
+    folder = locate(bundle)
+    manifest = Manifest.load(folder)
+    family, source = manifest.family, manifest.source
+    facts = {
+        "name": manifest.name,
+        "source": source.id + (f" at {source.revision}" if source.revision else ""),
+        "fingerprint": source.fingerprint,
+        "family": f"{family.name} ({family.architecture})",
+        "limit": f"{family.max_length} tokens",
+        "activation": family.activation,
+        "reference": manifest.probes.reference,
+        "probes": f"{len(manifest.probes.work)} pairs of {manifest.probes.work.lengths.min()} to "
+        f"{manifest.probes.work.lengths.max()} tokens",
+        "digest": manifest.digest,
+    }
+    for name, value in facts.items():
+        click.echo(f"{name:12} {value}")
+    click.echo()
+    for line in fidelity_lines(manifest.variants.values()):
+        click.echo(line)
+    if verify:
+        files = dict(manifest.files)
+        for variant in manifest.variants.values():
+            files |= variant.files
+        check_files(folder, files, always_hash=True)
+        click.echo(f"\nall {len(files)} files are as the manifest says")
+
+
+def fidelity_lines(variants: Iterable[Variant]) -> Iterator[str]:
+    """Size and fidelity of variants as a table of 80 columns or fewer."""
+    yield f"{'variant':14}{'size':>10}{'max |Δlogit|':>15}{'of spread':>11}" + (
+        f"{'Spearman':>10}{'Kendall':>9}"
+    )
+    for variant in variants:
+        f = variant.fidelity
+        share = f.max_abs / f.spread if f.spread else 0.0
+        yield f"{variant.name:14}{megabytes(variant.bytes):>10}{f.max_abs:>15.2g}{share:>11.2%}" + (
+            f"{f.spearman:>10.4f}{f.kendall:>9.4f}"
+        )

@@ -1,0 +1,103 @@
+"""Rankings as a table, TSV, JSON, JSONL or a TREC run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qrank.reranker import Ranking
+from qrank.runs import TAG
+
+
+@dataclass(frozen=True)
+class Result:
+    """A ranked document and the fields its input line had.
+
+    Attributes:
+        ranking: as the reranker gave it.
+        score: what to show: the score, or with --raw the logit.
+        fields: of its JSON line besides the text; {} for plain lines.
+    """
+
+    ranking: Ranking
+    score: float
+    fields: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """As JSON shows it: the input's own fields kept, the ranking's on top."""
+        ranking = self.ranking
+        record = {
+            **self.fields,
+            "index": ranking.index,
+            "score": self.score,
+            "text": ranking.text,
+        }
+        if ranking.truncated:
+            record["truncated"] = True
+        if ranking.part is not None:
+            record["part"] = list(ranking.part)
+        return record
+
+
+def _table(results: Sequence[Result], model: str, target: str) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+    table.add_column("rank", justify="right")
+    table.add_column("score", justify="right")
+    table.add_column("index", justify="right")
+    table.add_column("document", no_wrap=True, overflow="ellipsis", ratio=1)
+    for rank, result in enumerate(results, 1):
+        table.add_row(
+            str(rank),
+            f"{result.score:.4f}",
+            str(result.ranking.index),
+            Text(_line(result.ranking.text)),
+        )
+    console = Console()
+    console.print(table)
+    console.print(Text(f"{model}, {target}", style="dim"))
+
+
+def _tsv(results: Sequence[Result], model: str, target: str) -> None:
+    for rank, result in enumerate(results, 1):
+        click.echo(
+            f"{rank}\t{result.score:.6g}\t{result.ranking.index}\t{_line(result.ranking.text)}"
+        )
+
+
+def _json(results: Sequence[Result], model: str, target: str) -> None:
+    content = {"model": model, "target": target, "results": [r.record() for r in results]}
+    click.echo(json.dumps(content, ensure_ascii=False, indent=2))
+
+
+def _jsonl(results: Sequence[Result], model: str, target: str) -> None:
+    for result in results:
+        click.echo(json.dumps(result.record(), ensure_ascii=False))
+
+
+def _trec(results: Sequence[Result], model: str, target: str) -> None:
+    # Logits, as in `qrank.runs`: an evaluator sorts by them.
+    for rank, result in enumerate(results, 1):
+        identity = result.fields.get("id", result.fields.get("_id", result.ranking.index))
+        click.echo(f"q Q0 {identity} {rank} {result.ranking.logit:.6f} {TAG}")
+
+
+def _line(text: str) -> str:
+    """A text on one line, without what could steer a terminal or break a column."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+WRITERS: dict[str, Callable[[Sequence[Result], str, str], None]] = {
+    "table": _table,
+    "tsv": _tsv,
+    "json": _json,
+    "jsonl": _jsonl,
+    "trec": _trec,
+}
+"""By the names `--format` takes: (results, model, target) -> stdout."""

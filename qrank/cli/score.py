@@ -1,0 +1,156 @@
+"""`qrank score`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+from rich.console import Console
+from rich.progress import track
+
+from qrank.cli.common import debug_option, notice
+from qrank.cli.output import WRITERS, Result
+from qrank.errors import InputError
+from qrank.locate import DEFAULT
+from qrank.reranker import LongDocuments, Reranker
+from qrank.runs import RunReranker
+
+_EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.option("-q", "--query", help="What to rank the documents for.")
+@click.argument("files", nargs=-1, type=click.File("r", encoding="utf-8", errors="replace"))
+@click.option("-m", "--model", help=f"Bundled name, bundle folder or hub id.  [default: {DEFAULT}]")
+@click.option("--jsonl", is_flag=True, help='Lines are JSON objects with a "text" field.')
+@click.option(
+    "-f",
+    "--format",
+    type=click.Choice(list(WRITERS)),
+    help="How to print.  [default: table on a terminal, tsv in a pipe]",
+)
+@click.option("-k", "--top-k", type=click.IntRange(min=0), help="Print only the first so many.")
+@click.option("--min-score", type=float, help="Leave out what scores below this.")
+@click.option("--raw", is_flag=True, help="Print logits, before the model's activation.")
+@click.option("--backend", help="Format or variant to run: onnx, onnx-fp32, ...")
+@click.option("--device", help="cpu, cuda, tensorrt, coreml or directml.  [default: cpu]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option("--max-length", type=int, help="Tokens of a pair.  [default: the model's limit]")
+@click.option(
+    "--long-documents",
+    type=click.Choice(["truncate", "chunk"]),
+    default="truncate",
+    show_default=True,
+    help="Read the beginning of a document that does not fit, or its best part.",
+)
+@click.option("--run", type=_EXISTING, help="Rerank this TREC run, grouped by query.")
+@click.option("--queries", type=_EXISTING, help="With --run: JSONL with id and text.")
+@click.option("--documents", type=_EXISTING, help="With --run: JSONL with id and text.")
+@debug_option
+def score(
+    query: str | None,
+    files: tuple[TextIO, ...],
+    model: str | None,
+    jsonl: bool,
+    format: str | None,
+    top_k: int | None,
+    min_score: float | None,
+    raw: bool,
+    backend: str | None,
+    device: str | None,
+    threads: int | None,
+    max_length: int | None,
+    long_documents: LongDocuments,
+    run: Path | None,
+    queries: Path | None,
+    documents: Path | None,
+) -> None:
+    """Rank documents for a query, most relevant first.
+
+    Documents come one a line from FILES, or from standard input; every line counts, blank ones
+    too. With --run, --queries and --documents, a whole TREC run is reranked to a new one.
+
+    \b
+      qrank score -q "how do plants make food?" passages.txt
+      grep -i plant notes.txt | qrank score -q "how do plants make food?" -k 5
+      qrank score --run bm25.trec --queries q.jsonl --documents d.jsonl > new.trec
+    """
+    if model is None:
+        notice(f"no --model given: using the bundled {DEFAULT}")
+
+    def load() -> Reranker:
+        return Reranker(
+            model or DEFAULT, backend=backend, device=device, threads=threads, max_length=max_length
+        )
+
+    if run is not None:
+        if queries is None or documents is None:
+            raise click.UsageError("--run goes with --queries and --documents")
+        if query is not None or files or jsonl or min_score is not None or raw:
+            raise click.UsageError("--run takes no -q, FILES, --jsonl, --min-score or --raw")
+        if format not in (None, "trec"):
+            raise click.UsageError("--run writes a TREC run: --format trec")
+        _score_run(load, RunReranker(run, queries, documents), top_k, long_documents)
+        return
+    if query is None:
+        raise click.UsageError("give a query with -q, or a run with --run")
+    if not files and sys.stdin.isatty():
+        raise click.UsageError("give FILES, or documents on standard input")
+    lines = list(_lines(files or (sys.stdin,), jsonl))
+    with load() as reranker:
+        ranking = reranker.rank(
+            query, [text for text, _ in lines], top_k=top_k, long_documents=long_documents
+        )
+    if cut := sum(item.truncated for item in ranking):
+        notice(
+            f"{cut} of the {len(ranking)} documents shown did not fit and only their beginning "
+            "was read; --long-documents chunk reads them whole"
+        )
+    results = [
+        Result(item, item.logit if raw else item.score, lines[item.index][1]) for item in ranking
+    ]
+    if min_score is not None:
+        results = [result for result in results if result.score >= min_score]
+    chosen = format or ("table" if sys.stdout.isatty() else "tsv")
+    WRITERS[chosen](results, reranker.manifest.name, reranker.target.name)
+
+
+def _score_run(
+    load: Any, run: RunReranker, top_k: int | None, long_documents: LongDocuments
+) -> None:
+    with closing(run), load() as reranker:
+        reranked = run.rerank(reranker, top_k=top_k, long_documents=long_documents)
+        console = Console(stderr=True)
+        for lines in track(
+            reranked,
+            "reranking",
+            total=run.count,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ):
+            click.echo("\n".join(lines))
+
+
+def _lines(files: tuple[TextIO, ...], jsonl: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line's text, and the other fields of a JSON line."""
+    for file in files:
+        name = getattr(file, "name", "standard input")
+        for number, line in enumerate(file, 1):
+            text = line.rstrip("\r\n")
+            if not jsonl:
+                yield text, {}
+                continue
+            try:
+                record = json.loads(text)
+                yield record.pop("text"), record
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise InputError(
+                    f'{name}, line {number}: expected a JSON object with a "text" field, '
+                    f"found {text[:60]!r}"
+                ) from error
