@@ -1,2 +1,4 @@
-"""Converters: a checkpoint in, a bundle out. They may import torch and transformers; qrank's
-runtime never imports them."""
+"""Converters: a checkpoint in, a bundle out.
+
+They may import torch and transformers; the runtime never imports them.
+"""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qrank.bundle import Source
 from qrank.errors import ConversionError, FamilyError, ModelNotFoundError
 from qrank.extras import need
-from qrank.family import Card, Family, Pooling, find_card
+from qrank.family import POOLINGS, Card, Family, find_card
 from qrank.hub import download, is_hub_id
 
 if TYPE_CHECKING:
@@ -183,13 +183,16 @@ def _max_length(card: Card, config: dict[str, Any], tokenizer: PreTrainedTokeniz
     return min(positions, int(tokenizer.model_max_length))
 
 
-def _pooling(card: Card, config: dict[str, Any]) -> Pooling:
-    value = card.pooling
-    if value not in ("pooler", "cls", "mean"):
-        value = config.get(card.pooling, "")
-    if value == "pooler" or value == "cls" or value == "mean":
-        return value
-    raise FamilyError(f"config.json has {card.pooling} = {value!r}; supported are 'cls' and 'mean'")
+def _pooling(card: Card, config: dict[str, Any]) -> str:
+    if card.pooling in POOLINGS:
+        return card.pooling
+    value = config.get(card.pooling)
+    if value not in POOLINGS:
+        raise FamilyError(
+            f"config.json has {card.pooling} = {value!r}; supported are: {', '.join(POOLINGS)}"
+        )
+    pooling: str = value
+    return pooling
 
 
 def _activation(card: Card, config: dict[str, Any]) -> str:

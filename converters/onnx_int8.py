@@ -93,7 +93,7 @@ class _Quantizer:
         # Products that share an input share its smoothing, so their weights are seen together.
         smoothing = self._smoothing()
         for node in graph.node:
-            if node.name in self._keep or not self._quantizable(node):
+            if not self._quantizable(node):
                 self._nodes.append(node)
             elif node.op_type == "MatMul":
                 self._product(node, smoothing.get(node.input[0]))
@@ -108,6 +108,8 @@ class _Quantizer:
         self._model.opset_import.append(self._onnx.helper.make_opsetid("com.microsoft", 1))
 
     def _quantizable(self, node: onnx.NodeProto) -> bool:
+        if node.name in self._keep:
+            return False
         if node.op_type == "MatMul":
             return node.input[1] in self._weights
         if node.op_type == "Gather":
@@ -124,11 +126,10 @@ class _Quantizer:
         """s of every layer norm's output that is multiplied by weights; shape [channels]."""
         largest: dict[str, Floats] = {}
         for node in self._model.graph.node:
-            if node.op_type == "MatMul" and node.input[0] in self._maxima:
-                if self._quantizable(node) and node.name not in self._keep:
-                    rows = np.abs(self._array(node.input[1])).max(axis=1)
-                    seen = largest.get(node.input[0], rows)
-                    largest[node.input[0]] = np.maximum(seen, rows)
+            x = node.input[0] if node.op_type == "MatMul" else None
+            if x in self._maxima and self._quantizable(node):
+                rows = np.abs(self._array(node.input[1])).max(axis=1)
+                largest[x] = np.maximum(largest.get(x, rows), rows)
         smoothing = {}
         for name, weights in largest.items():
             s = np.sqrt(np.maximum(self._maxima[name], 1e-5) / np.maximum(weights, 1e-5))

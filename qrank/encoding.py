@@ -42,7 +42,8 @@ class Encoder:
     def __init__(
         self, tokenizer: Path, family: Family, *, max_length: int | None = None, threads: int = 1
     ) -> None:
-        """
+        """Read the tokenizer.
+
         Args:
             tokenizer: the bundle's tokenizer.json.
             family: the bundle's family.

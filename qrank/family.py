@@ -12,7 +12,7 @@ import tomllib
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qrank.errors import FamilyError
 
@@ -20,7 +20,6 @@ ACTIVATIONS = ("identity", "sigmoid")
 ROLES = ("cls", "sep")
 SLOTS = ("query", "document")
 
-Pooling = Literal["pooler", "cls", "mean"]
 POOLINGS = ("pooler", "cls", "mean")
 
 
@@ -158,7 +157,7 @@ class Family:
         template: the pair as token ids and the slots "query" and "document".
         segments: the token type of each template item; None without token types.
         max_length: tokens the model reads, special tokens included.
-        pooling: how the final hidden states become one vector.
+        pooling: how the final hidden states become one vector: one of POOLINGS.
         activation: what scores go through.
     """
 
@@ -167,7 +166,7 @@ class Family:
     template: tuple[int | str, ...]
     segments: tuple[int, ...] | None
     max_length: int
-    pooling: Pooling
+    pooling: str
     activation: str
 
     def to_json(self) -> dict[str, Any]:

@@ -174,12 +174,9 @@ class Reranker:
         Raises:
             InputError, TargetError: as for `rank`.
         """
-        listed = [tuple(pair) for pair in pairs]
-        if bad := next((i for i, pair in enumerate(listed) if len(pair) != 2), None):
-            raise InputError(f"pair {bad} is no (query, document) pair")
-        items = self._items(listed, long_documents)
+        items = self._items(list(pairs), long_documents)
         if not items:
-            return np.empty(0, np.float32 if raw else np.float64)
+            return np.empty(0, np.float32) if raw else np.empty(0, np.float64)
         logits = self._logits(items)
         logits = logits[_best_items([item.owner for item in items], logits)]
         return logits if raw else activation.activate(logits, self.manifest.family.activation)
@@ -219,8 +216,10 @@ class Reranker:
     def _items(self, pairs: list[tuple[str, str]], long_documents: str) -> list[_Item]:
         if long_documents not in ("truncate", "chunk"):
             raise InputError(f"long_documents is {long_documents!r}; give 'truncate' or 'chunk'")
-        for i, pair in enumerate(pairs):
-            for kind, text in zip(("query", "document"), pair, strict=True):
+        for i, item in enumerate(pairs):
+            if not isinstance(item, tuple | list) or len(item) != 2:
+                raise InputError(f"pair {i} is no (query, document) pair")
+            for kind, text in zip(("query", "document"), item, strict=True):
                 if not isinstance(text, str):
                     raise InputError(f"{kind} {i} is {type(text).__name__}, not a string")
         encoder = self._encoder

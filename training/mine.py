@@ -20,6 +20,7 @@ from queries import Query, made
 from sources import cache_folder
 
 LIST = 8
+BLOCK = 128  # queries whose cosines with the whole pool are held at once
 # Ranks that a list's negatives are drawn from, and how many from each: the nearest are the
 # hardest, the rest keep the whole scale of relevance in view. The last comes from anywhere.
 RANKS = ((0, 6, 2), (6, 25, 2), (25, 100, 2))
@@ -85,11 +86,17 @@ def main(count: int, seed: int) -> None:
     )
     with (folder / "lists.jsonl").open("w") as out:
         for row, query in enumerate(queries):
-            cosine = (pool @ asked[row]).numpy()
-            lexical = index.get_scores(words[row]) if words[row] else np.zeros_like(cosine)
-            taken = pick(query, lexical, cosine, rng)
-            share = lexical[taken] / max(float(lexical.max()), 1e-6)
-            scores = teacher(cosine[taken], share, bool(query.reads))
+            if row % BLOCK == 0:
+                cosines = asked[row : row + BLOCK] @ pool.T
+                near = cosines.topk(100).indices.tolist()
+            lexical = torch.zeros(len(texts))
+            if words[row]:
+                lexical = torch.from_numpy(index.get_scores(words[row]))
+            best = lexical.topk(100)
+            taken = pick(query, [best.indices.tolist(), near[row % BLOCK]], len(texts), rng)
+            share = lexical[taken] / max(float(best.values[0]), 1e-6)
+            scores = teacher(cosines[row % BLOCK, taken].numpy(), share.numpy(),
+                             bool(query.reads))
             differs = query.reads != texts[query.passage]
             line = dict(
                 query=query.text,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,7 +129,7 @@ def feed(session: onnxruntime.InferenceSession, batch: Work) -> dict[str, NDArra
     return {name: values[name] for name in wanted}
 
 
-def _padded(rows: list[NDArray[np.int32]] | list[NDArray[np.int8]]) -> NDArray[np.int64]:
+def _padded(rows: Sequence[NDArray[np.signedinteger]]) -> NDArray[np.int64]:
     """Rows side by side, filled up with 0, which the mask hides; shape [n, longest]."""
     out = np.zeros((len(rows), max(len(row) for row in rows)), np.int64)
     for target, row in zip(out, rows, strict=True):
