@@ -84,7 +84,7 @@ def convert(
     work = target.with_name(f".{target.name}.partial-{os.getpid()}")
     work.mkdir()
     try:
-        manifest = _build(checkpoint, wanted, work, target.name, old, progress)
+        manifest = _build(checkpoint, wanted, work, old, progress)
         if old is None:
             _replace(work, target)
         else:
@@ -98,7 +98,6 @@ def _build(
     checkpoint: Checkpoint,
     wanted: Sequence[tuple[str, str]],
     folder: Path,
-    name: str,
     old: Manifest | None,
     progress: Progress,
 ) -> Manifest:
@@ -110,7 +109,7 @@ def _build(
     progress("running the fp32 reference")
     model = checkpoint.load()
     manifest = old or Manifest(
-        name=name.removesuffix("-qrank"),
+        name=checkpoint.name,
         family=checkpoint.family,
         source=checkpoint.source,
         files={TOKENIZER: FileRecord.of(tokenizer)},

@@ -15,8 +15,8 @@ from qrank.bundle import Manifest, Probes, Variant
 from qrank.errors import TargetError
 from qrank.fidelity import TOLERANCES, Fidelity
 
-_PREFERRED = {"cpu": ("int8", "fp32", "fp16")}
-_PREFERRED_ELSEWHERE = ("fp16", "fp32", "int8")
+PREFERRED = {"cpu": ("int8", "fp32", "fp16")}
+PREFERRED_ELSEWHERE = ("fp16", "fp32", "int8")
 _PROBE_TOKENS = 1024
 
 
@@ -56,7 +56,7 @@ def choose(manifest: Manifest, backend: str | None, device: str | None) -> Targe
             f"the bundle {manifest.name} has no variant for backend {backend!r}; it has: "
             f"{', '.join(manifest.variants)}; backends are: {', '.join(FORMATS)}"
         )
-    order = _PREFERRED.get(device, _PREFERRED_ELSEWHERE)
+    order = PREFERRED.get(device, PREFERRED_ELSEWHERE)
     return Target(min(wanted, key=lambda v: order.index(v.precision)), device)
 
 

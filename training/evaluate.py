@@ -44,16 +44,22 @@ class CrossEncoder:
         found = np.empty(len(documents), np.float32)
         for begin in range(0, len(order), at_once):
             group = order[begin : begin + at_once]
-            batch = self.tokenizer([query] * len(group), [documents[i] for i in group],
-                                   truncation="only_second", max_length=512, padding=True,
-                                   return_tensors="pt")
+            batch = self.tokenizer(
+                [query] * len(group),
+                [documents[i] for i in group],
+                truncation="only_second",
+                max_length=512,
+                padding=True,
+                return_tensors="pt",
+            )
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
                 found[group] = self.model(**batch).logits.float().squeeze(1).numpy()
         return found
 
 
-def first_stage(documents: list[dict[str, Any]], queries: list[dict[str, Any]]
-                ) -> tuple[NDArray[np.int64], Scores]:
+def first_stage(
+    documents: list[dict[str, Any]], queries: list[dict[str, Any]]
+) -> tuple[NDArray[np.int64], Scores]:
     """BM25's top 100 of each query: document indices and scores [queries, 100]."""
     index = bm25s.BM25()
     texts = [document["text"] for document in documents]
@@ -77,8 +83,12 @@ def sanity(model: CrossEncoder) -> tuple[int, int]:
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
-@click.option("--data", type=click.Path(exists=True, path_type=Path), required=True,
-              help="Folder of the test collection.")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, path_type=Path),
+    required=True,
+    help="Folder of the test collection.",
+)
 @click.option("--queries", "count", default=0, help="A random sample of this many; 0 is all.")
 @click.option("--bf16/--fp32", default=False)
 @click.option("--threads", default=0, help="0 leaves it to torch.")
@@ -98,8 +108,9 @@ def main(checkpoint: Path, data: Path, count: int, bf16: bool, threads: int) -> 
     systems: dict[str, list[Scores]] = {
         "BM25": [bm25[i] for i in keep],
         "all-MiniLM-L6-v2": [vectors[top[i]] @ asked[i] for i in keep],
-        checkpoint.name: [model.logits(queries[i]["text"], [texts[j] for j in top[i]])
-                          for i in keep],
+        checkpoint.name: [
+            model.logits(queries[i]["text"], [texts[j] for j in top[i]]) for i in keep
+        ],
     }
     ids = [queries[i]["id"] for i in keep]
     judged = [qrel for qrel in qrels if qrel.query_id in set(ids)]
@@ -107,8 +118,11 @@ def main(checkpoint: Path, data: Path, count: int, bf16: bool, threads: int) -> 
     click.echo(f"{right}/{groups} plain questions right; {len(ids)} queries")
     click.echo("| | " + " | ".join(map(str, MEASURES)) + " |\n|---|---|---|---|---|")
     for name, scores in systems.items():
-        run = [ScoredDoc(ids[n], documents[j]["id"], float(score))
-               for n, i in enumerate(keep) for j, score in zip(top[i], scores[n], strict=True)]
+        run = [
+            ScoredDoc(ids[n], documents[j]["id"], float(score))
+            for n, i in enumerate(keep)
+            for j, score in zip(top[i], scores[n], strict=True)
+        ]
         total = ir_measures.calc_aggregate(MEASURES, judged, run)
         click.echo(f"| {name} | " + " | ".join(f"{total[m]:.4f}" for m in MEASURES) + " |")
         each = {m.query_id: m.value for m in ir_measures.iter_calc([nDCG @ 10], judged, run)}

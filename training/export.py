@@ -61,8 +61,10 @@ def main(target: Path, name: str) -> None:
         tokenizer().save_pretrained(made)
         for path in Path(made).iterdir():
             os.replace(path, target / path.name)
-    click.echo(f"step {state['step']}, {state['used'] / 60:.0f} minutes; "
-               f"logits times {scale:.3f} plus {offset:.3f}")
+    click.echo(
+        f"step {state['step']}, {state['used'] / 60:.0f} minutes; "
+        f"logits times {scale:.3f} plus {offset:.3f}"
+    )
 
 
 if __name__ == "__main__":

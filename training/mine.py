@@ -95,8 +95,7 @@ def main(count: int, seed: int) -> None:
             best = lexical.topk(100)
             taken = pick(query, [best.indices.tolist(), near[row % BLOCK]], len(texts), rng)
             share = lexical[taken] / max(float(best.values[0]), 1e-6)
-            scores = teacher(cosines[row % BLOCK, taken].numpy(), share.numpy(),
-                             bool(query.reads))
+            scores = teacher(cosines[row % BLOCK, taken].numpy(), share.numpy(), bool(query.reads))
             differs = query.reads != texts[query.passage]
             line = dict(
                 query=query.text,

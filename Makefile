@@ -1,0 +1,50 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup demo test lint bench build clean
+
+help: ## Show this
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 10
+
+setup: $(VENV)/.test ## Make .venv with everything: runtime, converters (torch), tests, linters
+
+demo: $(VENV)/.demo ## Make .venv with the light runtime and rerank a sample file with mini
+	$(BIN)/qrank score -q "how do plants make food?" --top-k 5 --format table docs/sample/passages.txt
+
+test: $(VENV)/.test ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test ## Check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@# mypy does not know that qrank.converters lies in converters/: check a copy that is laid out.
+	rm -rf build/typed
+	$(BIN)/pip install --quiet --no-deps --target build/typed .
+	MYPYPATH=build/typed $(BIN)/mypy -p qrank
+	MYPYPATH=build/typed $(BIN)/mypy tests
+
+bench: $(VENV)/.test ## Run the benchmarks; DATA=folder with Cranfield (see benchmarks/README.md)
+	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER; see benchmarks/README.md"; exit 2; }
+	for script in startup install latency batching quality; do \
+	  $(BIN)/python benchmarks/$$script.py --data $(DATA) || exit 1; \
+	done
+
+build: $(VENV)/.test ## Build wheel and sdist into dist/
+	rm -rf dist
+	$(BIN)/python -m build
+
+clean: ## Remove what was made, .venv included
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[cpu]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@ $(VENV)/.demo

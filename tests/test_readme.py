@@ -1,0 +1,95 @@
+"""Every command the README shows does what the README says."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+BIN = Path(sys.executable).parent
+
+NOT_RUN = {
+    "make demo": "its command is run by test_demo, its installation by .ci/run",
+    "make test": "this very test run",
+    'pip install ".[cpu]"': "the environment is there already",
+    'pip install ".[cpu,convert]"': "the environment is there already",
+}
+
+
+def blocks(language: str) -> list[str]:
+    """The code blocks of a language; "" for those without one."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def run(command: str, folder: Path) -> str:
+    """What a command prints, run by a shell that finds this environment's qrank first."""
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env={**os.environ, "PATH": path, "COLUMNS": "80"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the files the README's commands name."""
+    folder = tmp_path_factory.mktemp("readme")
+    passages = (ROOT / "docs/sample/passages.txt").read_text("utf-8")
+    (folder / "passages.txt").write_text(passages, "utf-8")
+    shutil.copytree(
+        ROOT / "models/mini", folder / "models/mini", ignore=shutil.ignore_patterns("bundle")
+    )
+    lines = passages.splitlines()
+    records = [json.dumps({"id": f"d{i}", "text": text}) for i, text in enumerate(lines)]
+    (folder / "documents.jsonl").write_text("\n".join(records), "utf-8")
+    (folder / "queries.jsonl").write_text('{"id": "q1", "text": "what colour is Mars?"}', "utf-8")
+    (folder / "first.trec").write_text(
+        "".join(f"q1 Q0 d{i} {i + 1} {-i} bm25\n" for i in range(len(lines))), "utf-8"
+    )
+    return folder
+
+
+def test_shell_commands(folder: Path) -> None:
+    commands = [line for block in blocks("sh") for line in block.splitlines()]
+    assert set(NOT_RUN) <= set(commands), "an exemption for a command that is not there"
+    for command in commands:
+        if command not in NOT_RUN:
+            run(command, folder)
+    first = (folder / "new.trec").read_text("utf-8").split()
+    assert first[:4] == ["q1", "Q0", "d8", "1"]
+
+
+def test_python(folder: Path) -> None:
+    (block,) = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=folder, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[0] == "1"
+
+
+def test_demo() -> None:
+    """`make demo` runs this command, and prints just what the README shows."""
+    recipe = subprocess.run(
+        ["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()[-1]
+    assert recipe.startswith(".venv/bin/qrank ")
+    printed = run(recipe.removeprefix(".venv/bin/"), ROOT)
+    assert "photosynthesis" in printed.splitlines()[1]
+    assert [line.rstrip() for line in printed.splitlines()] == blocks("")[0].splitlines()
+
+
+def test_links() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
