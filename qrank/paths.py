@@ -24,8 +24,12 @@ def cache_folder() -> Path | None:
         None where it cannot be written (a read-only home, say). Everything still works then;
         what would have been remembered is worked out again, and one notice says so.
     """
-    folder = Path(os.environ.get("QRANK_CACHE") or platformdirs.user_cache_path("qrank"))
+    named = os.environ.get("QRANK_CACHE")
+    folder = Path(named).absolute() if named else platformdirs.user_cache_path("qrank")
     try:
+        if not folder.is_absolute():
+            # No home: "~" stays as it is, and a folder of that name is not what is meant.
+            raise OSError(f"{folder} is not an absolute path")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
