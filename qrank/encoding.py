@@ -84,11 +84,11 @@ class Encoder:
     def query(self, text: str) -> Ids:
         """Token ids of a query.
 
-        A query that alone exceeds the limit is cut, with a warning, to three quarters of it: the
+        A query that alone fills the limit is cut, with a warning, to three quarters of it: the
         last quarter stays for the document, or all documents would score alike.
         """
         (ids,) = self.ids([text])
-        if len(ids) <= self._text_limit:
+        if len(ids) < self._text_limit:
             return ids
         kept = max(self._text_limit * 3 // 4, 1)
         log.warning(
@@ -101,7 +101,7 @@ class Encoder:
         return ids[:kept]
 
     def room(self, query: Ids) -> int:
-        """Tokens a document may have beside a query, 0 or more."""
+        """Tokens a document may have beside a query, 1 or more."""
         return self._text_limit - len(query)
 
     def pair(self, query: Ids, document: Ids) -> tuple[Ids, Segments | None]:
@@ -128,7 +128,7 @@ class Encoder:
         """
         encoding = self._tokenizer.encode(_clean(text), add_special_tokens=False)
         ids = np.array(encoding.ids, np.int32)
-        size = max(min(room, CHUNK_TOKENS), 1)
+        size = min(room, CHUNK_TOKENS)
         step = size - size // 8
         starts = range(0, max(len(ids) - size, 0) + step, step)
         return [

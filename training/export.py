@@ -1,5 +1,6 @@
 """Step 4: a training state becomes a checkpoint folder: calibrated, in fp16, self-describing."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -59,7 +60,11 @@ def main(target: Path, name: str) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as made:
         model.half().save_pretrained(made)
         tokenizer().save_pretrained(made)
+        spaced = Path(made) / "tokenizer.json"  # a third of the file is indentation
+        spaced.write_text(json.dumps(json.loads(spaced.read_text()), separators=(",", ":"),
+                                     ensure_ascii=False))
         for path in Path(made).iterdir():
+            path.chmod(0o644)
             os.replace(path, target / path.name)
     click.echo(
         f"step {state['step']}, {state['used'] / 60:.0f} minutes; "

@@ -51,17 +51,14 @@ def teacher(
     return logits.astype(np.float32)
 
 
-def pick(
-    query: Query, lexical: NDArray[np.float32], cosine: NDArray[np.float32], rng: random.Random
-) -> list[int]:
+def pick(query: Query, tops: list[list[int]], pool: int, rng: random.Random) -> list[int]:
     """The indices of one list: the query's own passage first where it is read, then negatives."""
-    ranked = [np.argsort(-scores)[:100] for scores in (lexical, cosine)]
     taken = [query.passage]
     for low, high, count in RANKS:
-        near = {int(i) for top in ranked for i in top[low:high]} - set(taken)
+        near = {i for top in tops for i in top[low:high]} - set(taken)
         taken += rng.sample(sorted(near), min(count, len(near)))
     while len(taken) < LIST + (not query.reads):
-        taken = list(dict.fromkeys([*taken, rng.randrange(len(cosine))]))
+        taken = list(dict.fromkeys([*taken, rng.randrange(pool)]))
     return taken if query.reads else taken[1:]
 
 
