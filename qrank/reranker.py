@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import numpy as np
 
@@ -153,6 +153,24 @@ class Reranker:
             )
             for i in order
         ]
+
+    @overload
+    def score(
+        self,
+        pairs: Iterable[tuple[str, str]],
+        *,
+        raw: Literal[False] = False,
+        long_documents: LongDocuments = "truncate",
+    ) -> activation.Scores: ...
+
+    @overload
+    def score(
+        self,
+        pairs: Iterable[tuple[str, str]],
+        *,
+        raw: Literal[True],
+        long_documents: LongDocuments = "truncate",
+    ) -> Logits: ...
 
     def score(
         self,
