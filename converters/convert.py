@@ -19,7 +19,7 @@ from qrank.converters.fidelity import encode_pairs, make_probes, measure
 from qrank.converters.probes import calibration_pairs
 from qrank.converters.tokenizer import text_tokenizer
 from qrank.errors import ConversionError, FidelityError
-from qrank.extras import installed
+from qrank.extras import installed, need
 from qrank.fidelity import Fidelity
 
 DEFAULT_PRECISION = "int8"
@@ -72,6 +72,9 @@ def convert(
         known = converter(format).PRECISIONS
         if precision not in known:
             raise ConversionError(f"{format} has no {precision}; it has: {', '.join(known)}")
+        for name in converter(format).MODULES:
+            if not installed(name):
+                need(name)
     progress("reading the checkpoint")
     checkpoint = read_checkpoint(source, family=family, revision=revision, offline=offline)
     target = (output or Path(f"{checkpoint.name}-qrank")).absolute()

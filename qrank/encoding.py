@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from qrank.errors import BundleError, InputError
 from qrank.family import Family
@@ -18,6 +18,8 @@ log = logging.getLogger("qrank")
 
 CHUNK_TOKENS = 3000
 """Longest chunk of a long document; shorter where the model's limit is."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 _PARALLEL_FROM = 20_000
 """Characters from which tokenizing on several threads pays for waking them."""
@@ -54,6 +56,9 @@ class Encoder:
             InputError: `max_length` is beyond the model's limit, or leaves no room for text.
             BundleError: the tokenizer cannot be read.
         """
+        # Here, not above: a native library that `import qrank` need not wait for.
+        from tokenizers import Tokenizer
+
         special = sum(isinstance(item, int) for item in family.template)
         limit = family.max_length if max_length is None else max_length
         if not special + 2 <= limit <= family.max_length:
@@ -72,7 +77,7 @@ class Encoder:
     def ids(self, texts: Sequence[str]) -> list[Ids]:
         """Token ids of each text, whole and without special tokens.
 
-        Lone surrogates, which no tokenizer takes, become U+FFFD.
+        Surrogates, which no tokenizer takes, become U+FFFD.
         """
         clean = [_clean(text) for text in texts]
         if self._threads == 1 or sum(map(len, clean)) < _PARALLEL_FROM:
@@ -142,10 +147,5 @@ class Encoder:
 
 
 def _clean(text: str) -> str:
-    if text.isascii():
-        return text
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    # One character for one, so that places in the text stay what they are.
+    return text if text.isascii() else _SURROGATE.sub("\ufffd", text)

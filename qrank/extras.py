@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from types import ModuleType
 
 from qrank.errors import MissingExtraError
 
 EXTRA_OF = {
-    "huggingface_hub": "hub",
     "onnx": "convert",
     "onnxruntime": "onnx",
     "onnxscript": "convert",
@@ -18,6 +18,12 @@ EXTRA_OF = {
     "transformers": "convert",
 }
 """Which extra of qrank brings a module."""
+
+
+_SILENCE = {"onnxruntime": "ORT_DISABLE_TELEMETRY"}
+"""The environment variable that, set before the import, keeps a module from calling home.
+
+onnxruntime does since 1.29, from a thread that makes a forked child hang when it exits."""
 
 
 def pip_line(extra: str) -> str:
@@ -36,11 +42,14 @@ def need(module: str) -> ModuleType:
     Raises:
         MissingExtraError: it is not installed, or is installed and broken; with the pip line.
     """
-    extra = EXTRA_OF[module.partition(".")[0]]
+    package = module.partition(".")[0]
+    extra = EXTRA_OF[package]
+    if package in _SILENCE:
+        os.environ.setdefault(_SILENCE[package], "1")
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        state = "cannot be imported" if installed(module.partition(".")[0]) else "is not installed"
+        state = "cannot be imported" if installed(package) else "is not installed"
         raise MissingExtraError(
             f"{module} {state} ({error}); install it with: {pip_line(extra)}"
         ) from error

@@ -8,9 +8,7 @@ the checkpoint or the card is needed to score.
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +60,8 @@ class Card:
         Raises:
             FamilyError: not TOML, an unknown or missing key, or a value out of its range.
         """
+        import tomllib  # here, not above: scoring reads no card
+
         try:
             content = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
@@ -108,6 +108,8 @@ class Card:
 
 def cards() -> list[Card]:
     """The cards that come with qrank, by name."""
+    from importlib import resources  # here, not above: scoring reads no card
+
     files = [f for f in resources.files("qrank.models").iterdir() if f.name.endswith(".toml")]
     return sorted((Card.read(f.read_text("utf-8"), f.name) for f in files), key=lambda c: c.name)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 from qrank.bundle import MANIFEST, Manifest
@@ -14,6 +13,8 @@ DEFAULT = "mini"
 
 def bundled() -> dict[str, Path]:
     """The bundles that come with qrank, by name."""
+    from importlib import resources  # here, not above: slow, and importing qrank needs it not
+
     root = Path(str(resources.files("qrank.models")))
     return {path.parent.parent.name: path.parent for path in root.glob(f"*/bundle/{MANIFEST}")}
 

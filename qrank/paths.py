@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import platformdirs
 
 log = logging.getLogger("qrank")
 
@@ -24,6 +21,11 @@ def cache_folder() -> Path | None:
         None where it cannot be written (a read-only home, say). Everything still works then;
         what would have been remembered is worked out again, and one notice says so.
     """
+    # Here, not above: both are slow to import, and importing qrank needs neither.
+    import tempfile
+
+    import platformdirs
+
     named = os.environ.get("QRANK_CACHE")
     folder = Path(named).absolute() if named else platformdirs.user_cache_path("qrank")
     try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,10 +99,11 @@ class Reranker:
             threads=self._options.threads,
         )
         self._folder = folder
-        self._open = backends.opener(backend if backend and ":" in backend else self.format)
+        self._custom = backend if backend and ":" in backend else None
+        self._open = backends.opener(self._custom or self.format)
         self._lock = threading.Lock()
         self._backend: backends.Backend | None = None
-        self._process = os.getpid()
+        _living.add(self)
         self._ready()
 
     @property
@@ -202,7 +205,7 @@ class Reranker:
     def close(self) -> None:
         """Free the model; using the reranker again loads it again."""
         with self._lock:
-            if self._backend is not None and self._process == os.getpid():
+            if self._backend is not None:
                 self._backend.close()
             self._backend = None
 
@@ -219,16 +222,16 @@ class Reranker:
 
     def _ready(self) -> backends.Backend:
         """The backend of this process, opened and proven if need be."""
-        # Without the lock first: a fork may find it held by a thread the child does not have.
-        opened = self._backend
-        if opened is not None and self._process == os.getpid():
-            return opened
         with self._lock:
-            if self._backend is None or self._process != os.getpid():
+            if self._backend is None:
                 target = self.target
                 opened = self._open(self._folder, target.variant, target.device, self._options)
-                prove(opened, target, self.manifest)
-                self._backend, self._process = opened, os.getpid()
+                try:
+                    prove(opened, target, self.manifest, self._custom)
+                except BaseException:
+                    opened.close()
+                    raise
+                self._backend = opened
             return self._backend
 
     def _items(self, pairs: list[tuple[str, str]], long_documents: str) -> list[_Item]:
@@ -262,6 +265,11 @@ class Reranker:
         sequences = [item.ids for item in items]
         segments = [item.segments for item in items if item.segments is not None]
         logits = self._ready().logits(Work(sequences, segments or None))
+        logits = np.asarray(logits, np.float32)
+        if logits.shape != (len(items),):
+            raise TargetError(
+                f"{self.target.name} gave logits of shape {logits.shape} for {len(items)} inputs"
+            )
         if not np.isfinite(logits).all():
             bad = items[int(np.flatnonzero(~np.isfinite(logits))[0])].owner
             raise TargetError(
@@ -269,6 +277,27 @@ class Reranker:
                 "no ranking can be made of that. Name another variant or device"
             )
         return logits
+
+
+_living: weakref.WeakSet[Reranker] = weakref.WeakSet()
+
+
+def _forget_backends() -> None:
+    """In a forked child: load again what the parent had loaded, when it is used.
+
+    A runtime's threads do not survive a fork, and its destructor waits for them: so what was
+    inherited is never freed, not even when the child exits.
+    """
+    for reranker in _living:
+        # A thread the child does not have may hold the old one.
+        reranker._lock = threading.Lock()
+        if reranker._backend is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(reranker._backend))
+            reranker._backend = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_backends)
 
 
 def _best_items(owners: list[int], logits: Logits) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +19,7 @@ TAG = "qrank"
 
 @dataclass(frozen=True)
 class _Line:
+    number: int
     query: str
     document: str
 
@@ -31,6 +33,13 @@ class _Texts:
         self._file = path.open("rb")
         # A temporary database of SQLite's own, which it spills to disk as it grows.
         self._places = sqlite3.connect("")
+        try:
+            self._index()
+        except BaseException:
+            self.close()
+            raise
+
+    def _index(self) -> None:
         self._places.execute("CREATE TABLE place (id TEXT PRIMARY KEY, start INTEGER)")
         start = 0
         for number, line in enumerate(self._file, 1):
@@ -40,7 +49,7 @@ class _Texts:
                     self._places.execute("INSERT INTO place VALUES (?, ?)", (identity, start))
                 except sqlite3.IntegrityError:
                     raise InputError(
-                        f"{path}, line {number}: {kind} {identity!r} stands there twice"
+                        f"{self._path}, line {number}: {self._kind} {identity!r} stands there twice"
                     ) from None
             start += len(line)
 
@@ -69,7 +78,7 @@ class _Texts:
         if not isinstance(identity, str | int) or not isinstance(text, str):
             raise InputError(
                 f'{self._path}, line {number}: expected {{"id": …, "text": "…"}}, '
-                f"found {line[:60].decode('utf-8', 'replace').strip()}"
+                f"found {line[:60].decode('utf-8', 'replace').strip()!r}"
             )
         return str(identity), text
 
@@ -89,10 +98,13 @@ class RunReranker:
 
     def __init__(self, run: Path, queries: Path, documents: Path) -> None:
         self._run = run
-        self._queries = _Texts(queries, "query")
-        self._documents = _Texts(documents, "document")
-        self.count = self._check()
-        """Queries in the run."""
+        with ExitStack() as opened:
+            self._queries = opened.enter_context(closing(_Texts(queries, "query")))
+            self._documents = opened.enter_context(closing(_Texts(documents, "document")))
+            with closing(sqlite3.connect("")) as seen:
+                self.count = self._check(seen)
+                """Queries in the run."""
+            self._opened = opened.pop_all()
 
     def rerank(
         self,
@@ -118,11 +130,10 @@ class RunReranker:
 
     def close(self) -> None:
         """Close the files."""
-        self._queries.close()
-        self._documents.close()
+        self._opened.close()
 
     def _lines(self) -> Iterator[_Line]:
-        with self._run.open(encoding="utf-8") as file:
+        with self._run.open(encoding="utf-8", errors="replace") as file:
             for number, line in enumerate(file, 1):
                 fields = line.split()
                 if not fields:
@@ -132,17 +143,18 @@ class RunReranker:
                         f"{self._run}, line {number}: expected 6 columns (query Q0 document rank "
                         f"score tag), found {len(fields)}"
                     )
-                yield _Line(fields[0], fields[2])
+                yield _Line(number, fields[0], fields[2])
 
-    def _check(self) -> int:
-        seen = sqlite3.connect("")
+    def _check(self, seen: sqlite3.Connection) -> int:
         seen.execute("CREATE TABLE query (id TEXT PRIMARY KEY)")
         count = 0
         current = None
-        for number, line in enumerate(self._lines(), 1):
-            where = f"{self._run}, line {number}"
+        documents: set[str] = set()
+        for line in self._lines():
+            where = f"{self._run}, line {line.number}"
             if line.query != current:
                 current = line.query
+                documents.clear()
                 count += 1
                 if current not in self._queries:
                     raise InputError(f"{where}: the queries file lacks query {current!r}")
@@ -155,5 +167,9 @@ class RunReranker:
                     ) from None
             if line.document not in self._documents:
                 raise InputError(f"{where}: the documents file lacks {line.document!r}")
-        seen.close()
+            if line.document in documents:
+                raise InputError(
+                    f"{where}: document {line.document!r} stands there twice for query {current!r}"
+                )
+            documents.add(line.document)
         return count

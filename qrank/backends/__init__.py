@@ -74,5 +74,5 @@ def opener(name: str) -> Opener:
     path, _, attribute = name.partition(":")
     try:
         return cast(Opener, getattr(importlib.import_module(path), attribute))
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise TargetError(f"no backend {name}: {error}") from error

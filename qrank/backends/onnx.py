@@ -110,7 +110,11 @@ class OnnxBackend:
         del self._session
 
     def _run(self, batch: Work) -> Logits:
-        (logits,) = self._session.run(["logits"], feed(self._session, batch))
+        inputs = feed(self._session, batch)
+        try:
+            (logits,) = self._session.run(["logits"], inputs)
+        except Exception as error:  # onnxruntime's own exceptions share no base
+            raise TargetError(f"onnxruntime failed: {error}") from error
         return np.asarray(logits, np.float32).reshape(len(batch))
 
 

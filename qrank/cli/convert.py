@@ -10,7 +10,7 @@ from rich.console import Console
 from qrank.backends import FORMATS
 from qrank.cli.common import debug_option, notice
 from qrank.cli.models import fidelity_lines
-from qrank.extras import need, pip_line
+from qrank.extras import pip_line
 
 
 @click.command()
@@ -54,14 +54,14 @@ def convert(
       qrank convert cross-encoder/ms-marco-MiniLM-L6-v2
       qrank convert ./my-reranker --to onnx --precision fp16 -o ./my-bundle
     """
-    need("torch")
     from qrank.converters.convert import DEFAULT_PRECISION, formats_at_hand
     from qrank.converters.convert import convert as run
 
     if precision is not None and len(formats) != 1:
         raise click.UsageError("--precision goes with exactly one --to")
     if not formats:
-        formats = tuple(formats_at_hand())
+        # With none at hand, the conversion says what is missing.
+        formats = tuple(formats_at_hand()) or FORMATS
         for absent in sorted(set(FORMATS) - set(formats)):
             notice(f"leaving out {absent}: {pip_line('convert')}")
     variants = [(format, precision or DEFAULT_PRECISION) for format in dict.fromkeys(formats)]

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qrank.errors import InputError
 from qrank.reranker import Ranking
 from qrank.runs import TAG
 
@@ -48,16 +49,16 @@ class Result:
 
 def _table(results: Sequence[Result], model: str, target: str) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    table.add_column("rank", justify="right")
-    table.add_column("score", justify="right")
-    table.add_column("index", justify="right")
-    table.add_column("document", no_wrap=True, overflow="ellipsis", ratio=1)
+    # rich narrows what may wrap: the document, whose text then ends in an ellipsis instead.
+    for name in ("rank", "score", "index"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("document")
     for rank, result in enumerate(results, 1):
         table.add_row(
             str(rank),
             f"{result.score:.4f}",
             str(result.ranking.index),
-            Text(_line(result.ranking.text)),
+            Text(_line(result.ranking.text), no_wrap=True, overflow="ellipsis"),
         )
     console = Console()
     console.print(table)
@@ -73,19 +74,27 @@ def _tsv(results: Sequence[Result], model: str, target: str) -> None:
 
 def _json(results: Sequence[Result], model: str, target: str) -> None:
     content = {"model": model, "target": target, "results": [r.record() for r in results]}
-    click.echo(json.dumps(content, ensure_ascii=False, indent=2))
+    click.echo(_dumps(content, indent=2))
 
 
 def _jsonl(results: Sequence[Result], model: str, target: str) -> None:
     for result in results:
-        click.echo(json.dumps(result.record(), ensure_ascii=False))
+        click.echo(_dumps(result.record()))
 
 
 def _trec(results: Sequence[Result], model: str, target: str) -> None:
     # Logits, as in `qrank.runs`: an evaluator sorts by them.
     for rank, result in enumerate(results, 1):
-        identity = result.fields.get("id", result.fields.get("_id", result.ranking.index))
+        identity = str(result.fields.get("id", result.fields.get("_id", result.ranking.index)))
+        if identity.split() != [identity]:
+            raise InputError(f"the id {identity!r} is no single word; a TREC run cannot hold it")
         click.echo(f"q Q0 {identity} {rank} {result.ranking.logit:.6f} {TAG}")
+
+
+def _dumps(content: dict[str, Any], indent: int | None = None) -> str:
+    text = json.dumps(content, ensure_ascii=False, indent=indent)
+    # A lone surrogate has no UTF-8: escape it, as JSON can.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _line(text: str) -> str:

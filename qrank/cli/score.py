@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 import click
 from rich.console import Console
@@ -99,9 +99,10 @@ def score(
         return
     if query is None:
         raise click.UsageError("give a query with -q, or a run with --run")
-    if not files and sys.stdin.isatty():
+    if not files and (sys.stdin is None or sys.stdin.isatty()):
         raise click.UsageError("give FILES, or documents on standard input")
-    lines = list(_lines(files or (sys.stdin,), jsonl))
+    sources = files or [click.open_file("-", encoding="utf-8", errors="replace")]
+    lines = list(_lines(sources, jsonl))
     with load() as reranker:
         ranking = reranker.rank(
             query, [text for text, _ in lines], top_k=top_k, long_documents=long_documents
@@ -137,10 +138,9 @@ def _score_run(
             click.echo("\n".join(lines))
 
 
-def _lines(files: tuple[TextIO, ...], jsonl: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(files: Iterable[IO[str]], jsonl: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line's text, and the other fields of a JSON line."""
     for file in files:
-        name = getattr(file, "name", "standard input")
         for number, line in enumerate(file, 1):
             text = line.rstrip("\r\n")
             if not jsonl:
@@ -148,9 +148,12 @@ def _lines(files: tuple[TextIO, ...], jsonl: bool) -> Iterator[tuple[str, dict[s
                 continue
             try:
                 record = json.loads(text)
-                yield record.pop("text"), record
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                document = record.pop("text")
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+                document = None
+            if not isinstance(document, str):
                 raise InputError(
-                    f'{name}, line {number}: expected a JSON object with a "text" field, '
+                    f'{file.name}, line {number}: expected a JSON object with a "text" string, '
                     f"found {text[:60]!r}"
-                ) from error
+                )
+            yield document, record

@@ -1,0 +1,173 @@
+"""What the benchmarks share: the collection, alternating rounds, and tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qrank.backends import Options, onnx, processors
+from qrank.bundle import Variant
+from qrank.encoding import Encoder
+from qrank.fidelity import Fidelity
+from qrank.work import Work
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A test collection: texts by id, and relevance by query and document id."""
+
+    documents: dict[str, str]
+    queries: dict[str, str]
+    qrels: dict[str, dict[str, int]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Collection:
+        """Read documents.jsonl, queries.jsonl and qrels.trec; see README.md for the format."""
+        documents = _records(folder / "documents.jsonl")
+        qrels: dict[str, dict[str, int]] = {}
+        for line in (folder / "qrels.trec").read_text("utf-8").splitlines():
+            query, _, document, relevance = line.split()
+            qrels.setdefault(query, {})[document] = int(relevance)
+        return cls(
+            {d["id"]: d["text"] for d in documents},
+            {q["id"]: q["text"] for q in _records(folder / "queries.jsonl")},
+            qrels,
+        )
+
+    def bm25(self, depth: int = 100) -> dict[str, dict[str, float]]:
+        """BM25's best documents of every query with their scores; English stop words left out."""
+        import bm25s
+
+        # Importing bm25s makes every library's logger speak.
+        logging.getLogger().setLevel(logging.WARNING)
+        logging.getLogger("bm25s").setLevel(logging.WARNING)
+        names = np.array(list(self.documents))
+        index = bm25s.BM25()
+        corpus = bm25s.tokenize(list(self.documents.values()), stopwords="en", show_progress=False)
+        index.index(corpus, show_progress=False)
+        queries = bm25s.tokenize(list(self.queries.values()), stopwords="en", show_progress=False)
+        found, scores = index.retrieve(queries, k=depth, show_progress=False)
+        return {
+            query: dict(zip(names[documents].tolist(), values.tolist(), strict=True))
+            for query, documents, values in zip(self.queries, found, scores, strict=True)
+        }
+
+
+def _records(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes; the first paragraph of a docstring describes it."""
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n\n")[0])
+    parser.add_argument("--data", type=Path, help="folder of the collection; see README.md")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    return parser
+
+
+def encode(encoder: Encoder, query: str, documents: Sequence[str]) -> Work:
+    """One query's pairs as token ids, cut as `Reranker.rank` cuts them."""
+    query_ids = encoder.query(query)
+    room = encoder.room(query_ids)
+    pairs = [encoder.pair(query_ids, ids[:room]) for ids in encoder.ids(documents)]
+    return Work(
+        [ids for ids, _ in pairs], [types for _, types in pairs if types is not None] or None
+    )
+
+
+def join(works: Sequence[Work]) -> Work:
+    """Several works as one."""
+    segments = [types for work in works for types in work.segments or []]
+    return Work([ids for work in works for ids in work.sequences], segments or None)
+
+
+def open_onnx(
+    folder: Path, name: str, *, threads: int, streams: int | None = None
+) -> onnx.OnnxBackend:
+    """FOLDER/onnx-NAME/model.onnx in qrank's own backend, with another number of streams.
+
+    A private attribute is set for it, here and for the batch size in the benchmarks, so that what
+    is measured is the code and the session settings that users run.
+    """
+    variant = Variant("onnx", name, {}, Fidelity(0.0, 0.0, 0.0, 0.0), {})
+    backend = onnx.open(folder, variant, "cpu", Options(threads))
+    if streams is not None:
+        backend._streams.shutdown()
+        backend._streams = ThreadPoolExecutor(streams)
+    return backend
+
+
+def alternate(cases: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, list[float]]:
+    """Seconds of each case in each round.
+
+    Cases take turns, in another order each round: what else the machine does then meets all of
+    them alike. A first round warms up and does not count.
+    """
+    order = np.random.default_rng(0)
+    keys = list(cases)
+    seconds: dict[Any, list[float]] = {key: [] for key in keys}
+    for number in range(rounds + 1):
+        for i in order.permutation(len(keys)):
+            start = time.perf_counter()
+            cases[keys[i]]()
+            if number:
+                seconds[keys[i]].append(time.perf_counter() - start)
+    return seconds
+
+
+def report(title: str, formats: Mapping[str, str], rows: Sequence[Row], *, as_json: bool) -> None:
+    """Print rows as a Markdown table under a line that names the machine, or as JSON.
+
+    Args:
+        title: what the table shows.
+        formats: column -> format specification of its cells, in order.
+        rows: column -> value; None prints as nothing.
+        as_json: one JSON object instead.
+    """
+    if as_json:
+        content = {"title": title, "machine": machine(), "rows": [dict(row) for row in rows]}
+        sys.stdout.write(json.dumps(content, indent=2) + "\n")
+        return
+    cells = [list(formats)] + [
+        ["" if row.get(c) is None else format(row[c], spec) for c, spec in formats.items()]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    # The first column is text; numbers stand right.
+    lines = [
+        [
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(r, widths, strict=True))
+        ]
+        for r in cells
+    ]
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+    sys.stdout.write(f"**{title}**\\\n{machine()}\n\n{text}\n\n")
+
+
+def machine() -> str:
+    """The CPU, how many of them this process may use, and the versions that matter."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        named = [x for x in info.read_text("utf-8").splitlines() if x.startswith("model name")]
+        cpu = named[0].partition(": ")[2] if named else cpu
+    versions = [f"{p} {metadata.version(p)}" for p in ("onnxruntime", "numpy")]
+    return ", ".join(
+        [cpu, f"{processors()} CPUs", f"Python {platform.python_version()}", *versions]
+    )

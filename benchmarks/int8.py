@@ -1,0 +1,160 @@
+"""qrank's int8 for ONNX against onnxruntime's own two, from one fp32 graph, taking turns.
+
+Rows: fp32; qrank's (converters/onnx_int8.py); `quantize_dynamic` with a scale a weight column;
+`MatMulNBits` with 8 bits in blocks of 32. All leave the score head in fp32, and run in qrank's
+backend. "batch" is how far a pair's logit moves between being alone and in a padded batch of 16
+of mixed lengths, at most.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import onnx
+from common import Collection, alternate, arguments, encode, join, open_onnx, report
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    MatMulNBitsQuantizer,
+)
+
+from qrank.backends import processors
+from qrank.backends.onnx import OnnxBackend
+from qrank.bundle import TOKENIZER
+from qrank.converters.convert import convert
+from qrank.converters.onnx import head_nodes
+from qrank.encoding import Encoder
+from qrank.fidelity import Fidelity
+from qrank.work import Logits, Work
+
+COLUMNS = {
+    "graph": "",
+    "MB": ",.1f",
+    "pairs/s": ",.0f",
+    "vs fp32": ".2f",
+    "max |Δ|": ".4f",
+    "of spread": ".1%",
+    "tau": ".4f",
+    "batch": ".5f",
+}
+BATCH = 16
+
+
+def main() -> None:
+    """Convert a checkpoint every way, then run all on the same pairs."""
+    parser = arguments(__doc__)
+    parser.add_argument("checkpoint", help="folder or hub id")
+    parser.add_argument("--queries", type=int, default=16, help="[default: %(default)s]")
+    parser.add_argument("--documents", type=int, default=20, help="a query  [default: %(default)s]")
+    parser.add_argument("--rounds", type=int, default=7, help="[default: %(default)s]")
+    parser.add_argument("--threads", type=int, default=processors())
+    options = parser.parse_args()
+    if options.data is None:
+        parser.error("--data FOLDER is needed")
+    collection = Collection.read(options.data)
+    found = collection.bm25(options.documents)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "bundle"
+        variants = [("onnx", "fp32"), ("onnx", "int8")]
+        _, manifest = convert(options.checkpoint, variants, folder)
+        encoder = Encoder(folder / TOKENIZER, manifest.family, threads=options.threads)
+        _dynamic(folder)
+        _blocks(folder)
+        names = {
+            "fp32": "fp32",
+            "int8": "qrank int8",
+            "dynamic": "quantize_dynamic",
+            "blocks": "MatMulNBits",
+        }
+        work = join(
+            [
+                encode(encoder, collection.queries[q], [collection.documents[d] for d in found[q]])
+                for q in list(collection.queries)[: options.queries]
+            ]
+        )
+        opened = {name: open_onnx(folder, name, threads=options.threads) for name in names}
+        seconds = alternate(
+            {name: lambda b=backend: b.logits(work) for name, backend in opened.items()},
+            options.rounds,
+        )
+        reference = opened["fp32"].logits(work)
+        rows = []
+        for name, backend in opened.items():
+            fidelity = Fidelity.of(backend.logits(work), reference)
+            ratios = np.array(seconds["fp32"]) / np.array(seconds[name])
+            rows.append(
+                {
+                    "graph": names[name],
+                    "MB": (folder / f"onnx-{name}" / "model.onnx").stat().st_size / 1e6,
+                    "pairs/s": len(work) / median(seconds[name]),
+                    "vs fp32": float(np.median(ratios)),
+                    "max |Δ|": fidelity.max_abs,
+                    "of spread": fidelity.max_abs / fidelity.spread,
+                    "tau": fidelity.kendall,
+                    "batch": _batch_dependence(backend, work),
+                }
+            )
+    title = f"int8 of {options.checkpoint}: {len(work)} pairs, {options.threads} threads"
+    report(title, COLUMNS, rows, as_json=options.json)
+
+
+def _dynamic(folder: Path) -> None:
+    graph, head = _fp32(folder)
+    path = _new(folder, "dynamic")
+    # It advises to preprocess, which changes neither speed nor result here.
+    logging.disable(logging.WARNING)
+    quantize_dynamic(
+        graph,
+        path,
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        op_types_to_quantize=["MatMul"],
+        nodes_to_exclude=head,
+    )
+    logging.disable(logging.NOTSET)
+
+
+def _blocks(folder: Path) -> None:
+    graph, head = _fp32(folder)
+    config = DefaultWeightOnlyQuantConfig(
+        block_size=32, is_symmetric=True, accuracy_level=4, bits=8
+    )
+    quantizer = MatMulNBitsQuantizer(graph, bits=8, algo_config=config, nodes_to_exclude=head)
+    logging.disable(logging.WARNING)
+    quantizer.process()
+    logging.disable(logging.NOTSET)
+    quantizer.model.save_model_to_file(str(_new(folder, "blocks")), False)
+
+
+def _fp32(folder: Path) -> tuple[onnx.ModelProto, list[str]]:
+    graph = onnx.load(folder / "onnx-fp32" / "model.onnx")
+    # The exporter's shapes contradict the quantizers' shape inference.
+    del graph.graph.value_info[:]
+    return graph, sorted(head_nodes(graph))
+
+
+def _new(folder: Path, name: str) -> Path:
+    path = folder / f"onnx-{name}" / "model.onnx"
+    path.parent.mkdir()
+    return path
+
+
+def _batch_dependence(backend: OnnxBackend, work: Work) -> float:
+    order = np.random.default_rng(0).permutation(len(work))
+    alone: list[Logits] = []
+    batched: list[Logits] = []
+    for start in range(0, len(work), BATCH):
+        batch = work.take(order[start : start + BATCH])
+        backend._batch = 1
+        alone.append(backend.logits(batch))
+        backend._batch = 2**30
+        batched.append(backend.logits(batch))
+    return float(np.abs(np.concatenate(alone) - np.concatenate(batched)).max())
+
+
+if __name__ == "__main__":
+    main()

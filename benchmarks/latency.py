@@ -1,0 +1,130 @@
+"""Latency, throughput and peak memory of `Reranker.rank` with a bundle, a fresh process each.
+
+The documents are BM25's best of each query. Encoding (text to token ids) is timed by itself
+beside each call; its share is of the whole call.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from common import Collection, arguments, encode, report
+
+from qrank import Reranker
+from qrank.backends import processors
+from qrank.backends.onnx import CPU_BATCH
+from qrank.batching import cut_padded
+from qrank.bundle import TOKENIZER, Manifest
+from qrank.encoding import Encoder
+from qrank.locate import DEFAULT, locate
+
+COLUMNS = {
+    "variant": "",
+    "docs": "d",
+    "p50 ms": ",.0f",
+    "p95 ms": ",.0f",
+    "pairs/s": ",.0f",
+    "tokens/s": ",.0f",
+    "padding": ".1%",
+    "encoding": ".1%",
+    "peak MB": ",.0f",
+}
+
+
+def main() -> None:
+    """Start a process for every variant and number of documents, and print what they say."""
+    parser = arguments(__doc__)
+    parser.add_argument("--model", default=DEFAULT, help="bundle  [default: %(default)s]")
+    parser.add_argument("--queries", type=int, default=60, help="queries  [default: %(default)s]")
+    parser.add_argument("--documents", type=int, nargs="+", default=[20, 100])
+    parser.add_argument("--threads", type=int, default=processors())
+    parser.add_argument("--child", nargs=3, metavar=("TASKS", "VARIANT", "N"), help="(internal)")
+    options = parser.parse_args()
+    if options.child:
+        tasks, variant, count = options.child
+        row = measure(options.model, variant, Path(tasks), int(count), options.threads)
+        sys.stdout.write(json.dumps(row))
+        return
+    if options.data is None:
+        parser.error("--data FOLDER is needed")
+    collection = Collection.read(options.data)
+    rows = []
+    with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as tasks:
+        # The child must not hold what finding the documents takes.
+        found = collection.bm25(max(options.documents))
+        names = list(collection.queries)[: options.queries]
+        content = [
+            [collection.queries[q], [collection.documents[d] for d in found[q]]] for q in names
+        ]
+        json.dump(content, tasks)
+        tasks.flush()
+        command = [sys.executable, __file__, "--model", options.model]
+        command += ["--threads", str(options.threads), "--child", tasks.name]
+        for variant in Manifest.load(locate(options.model)).variants:
+            for count in options.documents:
+                child = subprocess.run(
+                    [*command, variant, str(count)], stdout=subprocess.PIPE, check=True
+                )
+                rows.append(json.loads(child.stdout))
+    title = f"Reranking with {options.model}: {len(names)} queries, {options.threads} threads"
+    report(title, COLUMNS, rows, as_json=options.json)
+
+
+def measure(model: str, variant: str, tasks: Path, count: int, threads: int) -> dict[str, object]:
+    """Rank every query's first `count` documents, after one that warms up."""
+    content = json.loads(tasks.read_text("utf-8"))
+    reranker = Reranker(model, backend=variant, threads=threads)
+    family = reranker.manifest.family
+    encoder = Encoder(locate(model) / TOKENIZER, family, threads=threads)
+    seconds, encoding = [], 0.0
+    tokens = padded = 0
+    for number, (query, documents) in enumerate([content[0], *content]):
+        start = time.perf_counter()
+        reranker.rank(query, documents[:count])
+        middle = time.perf_counter()
+        lengths = encode(encoder, query, documents[:count]).lengths
+        end = time.perf_counter()
+        if number:
+            seconds.append(middle - start)
+            encoding += end - middle
+            tokens += int(lengths.sum())
+            batches = cut_padded(lengths, CPU_BATCH)
+            padded += sum(len(b) * int(lengths[b].max()) for b in batches)
+    p50, p95 = np.percentile(seconds, [50, 95]) * 1000
+    total = sum(seconds)
+    return {
+        "variant": variant,
+        "docs": count,
+        "p50 ms": p50,
+        "p95 ms": p95,
+        "pairs/s": count * len(seconds) / total,
+        "tokens/s": tokens / total,
+        "padding": 1 - tokens / padded,
+        "encoding": encoding / total,
+        "peak MB": peak_bytes() / 1e6,
+    }
+
+
+def peak_bytes() -> int:
+    """Most memory this process held.
+
+    On Linux not getrusage's ru_maxrss, which a child starts with its parent's size in.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What tests share: a cache of their own, no network, and tiny models converted once a run."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports huggingface_hub or asks qrank for its cache: both read these once.
+os.environ["HF_HUB_OFFLINE"] = "0" if os.environ.get("QRANK_TEST_HUB") == "1" else "1"
+os.environ["QRANK_CACHE"] = tempfile.mkdtemp(prefix="qrank-tests-")
+os.environ.pop("TOKENIZERS_PARALLELISM", None)
+
+import tiny
+
+from qrank import Reranker
+from qrank.converters.convert import convert
+
+
+def pytest_unconfigure() -> None:
+    """Remove the run's cache."""
+    shutil.rmtree(os.environ["QRANK_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Kind of checkpoint (a key of `tiny.CHECKPOINTS`) -> its folder. Read only."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tiny.CHECKPOINTS[kind](tmp_path_factory.mktemp(kind) / "tiny")
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def bundle_of(
+    checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Kind of checkpoint -> its bundle with every variant, made when first asked for. Read only."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            target = tmp_path_factory.mktemp(f"{kind}-bundle") / "tiny-qrank"
+            made[kind], _ = convert(str(checkpoint_of(kind)), tiny.VARIANTS, target)
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session", params=list(tiny.CHECKPOINTS))
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each kind of checkpoint in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="session")
+def checkpoint(kind: str, checkpoint_of: Callable[[str], Path]) -> Path:
+    """A tiny checkpoint of each kind in turn. Read only: copy it to change it."""
+    return checkpoint_of(kind)
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_of: Callable[[str], Path]) -> Path:
+    """Tiny BERT as ONNX in int8, fp16 and fp32. Read only: copy it to change it."""
+    return bundle_of("bert")
+
+
+@pytest.fixture(scope="session")
+def reranker(bundle: Path) -> Iterator[Reranker]:
+    """The bundle's preferred variant, int8 on the CPU."""
+    with Reranker(bundle) as opened:
+        yield opened

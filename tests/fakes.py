@@ -1,0 +1,115 @@
+"""Backends without a model, through the public seam `backend="package.module:function"`.
+
+This is also the example of the seam: a function with the signature of `qrank.backends.Opener`
+that returns an object with `logits` and `close`. A bundle's probes decide whether a backend
+computes rightly, for these too: so all but `shifted` give the probes their reference logits, and
+anything else a logit that a test can foresee.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from qrank.backends import Backend, Options, onnx
+from qrank.bundle import Manifest, Variant
+from qrank.work import Ids, Logits, Work
+
+LONG = 40
+"""Tokens from which `nan_when_long` and `inf_when_long` fail."""
+
+recorded: list[Work] = []
+"""What `recording` was asked, oldest first."""
+
+closed: list[str] = []
+"""A word for each backend of this module that was closed."""
+
+
+class Fake:
+    """Reproduces the probes; gives `rule(ids)` for every other sequence."""
+
+    def __init__(self, folder: Path, rule: Callable[[Ids], float]) -> None:
+        probes = Manifest.load(folder).probes
+        sequences = [sequence.tobytes() for sequence in probes.work.sequences]
+        self._known = dict(zip(sequences, probes.logits.tolist(), strict=True))
+        self._rule = rule
+
+    def logits(self, work: Work) -> Logits:
+        """See `qrank.backends.Backend`."""
+        values = [self._known.get(ids.tobytes(), self._rule(ids)) for ids in work.sequences]
+        return np.array(values, np.float32)
+
+    def close(self) -> None:
+        """See `qrank.backends.Backend`."""
+        closed.append("fake")
+
+
+def ties(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """The same logit for every pair."""
+    return Fake(folder, lambda ids: 0.25)
+
+
+def length(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """As many as the pair has tokens: longer is better."""
+    return Fake(folder, len)
+
+
+def shortness(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """Minus the tokens of the pair: shorter is better."""
+    return Fake(folder, lambda ids: -len(ids))
+
+
+def saturated(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """So large that a sigmoid is 1.0 in float64, and still larger for longer pairs."""
+    return Fake(folder, lambda ids: 40.0 + len(ids))
+
+
+def nan_when_long(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """NaN for pairs of more than LONG tokens."""
+    return Fake(folder, lambda ids: float("nan") if len(ids) > LONG else 0.0)
+
+
+def inf_when_long(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """Infinity for pairs of more than LONG tokens."""
+    return Fake(folder, lambda ids: float("inf") if len(ids) > LONG else 0.0)
+
+
+class _Recording(Fake):
+    def logits(self, work: Work) -> Logits:
+        recorded.append(work)
+        return super().logits(work)
+
+
+def recording(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """As `length`; keeps what it was asked in `recorded`."""
+    return _Recording(folder, len)
+
+
+class _Forgetful(Fake):
+    def logits(self, work: Work) -> Logits:
+        logits = super().logits(work)
+        return logits if len(logits) < 100 else logits[:-1]
+
+
+def forgetful(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """One logit too few for 100 pairs or more."""
+    return _Forgetful(folder, len)
+
+
+class _Shifted:
+    def __init__(self, inner: Backend) -> None:
+        self._inner = inner
+
+    def logits(self, work: Work) -> Logits:
+        return self._inner.logits(work) + np.float32(3)
+
+    def close(self) -> None:
+        closed.append("shifted")
+        self._inner.close()
+
+
+def shifted(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """The true logits and 3 more: a backend that ranks rightly and computes wrongly."""
+    return _Shifted(onnx.open(folder, variant, device, options))

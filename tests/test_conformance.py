@@ -1,0 +1,96 @@
+"""One body that every variant of every family passes: it scores as transformers does.
+
+A new format or precision is a row of `tiny.VARIANTS`, and of ALONE where the precision is new.
+"""
+
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from qrank import Reranker
+from qrank.backends.onnx import CPU_BATCH
+from qrank.batching import cut_padded
+from qrank.converters.probes import probe_pairs
+from qrank.fidelity import TOLERANCES, Fidelity
+from qrank.work import Logits
+
+ALONE = {"fp32": 1e-5, "fp16": 5e-3, "int8": 0.02}
+"""How far a logit may move with its batch, by precision: a share of max(1, spread)."""
+
+
+def ragged_pairs() -> list[tuple[str, str]]:
+    """Pairs from nothing at all to beyond the limit, most of them short enough to share a batch."""
+    chance = random.Random(7)
+    words = [word for pair in probe_pairs() for text in pair for word in text.split()]
+    sizes = [0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 18, 20, 25, 30, 40, 50, 70, 300]
+    pairs = [("", "")]
+    for size in sizes:
+        query = " ".join(chance.choices(words, k=chance.randint(1, 4)))
+        pairs.append((query, " ".join(chance.choices(words, k=size))))
+    return pairs
+
+
+PAIRS = ragged_pairs()
+
+
+@cache
+def reference(folder: Path) -> tuple[Logits, tuple[int, ...]]:
+    """Logits and lengths of PAIRS by transformers alone: its tokenizer, its model, its fp32."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    logits, lengths = [], []
+    for query, document in PAIRS:
+        # As a batch of one: a single empty document would count as no document at all.
+        inputs = tokenizer(
+            [query],
+            [document],
+            truncation="only_second",
+            max_length=tiny.MAX_LENGTH,
+            return_tensors="pt",
+        )
+        with torch.inference_mode():
+            logits.append(model(**inputs).logits.item())
+        lengths.append(inputs["input_ids"].shape[1])
+    return np.array(logits, np.float32), tuple(lengths)
+
+
+@pytest.mark.parametrize("row", tiny.VARIANTS, ids="-".join)
+def test_conformance(
+    kind: str,
+    row: tuple[str, str],
+    checkpoint_of: Callable[[str], Path],
+    bundle_of: Callable[[str], Path],
+) -> None:
+    format, precision = row
+    theirs, lengths = reference(checkpoint_of(kind))
+    scale = max(1.0, float(np.ptp(theirs)))
+    assert np.ptp(theirs) > 1, "the reference's order means nothing"
+    assert min(lengths) <= 4
+    assert max(lengths) == tiny.MAX_LENGTH
+    shared = [{lengths[i] for i in batch} for batch in cut_padded(lengths, CPU_BATCH)]
+    assert sum(len(found) > 1 for found in shared) > 2, "no batch is padded"
+
+    with Reranker(bundle_of(kind), backend=f"{format}-{precision}", threads=2) as reranker:
+        together = reranker.score(PAIRS, raw=True)
+        alone = np.concatenate([reranker.score([pair], raw=True) for pair in PAIRS])
+        backwards = reranker.score(PAIRS[::-1], raw=True)[::-1]
+        few = [PAIRS[i % len(PAIRS)] for i in (3, 9, 17)]
+        with ThreadPoolExecutor(64) as threads:
+            crowd = list(threads.map(lambda _: reranker.score(few, raw=True), range(64)))
+
+    assert together.dtype == np.float32
+    for found in (together, alone, backwards):
+        assert TOLERANCES[precision].shortfall(Fidelity.of(found, theirs)) is None
+    bound = ALONE[precision] * scale
+    np.testing.assert_allclose(alone, together, rtol=0, atol=bound)
+    np.testing.assert_allclose(backwards, together, rtol=0, atol=bound)
+    for found in crowd:
+        np.testing.assert_allclose(found, together[[3, 9, 17]], rtol=0, atol=bound)

@@ -1,0 +1,99 @@
+"""Names, numbers and drawings that must not drift apart."""
+
+import importlib
+import inspect
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import qrank
+from qrank import errors, extras
+from qrank.errors import QrankError
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+KINDS: dict[str, type[QrankError]] = {name: getattr(errors, name) for name in errors.__all__}
+
+
+def test_public_names() -> None:
+    assert sorted(qrank.__all__) == ["QrankError", "Ranking", "Reranker", "__version__"]
+    for name in qrank.__all__:
+        assert hasattr(qrank, name)
+
+
+def test_every_error_is_exported_and_described() -> None:
+    defined = {
+        name
+        for name, value in vars(errors).items()
+        if inspect.isclass(value) and issubclass(value, QrankError)
+    }
+    assert defined == set(errors.__all__)
+    for kind in KINDS.values():
+        assert kind.__doc__
+
+
+def test_the_drawn_tree_is_the_tree() -> None:
+    assert errors.__doc__
+    drawn: dict[str, tuple[str | None, int]] = {}
+    above: list[tuple[int, str]] = []
+    for line in errors.__doc__.splitlines():
+        if found := re.match(r"([ │├└─]*)(\w+Error) .*\((?:exit )?(\d+)\)$", line):
+            indent, name, code = len(found[1]), found[2], int(found[3])
+            above = [item for item in above if item[0] < indent]
+            drawn[name] = (above[-1][1] if above else None, code)
+            above.append((indent, name))
+    actual = {}
+    for name, kind in KINDS.items():
+        parent = kind.__bases__[0]
+        shown = parent.__name__ if issubclass(parent, QrankError) else None
+        actual[name] = (shown, kind.exit_code)
+    assert drawn == actual
+
+
+def test_exit_codes_are_distinct_and_none_is_success() -> None:
+    codes = [kind.exit_code for kind in KINDS.values()]
+    assert len(set(codes)) == len(codes)
+    assert min(codes) > 0
+
+
+@pytest.mark.parametrize("name", errors.__all__)
+def test_an_error_says_what_it_was_given(name: str) -> None:
+    """Those that are also built-in errors, KeyError's kin among them, must not quote it."""
+    assert str(KINDS[name]("what to do")) == "what to do"
+
+
+def test_the_version_is_said_once() -> None:
+    assert PROJECT["project"]["version"] == qrank.__version__
+
+
+def test_extras_exist_and_bring_their_modules() -> None:
+    optional = PROJECT["project"]["optional-dependencies"]
+    for module, extra in extras.EXTRA_OF.items():
+        names = [re.split(r"[<>=\[]", line)[0].strip() for line in optional[extra]]
+        assert module in names, f"qrank[{extra}] does not bring {module}"
+
+
+def test_an_unknown_extra_is_a_mistake_of_ours() -> None:
+    with pytest.raises(KeyError):
+        extras.need("nowhere")
+
+
+def test_every_package_on_disk_is_installed() -> None:
+    settings = PROJECT["tool"]["setuptools"]
+    places = {"qrank.converters": "converters", "qrank.models": "models"}
+    assert settings["package-dir"] == places
+    on_disk = {
+        ".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("qrank/**/__init__.py")
+    } | {
+        ".".join((package, *path.parent.relative_to(ROOT / folder).parts))
+        for package, folder in places.items()
+        for path in ROOT.glob(f"{folder}/**/__init__.py")
+    }
+    assert set(settings["packages"]) == on_disk
+
+
+def test_the_command_is_installed() -> None:
+    module, _, name = PROJECT["project"]["scripts"]["qrank"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))

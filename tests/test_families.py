@@ -1,0 +1,243 @@
+"""Cards, and how a checkpoint's own configuration makes a family of one."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from transformers import BertModel
+
+from qrank.converters.checkpoint import read_checkpoint
+from qrank.converters.convert import convert
+from qrank.errors import ConversionError, FamilyError, ModelNotFoundError
+from qrank.family import Card, Family, cards
+
+CARD = """
+name = "mine"
+about = "a test's own"
+architectures = ["BertForSequenceClassification"]
+template = ["{cls}", "{query}", "{sep}", "{document}", "{sep}"]
+segments = [0, 0, 0, 1, 1]
+pooling = "pooler"
+activation = "identity"
+"""
+
+
+@pytest.fixture
+def copy_of(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """A checkpoint of a kind that may be changed, with keys of its config.json set."""
+
+    def copy(kind: str, name: str = "model", **config: Any) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(checkpoint_of(kind), folder)
+        tiny.edit_config(folder, **config)
+        return folder
+
+    return copy
+
+
+def refusal(folder: Path, family: str | None = None) -> str:
+    """The message a checkpoint is refused with, through the door users take."""
+    target = folder.parent / "bundle"
+    with pytest.raises(FamilyError) as caught:
+        convert(str(folder), [("onnx", "fp32")], target, family=family)
+    assert not target.exists()
+    return str(caught.value)
+
+
+def test_cards_parse_and_are_the_supported_families() -> None:
+    found = {card.name: card.architectures for card in cards()}
+    assert found == {
+        "bert": ("BertForSequenceClassification",),
+        "modernbert": ("ModernBertForSequenceClassification",),
+        "xlm-roberta": ("XLMRobertaForSequenceClassification",),
+    }
+
+
+def test_a_card_as_a_user_writes_it() -> None:
+    card = Card.read(CARD, "mine.toml")
+    assert card.name == "mine"
+    assert card.template == ("{cls}", "{query}", "{sep}", "{document}", "{sep}")
+    assert card.segments == (0, 0, 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ('name = "mine"', 'name = "mine"\nprompt = "x"', "prompt"),
+        ('pooling = "pooler"', "", "pooling"),
+        ('"{document}", ', "", "{document}"),
+        ('"{query}"', '"{query}", "{query}"', "{query}"),
+        ('"{cls}"', '"[CLS]"', "[CLS]"),
+        ('["{cls}", ', "[101, ", "template"),
+        ("[0, 0, 0, 1, 1]", "[0, 0, 1]", "segments"),
+        ("[0, 0, 0, 1, 1]", '["0"]', "segments"),
+        ('"identity"', '"softmax"', "softmax"),
+        ('"identity"', "3", "activation"),
+        ('"identity"', '"identity"\npositions_after_pad = 1', "positions_after_pad"),
+        ('name = "mine"', "name = mine", "TOML"),
+    ],
+)
+def test_a_bad_card_is_refused_by_what_is_bad(old: str, new: str, named: str) -> None:
+    assert old in CARD
+    with pytest.raises(FamilyError) as caught:
+        Card.read(CARD.replace(old, new), "mine.toml")
+    assert "mine.toml" in str(caught.value)
+    assert named in str(caught.value)
+
+
+FAMILY_OF = {
+    "bert": "bert",
+    "bert-one-segment": "bert",
+    "xlm-roberta": "xlm-roberta",
+    "modernbert-mean": "modernbert",
+    "modernbert-cls": "modernbert",
+}
+
+
+@pytest.mark.parametrize("folder", ["bert", "xlm-roberta", "modernbert", "DebertaV2-base"])
+def test_the_config_decides_and_never_the_folders_name(
+    kind: str, folder: str, copy_of: Callable[..., Path]
+) -> None:
+    family = read_checkpoint(str(copy_of(kind, folder))).family
+    assert family.name == FAMILY_OF[kind]
+
+
+def test_template_and_segments_come_from_tokenizer_and_config(
+    checkpoint_of: Callable[[str], Path],
+) -> None:
+    def family(kind: str) -> Family:
+        return read_checkpoint(str(checkpoint_of(kind))).family
+
+    assert family("bert").template == (2, "query", 3, "document", 3)
+    assert family("bert").segments == (0, 0, 0, 1, 1)
+    assert family("bert-one-segment").segments is None
+    assert family("xlm-roberta").template == (0, "query", 2, 2, "document", 2)
+    assert family("xlm-roberta").segments is None
+    assert family("modernbert-mean").segments is None
+
+
+def test_modernbert_pools_as_its_config_says(copy_of: Callable[..., Path]) -> None:
+    assert read_checkpoint(str(copy_of("modernbert-mean", "a"))).family.pooling == "mean"
+    assert read_checkpoint(str(copy_of("modernbert-cls", "b"))).family.pooling == "cls"
+    message = refusal(copy_of("modernbert-cls", "c", classifier_pooling="max"))
+    assert "classifier_pooling = 'max'" in message
+
+
+def test_the_limit_is_what_positions_and_tokenizer_leave(copy_of: Callable[..., Path]) -> None:
+    """RoBERTa's positions start behind the padding's; the tokenizer may set a lower limit."""
+    roberta = copy_of("xlm-roberta", "a", max_position_embeddings=102, pad_token_id=1)
+    assert read_checkpoint(str(roberta)).family.max_length == 100
+    assert read_checkpoint(str(copy_of("bert", "b"))).family.max_length == tiny.MAX_LENGTH
+    lower = copy_of("bert", "c")
+    path = lower / "tokenizer_config.json"
+    content = {**json.loads(path.read_text("utf-8")), "model_max_length": 99}
+    path.write_text(json.dumps(content), "utf-8")
+    assert read_checkpoint(str(lower)).family.max_length == 99
+    # As transformers says that there is none.
+    path.write_text(json.dumps({**content, "model_max_length": 10**30}), "utf-8")
+    assert read_checkpoint(str(lower)).family.max_length == tiny.MAX_LENGTH
+
+
+@pytest.mark.parametrize(
+    ("config", "activation"),
+    [
+        ({}, "sigmoid"),
+        (
+            {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}},
+            "identity",
+        ),
+        (
+            {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}},
+            "sigmoid",
+        ),
+        ({"sentence_transformers": {"version": "5.0.0"}}, "sigmoid"),
+        (
+            {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"},
+            "identity",
+        ),
+    ],
+)
+def test_the_activation_is_the_checkpoints_own(
+    config: dict[str, Any], activation: str, copy_of: Callable[..., Path]
+) -> None:
+    assert read_checkpoint(str(copy_of("bert", **config))).family.activation == activation
+
+
+def test_an_unknown_activation_is_refused(copy_of: Callable[..., Path]) -> None:
+    named = "torch.nn.modules.activation.Tanh"
+    message = refusal(copy_of("bert", sbert_ce_default_activation_function=named))
+    assert named in message
+
+
+def test_an_unknown_architecture_is_refused_by_name(copy_of: Callable[..., Path]) -> None:
+    unknown = "DebertaV2ForSequenceClassification"
+    message = refusal(copy_of("bert", architectures=[unknown]))
+    assert unknown in message
+    for card in cards():
+        assert card.architectures[0] in message
+    assert "(none)" in refusal(copy_of("bert", "b", architectures=None))
+
+
+@pytest.mark.parametrize(
+    ("config", "labels"),
+    [
+        ({"id2label": {"0": "NO", "1": "YES"}}, 2),
+        ({"id2label": {"0": "A", "1": "B", "2": "C"}}, 3),
+        ({"id2label": None, "label2id": None, "num_labels": 2}, 2),
+        ({"id2label": None, "label2id": None}, 2),
+    ],
+)
+def test_more_labels_than_one_are_refused(
+    config: dict[str, Any], labels: int, copy_of: Callable[..., Path]
+) -> None:
+    """Without any word of labels too: transformers' own default is two."""
+    assert f"{labels} labels" in refusal(copy_of("bert", **config))
+
+
+def test_pickles_are_refused(copy_of: Callable[..., Path]) -> None:
+    folder = copy_of("bert")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    message = refusal(folder)
+    assert "pytorch_model.bin" in message
+    assert "safetensors" in message
+
+
+def test_no_checkpoint_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"config\.json"):
+        read_checkpoint(str(tmp_path))
+    with pytest.raises(ModelNotFoundError, match="neither a folder nor a hub id"):
+        read_checkpoint(str(tmp_path / "missing"))
+
+
+def test_a_family_by_name(copy_of: Callable[..., Path]) -> None:
+    """For an architecture of another name that a card reads all the same."""
+    folder = copy_of("bert", architectures=["MyBertForSequenceClassification"])
+    assert read_checkpoint(str(folder), family="bert").family.name == "bert"
+    message = refusal(folder, family="berta")
+    assert "'berta'" in message
+    assert "bert, modernbert, xlm-roberta" in message
+
+
+def test_a_family_of_a_users_own(copy_of: Callable[..., Path], tmp_path: Path) -> None:
+    card = tmp_path / "mine.toml"
+    card.write_text(CARD, "utf-8")
+    folder = copy_of("bert")
+    family = read_checkpoint(str(folder), family=str(card)).family
+    assert (family.name, family.activation) == ("mine", "identity")
+    assert "missing.toml" in refusal(folder, family=str(tmp_path / "missing.toml"))
+
+
+def test_a_model_without_a_trained_head_is_refused(copy_of: Callable[..., Path]) -> None:
+    """transformers would draw the head at random and say so in a log."""
+    folder = copy_of("bert")
+    BertModel.from_pretrained(folder).save_pretrained(folder)
+    tiny.edit_config(
+        folder, architectures=["BertForSequenceClassification"], id2label={"0": "LABEL_0"}
+    )
+    with pytest.raises(ConversionError, match=r"lacks weights.*classifier\.weight"):
+        convert(str(folder), [("onnx", "fp32")], folder.parent / "bundle")
+    assert not (folder.parent / "bundle").exists()

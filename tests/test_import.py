@@ -1,0 +1,112 @@
+"""What is loaded when, and what happens where a package is not installed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ["torch", "transformers", "onnx", "onnxruntime", "huggingface_hub", "scipy"]
+
+
+def python(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def loaded(code: str, *arguments: str | Path) -> set[str]:
+    """Which of HEAVY are loaded after some code ran."""
+    ending = f"\nimport json, sys\nprint(json.dumps([m for m in {HEAVY} if m in sys.modules]))"
+    done = python(code + ending, *arguments)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("module", ["qrank", "qrank.cli", "qrank.runs", "qrank.backends"])
+def test_importing_loads_nothing_heavy(module: str) -> None:
+    assert loaded(f"import {module}") == set()
+
+
+def test_scoring_loads_the_runtime_of_its_backend_only(bundle: Path) -> None:
+    code = (
+        "import sys\nfrom qrank import Reranker\n"
+        "Reranker(sys.argv[1]).rank('which planet is red?', ['mars', 'bread'])"
+    )
+    assert loaded(code, bundle) == {"onnxruntime"}
+
+
+def test_onnxruntime_is_kept_from_calling_home(bundle: Path) -> None:
+    """From 1.29 it reports its use from a thread that starts with the import."""
+    code = (
+        "import os, sys\nfrom qrank import Reranker\nReranker(sys.argv[1])\n"
+        "assert os.environ['ORT_DISABLE_TELEMETRY'] == '1'"
+    )
+    assert loaded(code, bundle) == {"onnxruntime"}
+
+
+# As if it were not installed: the import system's own way to say so.
+WITHOUT = """
+import sys
+sys.modules[sys.argv[1]] = None
+from qrank.cli import main
+main(sys.argv[2:])
+"""
+
+
+def test_scoring_without_onnxruntime_says_what_to_install(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "d.txt").write_text("mars\n", "utf-8")
+    arguments = ("score", "-q", "x", "-m", bundle, tmp_path / "d.txt")
+    done = python(WITHOUT, "onnxruntime", *arguments)
+    assert (done.returncode, done.stdout) == (3, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("qrank: error: onnxruntime is not installed")
+    assert line.endswith('install it with: pip install "qrank[onnx]"')
+
+
+def test_the_error_is_an_import_error_with_the_line(bundle: Path) -> None:
+    code = """
+import sys
+sys.modules["onnxruntime"] = None
+from qrank import QrankError, Reranker
+from qrank.errors import MissingExtraError
+try:
+    Reranker(sys.argv[1])
+except MissingExtraError as error:
+    assert isinstance(error, ImportError) and isinstance(error, QrankError)
+    assert 'pip install "qrank[onnx]"' in str(error)
+    print("caught")
+"""
+    done = python(code, bundle)
+    assert done.stdout == "caught\n", done.stderr
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers", "onnxscript", "safetensors"])
+def test_converting_without_its_packages_says_what_to_install(tmp_path: Path, missing: str) -> None:
+    """Named by --to and not: the one is an error, the other leaves nothing to make."""
+    (tmp_path / "config.json").write_text("{}", "utf-8")
+    for more in ([], ["--to", "onnx"]):
+        done = python(WITHOUT, missing, "convert", tmp_path, "-o", tmp_path / "out", *more)
+        assert done.returncode == 3, done.stderr
+        assert 'pip install "qrank[convert]"' in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["models", "--help", "--version"])
+def test_what_needs_no_backend_works_without_one(command: str) -> None:
+    assert python(WITHOUT, "onnxruntime", command).returncode == 0
+
+
+def test_inspecting_needs_no_backend(bundle: Path) -> None:
+    assert python(WITHOUT, "onnxruntime", "inspect", bundle, "--verify").returncode == 0
+
+
+def test_the_module_variable_is_the_users(bundle: Path) -> None:
+    """Who wants onnxruntime's reports may have them: what is set already is left alone."""
+    code = "import os\nfrom qrank.extras import need\nneed('onnxruntime')\n"
+    code += "assert os.environ['ORT_DISABLE_TELEMETRY'] == '0'"
+    environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment)
+    assert done.returncode == 0

@@ -1,0 +1,272 @@
+"""Tiny random checkpoints with tokenizers of their own, as transformers saves them.
+
+Each function fills a folder and returns it. Weights are drawn so widely that logits spread over
+several units: only then does an order of documents mean anything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    PreTrainedModel,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from qrank.converters.probes import probe_pairs
+
+VARIANTS = (("onnx", "int8"), ("onnx", "fp16"), ("onnx", "fp32"))
+"""Every (format, precision) there is: what bundles made of tiny checkpoints hold."""
+
+MAX_LENGTH = 160
+"""Tokens that every tiny model reads."""
+
+disable_progress_bar()
+
+_WIDTH = 64
+_VOCABULARY = 1200
+"""With _WIDTH, enough for int8 to find the word embeddings worth quantizing."""
+
+_POOLER_GAIN, _MODERN_GAIN = 10.0, 1.5
+"""What a random head is multiplied by, so that logits spread over about 5 units."""
+
+
+def bert(folder: Path) -> Path:
+    """BERT with two segments: WordPiece, lower case."""
+    return _bert(folder, segments=2)
+
+
+def bert_one_segment(folder: Path) -> Path:
+    """BERT whose configuration knows one token type: it takes no `token_type_ids`."""
+    return _bert(folder, segments=1)
+
+
+def xlm_roberta(folder: Path) -> Path:
+    """XLM-RoBERTa: Unigram pieces that, like the real ones, hold `<s>`, `<pad>`, `<mask>`."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.train_from_iterator(
+        _texts(),
+        trainers.UnigramTrainer(
+            vocab_size=_VOCABULARY - 1,
+            special_tokens=special,
+            unk_token="<unk>",
+            show_progress=False,
+        ),
+    )
+    content = json.loads(tokenizer.to_str())
+    pieces = [*content["model"]["vocab"], ["<mask>", 0.0]]
+    content["model"]["vocab"] = pieces
+    mask = len(pieces) - 1
+    content["added_tokens"].append(_added("<mask>", mask, lstrip=True))
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )
+    config = XLMRobertaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=2 * _WIDTH,
+        # Positions are counted from pad_token_id + 1.
+        max_position_embeddings=MAX_LENGTH + 2,
+        type_vocab_size=1,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        num_labels=1,
+    )
+    torch.manual_seed(2)
+    model = XLMRobertaForSequenceClassification(config)
+    names = {"bos": "<s>", "cls": "<s>", "sep": "</s>", "eos": "</s>", "unk": "<unk>"}
+    return _save(
+        folder,
+        model,
+        model.classifier.out_proj,
+        _POOLER_GAIN,
+        tokenizer,
+        "XLMRobertaTokenizer",
+        {**names, "pad": "<pad>", "mask": "<mask>"},
+    )
+
+
+def modernbert_mean(folder: Path) -> Path:
+    """ModernBERT that pools by the mean of all tokens."""
+    return _modernbert(folder, "mean")
+
+
+def modernbert_cls(folder: Path) -> Path:
+    """ModernBERT that pools by its first token."""
+    return _modernbert(folder, "cls")
+
+
+CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
+    "bert": bert,
+    "bert-one-segment": bert_one_segment,
+    "xlm-roberta": xlm_roberta,
+    "modernbert-mean": modernbert_mean,
+    "modernbert-cls": modernbert_cls,
+}
+"""Every kind of tiny checkpoint, by a name that says nothing of its family's card."""
+
+
+def edit_config(folder: Path, **values: Any) -> None:
+    """Set keys of a checkpoint's config.json; None removes one."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text("utf-8")), **values}
+    kept = {key: value for key, value in config.items() if key not in values or value is not None}
+    path.write_text(json.dumps(kept), "utf-8")
+
+
+def _bert(folder: Path, segments: int) -> Path:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator(
+        _texts(),
+        trainers.WordPieceTrainer(
+            vocab_size=_VOCABULARY, special_tokens=special, show_progress=False
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    config = BertConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=2 * _WIDTH,
+        max_position_embeddings=MAX_LENGTH,
+        type_vocab_size=segments,
+        num_labels=1,
+    )
+    torch.manual_seed(1)
+    model = BertForSequenceClassification(config)
+    names = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
+    return _save(folder, model, model.classifier, _POOLER_GAIN, tokenizer, "BertTokenizer", names)
+
+
+def _modernbert(folder: Path, pooling: str) -> Path:
+    special = ["|||IP_ADDRESS|||", "<|padding|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator(
+        _texts(),
+        trainers.BpeTrainer(
+            vocab_size=_VOCABULARY - 60,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"][0]["special"] = False
+    # As in the real one: runs of 24 to 2 spaces, then names, then the special tokens of BERT.
+    runs = [" " * count for count in range(24, 1, -1)]
+    plain = [*runs, "|||EMAIL_ADDRESS|||"]
+    marks = ["<|endoftext|>", "[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "[unused0]"]
+    first = len(content["model"]["vocab"])
+    for number, text in enumerate([*plain, *marks], first):
+        added = _added(text, number, lstrip=text == "[MASK]")
+        added["special"] = text in marks
+        added["normalized"] = text in plain
+        content["added_tokens"].append(added)
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    number = tokenizer.token_to_id
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[("[CLS]", number("[CLS]")), ("[SEP]", number("[SEP]"))],
+    )
+    config = ModernBertConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=_WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=2 * _WIDTH,
+        max_position_embeddings=MAX_LENGTH,
+        # Layer 0 sees everything, layers 1 and 2 eight tokens to either side.
+        global_attn_every_n_layers=3,
+        local_attention=16,
+        classifier_pooling=pooling,
+        cls_token_id=number("[CLS]"),
+        sep_token_id=number("[SEP]"),
+        pad_token_id=number("[PAD]"),
+        bos_token_id=number("[CLS]"),
+        eos_token_id=number("[SEP]"),
+        num_labels=1,
+    )
+    torch.manual_seed(3)
+    model = ModernBertForSequenceClassification(config)
+    names = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
+    return _save(
+        folder, model, model.classifier, _MODERN_GAIN, tokenizer, "PreTrainedTokenizerFast", names
+    )
+
+
+def _texts() -> list[str]:
+    # With the characters that special tokens are written in: none of them is unknown.
+    letters = [" ".join(map(chr, range(33, 127)))] * 9
+    return [text for pair in probe_pairs() for text in pair] + letters
+
+
+def _added(text: str, number: int, *, lstrip: bool = False) -> dict[str, Any]:
+    return {
+        "id": number,
+        "content": text,
+        "single_word": False,
+        "lstrip": lstrip,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+
+
+def _save(
+    folder: Path,
+    model: PreTrainedModel,
+    head: torch.nn.Linear,
+    gain: float,
+    tokenizer: Tokenizer,
+    tokenizer_class: str,
+    names: dict[str, str],
+) -> Path:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                # Wide enough for attention to choose and for biases to matter, and no wider:
+                # a chaotic network would magnify int8's rounding as no trained one does.
+                wide = 0.6 if "embedding" in name else 1.0 / parameter.shape[1] ** 0.5
+                torch.nn.init.normal_(parameter, std=wide)
+            elif name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
+        head.weight.mul_(gain)
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    content = {f"{role}_token": token for role, token in names.items()}
+    content |= {"tokenizer_class": tokenizer_class, "model_max_length": MAX_LENGTH}
+    if tokenizer_class == "PreTrainedTokenizerFast":
+        content["model_input_names"] = ["input_ids", "attention_mask"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(content), "utf-8")
+    return folder
