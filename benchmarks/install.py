@@ -11,6 +11,7 @@ import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from common import arguments, report
 
@@ -32,7 +33,7 @@ def main() -> None:
         _run(*pip, "install", "--quiet", f"{wheel.resolve()}[cpu]")
         sizes = {path: path.stat().st_size for path in environment.rglob("*") if path.is_file()}
         (site,) = environment.glob("[Ll]ib/**/site-packages")
-        rows = []
+        rows: list[dict[str, Any]] = []
         for package in metadata.distributions(path=[str(site)]):
             files = {Path(str(package.locate_file(f))).resolve() for f in package.files or ()}
             size = sum(sizes.get(path, 0) for path in files)

@@ -2,14 +2,15 @@
 
 Rows: fp32; qrank's (converters/onnx_int8.py); `quantize_dynamic` with a scale a weight column;
 `MatMulNBits` with 8 bits in blocks of 32. All leave the score head in fp32, and run in qrank's
-backend. "batch" is how far a pair's logit moves between being alone and in a padded batch of 16
-of mixed lengths, at most.
+backend. "max Δ" is the largest absolute difference of a logit to fp32; "batch" is how far a
+pair's logit moves between being alone and in a padded batch of 16 of mixed lengths, at most.
 """
 
 from __future__ import annotations
 
 import logging
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -36,7 +37,7 @@ COLUMNS = {
     "MB": ",.1f",
     "pairs/s": ",.0f",
     "vs fp32": ".2f",
-    "max |Δ|": ".4f",
+    "max Δ": ".4f",
     "of spread": ".1%",
     "tau": ".4f",
     "batch": ".5f",
@@ -78,7 +79,7 @@ def main() -> None:
         )
         opened = {name: open_onnx(folder, name, threads=options.threads) for name in names}
         seconds = alternate(
-            {name: lambda b=backend: b.logits(work) for name, backend in opened.items()},
+            {name: partial(backend.logits, work) for name, backend in opened.items()},
             options.rounds,
         )
         reference = opened["fp32"].logits(work)
@@ -92,7 +93,7 @@ def main() -> None:
                     "MB": (folder / f"onnx-{name}" / "model.onnx").stat().st_size / 1e6,
                     "pairs/s": len(work) / median(seconds[name]),
                     "vs fp32": float(np.median(ratios)),
-                    "max |Δ|": fidelity.max_abs,
+                    "max Δ": fidelity.max_abs,
                     "of spread": fidelity.max_abs / fidelity.spread,
                     "tau": fidelity.kendall,
                     "batch": _batch_dependence(backend, work),

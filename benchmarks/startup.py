@@ -73,6 +73,8 @@ def _row(what: str, seconds: list[float], bar: float | None = None) -> dict[str,
 
 def _run(command: list[str], cache: Path) -> None:
     environment = {**os.environ, "QRANK_CACHE": str(cache)}
+    # An installed package is compiled: the first round may write what others read.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
 
 

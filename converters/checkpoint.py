@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,15 +65,16 @@ class Checkpoint:
         transformers = need("transformers")
         torch = need("torch")
         transformers.utils.logging.disable_progress_bar()
-        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-            self.folder,
-            dtype=torch.float32,
-            # Plain matrix products and a softmax: exact, and every runtime knows them.
-            attn_implementation="eager",
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with _explained(f"transformers cannot load {self.folder}"):
+            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+                self.folder,
+                dtype=torch.float32,
+                # Plain matrix products and a softmax: exact, and every runtime knows them.
+                attn_implementation="eager",
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
         if missing := sorted(info["missing_keys"]):
             raise ConversionError(
                 f"{self.folder} lacks weights of {self.family.architecture}: "
@@ -111,7 +114,9 @@ def read_checkpoint(
     card = find_card(family, config)
     _check_labels(config, source)
     weights = _weights(folder, source)
-    tokenizer = need("transformers").AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    transformers = need("transformers")
+    with _explained(f"transformers cannot read {source}"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not tokenizer.is_fast:
         raise ConversionError(f"{source} has no tokenizer.json, and none can be made from it")
     return Checkpoint(
@@ -120,6 +125,16 @@ def read_checkpoint(
         family=_concrete(card, config, tokenizer),
         tokenizer=tokenizer,
     )
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turns whatever transformers raises on a damaged checkpoint into a ConversionError."""
+    try:
+        yield
+    except Exception as error:  # OSError, TypeError, SafetensorError, ...: they share no base
+        reason = " ".join(str(error).split())
+        raise ConversionError(f"{what}: {reason}") from error
 
 
 def _config(folder: Path, source: str) -> dict[str, Any]:

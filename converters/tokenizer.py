@@ -16,7 +16,8 @@ from qrank.errors import ConversionError
 def text_tokenizer(original: dict[str, Any]) -> dict[str, Any]:
     """Take everything but text out of a `tokenizer.json`.
 
-    - Added tokens go, except runs of white space (ModernBERT's), which are text.
+    - Added tokens go, except runs of white space (ModernBERT's), which are text. Those get a place
+      in the vocabulary: a library that finds none there counts anew, past what was removed.
     - Their pieces in the vocabulary are renamed to begin with a space. No text reaches them: every
       supported pre-tokenizer drops, splits at or replaces spaces. Ids stay as they are.
     - Template, truncation and padding go: they are the family's and qrank's.
@@ -25,12 +26,16 @@ def text_tokenizer(original: dict[str, Any]) -> dict[str, Any]:
         ConversionError: a model type whose vocabulary is not known here.
     """
     model = dict(original["model"])
+    kept = [t for t in original["added_tokens"] if not t["content"].strip()]
     removed = {t["content"] for t in original["added_tokens"] if t["content"].strip()}
     # WordPiece and BPE find their unknown token by its name; Unigram by its number.
     reachable = removed - {model.get("unk_token")}
     if model["type"] in ("WordPiece", "BPE"):
         model["vocab"] = {_shut(p, reachable): number for p, number in model["vocab"].items()}
+        model["vocab"] |= {t["content"]: t["id"] for t in kept}
     elif model["type"] == "Unigram":
+        if beyond := [t["id"] for t in kept if t["id"] >= len(model["vocab"])]:
+            raise ConversionError(f"the tokenizer adds white space beyond its pieces: ids {beyond}")
         model["vocab"] = [[_shut(piece, reachable), score] for piece, score in model["vocab"]]
     else:
         raise ConversionError(
@@ -39,7 +44,7 @@ def text_tokenizer(original: dict[str, Any]) -> dict[str, Any]:
     return {
         **original,
         "model": model,
-        "added_tokens": [t for t in original["added_tokens"] if not t["content"].strip()],
+        "added_tokens": kept,
         "post_processor": None,
         "truncation": None,
         "padding": None,

@@ -122,8 +122,7 @@ class Manifest:
     @property
     def digest(self) -> str:
         """sha256 of the canonical JSON: keys sorted, no spaces, without the digest itself."""
-        canonical = json.dumps(_to_json(self), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return _digest(_to_json(self))
 
     def save(self, folder: Path) -> None:
         """Write `qrank.json` into a bundle, whole or not at all."""
@@ -157,12 +156,19 @@ class Manifest:
             manifest = _from_json(content)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"{path} is damaged ({error!r}); {_AGAIN}") from error
-        if manifest.digest != content.get("digest"):
+        # Of what was read, not of what was understood: a key of no meaning here counts too.
+        if _digest(content) != content.get("digest"):
             raise BundleError(f"{path} does not match its own digest: it was changed; {_AGAIN}")
         return manifest
 
 
 _AGAIN = "convert the model again"
+
+
+def _digest(content: dict[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:

@@ -8,6 +8,7 @@ anything else a logit that a test can foresee.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +75,12 @@ def nan_when_long(folder: Path, variant: Variant, device: str, options: Options)
 def inf_when_long(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
     """Infinity for pairs of more than LONG tokens."""
     return Fake(folder, lambda ids: float("inf") if len(ids) > LONG else 0.0)
+
+
+def slow(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """As `length`; takes half a second to open."""
+    time.sleep(0.5)
+    return Fake(folder, len)
 
 
 class _Recording(Fake):

@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,31 @@ def test_bytes_that_are_no_text_are_replaced(bundle: Path, tmp_path: Path) -> No
     done = shell("printf 'a \\xff a\\n' | qrank score -m $BUNDLE -q a", bundle)
     assert done.returncode == 0, done.stderr
     assert "a \ufffd a" in done.stdout
+
+
+@pytest.mark.parametrize("locale", ["LC_ALL=C", "LC_ALL=POSIX", "PYTHONIOENCODING=ascii"])
+def test_results_are_utf8_whatever_the_locale(bundle: Path, locale: str) -> None:
+    """PYTHONIOENCODING stands for a pipe on Windows, which has a code page."""
+    done = shell(f"echo 'märs 🪐' | {locale} qrank score -m $BUNDLE -q ü -f jsonl", bundle)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["text"] == "märs 🪐"
+
+
+def test_an_error_of_the_operating_system_is_one_line(checkpoint_of: Callable[[str], Path]) -> None:
+    result = qrank_("convert", checkpoint_of("bert"), "-o", "/dev/null/bundle")
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("qrank: error: ")
+    assert "/dev/null" in line
+
+
+def test_a_full_disk_is_one_line(bundle: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    done = shell("echo mars | qrank score -m $BUNDLE -q a > /dev/full", bundle)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("qrank: error: ")
 
 
 @pytest.mark.parametrize(

@@ -123,8 +123,10 @@ def test_template_and_segments_come_from_tokenizer_and_config(
 def test_modernbert_pools_as_its_config_says(copy_of: Callable[..., Path]) -> None:
     assert read_checkpoint(str(copy_of("modernbert-mean", "a"))).family.pooling == "mean"
     assert read_checkpoint(str(copy_of("modernbert-cls", "b"))).family.pooling == "cls"
-    message = refusal(copy_of("modernbert-cls", "c", classifier_pooling="max"))
-    assert "classifier_pooling = 'max'" in message
+    for value in ("max", None):
+        folder = copy_of("modernbert-cls", f"c-{value}", classifier_pooling=value)
+        with pytest.raises((FamilyError, ConversionError), match="classifier_pooling"):
+            read_checkpoint(str(folder))
 
 
 def test_the_limit_is_what_positions_and_tokenizer_leave(copy_of: Callable[..., Path]) -> None:
@@ -204,6 +206,30 @@ def test_pickles_are_refused(copy_of: Callable[..., Path]) -> None:
     message = refusal(folder)
     assert "pytorch_model.bin" in message
     assert "safetensors" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.json", "{", "not valid JSON"),
+        ("config.json", "[]", "not a JSON object"),
+        ("tokenizer.json", "{", "transformers cannot read"),
+        ("tokenizer.json", None, ""),
+        ("model.safetensors", "{", "transformers cannot load"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told(
+    name: str, content: str | None, reason: str, copy_of: Callable[..., Path]
+) -> None:
+    """Whatever transformers raises, which varies with what is damaged."""
+    folder = copy_of("bert")
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(content, "utf-8")
+    with pytest.raises(ConversionError, match=reason):
+        convert(str(folder), [("onnx", "fp32")], folder.parent / "bundle")
+    assert not (folder.parent / "bundle").exists()
 
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:

@@ -381,3 +381,33 @@ def test_a_forked_child_gives_the_same_scores(bundle: Path, threads: int) -> Non
     differences = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(differences) == 2
     assert max(differences) < 1e-6
+
+
+FORK_WHILE_LOADING = """
+import os, sys, threading, time
+from qrank import Reranker
+
+reranker = Reranker(sys.argv[1], backend="fakes:slow")
+reranker.close()
+loading = threading.Thread(target=lambda: reranker.score([("a", "a")]))
+loading.start()
+time.sleep(0.1)
+child = os.fork()
+if child == 0:
+    os._exit(0 if len(reranker.score([("a", "a")])) == 1 else 1)
+loading.join()
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_forked_while_the_model_loads_does_not_wait_for_it(bundle: Path) -> None:
+    """The thread that loads holds a lock, and does not exist in the child."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORK_WHILE_LOADING, str(bundle)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr

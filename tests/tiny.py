@@ -182,9 +182,10 @@ def _modernbert(folder: Path, pooling: str) -> Path:
     )
     content = json.loads(tokenizer.to_str())
     content["added_tokens"][0]["special"] = False
-    # As in the real one: runs of 24 to 2 spaces, then names, then the special tokens of BERT.
+    # As in the real one: runs of 24 to 2 spaces, and the special tokens of BERT. The name in front
+    # of the runs lies behind them there; here it shows whether they keep their ids without it.
     runs = [" " * count for count in range(24, 1, -1)]
-    plain = [*runs, "|||EMAIL_ADDRESS|||"]
+    plain = ["|||EMAIL_ADDRESS|||", *runs]
     marks = ["<|endoftext|>", "[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "[unused0]"]
     first = len(content["model"]["vocab"])
     for number, text in enumerate([*plain, *marks], first):

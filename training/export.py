@@ -67,7 +67,7 @@ def main(target: Path, name: str) -> None:
             path.chmod(0o644)
             os.replace(path, target / path.name)
     click.echo(
-        f"step {state['step']}, {state['used'] / 60:.0f} minutes; "
+        f"{state['lists']} lists, {state['used'] / 60:.0f} minutes; "
         f"logits times {scale:.3f} plus {offset:.3f}"
     )
 

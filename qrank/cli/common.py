@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import sys
 import traceback
@@ -28,19 +30,25 @@ class _Notices(logging.Handler):
 
 
 class Group(click.Group):
-    """Turns a QrankError into one line on stderr and the error's exit code."""
+    """Turns errors into one line on stderr and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """See click."""
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # Whatever the locale: results are UTF-8, and a lone surrogate is escaped as in JSON.
+            encoding = sys.stdout.encoding if sys.stdout.isatty() else "utf-8"
+            sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
         handler = _Notices(logging.WARNING)
         logging.getLogger("qrank").addHandler(handler)
         try:
             return super().invoke(ctx)
-        except QrankError as error:
+        except (QrankError, OSError) as error:
+            if getattr(error, "errno", None) == errno.EPIPE:
+                raise  # the reader has gone: click ends quietly
             if ctx.meta.get("qrank.debug"):
                 traceback.print_exc()
             notice(f"error: {error}")
-            sys.exit(error.exit_code)
+            sys.exit(getattr(error, "exit_code", QrankError.exit_code))
         finally:
             logging.getLogger("qrank").removeHandler(handler)
 

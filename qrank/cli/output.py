@@ -74,12 +74,12 @@ def _tsv(results: Sequence[Result], model: str, target: str) -> None:
 
 def _json(results: Sequence[Result], model: str, target: str) -> None:
     content = {"model": model, "target": target, "results": [r.record() for r in results]}
-    click.echo(_dumps(content, indent=2))
+    click.echo(json.dumps(content, ensure_ascii=False, indent=2))
 
 
 def _jsonl(results: Sequence[Result], model: str, target: str) -> None:
     for result in results:
-        click.echo(_dumps(result.record()))
+        click.echo(json.dumps(result.record(), ensure_ascii=False))
 
 
 def _trec(results: Sequence[Result], model: str, target: str) -> None:
@@ -89,12 +89,6 @@ def _trec(results: Sequence[Result], model: str, target: str) -> None:
         if identity.split() != [identity]:
             raise InputError(f"the id {identity!r} is no single word; a TREC run cannot hold it")
         click.echo(f"q Q0 {identity} {rank} {result.ranking.logit:.6f} {TAG}")
-
-
-def _dumps(content: dict[str, Any], indent: int | None = None) -> str:
-    text = json.dumps(content, ensure_ascii=False, indent=indent)
-    # A lone surrogate has no UTF-8: escape it, as JSON can.
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _line(text: str) -> str:

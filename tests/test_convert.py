@@ -1,0 +1,605 @@
+"""Conversion: what a bundle holds, what is refused, and what a run that is cut short leaves."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+from onnx import numpy_helper
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from qrank import Reranker
+from qrank.bundle import MANIFEST, TOKENIZER, FileRecord, Manifest
+from qrank.cli import main
+from qrank.converters import fidelity, graph_file
+from qrank.converters import onnx as onnx_converter
+from qrank.converters.convert import convert
+from qrank.errors import BundleError, ConversionError, FidelityError, QrankError, TargetError
+from qrank.family import Family
+from qrank.fidelity import TOLERANCES, Tolerance
+from qrank.work import Work
+
+FP32 = [("onnx", "fp32")]
+PAIRS = [("which planet is red?", "Mars is."), ("bread?", "Yeast ferments sugar in the dough.")]
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    """Tiny BERT's bundle with all variants, to be changed."""
+    return Path(shutil.copytree(bundle, tmp_path / "tiny-qrank"))
+
+
+@pytest.fixture
+def without_fp32(copy: Path) -> Path:
+    """The same without fp32: what a conversion to it adds to."""
+    manifest = Manifest.load(copy)
+    del manifest.variants["onnx-fp32"]
+    manifest.save(copy)
+    shutil.rmtree(copy / "onnx-fp32")
+    return copy
+
+
+@pytest.fixture
+def bert(checkpoint_of: Callable[[str], Path]) -> str:
+    return str(checkpoint_of("bert"))
+
+
+@pytest.fixture
+def ready_graph(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes converting quick: the exporter's work is done already. Everything around it is real."""
+    graph = bundle / "onnx-fp32" / "model.onnx"
+
+    def convert(
+        model: PreTrainedModel, family: Family, precision: str, folder: Path, calibration: Work
+    ) -> None:
+        use(folder)
+
+    def use(folder: Path) -> None:
+        shutil.copy(graph, folder)
+
+    monkeypatch.setattr(onnx_converter, "convert", convert)
+    return use
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+# What a bundle holds
+
+
+def test_a_bundle_says_what_it_is_made_of(bundle: Path, bert: str) -> None:
+    manifest = Manifest.load(bundle)
+    assert list(manifest.variants) == ["onnx-int8", "onnx-fp16", "onnx-fp32"]
+    assert {path.name for path in bundle.iterdir()} == {MANIFEST, TOKENIZER, *manifest.variants}
+    assert (manifest.name, manifest.source.id) == ("tiny", "tiny")
+    assert manifest.source.revision is None
+    assert (manifest.family.name, manifest.family.max_length) == ("bert", tiny.MAX_LENGTH)
+    for variant in manifest.variants.values():
+        assert list(variant.files) == [f"{variant.name}/model.onnx"]
+        for name, record in variant.files.items():
+            assert FileRecord.of(bundle / name) == record
+        for package in ("qrank", "torch", "transformers", "onnx"):
+            assert variant.tools[package] == metadata.version(package)
+    size = {name: variant.bytes for name, variant in manifest.variants.items()}
+    assert size["onnx-int8"] < size["onnx-fp16"] < size["onnx-fp32"]
+
+
+def test_a_bundle_holds_its_proof(bundle: Path) -> None:
+    manifest = Manifest.load(bundle)
+    probes = manifest.probes
+    assert len(probes.work) == len(probes.logits) >= 32
+    assert len(set(probes.work.lengths.tolist())) > 10
+    assert probes.work.lengths.max() == tiny.MAX_LENGTH
+    assert "transformers" in probes.reference
+    assert "fp32" in probes.reference
+    for variant in manifest.variants.values():
+        assert TOLERANCES[variant.precision].shortfall(variant.fidelity) is None
+        assert variant.fidelity.spread == np.ptp(probes.logits.astype(np.float64))
+    losses = [manifest.variants[f"onnx-{p}"].fidelity.max_abs for p in ("fp32", "fp16", "int8")]
+    assert 0 < losses[0] < losses[1] < losses[2]
+
+
+def test_graphs_take_ids_and_give_logits_under_the_fields_names(
+    kind: str, bundle_of: Callable[[str], Path]
+) -> None:
+    """Other tools can run them then."""
+    expected = ["input_ids", "attention_mask"] + ["token_type_ids"] * (kind == "bert")
+    for format, precision in tiny.VARIANTS:
+        path = bundle_of(kind) / f"{format}-{precision}" / "model.onnx"
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        assert [i.name for i in session.get_inputs()] == expected
+        assert [o.name for o in session.get_outputs()] == ["logits"]
+        assert {i.type for i in session.get_inputs()} == {"tensor(int64)"}
+        assert session.get_outputs()[0].type == "tensor(float)"
+
+
+HEADS = {
+    "bert": ["bert.pooler.dense", "classifier"],
+    "bert-one-segment": ["bert.pooler.dense", "classifier"],
+    "xlm-roberta": ["classifier.dense", "classifier.out_proj"],
+    "modernbert-mean": ["head.dense", "classifier"],
+    "modernbert-cls": ["head.dense", "classifier"],
+}
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_the_head_stays_fp32(
+    kind: str,
+    precision: str,
+    checkpoint_of: Callable[[str], Path],
+    bundle_of: Callable[[str], Path],
+) -> None:
+    """Its weights are in the graph exactly as the checkpoint has them."""
+    graph = onnx.load(bundle_of(kind) / f"onnx-{precision}" / "model.onnx").graph
+    floats = [
+        numpy_helper.to_array(i) for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT
+    ]
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint_of(kind))
+    weights = model.state_dict()
+    for name in HEADS[kind]:
+        weight = weights[f"{name}.weight"].numpy()
+        assert any(np.array_equal(weight, w) or np.array_equal(weight.T, w) for w in floats), name
+
+
+def test_int8_weights_have_a_scale_a_column_and_tables_one_a_row(
+    kind: str, bundle_of: Callable[[str], Path]
+) -> None:
+    graph = onnx.load(bundle_of(kind) / "onnx-int8" / "model.onnx").graph
+    weights = {i.name: i for i in graph.initializer}
+    products = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
+    # Queries, keys and values, their output, and two of the perceptron: 4 or 6 a layer.
+    assert len(products) >= 8
+    for node in products:
+        weight, scale = weights[node.input[1]], weights[node.input[3]]
+        assert weight.data_type == onnx.TensorProto.INT8
+        assert list(scale.dims) == [weight.dims[1]]
+    tables = [
+        weights[node.input[0]]
+        for node in graph.node
+        if node.op_type == "Gather" and node.input[0] in weights
+    ]
+    words = [table for table in tables if table.data_type == onnx.TensorProto.INT8]
+    assert len(words) == 1
+    rows = words[0].dims[0]
+    assert any(list(table.dims) == [rows, 1] for table in tables)
+    # What is left in fp32 is the head, biases, norms and small tables: no matrix of a layer.
+    for node in graph.node:
+        if node.op_type == "MatMul":
+            assert node.input[1] not in weights or any(
+                part in node.input[1] or part in node.name
+                for part in ("pooler", "classifier", "head")
+            )
+
+
+def test_token_types_change_the_score(bundle: Path) -> None:
+    """Or a conversion that dropped them could pass every other test."""
+    probes = Manifest.load(bundle).probes
+    assert probes.work.segments is not None
+    session = onnxruntime.InferenceSession(
+        bundle / "onnx-fp32" / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    changed = 0
+    for ids, types, logit in zip(
+        probes.work.sequences[:8], probes.work.segments, probes.logits, strict=False
+    ):
+        inputs = {
+            "input_ids": ids[None].astype(np.int64),
+            "attention_mask": np.ones((1, len(ids)), np.int64),
+        }
+        (right,) = session.run(None, {**inputs, "token_type_ids": types[None].astype(np.int64)})
+        (wrong,) = session.run(None, {**inputs, "token_type_ids": np.zeros((1, len(ids)), int)})
+        assert abs(right.item() - logit) < 1e-3
+        changed += abs(wrong.item() - logit) > 1e-2
+    assert changed == 8
+
+
+# Adding to a bundle
+
+
+def test_a_variant_is_added_and_the_others_stay(without_fp32: Path, bert: str) -> None:
+    # As a run leaves it that was killed between moving the variant in and writing the manifest.
+    leftover = without_fp32 / "onnx-fp32"
+    leftover.mkdir()
+    (leftover / "model.onnx").write_bytes(b"half")
+    with pytest.raises(TargetError, match="no variant"):
+        Reranker(without_fp32, backend="onnx-fp32")
+    before = contents(without_fp32)
+    old = Manifest.load(without_fp32)
+
+    target, manifest = convert(bert, FP32, without_fp32)
+
+    assert target == without_fp32
+    assert list(manifest.variants) == ["onnx-int8", "onnx-fp16", "onnx-fp32"]
+    assert Manifest.load(target).digest == manifest.digest
+    after = contents(target)
+    for name, content in before.items():
+        if name not in (MANIFEST, "onnx-fp32/model.onnx"):
+            assert after[name] == content
+    assert manifest.probes.logits.tobytes() == old.probes.logits.tobytes()
+    for backend in manifest.variants:
+        with Reranker(target, backend=backend) as reranker:
+            assert len(reranker.score(PAIRS)) == 2
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+def test_the_same_variant_again_changes_nothing(copy: Path, bert: str) -> None:
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    steps: list[str] = []
+    convert(bert, tiny.VARIANTS, copy, progress=steps.append)
+    assert steps == ["reading the checkpoint"]
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
+def test_another_checkpoint_is_refused(copy: Path, checkpoint_of: Callable[[str], Path]) -> None:
+    """A folder of the same name too: what counts is the fingerprint."""
+    before = contents(copy)
+    with pytest.raises(ConversionError, match=r"another checkpoint.*--force"):
+        convert(str(checkpoint_of("bert-one-segment")), FP32, copy)
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize("change", ["weights", "tokenizer", "config"])
+def test_a_changed_checkpoint_is_another_one(
+    change: str, copy: Path, bert: str, tmp_path: Path
+) -> None:
+    changed = Path(shutil.copytree(bert, tmp_path / "changed" / "tiny"))
+    if change == "config":
+        tiny.edit_config(changed, layer_norm_eps=1e-6)
+    elif change == "weights":
+        model = AutoModelForSequenceClassification.from_pretrained(changed)
+        with torch.no_grad():
+            model.classifier.bias += 1
+        model.save_pretrained(changed)
+    else:
+        path = changed / "tokenizer.json"
+        content = json.loads(path.read_text("utf-8"))
+        vocabulary = content["model"]["vocab"]
+        vocabulary["mars"], vocabulary["the"] = vocabulary["the"], vocabulary["mars"]
+        path.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(ConversionError, match="another checkpoint"):
+        convert(str(changed), FP32, copy)
+
+
+@pytest.mark.usefixtures("ready_graph")
+def test_force_replaces_whatever_is_there(copy: Path, bert: str) -> None:
+    (copy / "notes.txt").write_text("mine", "utf-8")
+    _, manifest = convert(bert, FP32, copy, force=True)
+    assert list(manifest.variants) == ["onnx-fp32"]
+    assert set(contents(copy)) == {MANIFEST, TOKENIZER, "onnx-fp32/model.onnx"}
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+
+
+def test_what_is_no_bundle_is_refused(bert: str, tmp_path: Path) -> None:
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "chapter.txt").write_text("years of work", "utf-8")
+    with pytest.raises(ConversionError, match=r"exists and is no bundle.*--force"):
+        convert(bert, FP32, folder)
+    assert contents(folder) == {"chapter.txt": b"years of work"}
+    with pytest.raises(ConversionError, match="exists and is no bundle"):
+        convert(bert, FP32, folder / "chapter.txt")
+    assert contents(folder) == {"chapter.txt": b"years of work"}
+
+
+def test_a_damaged_bundle_is_not_added_to(without_fp32: Path, bert: str) -> None:
+    (without_fp32 / MANIFEST).write_text("{", "utf-8")
+    with pytest.raises(BundleError):
+        convert(bert, FP32, without_fp32)
+
+
+@pytest.mark.usefixtures("ready_graph")
+def test_an_empty_folder_is_filled(bert: str, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    convert(bert, FP32, folder)
+    with Reranker(folder) as reranker:
+        assert len(reranker.score(PAIRS)) == 2
+
+
+@pytest.mark.usefixtures("ready_graph")
+def test_the_default_output_is_named_after_the_checkpoint(
+    bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    target, _ = convert(bert, FP32)
+    assert target == tmp_path / "tiny-qrank"
+
+
+# Proof
+
+
+@pytest.mark.usefixtures("ready_graph")
+@pytest.mark.parametrize("add", [False, True])
+def test_a_variant_below_its_tolerance_is_refused(
+    add: bool, without_fp32: Path, bert: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = without_fp32 if add else without_fp32.with_name("new-qrank")
+    before = contents(without_fp32.parent)
+    monkeypatch.setitem(fidelity.TOLERANCES, "fp32", Tolerance(0.0, 1.0))
+    with pytest.raises(FidelityError, match=r"onnx-fp32 .* max \|Δlogit\| is .* at most 0 allowed"):
+        convert(bert, FP32, target)
+    assert contents(without_fp32.parent) == before
+    assert [path.name for path in target.parent.iterdir()] == [without_fp32.name]
+
+
+def wrong_head(graph: onnx.GraphProto) -> None:
+    """The first token's pooler left out, as llama.cpp's converter does it."""
+    (weight,) = (i for i in graph.initializer if i.name.endswith("pooler.dense.weight"))
+    array = numpy_helper.to_array(weight)
+    weight.CopyFrom(numpy_helper.from_array(np.eye(len(array), dtype=np.float32), weight.name))
+
+
+def nan_head(graph: onnx.GraphProto) -> None:
+    (weight,) = (i for i in graph.initializer if i.name.endswith("classifier.bias"))
+    array = np.full_like(numpy_helper.to_array(weight), np.nan)
+    weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+
+
+@pytest.mark.parametrize("damage", [wrong_head, nan_head])
+def test_a_graph_that_computes_wrongly_is_refused(
+    damage: Callable[[onnx.GraphProto], None],
+    bundle: Path,
+    without_fp32: Path,
+    bert: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def write_wrong(
+        model: PreTrainedModel, family: Family, precision: str, folder: Path, calibration: Work
+    ) -> None:
+        graph = onnx.load(bundle / "onnx-fp32" / "model.onnx")
+        damage(graph.graph)
+        onnx.save(graph, folder / "model.onnx")
+
+    monkeypatch.setattr(onnx_converter, "convert", write_wrong)
+    before = contents(without_fp32.parent)
+    with pytest.raises(FidelityError, match="does not rank like the original"):
+        convert(bert, FP32, without_fp32)
+    assert contents(without_fp32.parent) == before
+
+
+def nothing(folder: Path) -> None:
+    """A converter that says it is done: exit code 0 and no file."""
+
+
+def empty(folder: Path) -> None:
+    (folder / "model.onnx").touch()
+
+
+def stub(folder: Path) -> None:
+    (folder / "model.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
+
+
+def full_disk(folder: Path) -> None:
+    (folder / "model.onnx").write_bytes(b"half")
+    raise OSError(28, "No space left on device")
+
+
+def interrupted(folder: Path) -> None:
+    (folder / "model.onnx").write_bytes(b"half")
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("write", "error"),
+    [
+        (nothing, FidelityError),
+        (empty, FidelityError),
+        (stub, TargetError),
+        (full_disk, OSError),
+        (interrupted, KeyboardInterrupt),
+    ],
+)
+def test_what_fails_leaves_nothing(
+    write: Callable[[Path], None],
+    error: type[BaseException],
+    without_fp32: Path,
+    bert: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(
+        model: PreTrainedModel, family: Family, precision: str, folder: Path, calibration: Work
+    ) -> None:
+        write(folder)
+
+    monkeypatch.setattr(onnx_converter, "convert", fail)
+    before = contents(without_fp32.parent)
+    for target in (without_fp32, without_fp32.with_name("new-qrank")):
+        with pytest.raises(error):
+            convert(bert, FP32, target)
+        assert contents(without_fp32.parent) == before
+        assert [path.name for path in without_fp32.parent.iterdir()] == [without_fp32.name]
+
+
+def test_a_template_that_is_not_the_tokenizers_is_refused(bert: str, tmp_path: Path) -> None:
+    card = tmp_path / "mine.toml"
+    card.write_text(
+        'name = "mine"\nabout = "RoBERTa\'s pair"\n'
+        'architectures = ["BertForSequenceClassification"]\n'
+        'template = ["{cls}", "{query}", "{sep}", "{sep}", "{document}", "{sep}"]\n'
+        'pooling = "pooler"\nactivation = "sigmoid"\n',
+        "utf-8",
+    )
+    with pytest.raises(ConversionError, match="other token ids than"):
+        convert(bert, FP32, tmp_path / "out", family=str(card))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
+
+
+def test_a_checkpoint_of_nans_is_refused(bert: str, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(bert, tmp_path / "broken"))
+    model = AutoModelForSequenceClassification.from_pretrained(broken)
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight[0, 0] = torch.nan
+    model.save_pretrained(broken)
+    with pytest.raises(ConversionError, match="not finite"):
+        convert(str(broken), FP32, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_precision_is_refused(bert: str, tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="onnx has no q4; it has: int8, fp16, fp32"):
+        convert(bert, [("onnx", "q4")], tmp_path / "out")
+
+
+def test_weights_beside_the_graph(
+    bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for models above 2 GB, with a limit that a tiny one exceeds."""
+    monkeypatch.setattr(graph_file, "_LARGEST_PROTO", 0)
+    target, manifest = convert(bert, [("onnx", "fp16")], tmp_path / "out")
+    files = manifest.variants["onnx-fp16"].files
+    assert set(files) == {"onnx-fp16/model.onnx", "onnx-fp16/model.onnx.data"}
+    assert files["onnx-fp16/model.onnx.data"].bytes > files["onnx-fp16/model.onnx"].bytes
+    with Reranker(target) as reranker:
+        assert len(reranker.score(PAIRS)) == 2
+    data = target / "onnx-fp16" / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1] + b"!")
+    with pytest.raises(BundleError, match=r"model\.onnx\.data is damaged"):
+        Reranker(target)
+
+
+# The command
+
+
+@pytest.mark.usefixtures("ready_graph")
+def test_the_command_shows_the_proof_and_what_to_do_next(
+    bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["convert", bert, "--to", "onnx", "--precision", "fp32"])
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    assert "onnx-fp32" in result.stdout
+    assert "Kendall" in result.stdout
+    assert "qrank score -m ./tiny-qrank" in result.stdout
+
+
+@pytest.mark.parametrize("formats", [[], ["--to", "onnx", "--to", "onnx"]])
+def test_a_precision_goes_with_one_format(formats: list[str], bert: str, tmp_path: Path) -> None:
+    command = ["convert", bert, *formats, "--precision", "fp32", "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    assert "exactly one --to" in result.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_command_refuses_in_one_line(copy: Path, checkpoint_of: Callable[[str], Path]) -> None:
+    other = str(checkpoint_of("xlm-roberta"))
+    result = CliRunner().invoke(main, ["convert", other, "--to", "onnx", "-o", str(copy)])
+    assert result.exit_code == ConversionError.exit_code
+    assert result.stderr.startswith("qrank: error: ")
+    assert result.stderr.count("\n") == 1
+
+
+# Cut short
+
+CUT_SHORT = """
+import signal, sys
+# A shell's background jobs ignore Ctrl-C, and with them what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from qrank.cli import main
+main(["convert", sys.argv[1], "--to", "onnx", "--precision", "fp32", "-o", sys.argv[2]])
+"""
+
+
+def cut_short(source: str, target: Path, number: int) -> tuple[int, str]:
+    """Start a conversion, send it a signal once it writes; its exit code and stderr."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CUT_SHORT, source, str(target)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not list(target.parent.glob(f".{target.name}.partial-*")):
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    return process.returncode, errors
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+
+
+@posix
+@pytest.mark.usefixtures("ready_graph")
+@pytest.mark.parametrize("add", [False, True])
+def test_killed_in_the_middle(add: bool, without_fp32: Path, bert: str) -> None:
+    folder = without_fp32.parent
+    target = without_fp32 if add else folder / "new-qrank"
+    before = contents(target) if add else {}
+    code, _ = cut_short(bert, target, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    (partial,) = folder.glob(f".{target.name}.partial-*")
+    with pytest.raises(QrankError):
+        Reranker(partial)
+    assert (contents(target) if target.exists() else {}) == before
+    if add:
+        Reranker(target).close()
+    # The next run works as if nothing had been, and clears what was left.
+    _, manifest = convert(bert, FP32, target)
+    assert "onnx-fp32" in manifest.variants
+    assert {path.name for path in folder.iterdir()} == {target.name, without_fp32.name}
+
+
+@posix
+def test_interrupted_in_the_middle(without_fp32: Path, bert: str) -> None:
+    folder = without_fp32.parent
+    before = contents(folder)
+    code, errors = cut_short(bert, without_fp32, signal.SIGINT)
+    assert code != 0
+    assert "Traceback" not in errors
+    assert contents(folder) == before
+    assert [path.name for path in folder.iterdir()] == [without_fp32.name]
+
+
+@posix
+def test_killed_while_replacing(copy: Path, bert: str) -> None:
+    """Between setting the old bundle aside and moving the new one in: the old one comes back."""
+    gone = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
+    )
+    aside = copy.with_name(f".{copy.name}.old-{int(gone.stdout)}")
+    before = contents(copy)
+    copy.rename(aside)
+    convert(bert, FP32, copy)
+    assert contents(copy) == before
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+
+
+@posix
+def test_a_run_that_still_works_is_left_alone(copy: Path, bert: str) -> None:
+    """What it has written so far is not taken for a leftover."""
+    partial = copy.with_name(f".{copy.name}.partial-{os.getppid()}")
+    partial.mkdir()
+    other = copy.with_name(f".{copy.name}.partial-notes")
+    other.mkdir()
+    convert(bert, FP32, copy)
+    assert partial.is_dir()
+    assert other.is_dir()
+
+
+def test_json_of_the_manifest_is_plain(bundle: Path) -> None:
+    """Anyone's JSON reader takes it: no NaN, no Infinity."""
+
+    def refuse(constant: str) -> Any:
+        raise AssertionError(constant)
+
+    json.loads((bundle / MANIFEST).read_text("utf-8"), parse_constant=refuse)
