@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,9 +116,12 @@ def read_checkpoint(
     _check_labels(config, source)
     weights = _weights(folder, source)
     transformers = need("transformers")
-    with _explained(f"transformers cannot read {source}"):
+    with _explained(f"transformers cannot read {source}"), warnings.catch_warnings():
+        # Reading a vocab.txt, it warns of its own way to do so.
+        warnings.simplefilter("ignore", DeprecationWarning)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if not tokenizer.is_fast:
+    # Without files, transformers makes up a tokenizer of special tokens alone.
+    if not tokenizer.is_fast or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ConversionError(f"{source} has no tokenizer.json, and none can be made from it")
     return Checkpoint(
         folder=folder,

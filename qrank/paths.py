@@ -36,7 +36,7 @@ def cache_folder() -> Path | None:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        log.info("no cache: %s; set QRANK_CACHE to a writable folder to start faster", error)
+        log.warning("no cache: %s; set QRANK_CACHE to a writable folder to start faster", error)
         return None
 
 

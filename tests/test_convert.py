@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from qrank import Reranker
 from qrank.bundle import MANIFEST, TOKENIZER, FileRecord, Manifest
 from qrank.cli import main
-from qrank.converters import fidelity, graph_file
+from qrank.converters import graph_file
 from qrank.converters import onnx as onnx_converter
 from qrank.converters.convert import convert
 from qrank.errors import BundleError, ConversionError, FidelityError, QrankError, TargetError
@@ -334,7 +334,7 @@ def test_a_variant_below_its_tolerance_is_refused(
 ) -> None:
     target = without_fp32 if add else without_fp32.with_name("new-qrank")
     before = contents(without_fp32.parent)
-    monkeypatch.setitem(fidelity.TOLERANCES, "fp32", Tolerance(0.0, 1.0))
+    monkeypatch.setitem(TOLERANCES, "fp32", Tolerance(0.0, 1.0))
     with pytest.raises(FidelityError, match=r"onnx-fp32 .* max \|Δlogit\| is .* at most 0 allowed"):
         convert(bert, FP32, target)
     assert contents(without_fp32.parent) == before

@@ -214,19 +214,15 @@ def test_pickles_are_refused(copy_of: Callable[..., Path]) -> None:
         ("config.json", "{", "not valid JSON"),
         ("config.json", "[]", "not a JSON object"),
         ("tokenizer.json", "{", "transformers cannot read"),
-        ("tokenizer.json", None, ""),
         ("model.safetensors", "{", "transformers cannot load"),
     ],
 )
 def test_a_damaged_checkpoint_is_told(
-    name: str, content: str | None, reason: str, copy_of: Callable[..., Path]
+    name: str, content: str, reason: str, copy_of: Callable[..., Path]
 ) -> None:
     """Whatever transformers raises, which varies with what is damaged."""
     folder = copy_of("bert")
-    if content is None:
-        (folder / name).unlink()
-    else:
-        (folder / name).write_text(content, "utf-8")
+    (folder / name).write_text(content, "utf-8")
     with pytest.raises(ConversionError, match=reason):
         convert(str(folder), [("onnx", "fp32")], folder.parent / "bundle")
     assert not (folder.parent / "bundle").exists()
@@ -255,6 +251,33 @@ def test_a_family_of_a_users_own(copy_of: Callable[..., Path], tmp_path: Path) -
     family = read_checkpoint(str(folder), family=str(card)).family
     assert (family.name, family.activation) == ("mine", "identity")
     assert "missing.toml" in refusal(folder, family=str(tmp_path / "missing.toml"))
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(
+    kind: str, checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """transformers may make up one of special tokens alone: every word is unknown to it."""
+    folder = Path(shutil.copytree(checkpoint_of(kind), tmp_path / "model"))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConversionError, match="tokenizer"):
+        convert(str(folder), [("onnx", "fp32")], tmp_path / "bundle")
+
+
+def test_a_vocabulary_will_do_for_bert(
+    checkpoint_of: Callable[[str], Path], copy_of: Callable[..., Path]
+) -> None:
+    """Checkpoints of old have a vocab.txt and no tokenizer.json."""
+    folder = copy_of("bert")
+    vocabulary = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+    words = sorted(vocabulary, key=lambda word: int(vocabulary[word]))
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), "utf-8")
+    (folder / "tokenizer.json").unlink()
+    text = "Which planet is known as the Red Planet?"
+    old, new = (
+        read_checkpoint(str(path)).tokenizer(text)["input_ids"]
+        for path in (checkpoint_of("bert"), folder)
+    )
+    assert old == new
 
 
 def test_a_model_without_a_trained_head_is_refused(copy_of: Callable[..., Path]) -> None:

@@ -345,12 +345,12 @@ FORK = """
 import json, os, sys, threading
 from qrank import Reranker
 
-folder, threads = sys.argv[1], int(sys.argv[2]) or None
+folder, threads, at_work = sys.argv[1], int(sys.argv[2]) or None, int(sys.argv[3])
 pairs = [("which planet is red?", "mars is red " * n) for n in range(12)]
 reranker = Reranker(folder, threads=threads)
 before = reranker.score(pairs)
-at_work = [threading.Thread(target=lambda: reranker.score(pairs * 5)) for _ in range(2)]
-for thread in at_work:
+others = [threading.Thread(target=reranker.score, args=[pairs * 5]) for _ in range(at_work)]
+for thread in others:
     thread.start()
 child = os.fork()
 if child == 0:
@@ -359,7 +359,7 @@ if child == 0:
     print(json.dumps(abs(reranker.score(pairs) - before).max()), flush=True)
     # As web workers end: with destructors, which must not wait for the parent's threads.
     sys.exit(7)
-for thread in at_work:
+for thread in others:
     thread.join()
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 assert abs(reranker.score(pairs) - before).max() < 1e-6
@@ -367,11 +367,11 @@ assert abs(reranker.score(pairs) - before).max() < 1e-6
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.parametrize("threads", [0, 1])
-def test_a_forked_child_gives_the_same_scores(bundle: Path, threads: int) -> None:
-    """A web server's worker: forked after its parent scored, while the parent's threads do."""
+@pytest.mark.parametrize(("threads", "at_work"), [(0, 0), (0, 2), (1, 0), (1, 2)])
+def test_a_forked_child_gives_the_same_scores(bundle: Path, threads: int, at_work: int) -> None:
+    """A web server's worker: forked after its parent scored, or while its threads do."""
     done = subprocess.run(
-        [sys.executable, "-c", FORK, str(bundle), str(threads)],
+        [sys.executable, "-c", FORK, str(bundle), str(threads), str(at_work)],
         capture_output=True,
         text=True,
         # For a hang: it takes two seconds.

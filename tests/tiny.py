@@ -265,7 +265,7 @@ def _save(
         head.weight.mul_(gain)
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
-    content = {f"{role}_token": token for role, token in names.items()}
+    content: dict[str, Any] = {f"{role}_token": token for role, token in names.items()}
     content |= {"tokenizer_class": tokenizer_class, "model_max_length": MAX_LENGTH}
     if tokenizer_class == "PreTrainedTokenizerFast":
         content["model_input_names"] = ["input_ids", "attention_mask"]

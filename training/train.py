@@ -47,13 +47,13 @@ class Lists:
         return ids
 
     def batch(self, rows: Sequence[dict[str, Any]]) -> Batch:
-        """Encode lists. One in five may be long: a long pair costs as much as four short ones."""
+        """Encode lists. One in eight may be long: a long pair costs as much as four short ones."""
         queries = self._ids([row["query"] for row in rows])
         firsts = self._ids([row["first"] or "" for row in rows])
         pairs, segments = [], []
         for row, query, first in zip(rows, queries, firsts, strict=True):
             query = query[:64]
-            limit = 288 if random.Random(row["query"]).random() < 0.2 else 112
+            limit = 288 if random.Random(row["query"]).random() < 0.125 else 96
             for place, index in enumerate(row["passages"]):
                 document = first if place == 0 and first else self.passages[index]
                 pairs.append(pair_ids(query, document, limit))
@@ -182,7 +182,7 @@ def work(first: bool, progress: Progress, optimizer: torch.optim.Optimizer, list
 @click.command()
 @click.option("--minutes", required=True, type=float, help="Training time, over all starts.")
 @click.option("--peak", default=1.5e-4, help="Highest learning rate.")
-@click.option("--lists", "a_step", default=4, help="Lists a step.")
+@click.option("--lists", "a_step", default=2, help="Lists a step.")
 @click.option("--frozen", default=2, help="Lowest layers that stay as they are.")
 @click.option("--name", default="mini", help="Name of the checkpoint folder.")
 @click.option("--workers", default=os.cpu_count(), help="Processes of one thread each.")
