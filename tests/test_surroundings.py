@@ -64,7 +64,10 @@ def test_works_where_nothing_can_be_written(
     bundle: Path, tmp_path: Path, variables: dict[str, str]
 ) -> None:
     done = python(SCORE, bundle.resolve(), "1", folder=tmp_path, **variables)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout) == (0, "")
+    (notice,) = done.stderr.splitlines()
+    assert notice.startswith("no cache: ")
+    assert "set QRANK_CACHE" in notice
     assert list(tmp_path.iterdir()) == []
 
 

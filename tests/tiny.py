@@ -267,7 +267,7 @@ def _save(
     tokenizer.save(str(folder / "tokenizer.json"))
     content: dict[str, Any] = {f"{role}_token": token for role, token in names.items()}
     content |= {"tokenizer_class": tokenizer_class, "model_max_length": MAX_LENGTH}
-    if tokenizer_class == "PreTrainedTokenizerFast":
+    if getattr(model.config, "type_vocab_size", 1) == 1:
         content["model_input_names"] = ["input_ids", "attention_mask"]
     (folder / "tokenizer_config.json").write_text(json.dumps(content), "utf-8")
     return folder
