@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -58,21 +66,13 @@ def xlm_roberta(folder: Path) -> Path:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.train_from_iterator(
-        _texts(),
-        trainers.UnigramTrainer(
-            vocab_size=_VOCABULARY - 1,
-            special_tokens=special,
-            unk_token="<unk>",
-            show_progress=False,
-        ),
-    )
-    content = json.loads(tokenizer.to_str())
-    pieces = [*content["model"]["vocab"], ["<mask>", 0.0]]
-    content["model"]["vocab"] = pieces
-    mask = len(pieces) - 1
-    content["added_tokens"].append(_added("<mask>", mask, lstrip=True))
-    tokenizer = Tokenizer.from_str(json.dumps(content))
+    characters, words = _pieces(tokenizer)
+    pieces = dict.fromkeys(special, 0.0) | dict.fromkeys(characters, -9.0)
+    # Longer is likelier, and no two words are equally likely: one way to cut a text is the best.
+    pieces |= {word: -6.0 - i / 1000 for i, word in enumerate(words) if len(word) > 1}
+    pieces["<mask>"] = 0.0
+    tokenizer.model = models.Unigram(list(pieces.items()), unk_id=3)
+    tokenizer.add_special_tokens([*special, AddedToken("<mask>", lstrip=True)])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",
         pair="<s> $A </s> </s> $B </s>",
@@ -136,15 +136,13 @@ def edit_config(folder: Path, **values: Any) -> None:
 
 def _bert(folder: Path, segments: int) -> Path:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordPiece())
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.train_from_iterator(
-        _texts(),
-        trainers.WordPieceTrainer(
-            vocab_size=_VOCABULARY, special_tokens=special, show_progress=False
-        ),
-    )
+    characters, words = _pieces(tokenizer)
+    pieces = [*special, *characters, *(f"##{c}" for c in characters), *words]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    tokenizer.model = models.WordPiece(vocabulary, unk_token="[UNK]")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -224,6 +222,18 @@ def _modernbert(folder: Path, pooling: str) -> Path:
     return _save(
         folder, model, model.classifier, _MODERN_GAIN, tokenizer, "PreTrainedTokenizerFast", names
     )
+
+
+def _pieces(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+    """Characters of the texts, and every second word: the others have to be put together.
+
+    The trainers of these two kinds of tokenizer give other pieces each time.
+    """
+    words: set[str] = set()
+    for text in _texts():
+        normal = tokenizer.normalizer.normalize_str(text)
+        words |= {word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)}
+    return sorted({c for word in words for c in word}), sorted(words)[::2]
 
 
 def _texts() -> list[str]:

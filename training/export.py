@@ -15,7 +15,6 @@ from sources import cache_folder
 from train import HELD_OUT, Lists, logits
 from transformers import BertForSequenceClassification
 
-
 # The backbone's settings as an embedder: its own short limit, and where it was loaded from.
 NOT_OURS = ("is_local", "max_length", "pad_to_multiple_of", "stride", "truncation_side",
             "truncation_strategy")
