@@ -14,9 +14,14 @@ os.environ["QRANK_CACHE"] = tempfile.mkdtemp(prefix="qrank-tests-")
 os.environ.pop("TOKENIZERS_PARALLELISM", None)
 
 import tiny
+from hypothesis import HealthCheck, settings
 
 from qrank import Reranker
 from qrank.converters.convert import convert
+
+# A busy machine is no failure.
+settings.register_profile("qrank", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("qrank")
 
 
 def pytest_unconfigure() -> None:

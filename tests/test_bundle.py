@@ -132,8 +132,13 @@ def test_a_manifest_that_is_none_is_refused(copy: Path, text: str) -> None:
 def test_a_byte_anywhere_in_the_manifest_counts(copy: Path, bundle: Path, place: float) -> None:
     shutil.copy(bundle / MANIFEST, copy / MANIFEST)
     flip(copy / MANIFEST, place)
-    with pytest.raises(BundleError):
+    try:
         Manifest.load(copy)
+    except BundleError:
+        return
+    # The 17th digit of a number may say the same number.
+    ours, theirs = (json.loads((f / MANIFEST).read_text("utf-8")) for f in (copy, bundle))
+    assert ours == theirs
 
 
 def test_the_digest_is_of_canonical_json(bundle: Path) -> None:

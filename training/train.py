@@ -181,8 +181,8 @@ def work(first: bool, progress: Progress, optimizer: torch.optim.Optimizer, list
 
 @click.command()
 @click.option("--minutes", required=True, type=float, help="Training time, over all starts.")
-@click.option("--peak", default=1.5e-4, help="Highest learning rate.")
-@click.option("--lists", "a_step", default=2, help="Lists a step.")
+@click.option("--peak", default=1.2e-4, help="Highest learning rate.")
+@click.option("--lists", "a_step", default=4, help="Lists a step.")
 @click.option("--frozen", default=2, help="Lowest layers that stay as they are.")
 @click.option("--name", default="mini", help="Name of the checkpoint folder.")
 @click.option("--workers", default=os.cpu_count(), help="Processes of one thread each.")
