@@ -12,7 +12,7 @@ from qrank.bundle import Probes, Variant
 from qrank.converters.checkpoint import Checkpoint
 from qrank.converters.probes import probe_pairs
 from qrank.encoding import Encoder
-from qrank.errors import ConversionError, FidelityError
+from qrank.errors import ConversionError, FidelityError, TargetError
 from qrank.extras import need
 from qrank.fidelity import TOLERANCES, Fidelity
 from qrank.work import Logits, Work
@@ -87,12 +87,16 @@ def measure(folder: Path, variant: Variant, probes: Probes) -> Fidelity:
 
     Raises:
         FidelityError: it is further from the reference than its precision may be.
+        ConversionError: it does not load or run at all.
     """
-    backend = opener(variant.format)(folder, variant, "cpu", Options(processors()))
     try:
-        logits = backend.logits(probes.work)
-    finally:
-        backend.close()
+        backend = opener(variant.format)(folder, variant, "cpu", Options(processors()))
+        try:
+            logits = backend.logits(probes.work)
+        finally:
+            backend.close()
+    except TargetError as error:
+        raise ConversionError(f"{variant.name} was made but does not run: {error}") from error
     fidelity = Fidelity.of(logits, probes.logits)
     if missed := TOLERANCES[variant.precision].shortfall(fidelity):
         raise FidelityError(

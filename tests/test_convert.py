@@ -404,7 +404,7 @@ def interrupted(folder: Path) -> None:
     [
         (nothing, FidelityError),
         (empty, FidelityError),
-        (stub, TargetError),
+        (stub, ConversionError),
         (full_disk, OSError),
         (interrupted, KeyboardInterrupt),
     ],
