@@ -5,6 +5,8 @@ BM25's top 100 are reranked; every reranker sees the same 100. The paired t-test
 """
 
 import json
+import multiprocessing as mp
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,15 @@ class CrossEncoder:
         return found
 
 
+def _scores(query: str, documents: list[str]) -> Scores:
+    """A worker's job; the model is the parent's, so that it is loaded once."""
+    torch.set_num_threads(1)
+    return workers_model[0].logits(query, documents)
+
+
+workers_model: list[CrossEncoder] = []
+
+
 def first_stage(
     documents: list[dict[str, Any]], queries: list[dict[str, Any]]
 ) -> tuple[NDArray[np.int64], Scores]:
@@ -91,26 +102,27 @@ def sanity(model: CrossEncoder) -> tuple[int, int]:
 )
 @click.option("--queries", "count", default=0, help="A random sample of this many; 0 is all.")
 @click.option("--bf16/--fp32", default=False)
-@click.option("--threads", default=0, help="0 leaves it to torch.")
-def main(checkpoint: Path, data: Path, count: int, bf16: bool, threads: int) -> None:
+@click.option("--workers", default=os.cpu_count(), help="Processes of one thread each.")
+def main(checkpoint: Path, data: Path, count: int, bf16: bool, workers: int) -> None:
     """Print the table of BM25, bi-encoder and CHECKPOINT, with paired tests."""
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     model = CrossEncoder(checkpoint, bf16)
+    workers_model.append(model)
     right, groups = sanity(model)
     documents, queries = read(data / "documents.jsonl"), read(data / "queries.jsonl")
     qrels: list[Qrel] = list(ir_measures.read_trec_qrels(str(data / "qrels.trec")))
     top, bm25 = first_stage(documents, queries)
     keep = sorted(random.Random(0).sample(range(len(queries)), count or len(queries)))
     texts = [document["text"] for document in documents]
+    jobs = [(queries[i]["text"], [texts[j] for j in top[i]]) for i in keep]
+    with mp.get_context("fork").Pool(workers) as pool:
+        reranked = pool.starmap(_scores, jobs, chunksize=1)
     vectors = embed(texts)
     asked = embed([query["text"] for query in queries])
     systems: dict[str, list[Scores]] = {
         "BM25": [bm25[i] for i in keep],
         "all-MiniLM-L6-v2": [vectors[top[i]] @ asked[i] for i in keep],
-        checkpoint.name: [
-            model.logits(queries[i]["text"], [texts[j] for j in top[i]]) for i in keep
-        ],
+        checkpoint.name: reranked,
     }
     ids = [queries[i]["id"] for i in keep]
     judged = [qrel for qrel in qrels if qrel.query_id in set(ids)]

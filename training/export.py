@@ -16,8 +16,14 @@ from train import HELD_OUT, Lists, logits
 from transformers import BertForSequenceClassification
 
 # The backbone's settings as an embedder: its own short limit, and where it was loaded from.
-NOT_OURS = ("is_local", "max_length", "pad_to_multiple_of", "stride", "truncation_side",
-            "truncation_strategy")
+NOT_OURS = (
+    "is_local",
+    "max_length",
+    "pad_to_multiple_of",
+    "stride",
+    "truncation_side",
+    "truncation_strategy",
+)
 
 
 def calibration(own: NDArray[np.float64], others: NDArray[np.float64]) -> tuple[float, float]:
@@ -65,12 +71,16 @@ def main(target: Path, name: str) -> None:
         model.half().save_pretrained(made)
         tokenizer().save_pretrained(made)
         settings = Path(made) / "tokenizer_config.json"
-        kept = {key: value for key, value in json.loads(settings.read_text()).items()
-                if key not in NOT_OURS}
+        kept = {
+            key: value
+            for key, value in json.loads(settings.read_text()).items()
+            if key not in NOT_OURS
+        }
         settings.write_text(json.dumps(kept, indent=2) + "\n")
         spaced = Path(made) / "tokenizer.json"  # a third of the file is indentation
-        spaced.write_text(json.dumps(json.loads(spaced.read_text()), separators=(",", ":"),
-                                     ensure_ascii=False))
+        spaced.write_text(
+            json.dumps(json.loads(spaced.read_text()), separators=(",", ":"), ensure_ascii=False)
+        )
         for path in Path(made).iterdir():
             path.chmod(0o644)
             os.replace(path, target / path.name)

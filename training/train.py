@@ -137,14 +137,26 @@ class Progress:
 def save(target: Path, progress: Progress, optimizer: torch.optim.Optimizer) -> None:
     """Write the state in one move: a stop never leaves half a file."""
     target.mkdir(exist_ok=True)
-    state = dict(model=progress.model.state_dict(), optimizer=optimizer.state_dict(),
-                 lists=progress.lists.value, used=progress.used.value)
+    state = dict(
+        model=progress.model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        lists=progress.lists.value,
+        used=progress.used.value,
+    )
     torch.save(state, target / "state.tmp")
     (target / "state.tmp").replace(target / "state.pt")
 
 
-def work(first: bool, progress: Progress, optimizer: torch.optim.Optimizer, lists: Lists,
-         target: Path, minutes: float, peak: float, a_step: int) -> None:
+def work(
+    first: bool,
+    progress: Progress,
+    optimizer: torch.optim.Optimizer,
+    lists: Lists,
+    target: Path,
+    minutes: float,
+    peak: float,
+    a_step: int,
+) -> None:
     """One worker: take lists, step, until the time is used up. The first keeps time and state."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     usable, mean, steps = len(lists.rows) - HELD_OUT, 0.0, 0
@@ -168,8 +180,10 @@ def work(first: bool, progress: Progress, optimizer: torch.optim.Optimizer, list
         progress.used.value += min(now - tick, 60)
         tick = now
         if steps % 25 == 0:
-            click.echo(f"minutes {progress.used.value / 60:.1f} lists {progress.lists.value} "
-                       f"loss {mean:.4f} rate {rate(share, peak):.1e}")
+            click.echo(
+                f"minutes {progress.used.value / 60:.1f} lists {progress.lists.value} "
+                f"loss {mean:.4f} rate {rate(share, peak):.1e}"
+            )
         if now - saved > 240:
             save(target, progress, optimizer)
             click.echo(held_out(progress.model, lists))
@@ -205,8 +219,9 @@ def main(minutes: float, peak: float, a_step: int, frozen: int, name: str, worke
         model.load_state_dict(state["model"])
         done, used, moments = state["lists"], state["used"], state["optimizer"]
     progress = Progress(model, done, used)
-    optimizer = torch.optim.AdamW([dict(params=body, times=1.0), dict(params=head, times=4.0)],
-                                  weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        [dict(params=body, times=1.0), dict(params=head, times=4.0)], weight_decay=0.01, fused=True
+    )
     if moments is not None:
         optimizer.load_state_dict(moments)
     rest = (progress, optimizer, lists, target, minutes, peak, a_step)
