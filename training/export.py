@@ -1,7 +1,6 @@
 """Step 4: a training state becomes a checkpoint folder: calibrated, in fp16, self-describing."""
 
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -83,7 +82,7 @@ def main(target: Path, name: str) -> None:
         )
         for path in Path(made).iterdir():
             path.chmod(0o644)
-            os.replace(path, target / path.name)
+            path.replace(target / path.name)
     click.echo(
         f"{state['lists']} lists, {state['used'] / 60:.0f} minutes; "
         f"logits times {scale:.3f} plus {offset:.3f}"
