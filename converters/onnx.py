@@ -100,7 +100,12 @@ def _export(model: PreTrainedModel, family: Family, path: Path) -> None:
         )
     if program is None:
         raise ConversionError("torch.onnx.export gave no program")
-    save_graph(program.model_proto, path)
+    graph = program.model_proto
+    # The exporter notes where in whose Python files each node comes from.
+    for item in (graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.graph.initializer):
+        del item.metadata_props[:]
+        item.ClearField("doc_string")
+    save_graph(graph, path)
 
 
 def _half(model: onnx.ModelProto, head: set[str]) -> onnx.ModelProto:

@@ -9,7 +9,7 @@ pair's score depends on its neighbours, and one large value coarsens all others.
    s_j = sqrt(max |x_j| / max |w_j|) (SmoothQuant, arXiv 2211.10438, with alpha = 0.5);
 3. weights are int8 with one scale a column, embedding tables int8 with one scale a row.
 
-Speed is that of onnxruntime's way (both measured in benchmarks/int8.py).
+benchmarks/int8.py holds speed, fidelity and dependence on the batch against onnxruntime's ways.
 """
 
 from __future__ import annotations

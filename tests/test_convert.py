@@ -604,3 +604,12 @@ def test_json_of_the_manifest_is_plain(bundle: Path) -> None:
         raise AssertionError(constant)
 
     json.loads((bundle / MANIFEST).read_text("utf-8"), parse_constant=refuse)
+
+
+def test_graphs_do_not_say_where_they_were_made(bundle: Path) -> None:
+    """The exporter notes the Python files each node comes from: paths of this machine."""
+    here = str(Path(onnx.__file__).parent.parent).encode()
+    for path in bundle.glob("*/model.onnx"):
+        assert here not in path.read_bytes(), path
+        assert b"Traceback" not in path.read_bytes()
+        assert b"stack_trace" not in path.read_bytes()

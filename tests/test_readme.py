@@ -24,7 +24,9 @@ NOT_RUN = {
 
 def blocks(language: str) -> list[str]:
     """The code blocks of a language; "" for those without one."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    # All of them, or an end would count as a beginning.
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [code for named, code in found if named == language]
 
 
 def run(command: str, folder: Path) -> str:
@@ -83,9 +85,9 @@ def test_demo() -> None:
     """`make demo` runs this command, and prints just what the README shows."""
     recipe = subprocess.run(
         ["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()[-1]
-    assert recipe.startswith(".venv/bin/qrank ")
-    printed = run(recipe.removeprefix(".venv/bin/"), ROOT)
+    ).stdout
+    (command,) = re.findall(r"^\.venv/bin/(qrank .*)$", recipe, re.MULTILINE)
+    printed = run(command, ROOT)
     assert "photosynthesis" in printed.splitlines()[1]
     assert [line.rstrip() for line in printed.splitlines()] == blocks("")[0].splitlines()
 

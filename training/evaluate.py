@@ -59,13 +59,13 @@ class CrossEncoder:
         return found
 
 
+# Filled before the workers are forked, so that the checkpoint is read and held once.
+_shared: list[CrossEncoder] = []
+
+
 def _scores(query: str, documents: list[str]) -> Scores:
-    """A worker's job; the model is the parent's, so that it is loaded once."""
-    torch.set_num_threads(1)
-    return workers_model[0].logits(query, documents)
-
-
-workers_model: list[CrossEncoder] = []
+    """A worker's job: one query."""
+    return _shared[0].logits(query, documents)
 
 
 def first_stage(
@@ -88,7 +88,7 @@ def sanity(model: CrossEncoder) -> tuple[int, int]:
         scores = model.logits(group["query"], group["documents"])
         right += int(scores.argmax() == 0)
         mark = "right" if scores.argmax() == 0 else "WRONG"
-        click.echo(f"{mark} {group['query']}  {np.round(scores, 1).tolist()}")
+        click.echo(f"{mark} {group['query']}  {[round(float(score), 1) for score in scores]}")
     return right, len(groups)
 
 
@@ -107,7 +107,7 @@ def main(checkpoint: Path, data: Path, count: int, bf16: bool, workers: int) -> 
     """Print the table of BM25, bi-encoder and CHECKPOINT, with paired tests."""
     torch.set_num_threads(1)
     model = CrossEncoder(checkpoint, bf16)
-    workers_model.append(model)
+    _shared.append(model)
     right, groups = sanity(model)
     documents, queries = read(data / "documents.jsonl"), read(data / "queries.jsonl")
     qrels: list[Qrel] = list(ir_measures.read_trec_qrels(str(data / "qrels.trec")))
