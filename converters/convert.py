@@ -19,10 +19,8 @@ from qrank.converters.fidelity import encode_pairs, make_probes, measure
 from qrank.converters.probes import calibration_pairs
 from qrank.converters.tokenizer import text_tokenizer
 from qrank.errors import ConversionError, FidelityError
-from qrank.extras import installed, need
+from qrank.extras import DISTRIBUTION, installed, need
 from qrank.fidelity import Fidelity
-
-DEFAULT_PRECISION = "int8"
 
 Progress = Callable[[str], None]
 """Called with what is being done, each time that changes."""
@@ -31,6 +29,12 @@ Progress = Callable[[str], None]
 def converter(format: str) -> ModuleType:
     """The converter module of a format."""
     return importlib.import_module(f"qrank.converters.{format}")
+
+
+def default_precision(format: str) -> str:
+    """What a format is made in where nobody says."""
+    precision: str = converter(format).PRECISIONS[0]
+    return precision
 
 
 def formats_at_hand() -> list[str]:
@@ -109,15 +113,16 @@ def _build(
     original = json.loads(checkpoint.tokenizer.backend_tokenizer.to_str())
     text = json.dumps(text_tokenizer(original), ensure_ascii=False, separators=(",", ":"))
     tokenizer.write_text(text, "utf-8")
-    progress("running the fp32 reference")
-    model = checkpoint.load()
-    manifest = old or Manifest(
-        name=checkpoint.name,
-        family=checkpoint.family,
-        source=checkpoint.source,
-        files={TOKENIZER: FileRecord.of(tokenizer)},
-        probes=make_probes(checkpoint, model, tokenizer),
-    )
+    manifest = old
+    if manifest is None:
+        progress("running the fp32 reference")
+        manifest = Manifest(
+            name=checkpoint.name,
+            family=checkpoint.family,
+            source=checkpoint.source,
+            files={TOKENIZER: FileRecord.of(tokenizer)},
+            probes=make_probes(checkpoint, tokenizer),
+        )
     calibration = encode_pairs(calibration_pairs(), tokenizer, checkpoint)
     for format, precision in wanted:
         module = converter(format)
@@ -126,7 +131,7 @@ def _build(
         progress(f"converting to {variant.name}")
         part = folder / variant.name
         part.mkdir()
-        module.convert(model, checkpoint.family, precision, part, calibration)
+        note = module.convert(checkpoint, precision, part, calibration)
         progress(f"proving {variant.name}")
         files = {
             path.relative_to(folder).as_posix(): FileRecord.of(path)
@@ -135,14 +140,15 @@ def _build(
         }
         if not files or min(record.bytes for record in files.values()) == 0:
             raise FidelityError(f"the converter of {variant.name} wrote an empty file")
-        variant = replace(variant, files=files, fidelity=measure(folder, variant, manifest.probes))
+        fidelity = measure(folder, variant, manifest.probes)
+        variant = replace(variant, files=files, fidelity=fidelity, note=note)
         manifest = manifest.with_variant(variant)
     manifest.save(folder)
     return manifest
 
 
 def _versions(module: ModuleType) -> dict[str, str]:
-    packages = ("qrank", *module.MODULES)
+    packages = (DISTRIBUTION.get(name, name) for name in ("qrank", *module.MODULES))
     return {name: metadata.version(name) for name in packages}
 
 

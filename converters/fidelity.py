@@ -70,13 +70,13 @@ def run_reference(model: PreTrainedModel, work: Work) -> Logits:
     return np.array(logits, np.float32)
 
 
-def make_probes(checkpoint: Checkpoint, model: PreTrainedModel, tokenizer: Path) -> Probes:
+def make_probes(checkpoint: Checkpoint, tokenizer: Path) -> Probes:
     """The probe pairs with the reference's logits."""
     work = encode_pairs(probe_pairs(), tokenizer, checkpoint)
     torch, transformers = need("torch"), need("transformers")
     return Probes(
         work,
-        run_reference(model, work),
+        run_reference(checkpoint.load(), work),
         f"{checkpoint.family.architecture}, fp32, transformers {transformers.__version__}, "
         f"torch {torch.__version__}",
     )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qrank.converters.checkpoint import Checkpoint
 from qrank.converters.graph_file import save_graph
 from qrank.converters.onnx_int8 import quantize
 from qrank.errors import ConversionError
@@ -31,25 +32,25 @@ HEAD = frozenset({"pooler", "classifier", "head"})
 """Names of the score head's modules in transformers' classes: they stay fp32 in every precision."""
 
 
-def convert(
-    model: PreTrainedModel, family: Family, precision: str, folder: Path, calibration: Work
-) -> None:
+def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work) -> str:
     """Write `model.onnx` (and `model.onnx.data` above 2 GB) into a folder.
 
     Args:
-        model: transformers' own, fp32.
-        family: the checkpoint's.
+        checkpoint: loaded here, in fp32.
         precision: one of PRECISIONS. Weights are never smaller than fp32 in the head.
         folder: exists and is empty.
         calibration: pairs whose activations int8 looks at.
+
+    Returns:
+        "": there is nothing to add to the precision's name.
 
     Raises:
         ConversionError: the graph cannot be exported.
     """
     path = folder / "model.onnx"
-    _export(model, family, path)
+    _export(checkpoint.load(), checkpoint.family, path)
     if precision == "fp32":
-        return
+        return ""
     graph = need("onnx").load(path)
     for file in folder.iterdir():
         file.unlink()
@@ -59,6 +60,7 @@ def convert(
     else:
         quantize(graph, keep=head, calibration=calibration)
     save_graph(graph, path)
+    return ""
 
 
 def head_nodes(model: onnx.ModelProto) -> set[str]:

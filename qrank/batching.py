@@ -29,3 +29,26 @@ def cut_padded(lengths: ArrayLike, limit: int) -> list[NDArray[np.intp]]:
         batches.append(order[start:end])
         start = end
     return batches
+
+
+def cut_ragged(lengths: ArrayLike, limit: int, count: int) -> list[NDArray[np.intp]]:
+    """Cut sequences into batches of at most `limit` tokens and `count` sequences, unpadded.
+
+    Args:
+        lengths: tokens of each sequence, shape [n].
+        limit: tokens a batch may hold; a longer sequence gets a batch of its own.
+        count: sequences a batch may hold.
+
+    Returns:
+        As `cut_padded`, the longest first too.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    batches = []
+    start = 0
+    while start < len(order):
+        fitting = np.cumsum(lengths[order[start : start + count]]) <= limit
+        end = start + max(int(fitting.sum()), 1)
+        batches.append(order[start:end])
+        start = end
+    return batches

@@ -51,10 +51,11 @@ class Variant:
 
     Attributes:
         format: the file format, which is also the backend's name: `onnx`.
-        precision: `fp32`, `fp16`, `int8`.
+        precision: by the format's own names: `fp32`, `int8`, `q4_k_m`.
         files: path inside the bundle -> what it must be.
         fidelity: measured on the probes when it was converted.
         tools: versions of what made it.
+        note: what its precision's name does not say; "" mostly.
     """
 
     format: str
@@ -62,6 +63,7 @@ class Variant:
     files: dict[str, FileRecord]
     fidelity: Fidelity
     tools: dict[str, str]
+    note: str = ""
 
     @property
     def name(self) -> str:
@@ -180,7 +182,7 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
         "family": manifest.family.to_json(),
         "source": asdict(manifest.source),
         "files": {name: asdict(record) for name, record in manifest.files.items()},
-        "variants": {name: asdict(variant) for name, variant in manifest.variants.items()},
+        "variants": {name: _variant(variant) for name, variant in manifest.variants.items()},
         "probes": {
             "reference": probes.reference,
             "logits": [float(x) for x in probes.logits],
@@ -188,6 +190,14 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
             "segments": None if segments is None else [s.tolist() for s in segments],
         },
     }
+
+
+def _variant(variant: Variant) -> dict[str, Any]:
+    content = asdict(variant)
+    # Only where there is one: manifests that never knew of notes stay what they are.
+    if not variant.note:
+        del content["note"]
+    return content
 
 
 def _from_json(content: dict[str, Any]) -> Manifest:

@@ -10,6 +10,8 @@ from types import ModuleType
 from qrank.errors import MissingExtraError
 
 EXTRA_OF = {
+    "gguf": "convert",
+    "llama_cpp": "gguf",
     "onnx": "convert",
     "onnxruntime": "onnx",
     "onnxscript": "convert",
@@ -19,6 +21,8 @@ EXTRA_OF = {
 }
 """Which extra of qrank brings a module."""
 
+DISTRIBUTION = {"llama_cpp": "llama-cpp-python"}
+"""What pip calls a module, where it is not the module's own name."""
 
 _SILENCE = {"onnxruntime": "ORT_DISABLE_TELEMETRY"}
 """The environment variable that, set before the import, keeps a module from calling home.

@@ -62,6 +62,9 @@ TOLERANCES = {
     "fp32": Tolerance(1e-4),
     "fp16": Tolerance(1e-2),
     "int8": Tolerance(0.15, 0.9),
+    "f16": Tolerance(1e-2),
+    "q8_0": Tolerance(0.15, 0.9),
+    "q4_k_m": Tolerance(0.3, 0.8),
 }
 """By precision. They scale with the model: a share of max(1, spread of the reference logits)."""
 

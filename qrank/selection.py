@@ -15,8 +15,8 @@ from qrank.bundle import Manifest, Probes, Variant
 from qrank.errors import TargetError
 from qrank.fidelity import TOLERANCES, Fidelity
 
-PREFERRED = {"cpu": ("int8", "fp32", "fp16")}
-PREFERRED_ELSEWHERE = ("fp16", "fp32", "int8")
+PREFERRED = {"cpu": ("int8", "fp32", "fp16", "q8_0", "q4_k_m", "f16")}
+PREFERRED_ELSEWHERE = ("fp16", "fp32", "int8", "q8_0", "f16", "q4_k_m")
 _PROBE_TOKENS = 1024
 
 

@@ -22,7 +22,7 @@ from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.work import Logits, Work
 
-FORMATS = ("onnx",)
+FORMATS = ("onnx", "gguf")
 """Every format, and with it every backend, qrank comes with."""
 
 

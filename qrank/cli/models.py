@@ -70,9 +70,13 @@ def fidelity_lines(variants: Iterable[Variant]) -> Iterator[str]:
     yield f"{'variant':14}{'size':>10}{'max |Δlogit|':>15}{'of spread':>11}" + (
         f"{'Spearman':>10}{'Kendall':>9}"
     )
+    variants = list(variants)
     for variant in variants:
         f = variant.fidelity
         share = f.max_abs / f.spread if f.spread else 0.0
         yield f"{variant.name:14}{megabytes(variant.bytes):>10}{f.max_abs:>15.2g}{share:>11.2%}" + (
             f"{f.spearman:>10.4f}{f.kendall:>9.4f}"
         )
+    for variant in variants:
+        if variant.note:
+            yield f"{variant.name}: {variant.note}"
