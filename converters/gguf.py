@@ -298,7 +298,9 @@ def _tensors(
         elif theirs == "position_embd":
             first = _unread(config, layout)
             rows, width = weights.shape(name)
-            yield _Tensor(f"{theirs}.weight", [rows - first, width], partial(weights.load, name, first))
+            yield _Tensor(
+                f"{theirs}.weight", [rows - first, width], partial(weights.load, name, first)
+            )
         elif theirs == "token_embd" and (types := _types(checkpoint)) > 1:
             rows, width = weights.shape(name)
             load = partial(_shifted, weights, name, types)

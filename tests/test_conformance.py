@@ -22,7 +22,7 @@ from qrank.converters.probes import probe_pairs
 from qrank.fidelity import TOLERANCES, Fidelity
 from qrank.work import Logits
 
-ALONE = {"fp32": 1e-5, "fp16": 5e-3, "int8": 0.02}
+ALONE = {"fp32": 1e-5, "fp16": 5e-3, "int8": 0.02, "f16": 5e-3, "q8_0": 0.02, "q4_k_m": 0.02}
 """How far a logit may move with its batch, by precision: a share of max(1, spread)."""
 
 

@@ -34,7 +34,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from qrank.converters.probes import probe_pairs
 
-VARIANTS = (("onnx", "int8"), ("onnx", "fp16"), ("onnx", "fp32"))
+VARIANTS = (
+    ("onnx", "int8"),
+    ("onnx", "fp16"),
+    ("onnx", "fp32"),
+    ("gguf", "q4_k_m"),
+    ("gguf", "q8_0"),
+    ("gguf", "f16"),
+)
 """Every (format, precision) there is: what bundles made of tiny checkpoints hold."""
 
 MAX_LENGTH = 160

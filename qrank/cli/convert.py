@@ -54,8 +54,8 @@ def convert(
       qrank convert cross-encoder/ms-marco-MiniLM-L6-v2
       qrank convert ./my-reranker --to onnx --precision fp16 -o ./my-bundle
     """
-    from qrank.converters.convert import default_precision, formats_at_hand
     from qrank.converters.convert import convert as run
+    from qrank.converters.convert import default_precision, formats_at_hand
 
     if precision is not None and len(formats) != 1:
         raise click.UsageError("--precision goes with exactly one --to")
@@ -64,7 +64,9 @@ def convert(
         formats = tuple(formats_at_hand()) or FORMATS
         for absent in sorted(set(FORMATS) - set(formats)):
             notice(f"leaving out {absent}: {pip_line('convert')}")
-    variants = [(format, precision or default_precision(format)) for format in dict.fromkeys(formats)]
+    variants = [
+        (format, precision or default_precision(format)) for format in dict.fromkeys(formats)
+    ]
     console = Console(stderr=True)
     with console.status("starting") as status:
         folder, manifest = run(
