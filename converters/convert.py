@@ -19,7 +19,7 @@ from qrank.converters.fidelity import encode_pairs, make_probes, measure
 from qrank.converters.probes import calibration_pairs
 from qrank.converters.tokenizer import text_tokenizer
 from qrank.errors import ConversionError, FidelityError
-from qrank.extras import DISTRIBUTION, installed, need
+from qrank.extras import DISTRIBUTION, EXTRA_OF, installed, need
 from qrank.fidelity import Fidelity
 
 Progress = Callable[[str], None]
@@ -35,6 +35,11 @@ def default_precision(format: str) -> str:
     """What a format is made in where nobody says."""
     precision: str = converter(format).PRECISIONS[0]
     return precision
+
+
+def extras_for(format: str) -> str:
+    """Extras of qrank that bring what a format still wants, as pip takes them: "convert,gguf"."""
+    return ",".join(sorted({EXTRA_OF[m] for m in converter(format).MODULES if not installed(m)}))
 
 
 def formats_at_hand() -> list[str]:

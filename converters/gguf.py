@@ -10,15 +10,15 @@ there. (Shifted positions would be smaller, but llama.cpp takes consecutive ones
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,11 +40,14 @@ PRECISIONS = ("q4_k_m", "q8_0", "f16")
 MODULES = ("torch", "transformers", "safetensors", "gguf", "llama_cpp")
 """What converting and verifying takes."""
 
-_FTYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_k_m": 15}
+_FTYPES = {"f16": 1, "q8_0": 7, "q4_k_m": 15}
 """llama.cpp's enum llama_ftype."""
 
-_TYPES = {"q8_0": {"Q8_0"}, "q4_k_m": {"Q4_K", "Q5_K", "Q6_K"}}
-"""What a quantized file is made of where nothing stands in; the head is F32 in all."""
+_TYPES = {"f16": {"F16"}, "q8_0": {"Q8_0"}, "q4_k_m": {"Q4_K", "Q5_K", "Q6_K"}}
+"""What a file is made of where nothing stands in; what is small is F32 in all."""
+
+_PIECE = 2**24
+"""Numbers read and written at once."""
 
 _BUFFER = 2**27
 """Bytes of weights that the quantizer holds at once."""
@@ -137,32 +140,42 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: W
         ConversionError: llama.cpp cannot represent the model, or its quantizer fails.
     """
     path = folder / FILE
-    if precision == "f16":
-        _write(checkpoint, path, "f16")
-        return ""
-    plain = folder / "plain.gguf"
-    _write(checkpoint, plain, "f32")
-    _quantize(plain, path, precision)
-    plain.unlink()
+    _write(checkpoint, path)
+    if precision != "f16":
+        plain = path.rename(folder / "f16.gguf")
+        _quantize(plain, path, precision)
+        plain.unlink()
     return _stand_ins(path, precision)
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of the file, not yet read."""
+    """A tensor of the file, not yet read; `pieces` gives its rows, some at a time.
+
+    To the writer it is what an array is: something with a size that goes into a file.
+    """
 
     name: str
     shape: list[int]
-    load: Callable[[], Floats]
+    pieces: Callable[[], Iterator[Floats]]
 
     @property
-    def keeps_f32(self) -> bool:
-        """Whether it is small and exact in every file: norms, biases, positions, the head."""
-        return len(self.shape) == 1 or self.name.startswith(("cls", "position", "token_types"))
+    def dtype(self) -> np.dtype[Any]:
+        """fp32 for what is small: norms, biases, positions, the head."""
+        small = len(self.shape) == 1 or self.name.startswith(("cls", "position", "token_types"))
+        return np.dtype(np.float32 if small else np.float16)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def tofile(self, file: IO[bytes]) -> None:
+        for piece in self.pieces():
+            piece.astype(self.dtype, copy=False).tofile(file)
 
 
-def _write(checkpoint: Checkpoint, path: Path, precision: str) -> None:
-    """Write the whole file, in f32 or f16."""
+def _write(checkpoint: Checkpoint, path: Path) -> None:
+    """Write the whole file in f16."""
     gguf, transformers = need("gguf"), need("transformers")
     layout = _LAYOUTS.get(checkpoint.family.architecture)
     if layout is None:
@@ -177,22 +190,17 @@ def _write(checkpoint: Checkpoint, path: Path, precision: str) -> None:
     writer = gguf.GGUFWriter(path, layout.arch)
     writer.add_type("model")
     writer.add_name(checkpoint.name)
-    writer.add_file_type(_FTYPES[precision])
+    writer.add_file_type(_FTYPES["f16"])
     _describe(writer, config, layout, checkpoint)
-    with _weights(checkpoint) as weights:
-        tensors = list(_tensors(weights, config, layout, checkpoint))
-        halves = [precision == "f16" and not t.keeps_f32 for t in tensors]
-        for tensor, half in zip(tensors, halves, strict=True):
-            kind = np.dtype(np.float16 if half else np.float32)
-            size = int(np.prod(tensor.shape)) * kind.itemsize
-            writer.add_tensor_info(tensor.name, tensor.shape, kind, size)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor, half in zip(tensors, halves, strict=True):
-            data = tensor.load()
-            writer.write_tensor_data(data.astype(np.float16) if half else data)
-        writer.close()
+    tensors = list(_tensors(_Weights(checkpoint.folder), config, layout, checkpoint))
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.shape, tensor.dtype, tensor.nbytes)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in tensors:
+        writer.write_tensor_data(tensor)
+    writer.close()
 
 
 def _describe(
@@ -246,37 +254,33 @@ def _unread(config: PretrainedConfig, layout: _Layout) -> int:
 
 
 class _Weights:
-    """A checkpoint's safetensors, read a tensor at a time."""
+    """A checkpoint's safetensors, read some rows at a time.
 
-    def __init__(self, files: list[Any]) -> None:
+    A file is opened anew each time: what was read of an open one stays in memory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._open = need("safetensors").safe_open
         # Before 2019, layer norms had gamma and beta.
         old = {"gamma": "weight", "beta": "bias"}
         self._places = {}
-        for file in files:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                module, _, parameter = name.rpartition(".")
-                self._places[f"{module}.{old.get(parameter, parameter)}"] = (file, name)
+        self.shapes: dict[str, list[int]] = {}
+        for path in sorted(folder.glob("model*.safetensors")):
+            with self._open(path, "pt") as file:
+                for stored in file.keys():  # noqa: SIM118 (no mapping)
+                    module, _, parameter = stored.rpartition(".")
+                    name = f"{module}.{old.get(parameter, parameter)}"
+                    self._places[name] = (path, stored)
+                    self.shapes[name] = file.get_slice(stored).get_shape()
 
-    def shape(self, name: str) -> list[int]:
-        file, stored = self._places[name]
-        shape: list[int] = file.get_slice(stored).get_shape()
-        return shape
-
-    def load(self, name: str, first: int = 0) -> Floats:
-        file, stored = self._places[name]
-        values: Floats = file.get_tensor(stored).float().numpy()
-        return values[first:]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._places
-
-
-@contextmanager
-def _weights(checkpoint: Checkpoint) -> Iterator[_Weights]:
-    safetensors = need("safetensors")
-    with ExitStack() as stack:
-        paths = sorted(checkpoint.folder.glob("model*.safetensors"))
-        yield _Weights([stack.enter_context(safetensors.safe_open(p, "pt")) for p in paths])
+    def rows(self, name: str, first: int = 0) -> Iterator[Floats]:
+        """A weight from one row on, in pieces."""
+        path, stored = self._places[name]
+        count, *rest = self.shapes[name]
+        step = max(_PIECE // math.prod(rest), 1)
+        for start in range(first, count, step):
+            with self._open(path, "pt") as file:
+                yield file.get_slice(stored)[start : start + step].float().numpy()
 
 
 def _tensors(
@@ -288,7 +292,7 @@ def _tensors(
         model = transformers.AutoModelForSequenceClassification.from_config(config)
     homeless = []
     for name, _ in model.named_parameters():
-        if name not in weights:
+        if name not in weights.shapes:
             raise ConversionError(f"{checkpoint.folder} has no weight {name}")
         module, _, parameter = name.rpartition(".")
         number = re.search(r"\.(\d+)\.", module)
@@ -297,17 +301,17 @@ def _tensors(
             homeless.append(name)
         elif theirs == "position_embd":
             first = _unread(config, layout)
-            rows, width = weights.shape(name)
+            rows, width = weights.shapes[name]
             yield _Tensor(
-                f"{theirs}.weight", [rows - first, width], partial(weights.load, name, first)
+                f"{theirs}.weight", [rows - first, width], partial(weights.rows, name, first)
             )
         elif theirs == "token_embd" and (types := _types(checkpoint)) > 1:
-            rows, width = weights.shape(name)
+            rows, width = weights.shapes[name]
             load = partial(_shifted, weights, name, types)
             yield _Tensor(f"{theirs}.weight", [rows * types, width], load)
         else:
             target = f"{theirs.format(number[1] if number else '')}.{parameter}"
-            yield _Tensor(target, weights.shape(name), partial(weights.load, name))
+            yield _Tensor(target, weights.shapes[name], partial(weights.rows, name))
     if homeless:
         raise ConversionError(f"llama.cpp's {layout.arch} has no place for: {', '.join(homeless)}")
 
@@ -317,11 +321,12 @@ def _is_extra_bias(theirs: str, parameter: str) -> bool:
     return parameter == "bias" and theirs != "cls.output"
 
 
-def _shifted(weights: _Weights, name: str, types: int) -> Floats:
+def _shifted(weights: _Weights, name: str, types: int) -> Iterator[Floats]:
     """The vocabulary once for every token type; llama.cpp adds type 0 itself."""
-    words = weights.load(name)
-    shifts = weights.load(name.replace("word_embeddings", "token_type_embeddings"))
-    return np.concatenate([words + (shifts[t] - shifts[0]) for t in range(types)])
+    (shifts,) = weights.rows(name.replace("word_embeddings", "token_type_embeddings"))
+    for number in range(types):
+        for words in weights.rows(name):
+            yield words + (shifts[number] - shifts[0])
 
 
 def _quantize(source: Path, target: Path, precision: str) -> None:

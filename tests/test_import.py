@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ["torch", "transformers", "onnx", "onnxruntime", "huggingface_hub", "scipy"]
+HEAVY = [
+    *("torch", "transformers", "onnx", "onnxruntime", "llama_cpp", "gguf"),
+    *("huggingface_hub", "scipy"),
+]
 
 
 def python(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

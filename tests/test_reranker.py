@@ -12,6 +12,7 @@ from typing import Any
 import fakes
 import numpy as np
 import pytest
+import tiny
 
 from qrank import Reranker
 from qrank.backends import Options, onnx
@@ -345,9 +346,9 @@ FORK = """
 import json, os, sys, threading
 from qrank import Reranker
 
-folder, threads, at_work = sys.argv[1], int(sys.argv[2]) or None, int(sys.argv[3])
+folder, backend, threads, at_work = *sys.argv[1:3], int(sys.argv[3]) or None, int(sys.argv[4])
 pairs = [("which planet is red?", "mars is red " * n) for n in range(12)]
-reranker = Reranker(folder, threads=threads)
+reranker = Reranker(folder, backend=backend, threads=threads)
 before = reranker.score(pairs)
 others = [threading.Thread(target=reranker.score, args=[pairs * 5]) for _ in range(at_work)]
 for thread in others:
@@ -367,11 +368,14 @@ assert abs(reranker.score(pairs) - before).max() < 1e-6
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("backend", sorted({format for format, _ in tiny.VARIANTS}))
 @pytest.mark.parametrize(("threads", "at_work"), [(0, 0), (0, 2), (1, 0), (1, 2)])
-def test_a_forked_child_gives_the_same_scores(bundle: Path, threads: int, at_work: int) -> None:
+def test_a_forked_child_gives_the_same_scores(
+    bundle: Path, backend: str, threads: int, at_work: int
+) -> None:
     """A web server's worker: forked after its parent scored, or while its threads do."""
     done = subprocess.run(
-        [sys.executable, "-c", FORK, str(bundle), str(threads), str(at_work)],
+        [sys.executable, "-c", FORK, str(bundle), backend, str(threads), str(at_work)],
         capture_output=True,
         text=True,
         # For a hang: it takes two seconds.

@@ -60,7 +60,7 @@ def library() -> ModuleType:
         MissingExtraError: llama-cpp-python is not installed.
     """
     llama = need("llama_cpp")
-    info, warning, error = 1, 2, 3
+    info, warning, error = 2, 3, 4  # of enum ggml_log_level
     # A level lower than llama.cpp's: what a user must know is raised.
     levels = {info: logging.DEBUG, warning: logging.INFO, error: logging.INFO}
 

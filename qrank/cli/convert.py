@@ -22,7 +22,7 @@ from qrank.extras import pip_line
     type=click.Choice(FORMATS),
     help="Format to make; repeat for more.  [default: all whose packages are installed]",
 )
-@click.option("--precision", help="fp32, fp16 or int8; with exactly one --to.  [default: int8]")
+@click.option("--precision", help="With exactly one --to.  [default: int8, for gguf q4_k_m]")
 @click.option(
     "-o",
     "--output",
@@ -55,7 +55,7 @@ def convert(
       qrank convert ./my-reranker --to onnx --precision fp16 -o ./my-bundle
     """
     from qrank.converters.convert import convert as run
-    from qrank.converters.convert import default_precision, formats_at_hand
+    from qrank.converters.convert import default_precision, extras_for, formats_at_hand
 
     if precision is not None and len(formats) != 1:
         raise click.UsageError("--precision goes with exactly one --to")
@@ -63,7 +63,7 @@ def convert(
         # With none at hand, the conversion says what is missing.
         formats = tuple(formats_at_hand()) or FORMATS
         for absent in sorted(set(FORMATS) - set(formats)):
-            notice(f"leaving out {absent}: {pip_line('convert')}")
+            notice(f"leaving out {absent}: {pip_line(extras_for(absent))}")
     variants = [
         (format, precision or default_precision(format)) for format in dict.fromkeys(formats)
     ]

@@ -1,0 +1,280 @@
+"""GGUF: what other programs find in the files, and what llama.cpp may not do to the process."""
+
+import ctypes
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import numpy as np
+import pytest
+import tiny
+from click.testing import CliRunner
+from transformers import AutoModelForSequenceClassification
+
+from qrank import Reranker
+from qrank.backends import Options
+from qrank.backends import gguf as backend
+from qrank.bundle import TOKENIZER, Manifest
+from qrank.cli import main
+from qrank.converters.convert import convert
+from qrank.converters.probes import probe_pairs
+from qrank.encoding import Encoder
+from qrank.errors import ConversionError, TargetError
+from qrank.work import Ids
+
+PRECISIONS = [precision for format, precision in tiny.VARIANTS if format == "gguf"]
+PAIRS = [(query, document[:200]) for query, document in probe_pairs()]
+HEADS = {
+    "bert": {"cls": "bert.pooler.dense", "cls.output": "classifier"},
+    "bert-one-segment": {"cls": "bert.pooler.dense", "cls.output": "classifier"},
+    "xlm-roberta": {"cls": "classifier.dense", "cls.output": "classifier.out_proj"},
+    "modernbert-mean": {"cls": "head.dense", "cls.output": "classifier"},
+    "modernbert-cls": {"cls": "head.dense", "cls.output": "classifier"},
+}
+
+
+def read(bundle: Path, precision: str) -> Any:
+    return gguf.GGUFReader(bundle / f"gguf-{precision}" / "model.gguf")
+
+
+def value(reader: Any, key: str) -> Any:
+    return reader.get_field(key).contents()
+
+
+# What other programs find
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_head_stays_f32(
+    kind: str,
+    precision: str,
+    checkpoint_of: Callable[[str], Path],
+    bundle_of: Callable[[str], Path],
+) -> None:
+    tensors = {tensor.name: tensor for tensor in read(bundle_of(kind), precision).tensors}
+    weights = AutoModelForSequenceClassification.from_pretrained(checkpoint_of(kind)).state_dict()
+    for ours, theirs in HEADS[kind].items():
+        assert tensors[f"{ours}.weight"].tensor_type.name == "F32"
+        expected = weights[f"{theirs}.weight"].numpy()
+        np.testing.assert_array_equal(tensors[f"{ours}.weight"].data, expected)
+    smaller = {"q4_k_m": {"Q5_0", "Q8_0"}, "q8_0": {"Q8_0"}, "f16": {"F16"}}[precision]
+    matrices = [t for name, t in tensors.items() if name.startswith("blk.") and len(t.shape) == 2]
+    assert {tensor.tensor_type.name for tensor in matrices} == smaller
+
+
+class Plain:
+    """llama.cpp as others use it: a vocabulary of the file's, and its own ranking."""
+
+    def __init__(self, path: Path) -> None:
+        llama_cpp.llama_log_set(backend.library().qrank_log, None)
+        self.model = llama_cpp.llama_model_load_from_file(
+            os.fsencode(path), llama_cpp.llama_model_default_params()
+        )
+        assert self.model
+        self.vocabulary = llama_cpp.llama_model_get_vocab(self.model)
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = settings.n_ubatch = tiny.MAX_LENGTH
+        settings.embeddings = True
+        self.context = llama_cpp.llama_init_from_model(self.model, settings)
+        assert self.context
+
+    def tokens(self, text: str) -> list[int]:
+        data = text.encode()
+        ids = (ctypes.c_int32 * (len(data) + 1))()
+        count = llama_cpp.llama_tokenize(
+            self.vocabulary, data, len(data), ids, len(ids), False, False
+        )
+        return ids[:count]
+
+    def pair(self, query: str, document: str) -> list[int]:
+        """As llama-server joins them (tools/server/server-common.cpp, format_prompt_rerank)."""
+        eos = llama_cpp.llama_vocab_eos(self.vocabulary)
+        ids = []
+        if llama_cpp.llama_vocab_get_add_bos(self.vocabulary):
+            ids.append(llama_cpp.llama_vocab_bos(self.vocabulary))
+        ids += self.tokens(query)
+        if llama_cpp.llama_vocab_get_add_eos(self.vocabulary):
+            ids.append(eos)
+        if self.add_sep():
+            ids.append(llama_cpp.llama_vocab_sep(self.vocabulary))
+        ids += self.tokens(document)
+        if llama_cpp.llama_vocab_get_add_eos(self.vocabulary):
+            ids.append(eos)
+        return ids
+
+    def add_sep(self) -> bool:
+        add: bool = llama_cpp.llama_vocab_get_add_sep(self.vocabulary)
+        return add
+
+    def rank(self, ids: list[int]) -> float:
+        """The score of the pooling the file asks for."""
+        batch = llama_cpp.llama_batch_get_one((ctypes.c_int32 * len(ids))(*ids), len(ids))
+        assert llama_cpp.llama_pooling_type(self.context) == llama_cpp.LLAMA_POOLING_TYPE_RANK
+        assert llama_cpp.llama_encode(self.context, batch) == 0
+        return float(llama_cpp.llama_get_embeddings_seq(self.context, 0)[0])
+
+    def close(self) -> None:
+        llama_cpp.llama_free(self.context)
+        llama_cpp.llama_model_free(self.model)
+
+
+@pytest.fixture
+def plain(kind: str, bundle_of: Callable[[str], Path]) -> Iterator[Plain]:
+    if kind == "bert":
+        pytest.skip("two token types: for qrank alone")
+    opened = Plain(bundle_of(kind) / "gguf-f16" / "model.gguf")
+    yield opened
+    opened.close()
+
+
+def test_plain_llama_cpp_gives_the_same_tokens_and_logits(
+    kind: str, plain: Plain, bundle_of: Callable[[str], Path]
+) -> None:
+    bundle = bundle_of(kind)
+    encoder = Encoder(bundle / TOKENIZER, Manifest.load(bundle).family)
+
+    def ours(query: str, document: str) -> Ids:
+        first = encoder.query(query)
+        (second,) = encoder.ids([document])
+        return encoder.pair(first, second)[0]
+
+    fitting = [pair for pair in PAIRS if len(ours(*pair)) <= tiny.MAX_LENGTH]
+    assert len(fitting) > 20
+    theirs = [plain.pair(*pair) for pair in fitting]
+    assert theirs == [ours(*pair).tolist() for pair in fitting]
+    with Reranker(bundle, backend="gguf-f16") as reranker:
+        logits = reranker.score(fitting, raw=True)
+    # It chooses its kind of attention by itself.
+    np.testing.assert_allclose([plain.rank(ids) for ids in theirs], logits, atol=0.02)
+
+
+def test_text_is_not_control_in_plain_llama_cpp(plain: Plain) -> None:
+    special = {
+        llama_cpp.llama_vocab_bos(plain.vocabulary),
+        llama_cpp.llama_vocab_eos(plain.vocabulary),
+    }
+    for text in ("[CLS] a [SEP] b", "<s> a </s> b", "a [PAD] <pad> [MASK] <mask>"):
+        assert not special & set(plain.tokens(text))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_file_says_who_may_run_it(
+    kind: str, precision: str, bundle_of: Callable[[str], Path]
+) -> None:
+    reader = read(bundle_of(kind), precision)
+    description = value(reader, "general.description")
+    assert ("For qrank alone" in description) == (kind == "bert")
+    assert ("llama-server" in description) == (kind != "bert")
+    # Without a vocabulary other programs cannot score it wrongly.
+    assert (value(reader, "tokenizer.ggml.model") == "none") == (kind == "bert")
+
+
+# What stands in for K-quants
+
+
+def test_stand_ins_are_told(bundle: Path) -> None:
+    manifest = Manifest.load(bundle)
+    note = manifest.variants["gguf-q4_k_m"].note
+    assert note.startswith("rows of 64, 128 are no multiple of 256: stored as ")
+    assert "Q5_0" in note
+    assert {v.note for v in manifest.variants.values() if v.name != "gguf-q4_k_m"} == {""}
+    result = CliRunner().invoke(main, ["inspect", str(bundle)])
+    assert f"gguf-q4_k_m: {note}" in result.stdout
+
+
+def test_gguf_is_made_in_q4_k_m_unless_told(
+    bundle: Path, checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    target = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    command = ["convert", str(checkpoint_of("bert")), "--to", "gguf", "-o", str(target)]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert "gguf-q4_k_m: rows of" in result.stdout
+
+
+# What cannot be represented
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("bert", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ("modernbert-mean", {"classifier_activation": "silu"}, "classifier_activation is 'silu'"),
+    ],
+    ids=["bert", "modernbert"],
+)
+def test_what_llama_cpp_cannot_compute_is_refused(
+    kind: str,
+    change: dict[str, str],
+    message: str,
+    checkpoint_of: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    changed = Path(shutil.copytree(checkpoint_of(kind), tmp_path / "changed"))
+    tiny.edit_config(changed, **change)
+    with pytest.raises(ConversionError, match=message):
+        convert(str(changed), [("gguf", "f16")], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_without_a_place_are_refused(tmp_path: Path) -> None:
+    """ModernBERT with biases, which transformers knows and llama.cpp does not."""
+    import torch
+    from transformers import AutoConfig
+
+    folder = tiny.modernbert_cls(tmp_path / "biased")
+    tiny.edit_config(folder, mlp_bias=True)
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(
+        AutoConfig.from_pretrained(folder)
+    ).save_pretrained(folder)
+    with pytest.raises(ConversionError, match=r"no place for: model\.layers\.0\.mlp\.Wi\.bias"):
+        convert(str(folder), [("gguf", "f16")], tmp_path / "out")
+
+
+# The process
+
+
+def test_llama_cpp_logs_to_python_alone(
+    bundle: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "qrank.llama")
+    with Reranker(bundle, backend="gguf") as reranker:
+        reranker.score(PAIRS[:3])
+    assert capfd.readouterr() == ("", "")
+    lines = [record for record in caplog.records if record.name == "qrank.llama"]
+    assert len(lines) > 10
+    assert max(record.levelno for record in lines) < logging.WARNING
+
+
+def test_an_absent_device_is_told_with_those_present(bundle: Path) -> None:
+    assert "cpu" in backend.devices()
+    absent = next(d for d in backend.DEVICES if d not in backend.devices())
+    with pytest.raises(TargetError, match=f"no device '{absent}'; present are: cpu"):
+        Reranker(bundle, backend="gguf-f16", device=absent)
+
+
+def test_a_damaged_file_is_told_with_llama_cpps_reason(bundle: Path, tmp_path: Path) -> None:
+    variant = Manifest.load(bundle).variants["gguf-f16"]
+    folder = Path(shutil.copytree(bundle / variant.name, tmp_path / variant.name))
+    content = (folder / "model.gguf").read_bytes()
+    for damage in (b"", b"GGUF", content[: len(content) // 2]):
+        (folder / "model.gguf").write_bytes(damage)
+        with pytest.raises(TargetError, match=r"llama\.cpp cannot load .*: .*[a-z]{4}"):
+            backend.open(tmp_path, variant, "cpu", Options(1))
+
+
+def test_ids_beyond_the_vocabulary_are_an_error(bundle: Path) -> None:
+    """llama.cpp would read beyond its table, or end the process."""
+    from qrank.work import Work
+
+    opened = backend.open(bundle, Manifest.load(bundle).variants["gguf-f16"], "cpu", Options(1))
+    bad = np.array([2, 1_000_000, 3], np.int32)
+    with pytest.raises(TargetError, match="invalid token"):
+        opened.logits(Work([bad], [np.zeros(3, np.int8)]))
+    opened.close()
