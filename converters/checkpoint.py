@@ -63,26 +63,39 @@ class Checkpoint:
         Raises:
             ConversionError: the weights do not fit the architecture.
         """
-        transformers = need("transformers")
-        torch = need("torch")
-        transformers.utils.logging.disable_progress_bar()
-        with _explained(f"transformers cannot load {self.folder}"):
-            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                self.folder,
-                dtype=torch.float32,
-                # Plain matrix products and a softmax: exact, and every runtime knows them.
-                attn_implementation="eager",
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        if missing := sorted(info["missing_keys"]):
-            raise ConversionError(
-                f"{self.folder} lacks weights of {self.family.architecture}: "
-                f"{', '.join(missing)}; is it a reranker?"
-            )
-        evaluated: PreTrainedModel = model.eval()
-        return evaluated
+        # Plain matrix products and a softmax: exact, and every runtime knows them.
+        return load_model(self.folder, dtype="float32", attention="eager")
+
+
+def load_model(folder: Path, *, dtype: str, attention: str) -> PreTrainedModel:
+    """transformers' own model of a checkpoint.
+
+    Args:
+        folder: the checkpoint's.
+        dtype: torch's name of it.
+        attention: transformers' name of the implementation.
+
+    Raises:
+        ConversionError: the weights do not fit the architecture.
+    """
+    transformers = need("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    with _explained(f"transformers cannot load {folder}"):
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise ConversionError(
+            f"{folder} lacks weights of {type(model).__name__}: {', '.join(missing)}; "
+            "is it a reranker?"
+        )
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated
 
 
 def read_checkpoint(

@@ -42,12 +42,17 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: Path, family: Family, *, max_length: int | None = None, threads: int = 1
+        self,
+        tokenizer: Path | str,
+        family: Family,
+        *,
+        max_length: int | None = None,
+        threads: int = 1,
     ) -> None:
         """Read the tokenizer.
 
         Args:
-            tokenizer: the bundle's tokenizer.json.
+            tokenizer: the bundle's tokenizer.json, or the text of one.
             family: the bundle's family.
             max_length: tokens a pair may have, special tokens included; None: the model's limit.
             threads: 1 keeps tokenizing on the calling thread.
@@ -67,7 +72,10 @@ class Encoder:
                 f"{family.max_length} tokens"
             )
         try:
-            self._tokenizer = Tokenizer.from_file(str(tokenizer))
+            if isinstance(tokenizer, str):
+                self._tokenizer = Tokenizer.from_str(tokenizer)
+            else:
+                self._tokenizer = Tokenizer.from_file(str(tokenizer))
         except Exception as error:  # the library raises bare Exception
             raise BundleError(f"{tokenizer} cannot be read: {error}") from error
         self._family = family

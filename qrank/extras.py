@@ -40,14 +40,18 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def need(module: str) -> ModuleType:
+def need(module: str, *, extra: str | None = None) -> ModuleType:
     """Import an optional module.
+
+    Args:
+        module: its name.
+        extra: which brings it for the task at hand; None: the one in EXTRA_OF.
 
     Raises:
         MissingExtraError: it is not installed, or is installed and broken; with the pip line.
     """
     package = module.partition(".")[0]
-    extra = EXTRA_OF[package]
+    extra = extra or EXTRA_OF[package]
     if package in _SILENCE:
         os.environ.setdefault(_SILENCE[package], "1")
     try:

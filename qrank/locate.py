@@ -39,6 +39,7 @@ def locate(model: str | Path) -> Path:
         if (folder / "config.json").is_file():
             raise ModelNotFoundError(
                 f"{folder} is a checkpoint, not a bundle; convert it first: qrank convert {folder}"
+                " (or run it as it is, with --backend torch)"
             )
         raise ModelNotFoundError(f"{folder} is no bundle: it holds no {MANIFEST}")
     if is_hub_id(str(model)):
@@ -54,6 +55,7 @@ def _from_hub(repository: str) -> Path:
     if not (folder / MANIFEST).is_file():
         raise ModelNotFoundError(
             f"{repository} on the hub is no bundle; convert it first: qrank convert {repository}"
+            " (or run it as it is, with --backend torch)"
         )
     manifest = Manifest.load(folder)
     files = [*manifest.files, *(f for v in manifest.variants.values() for f in v.files)]

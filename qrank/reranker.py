@@ -75,10 +75,13 @@ class Reranker:
         """Load a bundle.
 
         Args:
-            model: a bundled name, the folder `qrank convert` wrote, or a bundle's hub id.
-            backend: a format (`onnx`), a variant (`onnx-fp32`), or "module:function" of your own
-                (see `qrank.backends`). None: the preferred variant of the bundle.
-            device: `cpu`, `cuda`, `tensorrt`, `coreml` or `directml`. None: `cpu`.
+            model: a bundled name, the folder `qrank convert` wrote, or a bundle's hub id; with
+                backend `torch` a checkpoint's folder or hub id.
+            backend: a format (`onnx`), a variant (`onnx-fp32`), `torch` (or `torch-fp16`, ...) to
+                run a checkpoint as it is, or "module:function" of your own (see
+                `qrank.backends`). None: the preferred variant of the bundle.
+            device: `cpu`, or what the backend offers of `cuda`, `metal`, `mps`, `vulkan`,
+                `tensorrt`, `coreml` and `directml`. None: `cpu`.
             threads: CPU threads in all. None: every CPU this process may use.
             max_length: tokens a pair may have. None: what the model reads.
 
@@ -87,13 +90,17 @@ class Reranker:
         """
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}; it must be 1 or more")
-        folder = locate(model)
-        self.manifest = Manifest.load(folder)
+        tokenizer: Path | str
+        if backend is not None and backend.partition("-")[0] == "torch":
+            folder, self.manifest, tokenizer = backends.module("torch").as_bundle(str(model))
+        else:
+            folder = locate(model)
+            self.manifest, tokenizer = Manifest.load(folder), folder / TOKENIZER
         self.target: Target = choose(self.manifest, backend, device)
         check_files(folder, {**self.manifest.files, **self.target.variant.files})
         self._options = backends.Options(threads or backends.processors())
         self._encoder = Encoder(
-            folder / TOKENIZER,
+            tokenizer,
             self.manifest.family,
             max_length=max_length,
             threads=self._options.threads,

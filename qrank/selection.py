@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from qrank import paths
-from qrank.backends import FORMATS, Backend, module
+from qrank.backends import BACKENDS, Backend, module
 from qrank.bundle import Manifest, Probes, Variant
 from qrank.errors import TargetError
 from qrank.fidelity import TOLERANCES, Fidelity
 
-PREFERRED = {"cpu": ("int8", "fp32", "fp16", "q8_0", "q4_k_m", "f16")}
-PREFERRED_ELSEWHERE = ("fp16", "fp32", "int8", "q8_0", "f16", "q4_k_m")
+PREFERRED = {"cpu": ("int8", "fp32", "fp16", "q8_0", "q4_k_m", "f16", "bf16")}
+PREFERRED_ELSEWHERE = ("fp16", "fp32", "int8", "q8_0", "f16", "q4_k_m", "bf16")
 _PROBE_TOKENS = 1024
 
 
@@ -54,7 +54,7 @@ def choose(manifest: Manifest, backend: str | None, device: str | None) -> Targe
     if not wanted:
         raise TargetError(
             f"the bundle {manifest.name} has no variant for backend {backend!r}; it has: "
-            f"{', '.join(manifest.variants)}; backends are: {', '.join(FORMATS)}"
+            f"{', '.join(manifest.variants)}; backends are: {', '.join(BACKENDS)}"
         )
     order = PREFERRED.get(device, PREFERRED_ELSEWHERE)
     return Target(min(wanted, key=lambda v: order.index(v.precision)), device)
@@ -75,6 +75,8 @@ def prove(backend: Backend, target: Target, manifest: Manifest, custom: str | No
     Raises:
         TargetError: it does not; with the figures.
     """
+    if len(manifest.probes.work) == 0:
+        return  # the original itself: `qrank.backends.torch.as_bundle`
     runtime = custom or module(target.variant.format).version()
     key = f"{manifest.digest} {target.name} {runtime} {_cpu()}"
     if custom is None and key in paths.recall("proven"):

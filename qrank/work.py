@@ -44,3 +44,20 @@ class Work:
             [self.sequences[i] for i in indices],
             None if segments is None else [segments[i] for i in indices],
         )
+
+
+def padded(work: Work) -> list[NDArray[np.int64]]:
+    """Token ids, mask and, where there are any, token types; each of shape [n, longest].
+
+    Ids and types are filled up with 0, which the mask, 1 where a token is, hides.
+    """
+    lengths = work.lengths
+    columns = [work.sequences, *([] if work.segments is None else [work.segments])]
+    filled = []
+    for rows in columns:
+        out = np.zeros((len(rows), lengths.max()), np.int64)
+        for target, row in zip(out, rows, strict=True):
+            target[: len(row)] = row
+        filled.append(out)
+    ids, *types = filled
+    return [ids, (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64), *types]

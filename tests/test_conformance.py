@@ -22,7 +22,7 @@ from qrank.converters.probes import probe_pairs
 from qrank.fidelity import TOLERANCES, Fidelity
 from qrank.work import Logits
 
-ALONE = {"fp32": 1e-5, "fp16": 5e-3, "int8": 0.02, "f16": 5e-3, "q8_0": 0.02, "q4_k_m": 0.02}
+ALONE = {"fp32": 1e-5, "fp16": 5e-3, "int8": 0.02, "f16": 1e-5, "q8_0": 1e-5, "q4_k_m": 1e-5}
 """How far a logit may move with its batch, by precision: a share of max(1, spread)."""
 
 
@@ -70,7 +70,18 @@ def test_conformance(
     bundle_of: Callable[[str], Path],
 ) -> None:
     format, precision = row
-    theirs, lengths = reference(checkpoint_of(kind))
+    conforms(checkpoint_of(kind), bundle_of(kind), f"{format}-{precision}")
+
+
+def test_the_original_conforms(kind: str, checkpoint_of: Callable[[str], Path]) -> None:
+    """By backend torch, which no conversion made."""
+    conforms(checkpoint_of(kind), checkpoint_of(kind), "torch-fp32")
+
+
+def conforms(checkpoint: Path, model: Path, backend: str) -> None:
+    """The body: `model` on `backend` scores as the checkpoint does."""
+    precision = backend.partition("-")[2]
+    theirs, lengths = reference(checkpoint)
     scale = max(1.0, float(np.ptp(theirs)))
     assert np.ptp(theirs) > 1, "the reference's order means nothing"
     assert min(lengths) <= 4
@@ -78,7 +89,7 @@ def test_conformance(
     shared = [{lengths[i] for i in batch} for batch in cut_padded(lengths, CPU_BATCH)]
     assert sum(len(found) > 1 for found in shared) > 2, "no batch is padded"
 
-    with Reranker(bundle_of(kind), backend=f"{format}-{precision}", threads=2) as reranker:
+    with Reranker(model, backend=backend, threads=2) as reranker:
         together = reranker.score(PAIRS, raw=True)
         alone = np.concatenate([reranker.score([pair], raw=True) for pair in PAIRS])
         backwards = reranker.score(PAIRS[::-1], raw=True)[::-1]

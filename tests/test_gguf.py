@@ -61,7 +61,8 @@ def test_the_head_stays_f32(
     for ours, theirs in HEADS[kind].items():
         assert tensors[f"{ours}.weight"].tensor_type.name == "F32"
         expected = weights[f"{theirs}.weight"].numpy()
-        np.testing.assert_array_equal(tensors[f"{ours}.weight"].data, expected)
+        # One row is a vector there.
+        np.testing.assert_array_equal(tensors[f"{ours}.weight"].data.ravel(), expected.ravel())
     smaller = {"q4_k_m": {"Q5_0", "Q8_0"}, "q8_0": {"Q8_0"}, "f16": {"F16"}}[precision]
     matrices = [t for name, t in tensors.items() if name.startswith("blk.") and len(t.shape) == 2]
     assert {tensor.tensor_type.name for tensor in matrices} == smaller
@@ -100,22 +101,23 @@ class Plain:
         ids += self.tokens(query)
         if llama_cpp.llama_vocab_get_add_eos(self.vocabulary):
             ids.append(eos)
-        if self.add_sep():
+        if llama_cpp.llama_vocab_get_add_sep(self.vocabulary):
             ids.append(llama_cpp.llama_vocab_sep(self.vocabulary))
         ids += self.tokens(document)
         if llama_cpp.llama_vocab_get_add_eos(self.vocabulary):
             ids.append(eos)
         return ids
 
-    def add_sep(self) -> bool:
-        add: bool = llama_cpp.llama_vocab_get_add_sep(self.vocabulary)
-        return add
-
     def rank(self, ids: list[int]) -> float:
         """The score of the pooling the file asks for."""
-        batch = llama_cpp.llama_batch_get_one((ctypes.c_int32 * len(ids))(*ids), len(ids))
         assert llama_cpp.llama_pooling_type(self.context) == llama_cpp.LLAMA_POOLING_TYPE_RANK
+        batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for place, number in enumerate(ids):
+            batch.token[place], batch.pos[place] = number, place
+            batch.n_seq_id[place], batch.seq_id[place][0], batch.logits[place] = 1, 0, 1
         assert llama_cpp.llama_encode(self.context, batch) == 0
+        llama_cpp.llama_batch_free(batch)
         return float(llama_cpp.llama_get_embeddings_seq(self.context, 0)[0])
 
     def close(self) -> None:

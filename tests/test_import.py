@@ -113,3 +113,19 @@ def test_the_module_variable_is_the_users(bundle: Path) -> None:
     environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment)
     assert done.returncode == 0
+
+
+def test_a_checkpoint_without_torch_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "d.txt").write_text("mars\n", "utf-8")
+    command = ("score", "-q", "x", "-m", tmp_path, "--backend", "torch", tmp_path / "d.txt")
+    done = python(WITHOUT, "torch", *command)
+    assert done.returncode == 3
+    assert done.stderr.rstrip().endswith('install it with: pip install "qrank[torch]"')
+
+
+def test_gguf_without_llama_cpp_says_what_to_install(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "d.txt").write_text("mars\n", "utf-8")
+    command = ("score", "-q", "x", "-m", bundle, "--backend", "gguf", tmp_path / "d.txt")
+    done = python(WITHOUT, "llama_cpp", *command)
+    assert done.returncode == 3
+    assert done.stderr.rstrip().endswith('install it with: pip install "qrank[gguf]"')

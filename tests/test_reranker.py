@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,9 @@ from typing import Any
 import fakes
 import numpy as np
 import pytest
-import tiny
 
 from qrank import Reranker
-from qrank.backends import Options, onnx
+from qrank.backends import BACKENDS, Options, onnx
 from qrank.bundle import TOKENIZER, Manifest, Probes
 from qrank.encoding import Encoder
 from qrank.errors import BundleError, InputError, ModelNotFoundError, TargetError
@@ -368,14 +368,15 @@ assert abs(reranker.score(pairs) - before).max() < 1e-6
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.parametrize("backend", sorted({format for format, _ in tiny.VARIANTS}))
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("threads", "at_work"), [(0, 0), (0, 2), (1, 0), (1, 2)])
 def test_a_forked_child_gives_the_same_scores(
-    bundle: Path, backend: str, threads: int, at_work: int
+    bundle: Path, checkpoint_of: Callable[[str], Path], backend: str, threads: int, at_work: int
 ) -> None:
     """A web server's worker: forked after its parent scored, or while its threads do."""
+    model = checkpoint_of("bert") if backend == "torch" else bundle
     done = subprocess.run(
-        [sys.executable, "-c", FORK, str(bundle), backend, str(threads), str(at_work)],
+        [sys.executable, "-c", FORK, str(model), backend, str(threads), str(at_work)],
         capture_output=True,
         text=True,
         # For a hang: it takes two seconds.

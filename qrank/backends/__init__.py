@@ -23,7 +23,10 @@ from qrank.errors import TargetError
 from qrank.work import Logits, Work
 
 FORMATS = ("onnx", "gguf")
-"""Every format, and with it every backend, qrank comes with."""
+"""Every format that checkpoints are converted to, each with the backend of its name."""
+
+BACKENDS = (*FORMATS, "torch")
+"""Every backend; "torch" runs checkpoints as they are."""
 
 
 def processors() -> int:

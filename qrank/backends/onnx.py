@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from qrank.batching import cut_padded
 from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.extras import need
-from qrank.work import Logits, Work
+from qrank.work import Logits, Work, padded
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -124,23 +123,9 @@ def feed(session: onnxruntime.InferenceSession, batch: Work) -> dict[str, NDArra
     Raises:
         TargetError: the graph wants an input the batch does not have.
     """
-    values = {"input_ids": _padded(batch.sequences), "attention_mask": _mask(batch.lengths)}
-    if batch.segments is not None:
-        values["token_type_ids"] = _padded(batch.segments)
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    values = dict(zip(names, padded(batch), strict=False))
     wanted = [i.name for i in session.get_inputs()]
     if missing := [name for name in wanted if name not in values]:
         raise TargetError(f"the graph wants {', '.join(missing)}; the family has none")
     return {name: values[name] for name in wanted}
-
-
-def _padded(rows: Sequence[NDArray[np.signedinteger]]) -> NDArray[np.int64]:
-    """Rows side by side, filled up with 0, which the mask hides; shape [n, longest]."""
-    out = np.zeros((len(rows), max(len(row) for row in rows)), np.int64)
-    for target, row in zip(out, rows, strict=True):
-        target[: len(row)] = row
-    return out
-
-
-def _mask(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """1 where a token is, 0 where filling is; shape [n, longest]."""
-    return (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)

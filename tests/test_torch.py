@@ -1,0 +1,80 @@
+"""Checkpoints as they are: `backend="torch"`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from qrank import Reranker
+from qrank.backends import torch as backend
+from qrank.bundle import Manifest
+from qrank.cli import main
+from qrank.errors import FamilyError, ModelNotFoundError, TargetError
+
+QUERY = "which planet is red?"
+DOCUMENTS = ["mars is red", "bread", "", "the red planet is mars " * 80]
+
+
+@pytest.fixture(scope="module")
+def bert(checkpoint_of: Callable[[str], Path]) -> Path:
+    return checkpoint_of("bert")
+
+
+def test_it_gives_the_probes_their_logits(bert: Path, bundle: Path) -> None:
+    """Those were computed pair by pair with another attention."""
+    probes = Manifest.load(bundle).probes
+    folder, manifest, _ = backend.as_bundle(str(bert))
+    variant = manifest.variants["torch-fp32"]
+    opened = backend.open(folder, variant, "cpu", backend.Options(2))
+    np.testing.assert_allclose(opened.logits(probes.work), probes.logits, atol=1e-4)
+    opened.close()
+
+
+def test_it_ranks_as_the_bundle_does(bert: Path, bundle: Path) -> None:
+    with Reranker(bert, backend="torch") as original, Reranker(bundle, backend="onnx-fp32") as ours:
+        assert original.target.name == "torch-fp32@cpu"
+        theirs = original.rank(QUERY, DOCUMENTS)
+        for a, b in zip(theirs, ours.rank(QUERY, DOCUMENTS), strict=True):
+            assert (a.index, a.truncated) == (b.index, b.truncated)
+            assert abs(a.score - b.score) < 1e-4
+
+
+@pytest.mark.parametrize(("precision", "far"), [("fp16", 0.1), ("bf16", 1.0)])
+def test_a_precision_can_be_named(bert: Path, precision: str, far: float) -> None:
+    pairs = [(QUERY, document) for document in DOCUMENTS]
+    with (
+        Reranker(bert, backend=f"torch-{precision}") as half,
+        Reranker(bert, backend="torch") as full,
+    ):
+        assert half.target.name == f"torch-{precision}@cpu"
+        difference = np.abs(half.score(pairs, raw=True) - full.score(pairs, raw=True)).max()
+    assert 0 < difference < far
+
+
+def test_from_the_command_line(bert: Path, tmp_path: Path) -> None:
+    (tmp_path / "d.txt").write_text("mars is red\nbread\n", "utf-8")
+    command = ["score", "-q", QUERY, "-m", str(bert), str(tmp_path / "d.txt")]
+    refused = CliRunner().invoke(main, command)
+    assert refused.exit_code == 4
+    assert "convert it first" in refused.stderr
+    assert "--backend torch" in refused.stderr
+    result = CliRunner().invoke(main, [*command, "--backend", "torch", "-f", "json"])
+    assert result.exit_code == 0, result.stderr
+    assert '"target": "torch-fp32@cpu"' in result.stdout
+
+
+def test_what_it_cannot_run_is_told(bundle: Path, bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"holds no config\.json"):
+        Reranker(bundle, backend="torch")
+    with pytest.raises(
+        TargetError, match="no variant for backend 'torch-int8'; it has: torch-fp32"
+    ):
+        Reranker(bert, backend="torch-int8")
+    absent = next(d for d in ("cuda", "mps") if d not in backend.devices())
+    with pytest.raises(TargetError, match=f"no device '{absent}'; present are: cpu"):
+        Reranker(bert, backend="torch", device=absent)
+    (tmp_path / "config.json").write_text('{"architectures": ["Other"]}', "utf-8")
+    with pytest.raises(FamilyError, match="names the architecture Other"):
+        Reranker(tmp_path, backend="torch")
