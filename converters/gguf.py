@@ -13,7 +13,6 @@ import ctypes
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -43,8 +42,12 @@ MODULES = ("torch", "transformers", "safetensors", "gguf", "llama_cpp")
 _FTYPES = {"f16": 1, "q8_0": 7, "q4_k_m": 15}
 """llama.cpp's enum llama_ftype."""
 
-_TYPES = {"f16": {"F16"}, "q8_0": {"Q8_0"}, "q4_k_m": {"Q4_K", "Q5_K", "Q6_K"}}
-"""What a file is made of where nothing stands in; what is small is F32 in all."""
+_BLOCKS = {"q8_0": 32, "q4_k_m": 256}
+"""Numbers of a row that share a scale: a row must be a multiple of them."""
+
+_STAND_IN, _STAND_IN_BLOCK = "Q5_1", 32
+"""For rows no K-quant fits. llama.cpp would take Q5_0, and Q8_0 for the vocabulary: `mini` is then
+33.7 MB with a Kendall tau of 0.964 to the original, and with this 26.7 MB and 0.975."""
 
 _PIECE = 2**24
 """Numbers read and written at once."""
@@ -140,12 +143,23 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: W
         ConversionError: llama.cpp cannot represent the model, or its quantizer fails.
     """
     path = folder / FILE
-    _write(checkpoint, path)
-    if precision != "f16":
-        plain = path.rename(folder / "f16.gguf")
-        _quantize(plain, path, precision)
-        plain.unlink()
-    return _stand_ins(path, precision)
+    matrices = _write(checkpoint, path)
+    if precision == "f16":
+        return ""
+    unfit = {t.name: t.shape[-1] for t in matrices if t.shape[-1] % _BLOCKS[precision]}
+    kinds = {
+        name: _STAND_IN if row % _STAND_IN_BLOCK == 0 else "F16" for name, row in unfit.items()
+    }
+    plain = path.rename(folder / "f16.gguf")
+    _quantize(plain, path, precision, kinds)
+    plain.unlink()
+    if not unfit:
+        return ""
+    rows = ", ".join(str(row) for row in sorted(set(unfit.values())))
+    return (
+        f"rows of {rows} are no multiple of {_BLOCKS[precision]}: "
+        f"{len(unfit)} of {len(matrices)} matrices are {', '.join(sorted(set(kinds.values())))}"
+    )
 
 
 @dataclass(frozen=True)
@@ -174,8 +188,8 @@ class _Tensor:
             piece.astype(self.dtype, copy=False).tofile(file)
 
 
-def _write(checkpoint: Checkpoint, path: Path) -> None:
-    """Write the whole file in f16."""
+def _write(checkpoint: Checkpoint, path: Path) -> list[_Tensor]:
+    """Write the whole file in f16, and tell what is: the rest is f32."""
     gguf, transformers = need("gguf"), need("transformers")
     layout = _LAYOUTS.get(checkpoint.family.architecture)
     if layout is None:
@@ -201,6 +215,7 @@ def _write(checkpoint: Checkpoint, path: Path) -> None:
     for tensor in tensors:
         writer.write_tensor_data(tensor)
     writer.close()
+    return [tensor for tensor in tensors if tensor.dtype == np.float16]
 
 
 def _describe(
@@ -329,32 +344,23 @@ def _shifted(weights: _Weights, name: str, types: int) -> Iterator[Floats]:
             yield words + (shifts[number] - shifts[0])
 
 
-def _quantize(source: Path, target: Path, precision: str) -> None:
-    """Let llama.cpp quantize a file, all but the score head."""
-    llama = library()
+def _quantize(source: Path, target: Path, precision: str, kinds: dict[str, str]) -> None:
+    """Let llama.cpp quantize a file.
+
+    Args:
+        source: in f16.
+        target: to write.
+        precision: what llama.cpp calls a file type.
+        kinds: tensor -> its type, where that is not for llama.cpp to choose.
+    """
+    llama, types = library(), need("gguf").GGMLQuantizationType
     settings = llama.llama_model_quantize_default_params()
     settings.ftype = _FTYPES[precision]
     settings.nthread = processors()
     settings.max_buf_size = _BUFFER
-    f32 = need("gguf").GGMLQuantizationType.F32.value
-    kept = (llama.llama_model_tensor_override * 2)((b"^cls", f32), (None, 0))
-    settings.tt_overrides = kept
+    chosen = [(f"^{re.escape(name)}$".encode(), types[kind]) for name, kind in kinds.items()]
+    chosen += [(b"^cls", types.F32), (None, 0)]
+    settings.tt_overrides = (llama.llama_model_tensor_override * len(chosen))(*chosen)
     complaint()
     if llama.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(settings)):
         raise ConversionError(f"llama.cpp cannot quantize to {precision}: {complaint()}")
-
-
-def _stand_ins(path: Path, precision: str) -> str:
-    """Which types stand in for those the precision is named after, and why; "" where none does."""
-    reader = need("gguf").GGUFReader(path)
-    found = Counter(
-        (tensor.tensor_type.name, int(tensor.shape[0]))
-        for tensor in reader.tensors
-        if tensor.tensor_type.name not in {"F32", *_TYPES[precision]}
-    )
-    if not found:
-        return ""
-    kinds = ", ".join(f"{count} x {kind}" for (kind, _), count in sorted(found.items()))
-    rows = ", ".join(str(row) for row in sorted({row for _, row in found}))
-    block = 256 if precision == "q4_k_m" else 32
-    return f"rows of {rows} are no multiple of {block}: stored as {kinds}"
