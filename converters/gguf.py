@@ -358,6 +358,7 @@ def _quantize(source: Path, target: Path, precision: str, kinds: dict[str, str])
     settings.ftype = _FTYPES[precision]
     settings.nthread = processors()
     settings.max_buf_size = _BUFFER
+    chosen: list[tuple[bytes | None, int]]
     chosen = [(f"^{re.escape(name)}$".encode(), types[kind]) for name, kind in kinds.items()]
     chosen += [(b"^cls", types.F32), (None, 0)]
     settings.tt_overrides = (llama.llama_model_tensor_override * len(chosen))(*chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,12 +53,13 @@ def padded(work: Work) -> list[NDArray[np.int64]]:
     Ids and types are filled up with 0, which the mask, 1 where a token is, hides.
     """
     lengths = work.lengths
-    columns = [work.sequences, *([] if work.segments is None else [work.segments])]
-    filled = []
-    for rows in columns:
-        out = np.zeros((len(rows), lengths.max()), np.int64)
-        for target, row in zip(out, rows, strict=True):
-            target[: len(row)] = row
-        filled.append(out)
-    ids, *types = filled
-    return [ids, (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64), *types]
+    mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
+    ids = _filled(work.sequences, mask.shape)
+    return [ids, mask, *([] if work.segments is None else [_filled(work.segments, mask.shape)])]
+
+
+def _filled(rows: Sequence[NDArray[np.signedinteger]], shape: tuple[int, ...]) -> NDArray[np.int64]:
+    out = np.zeros(shape, np.int64)
+    for target, row in zip(out, rows, strict=True):
+        target[: len(row)] = row
+    return out

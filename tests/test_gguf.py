@@ -74,7 +74,7 @@ class Plain:
     """llama.cpp as others use it: a vocabulary of the file's, and its own ranking."""
 
     def __init__(self, path: Path) -> None:
-        llama_cpp.llama_log_set(backend.library().qrank_log, None)
+        backend.library()  # quiet, from here on
         self.model = llama_cpp.llama_model_load_from_file(
             os.fsencode(path), llama_cpp.llama_model_default_params()
         )

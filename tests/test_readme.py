@@ -19,6 +19,8 @@ NOT_RUN = {
     "make test": "this very test run",
     'pip install ".[cpu]"': "the environment is there already",
     'pip install ".[cpu,convert]"': "the environment is there already",
+    'pip install ".[gguf]"': "the environment is there already",
+    'CMAKE_ARGS="-DGGML_CUDA=on" pip install ".[gguf]"': "compiles for a GPU",
 }
 
 

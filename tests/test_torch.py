@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from qrank import Reranker
+from qrank.backends import Options
 from qrank.backends import torch as backend
 from qrank.bundle import Manifest
 from qrank.cli import main
@@ -27,7 +28,7 @@ def test_it_gives_the_probes_their_logits(bert: Path, bundle: Path) -> None:
     probes = Manifest.load(bundle).probes
     folder, manifest, _ = backend.as_bundle(str(bert))
     variant = manifest.variants["torch-fp32"]
-    opened = backend.open(folder, variant, "cpu", backend.Options(2))
+    opened = backend.open(folder, variant, "cpu", Options(2))
     np.testing.assert_allclose(opened.logits(probes.work), probes.logits, atol=1e-4)
     opened.close()
 

@@ -48,6 +48,9 @@ _GROWTH = 256
 
 log = logging.getLogger("qrank.llama")
 
+_kept: list[object] = []
+"""What llama.cpp holds bare pointers to."""
+
 _errors: deque[str] = deque(maxlen=3)
 """What llama.cpp last complained of: its functions say no more than that they failed."""
 
@@ -70,8 +73,9 @@ def library() -> ModuleType:
                 _errors.append(line)
             log.log(levels.get(level, logging.DEBUG), "%s", line)
 
-    llama.qrank_log = llama.llama_log_callback(write)  # kept: the library holds a bare pointer
-    llama.llama_log_set(llama.qrank_log, None)
+    callback = llama.llama_log_callback(write)
+    llama.llama_log_set(callback, None)
+    _kept.append(callback)
     llama.llama_backend_init()
     return llama
 
