@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from model import start, tokenizer
+from graft import config
+from model import tokenizer
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from sources import cache_folder
-from train import HELD_OUT, Lists, logits
+from train import HELD_OUT, Lists, forward
 from transformers import BertForSequenceClassification
 
 # The backbone's settings as an embedder: its own short limit, and where it was loaded from.
@@ -46,7 +47,7 @@ def calibrate(model: BertForSequenceClassification, lists: Lists) -> tuple[float
     own, others = [], []
     for begin in range(0, HELD_OUT, 16):
         batch = lists.batch(lists.rows[begin : begin + 16])
-        got = logits(model, batch)[batch.labelled].double().numpy()
+        got = forward(model, batch)[0][batch.labelled].double().numpy()
         own.append(got[:, 0])
         others.append(got[:, 1:].ravel())
     scale, offset = calibration(np.concatenate(own), np.concatenate(others))
@@ -61,7 +62,7 @@ def calibrate(model: BertForSequenceClassification, lists: Lists) -> tuple[float
 def main(target: Path, name: str) -> None:
     """Write the model of a training state to the folder TARGET, each file in one move."""
     state = torch.load(cache_folder() / name / "state.pt", weights_only=True)
-    model = start(0).eval()
+    model = BertForSequenceClassification(config()).eval()
     model.load_state_dict(state["model"])
     scale, offset = calibrate(model, Lists(cache_folder()))
     model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.activation.Sigmoid"}

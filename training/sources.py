@@ -108,6 +108,7 @@ def fetch(package: str, folder: Path) -> Path:
         debs.mkdir(exist_ok=True)
         subprocess.run(["apt-get", "-q", "download", package], cwd=debs, check=True)
         deb = next(debs.glob(f"{package}_*.deb"))
+        target.parent.mkdir(exist_ok=True)
         subprocess.run(["dpkg", "-x", deb, target], check=True)
     return target
 

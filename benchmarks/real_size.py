@@ -1,0 +1,177 @@
+"""Conversion and speed at the sizes of real rerankers, with random weights.
+
+Needs no hub: a tiny checkpoint of the tests is given a real model's dimensions. Time and memory
+are those of the real one; fidelity is that of random weights. Every variant is converted in a
+process of its own. Then all of them, and the checkpoint itself in torch, score the same pairs of
+128 and of 512 tokens in turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+from common import alternate, arguments, report
+from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
+
+from qrank import Reranker
+from qrank.bundle import Manifest
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import tiny
+
+_MINILM = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+SHAPES: dict[str, tuple[str, dict[str, int]]] = {
+    "MiniLM-L6": (
+        "bert",
+        {**_MINILM, "num_hidden_layers": 6, "vocab_size": 30522, "max_position_embeddings": 512},
+    ),
+    "MiniLM-L12": (
+        "bert",
+        {**_MINILM, "num_hidden_layers": 12, "vocab_size": 30522, "max_position_embeddings": 512},
+    ),
+    "gte-reranker-modernbert-base": (
+        "modernbert-mean",
+        {
+            "hidden_size": 768,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 12,
+            "intermediate_size": 1152,
+            "vocab_size": 50368,
+            "max_position_embeddings": 8192,
+            "global_attn_every_n_layers": 3,
+            "local_attention": 128,
+        },
+    ),
+    "bge-reranker-v2-m3": (
+        "xlm-roberta",
+        {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "vocab_size": 250002,
+            "max_position_embeddings": 8194,
+        },
+    ),
+}
+"""A tiny checkpoint of the tests, and what its configuration is given of the real model's."""
+
+VARIANTS = ("onnx-int8", "openvino-int8", "openvino-int8-full", "gguf-q4_k_m", "gguf-q8_0")
+LENGTHS = (128, 512)
+HEAD_GAIN = 10.0
+"""Of the classifier's weights: initial ones give all pairs nearly the same logit."""
+
+CONVERSION = {
+    "variant": "",
+    "seconds": ",.0f",
+    "peak MB": ",.0f",
+    "size MB": ",.0f",
+    "max Δ": ".2%",
+    "Kendall": ".3f",
+}
+
+
+def main() -> None:
+    """Make, convert and time every shape."""
+    parser = arguments(__doc__)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument(
+        "--pairs", type=int, default=8, help="of 128 tokens a round; a quarter of 512"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    for shape in options.shapes:
+        with tempfile.TemporaryDirectory() as work:
+            checkpoint, bundle = Path(work) / shape, Path(work) / "bundle"
+            parameters = make(shape, checkpoint)
+            title = f"{shape}, {parameters / 1e6:,.0f}M random parameters"
+            rows = [convert(checkpoint, bundle, variant) for variant in options.variants]
+            report(f"Converting {title}", CONVERSION, rows, as_json=options.json)
+            rows = speed(checkpoint, bundle, options.variants, options.pairs, options.rounds)
+            columns = {"target": "", **{f"pairs/s at {length}": ",.1f" for length in LENGTHS}}
+            report(f"Scoring with {title}", columns, rows, as_json=options.json)
+
+
+def make(shape: str, folder: Path) -> int:
+    """Write a random checkpoint of a shape in fp32; return its number of parameters."""
+    name, sizes = SHAPES[shape]
+    tiny.CHECKPOINTS[name](folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    settings["model_max_length"] = 512 if "MiniLM" in shape else 8192
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    # What has an item a layer is the tiny one's: it follows from the sizes where it is not given.
+    tiny.edit_config(folder, **sizes, layer_types=None)
+    set_seed(0)
+    model = AutoModelForSequenceClassification.from_config(
+        AutoConfig.from_pretrained(folder), dtype=torch.float32
+    )
+    head = getattr(model.classifier, "out_proj", model.classifier)
+    with torch.no_grad():
+        head.weight.mul_(HEAD_GAIN)
+    model.save_pretrained(folder)
+    return int(model.num_parameters())
+
+
+def convert(checkpoint: Path, bundle: Path, variant: str) -> dict[str, object]:
+    """`qrank convert` of one variant: how long it took, and the most memory it held."""
+    format, _, precision = variant.partition("-")
+    command = [sys.executable, "-m", "qrank", "convert", str(checkpoint), "-o", str(bundle)]
+    command += ["--to", format, "--precision", precision]
+    start = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"{variant}: qrank convert ended with {os.waitstatus_to_exitcode(status)}")
+    made = Manifest.load(bundle).variants[variant]
+    return {
+        "variant": variant,
+        "seconds": seconds,
+        "peak MB": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6,
+        "size MB": sum(file.bytes for file in made.files.values()) / 1e6,
+        "max Δ": made.fidelity.max_abs / made.fidelity.spread,
+        "Kendall": made.fidelity.kendall,
+    }
+
+
+def speed(
+    checkpoint: Path, bundle: Path, variants: list[str], pairs: int, rounds: int
+) -> list[dict[str, object]]:
+    """Median pairs a second of every target at every length."""
+    rows: dict[str, dict[str, object]] = {}
+    for length in LENGTHS:
+        count = max(2, pairs * LENGTHS[0] // length)
+        # Longer than fits, so that every pair has as many tokens as are allowed.
+        texts = [
+            ("what is it", " ".join("abcdefgh"[(i + j) % 8] for j in range(length)))
+            for i in range(count)
+        ]
+        with ExitStack() as stack:
+            targets = {
+                variant: stack.enter_context(Reranker(bundle, backend=variant, max_length=length))
+                for variant in variants
+            }
+            targets["torch-fp32"] = stack.enter_context(
+                Reranker(checkpoint, backend="torch", max_length=length)
+            )
+            cases = {n: partial(target.score, texts, raw=True) for n, target in targets.items()}
+            seconds = alternate(cases, rounds)
+        for name, found in seconds.items():
+            row = rows.setdefault(name, {"target": name})
+            row[f"pairs/s at {length}"] = count / statistics.median(found)
+    return list(rows.values())
+
+
+if __name__ == "__main__":
+    main()
