@@ -16,7 +16,7 @@ from qrank.backends import FORMATS
 from qrank.bundle import MANIFEST, TOKENIZER, FileRecord, Manifest, Variant
 from qrank.converters.checkpoint import Checkpoint, read_checkpoint
 from qrank.converters.fidelity import encode_pairs, make_probes, measure
-from qrank.converters.probes import calibration_pairs
+from qrank.converters.probes import calibration_pairs, read_pairs
 from qrank.converters.tokenizer import text_tokenizer
 from qrank.errors import ConversionError, FidelityError
 from qrank.extras import DISTRIBUTION, EXTRA_OF, installed, need
@@ -56,6 +56,7 @@ def convert(
     revision: str | None = None,
     offline: bool = False,
     force: bool = False,
+    calibration: Path | None = None,
     progress: Progress = lambda step: None,
 ) -> tuple[Path, Manifest]:
     """Convert a checkpoint and prove every variant.
@@ -69,6 +70,8 @@ def convert(
         revision: of the hub's repository.
         offline: do not ask the hub.
         force: replace what is at `output`, whatever bundle it is.
+        calibration: JSON lines with "query" and "document", whose activations quantization looks
+            at beside those of the pairs that come with qrank; None: at those alone.
         progress: told each step.
 
     Returns:
@@ -84,6 +87,9 @@ def convert(
         for name in converter(format).MODULES:
             if not installed(name):
                 need(name)
+    # Never the user's alone: activations are wrong beyond what was seen, and theirs may be all
+    # alike, none of them empty or long.
+    pairs = calibration_pairs() + ([] if calibration is None else read_pairs(calibration))
     progress("reading the checkpoint")
     checkpoint = read_checkpoint(source, family=family, revision=revision, offline=offline)
     target = (output or Path(f"{checkpoint.name}-qrank")).absolute()
@@ -96,7 +102,7 @@ def convert(
     work = target.with_name(f".{target.name}.partial-{os.getpid()}")
     work.mkdir()
     try:
-        manifest = _build(checkpoint, wanted, work, old, progress)
+        manifest = _build(checkpoint, wanted, pairs, work, old, progress)
         if old is None:
             _replace(work, target)
         else:
@@ -109,6 +115,7 @@ def convert(
 def _build(
     checkpoint: Checkpoint,
     wanted: Sequence[tuple[str, str]],
+    pairs: list[tuple[str, str]],
     folder: Path,
     old: Manifest | None,
     progress: Progress,
@@ -128,7 +135,7 @@ def _build(
             files={TOKENIZER: FileRecord.of(tokenizer)},
             probes=make_probes(checkpoint, tokenizer),
         )
-    calibration = encode_pairs(calibration_pairs(), tokenizer, checkpoint)
+    calibration = encode_pairs(pairs, tokenizer, checkpoint.family)
     for format, precision in wanted:
         module = converter(format)
         blank = Fidelity(0.0, 0.0, 0.0, 0.0)

@@ -14,6 +14,7 @@ from qrank.converters.probes import probe_pairs
 from qrank.encoding import Encoder
 from qrank.errors import ConversionError, FidelityError, TargetError
 from qrank.extras import need
+from qrank.family import Family
 from qrank.fidelity import TOLERANCES, Fidelity
 from qrank.work import Logits, Work
 
@@ -24,19 +25,28 @@ PROBE_TOKENS = 512
 """Longest probe: every length behaves alike beyond, and the reference is slow."""
 
 
-def encode_pairs(pairs: list[tuple[str, str]], tokenizer: Path, checkpoint: Checkpoint) -> Work:
-    """Pairs as token ids, made by qrank's own encoder and held against transformers' tokenizer.
+def encode_pairs(pairs: list[tuple[str, str]], tokenizer: Path, family: Family) -> Work:
+    """Pairs as token ids, made by qrank's own encoder; long ones are cut."""
+    encoder = Encoder(tokenizer, family, max_length=min(family.max_length, PROBE_TOKENS))
+    sequences, segments = [], []
+    for query, document in pairs:
+        query_ids, (ids,) = encoder.query(query), encoder.ids([document])
+        sequence, types = encoder.pair(query_ids, ids[: encoder.room(query_ids)])
+        sequences.append(sequence)
+        if types is not None:
+            segments.append(types)
+    return Work(sequences, segments or None)
+
+
+def check_ids(pairs: list[tuple[str, str]], work: Work, checkpoint: Checkpoint) -> None:
+    """Hold encoded pairs against transformers' tokenizer.
 
     Raises:
         ConversionError: the two differ: the card's template is not this checkpoint's.
     """
     family = checkpoint.family
     limit = min(family.max_length, PROBE_TOKENS)
-    encoder = Encoder(tokenizer, family, max_length=limit)
-    sequences, segments = [], []
-    for query, document in pairs:
-        query_ids, (ids,) = encoder.query(query), encoder.ids([document])
-        sequence, types = encoder.pair(query_ids, ids[: encoder.room(query_ids)])
+    for (query, document), sequence in zip(pairs, work.sequences, strict=True):
         # As a batch of one: a single empty document would count as no document at all.
         (theirs,) = checkpoint.tokenizer(
             [query], [document], truncation="only_second", max_length=limit
@@ -47,10 +57,6 @@ def encode_pairs(pairs: list[tuple[str, str]], tokenizer: Path, checkpoint: Chec
                 f"the checkpoint's own tokenizer: {sequence.tolist()} and {theirs}; "
                 "give the right card with --family FILE.toml"
             )
-        sequences.append(sequence)
-        if types is not None:
-            segments.append(types)
-    return Work(sequences, segments or None)
 
 
 def run_reference(model: PreTrainedModel, work: Work) -> Logits:
@@ -72,7 +78,9 @@ def run_reference(model: PreTrainedModel, work: Work) -> Logits:
 
 def make_probes(checkpoint: Checkpoint, tokenizer: Path) -> Probes:
     """The probe pairs with the reference's logits."""
-    work = encode_pairs(probe_pairs(), tokenizer, checkpoint)
+    pairs = probe_pairs()
+    work = encode_pairs(pairs, tokenizer, checkpoint.family)
+    check_ids(pairs, work, checkpoint)
     torch, transformers = need("torch"), need("transformers")
     return Probes(
         work,

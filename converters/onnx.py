@@ -48,7 +48,7 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: W
         ConversionError: the graph cannot be exported.
     """
     path = folder / "model.onnx"
-    _export(checkpoint.load(), checkpoint.family, path)
+    export(checkpoint.load(), checkpoint.family, path, in_one_file=precision == "fp32")
     if precision == "fp32":
         return ""
     graph = need("onnx").load(path)
@@ -77,7 +77,16 @@ def head_nodes(model: onnx.ModelProto) -> set[str]:
     return found
 
 
-def _export(model: PreTrainedModel, family: Family, path: Path) -> None:
+def export(model: PreTrainedModel, family: Family, path: Path, *, in_one_file: bool = True) -> None:
+    """Write the fp32 graph.
+
+    Args:
+        model: transformers' own, fp32.
+        family: the checkpoint's.
+        path: of the graph.
+        in_one_file: with its weights (up to 2 GB). Writing them beside the graph takes no memory,
+            this three times their size.
+    """
     torch = need("torch")
     from qrank.scoring_graph import EncoderScorer
 
@@ -102,12 +111,17 @@ def _export(model: PreTrainedModel, family: Family, path: Path) -> None:
         )
     if program is None:
         raise ConversionError("torch.onnx.export gave no program")
-    graph = program.model_proto
     # The exporter notes where in whose Python files each node comes from.
-    for item in (graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.graph.initializer):
-        del item.metadata_props[:]
-        item.ClearField("doc_string")
-    save_graph(graph, path)
+    graph = program.model.graph
+    nodes = list(graph.all_nodes())
+    values = [value for node in nodes for value in node.outputs]
+    for item in (graph, *nodes, *values, *graph.inputs, *graph.initializers.values()):
+        item.metadata_props.clear()
+        item.doc_string = None
+    if in_one_file:
+        save_graph(program.model_proto, path)
+    else:
+        program.save(path, external_data=True)
 
 
 def _half(model: onnx.ModelProto, head: set[str]) -> onnx.ModelProto:

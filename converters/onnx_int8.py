@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qrank.backends.onnx import feed
 from qrank.converters.graph_file import save_graph
 from qrank.extras import need
-from qrank.work import Work
+from qrank.work import Work, feed
 
 if TYPE_CHECKING:
     import onnx
@@ -59,8 +58,9 @@ def _channel_maxima(model: onnx.ModelProto, calibration: Work) -> dict[str, Floa
         save_graph(model, path)
         session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     maxima: dict[str, Floats] = {}
+    wanted = [i.name for i in session.get_inputs()]
     for i in range(len(calibration)):
-        found = session.run(names, feed(session, calibration.take(np.array([i]))))
+        found = session.run(names, feed(wanted, calibration.take(np.array([i]))))
         for name, values in zip(names, found, strict=True):
             largest = np.abs(values).reshape(-1, values.shape[-1]).max(axis=0)
             maxima[name] = np.maximum(maxima.get(name, largest), largest)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from importlib import resources
+from pathlib import Path
+
+from qrank.errors import InputError
 
 _LONGEST = 900
 """Characters of a long probe times a growing factor: with the models' limits, 3 to 512 tokens."""
@@ -25,13 +28,48 @@ def probe_pairs() -> list[tuple[str, str]]:
 
 
 def calibration_pairs() -> list[tuple[str, str]]:
-    """Other pairings of the same topics: what is looked at must not be what proves."""
+    """Other pairings of the same topics: what is looked at must not be what proves.
+
+    With empty and long ones among them: quantized activations are wrong beyond what was seen.
+    """
     topics = _topics()
-    return [
+    documents = [text for topic in topics for text in (topic["related"], topic["answer"])]
+    pairs = [
         (topic["query"], topics[(i + shift) % len(topics)][kind])
         for i, topic in enumerate(topics)
         for shift, kind in ((1, "related"), (2, "answer"), (4, "related"))
     ]
+    pairs += [(topic["query"], "") for topic in topics[1:4]]
+    pairs += [("?", topics[4]["related"]), ("why", ""), ("", topics[3]["answer"]), ("", "")]
+    for count in range(1, 5):
+        rotated = " ".join(documents[2 * count + 1 :] + documents[: 2 * count + 1])
+        pairs.append((topics[2 * count - 1]["query"], rotated[: _LONGEST * count]))
+    return pairs
+
+
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    """Pairs of a user's own: JSON lines with "query" and "document".
+
+    Raises:
+        InputError: a line is something else, or there is none.
+    """
+    pairs = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+                pair = (record["query"], record["document"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                pair = (None, None)
+            if not all(isinstance(text, str) for text in pair):
+                raise InputError(
+                    f'{path}, line {number}: expected a JSON object with "query" and "document" '
+                    f"strings, found {line.strip()[:60]!r}"
+                )
+            pairs.append(pair)
+    if not pairs:
+        raise InputError(f"{path} holds no pairs")
+    return pairs
 
 
 def _topics() -> list[dict[str, str]]:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from types import ModuleType
+from typing import cast
 
 from qrank.errors import MissingExtraError
 
 EXTRA_OF = {
     "gguf": "convert",
     "llama_cpp": "gguf",
+    "nncf": "convert",
     "onnx": "convert",
     "onnxruntime": "onnx",
     "onnxscript": "convert",
+    "openvino": "openvino",
     "safetensors": "convert",
     "torch": "convert",
     "transformers": "convert",
@@ -28,6 +32,10 @@ _SILENCE = {"onnxruntime": "ORT_DISABLE_TELEMETRY"}
 """The environment variable that, set before the import, keeps a module from calling home.
 
 onnxruntime does since 1.29, from a thread that makes a forked child hang when it exits."""
+
+_TELEMETRY = "openvino_telemetry"
+"""The package openvino and nncf call home with, from the import on and without asking; it also
+writes to the home folder. Neither has a switch, and both do without it where it is absent."""
 
 
 def pip_line(extra: str) -> str:
@@ -54,6 +62,9 @@ def need(module: str, *, extra: str | None = None) -> ModuleType:
     extra = extra or EXTRA_OF[package]
     if package in _SILENCE:
         os.environ.setdefault(_SILENCE[package], "1")
+    if package in ("openvino", "nncf"):
+        # The import system's own way to say that a module is not there.
+        sys.modules.setdefault(_TELEMETRY, cast(ModuleType, None))
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -19,7 +19,7 @@ from qrank.bundle import TOKENIZER, Manifest, check_files
 from qrank.encoding import Encoder
 from qrank.errors import InputError, TargetError
 from qrank.locate import DEFAULT, locate
-from qrank.selection import Target, choose, prove
+from qrank.selection import Target, choose, ready
 from qrank.work import Ids, Logits, Segments, Work
 
 LongDocuments = Literal["truncate", "chunk"]
@@ -60,7 +60,7 @@ class Reranker:
     """Scores (query, document) pairs with a bundle. Safe to use from several threads.
 
     After a fork the model is loaded again in the child at its first use: a runtime's threads do
-    not survive a fork.
+    not survive a fork. Backend openvino refuses there: make the Reranker after the fork.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class Reranker:
         backend: str | None = None,
         device: str | None = None,
         threads: int | None = None,
+        execution: str | None = None,
         max_length: int | None = None,
     ) -> None:
         """Load a bundle.
@@ -77,12 +78,15 @@ class Reranker:
         Args:
             model: a bundled name, the folder `qrank convert` wrote, or a bundle's hub id; with
                 backend `torch` a checkpoint's folder or hub id.
-            backend: a format (`onnx`), a variant (`onnx-fp32`), `torch` (or `torch-fp16`, ...) to
-                run a checkpoint as it is, or "module:function" of your own (see
+            backend: a format (`onnx`), a variant (`openvino-int8`), `torch` (or `torch-fp16`, ...)
+                to run a checkpoint as it is, or "module:function" of your own (see
                 `qrank.backends`). None: the preferred variant of the bundle.
-            device: `cpu`, or what the backend offers of `cuda`, `metal`, `mps`, `vulkan`,
-                `tensorrt`, `coreml` and `directml`. None: `cpu`.
+            device: `cpu`, or what the backend offers: onnx `cuda`, `tensorrt`, `coreml`,
+                `directml`; openvino `gpu`, `npu`; gguf `metal`, `cuda`, `vulkan`; torch `cuda`,
+                `mps`. None: `cpu`.
             threads: CPU threads in all. None: every CPU this process may use.
+            execution: arithmetic to compute in where the backend leaves a choice (openvino):
+                `fp32`, `bf16` or `fp16`. None: the fastest that reproduces the probes here.
             max_length: tokens a pair may have. None: what the model reads.
 
         Raises:
@@ -98,7 +102,7 @@ class Reranker:
             self.manifest, tokenizer = Manifest.load(folder), folder / TOKENIZER
         self.target: Target = choose(self.manifest, backend, device)
         check_files(folder, {**self.manifest.files, **self.target.variant.files})
-        self._options = backends.Options(threads or backends.processors())
+        self._options = backends.Options(threads or backends.processors(), execution)
         self._encoder = Encoder(
             tokenizer,
             self.manifest.family,
@@ -231,14 +235,14 @@ class Reranker:
         """The backend of this process, opened and proven if need be."""
         with self._lock:
             if self._backend is None:
-                target = self.target
-                opened = self._open(self._folder, target.variant, target.device, self._options)
-                try:
-                    prove(opened, target, self.manifest, self._custom)
-                except BaseException:
-                    opened.close()
-                    raise
-                self._backend = opened
+                self._backend = ready(
+                    self._open,
+                    self._folder,
+                    self.target,
+                    self.manifest,
+                    self._options,
+                    self._custom,
+                )
             return self._backend
 
     def _items(self, pairs: list[tuple[str, str]], long_documents: str) -> list[_Item]:

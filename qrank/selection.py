@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,14 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from qrank import paths
-from qrank.backends import BACKENDS, Backend, module
+from qrank.backends import BACKENDS, Backend, Opener, Options, executions, module
 from qrank.bundle import Manifest, Probes, Variant
 from qrank.errors import TargetError
 from qrank.fidelity import TOLERANCES, Fidelity
 
-PREFERRED = {"cpu": ("int8", "fp32", "fp16", "q8_0", "q4_k_m", "f16", "bf16")}
-PREFERRED_ELSEWHERE = ("fp16", "fp32", "int8", "q8_0", "f16", "q4_k_m", "bf16")
+PREFERRED = {"cpu": ("int8", "int8-full", "fp32", "fp16", "q8_0", "q4_k_m", "f16", "bf16")}
+PREFERRED_ELSEWHERE = ("fp16", "fp32", "int8", "int8-full", "q8_0", "f16", "q4_k_m", "bf16")
 _PROBE_TOKENS = 1024
+
+log = logging.getLogger("qrank")
 
 
 @dataclass(frozen=True)
@@ -60,16 +63,72 @@ def choose(manifest: Manifest, backend: str | None, device: str | None) -> Targe
     return Target(min(wanted, key=lambda v: order.index(v.precision)), device)
 
 
-def prove(backend: Backend, target: Target, manifest: Manifest, custom: str | None = None) -> None:
+def ready(
+    opener: Opener,
+    folder: Path,
+    target: Target,
+    manifest: Manifest,
+    options: Options,
+    custom: str | None = None,
+) -> Backend:
+    """Open a target in the fastest arithmetic that reproduces the bundle's probes here.
+
+    Args:
+        opener: opens the target's backend.
+        folder: the bundle.
+        target: what to open.
+        manifest: the bundle's.
+        options: with an `execution`, that one alone is tried.
+        custom: "module:function" of a user's own backend.
+
+    Raises:
+        TargetError: no arithmetic does, or the one asked for is not to be had.
+    """
+    choices = () if custom else executions(target.variant.format, target.device)
+    if options.execution is not None and not custom:
+        if options.execution not in choices:
+            raise TargetError(
+                f"{target.name} cannot compute in {options.execution} here; it can in: "
+                f"{', '.join(choices) or 'its own arithmetic alone'}"
+            )
+        choices = (options.execution,)
+
+    def proven(execution: str | None) -> Backend:
+        chosen = replace(options, execution=execution)
+        backend = opener(folder, target.variant, target.device, chosen)
+        try:
+            prove(backend, target, manifest, execution, custom)
+        except BaseException:
+            backend.close()
+            raise
+        return backend
+
+    *faster, exact = choices or (options.execution,)
+    for execution in faster:
+        try:
+            return proven(execution)
+        except TargetError as error:
+            log.info("%s does not compute in %s: %s", target.name, execution, error)
+    return proven(exact)
+
+
+def prove(
+    backend: Backend,
+    target: Target,
+    manifest: Manifest,
+    execution: str | None = None,
+    custom: str | None = None,
+) -> None:
     """Make sure a target reproduces the bundle's probes on this very machine.
 
-    Done once: a success is remembered by bundle, target, runtime version and CPU. A user's own
-    backend is proven each time: nothing tells when its code changes.
+    Done once: a success is remembered by bundle, target, arithmetic, runtime version and CPU. A
+    user's own backend is proven each time: nothing tells when its code changes.
 
     Args:
         backend: opened.
         target: what it was opened for.
         manifest: the bundle's.
+        execution: arithmetic it was opened in.
         custom: "module:function" of a user's own backend.
 
     Raises:
@@ -78,7 +137,7 @@ def prove(backend: Backend, target: Target, manifest: Manifest, custom: str | No
     if len(manifest.probes.work) == 0:
         return  # the original itself: `qrank.backends.torch.as_bundle`
     runtime = custom or module(target.variant.format).version()
-    key = f"{manifest.digest} {target.name} {runtime} {_cpu()}"
+    key = f"{manifest.digest} {target.name} {execution} {runtime} {_cpu()}"
     if custom is None and key in paths.recall("proven"):
         return
     probes = _some(manifest.probes)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from qrank.errors import TargetError
 
 Ids = NDArray[np.int32]
 """Token ids of one sequence, shape [length]."""
@@ -47,15 +49,35 @@ class Work:
         )
 
 
-def padded(work: Work) -> list[NDArray[np.int64]]:
-    """Token ids, mask and, where there are any, token types; each of shape [n, longest].
+def padded(work: Work, length: int | None = None) -> dict[str, NDArray[np.int64]]:
+    """A scoring graph's inputs by name, in the order it takes them; each of shape [n, length].
 
     Ids and types are filled up with 0, which the mask, 1 where a token is, hides.
+
+    Args:
+        work: what to score.
+        length: None: the longest sequence's.
     """
     lengths = work.lengths
-    mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
-    ids = _filled(work.sequences, mask.shape)
-    return [ids, mask, *([] if work.segments is None else [_filled(work.segments, mask.shape)])]
+    mask = (np.arange(length or lengths.max()) < lengths[:, None]).astype(np.int64)
+    inputs = {"input_ids": _filled(work.sequences, mask.shape), "attention_mask": mask}
+    if work.segments is not None:
+        inputs["token_type_ids"] = _filled(work.segments, mask.shape)
+    return inputs
+
+
+def feed(
+    names: Iterable[str], work: Work, length: int | None = None
+) -> dict[str, NDArray[np.int64]]:
+    """`padded`, as a graph with inputs of these names takes it.
+
+    Raises:
+        TargetError: the graph wants an input the work does not have.
+    """
+    inputs, wanted = padded(work, length), list(names)
+    if missing := [name for name in wanted if name not in inputs]:
+        raise TargetError(f"the graph wants {', '.join(missing)}; the family has none")
+    return {name: inputs[name] for name in wanted}
 
 
 def _filled(rows: Sequence[NDArray[np.signedinteger]], shape: tuple[int, ...]) -> NDArray[np.int64]:

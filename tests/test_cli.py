@@ -332,7 +332,7 @@ def test_exit_codes_are_those_of_the_help(tmp_path: Path, bundle: Path) -> None:
         errors.ModelNotFoundError: ["score", "-q", "x", "-m", "nano"],
         errors.BundleError: ["inspect", tmp_path / "damaged"],
         errors.FamilyError: ["convert", tmp_path / "odd"],
-        errors.TargetError: ["score", "-q", "x", "-m", bundle, "--backend", "openvino"],
+        errors.TargetError: ["score", "-q", "x", "-m", bundle, "--backend", "tflite"],
         errors.ConversionError: ["convert", tmp_path, "--to", "onnx", "--precision", "int3"],
     }
     for kind, command in commands.items():

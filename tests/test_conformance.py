@@ -22,7 +22,15 @@ from qrank.converters.probes import probe_pairs
 from qrank.fidelity import TOLERANCES, Fidelity
 from qrank.work import Logits
 
-ALONE = {"fp32": 1e-5, "fp16": 5e-3, "int8": 0.02, "f16": 1e-5, "q8_0": 1e-5, "q4_k_m": 1e-5}
+ALONE = {
+    "fp32": 1e-5,
+    "fp16": 5e-3,
+    "int8": 0.02,
+    "int8-full": 0.02,
+    "f16": 1e-5,
+    "q8_0": 1e-5,
+    "q4_k_m": 1e-5,
+}
 """How far a logit may move with its batch, by precision: a share of max(1, spread)."""
 
 

@@ -70,9 +70,20 @@ def test_the_version_is_said_once() -> None:
 
 def test_extras_exist_and_bring_their_modules() -> None:
     optional = PROJECT["project"]["optional-dependencies"]
+
+    def brought(extra: str) -> set[str]:
+        """Names of distributions, those of extras within the extra too."""
+        names: set[str] = set()
+        for line in optional[extra]:
+            name, inner = re.match(r"([\w-]+)(?:\[([\w,-]+)\])?", line).groups()  # type: ignore[union-attr]
+            names |= set().union(*map(brought, inner.split(","))) if name == "qrank" else {name}
+        return names
+
     for module, extra in extras.EXTRA_OF.items():
-        names = [re.split(r"[<>=\[]", line)[0].strip() for line in optional[extra]]
-        assert module in names, f"qrank[{extra}] does not bring {module}"
+        name = extras.DISTRIBUTION.get(module, module)
+        assert name in brought(extra), f"qrank[{extra}] does not bring {module}"
+    assert brought("cpu") == {"onnxruntime"}, "the light runtime"
+    assert set().union(*map(brought, set(optional) - {"onnx-gpu"})) == brought("test")
 
 
 def test_an_unknown_extra_is_a_mistake_of_ours() -> None:

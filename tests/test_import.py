@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = [
-    *("torch", "transformers", "onnx", "onnxruntime", "llama_cpp", "gguf"),
+    *("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "llama_cpp", "gguf"),
     *("huggingface_hub", "scipy"),
 ]
 
@@ -124,9 +124,12 @@ def test_a_checkpoint_without_torch_says_what_to_install(tmp_path: Path) -> None
     assert done.stderr.rstrip().endswith('install it with: pip install "qrank[torch]"')
 
 
-def test_gguf_without_llama_cpp_says_what_to_install(bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("format", "package"), [("gguf", "llama_cpp"), ("openvino", "openvino")])
+def test_a_format_without_its_package_says_what_to_install(
+    bundle: Path, tmp_path: Path, format: str, package: str
+) -> None:
     (tmp_path / "d.txt").write_text("mars\n", "utf-8")
-    command = ("score", "-q", "x", "-m", bundle, "--backend", "gguf", tmp_path / "d.txt")
-    done = python(WITHOUT, "llama_cpp", *command)
+    command = ("score", "-q", "x", "-m", bundle, "--backend", format, tmp_path / "d.txt")
+    done = python(WITHOUT, package, *command)
     assert done.returncode == 3
-    assert done.stderr.rstrip().endswith('install it with: pip install "qrank[gguf]"')
+    assert done.stderr.rstrip().endswith(f'install it with: pip install "qrank[{format}]"')

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"errors", "extras", "work", "paths", "family", "fidelity", "bundle"},
     {"hub", "locate", "encoding", "batching", "activation", "scoring_graph"},
-    {"backends", "backends.gguf", "backends.onnx", "backends.torch"},
+    {"backends", "backends.gguf", "backends.onnx", "backends.openvino", "backends.torch"},
     {"selection"},
     {"reranker"},
     {"", "runs"},

@@ -19,6 +19,7 @@ NOT_RUN = {
     "make test": "this very test run",
     'pip install ".[cpu]"': "the environment is there already",
     'pip install ".[cpu,convert]"': "the environment is there already",
+    'pip install ".[openvino]"': "the environment is there already",
     'pip install ".[gguf]"': "the environment is there already",
     'CMAKE_ARGS="-DGGML_CUDA=on" pip install ".[gguf]"': "compiles for a GPU",
 }
@@ -59,6 +60,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = [json.dumps({"id": f"d{i}", "text": text}) for i, text in enumerate(lines)]
     (folder / "documents.jsonl").write_text("\n".join(records), "utf-8")
     (folder / "queries.jsonl").write_text('{"id": "q1", "text": "what colour is Mars?"}', "utf-8")
+    pairs = [json.dumps({"query": "how do plants make food?", "document": x}) for x in lines]
+    (folder / "pairs.jsonl").write_text("\n".join(pairs), "utf-8")
     (folder / "first.trec").write_text(
         "".join(f"q1 Q0 d{i} {i + 1} {-i} bm25\n" for i in range(len(lines))), "utf-8"
     )

@@ -4,6 +4,7 @@ A backend module offers
 
     open(folder, variant, device, options) -> Backend
     devices() -> the devices present, lower case
+    executions(device) -> arithmetic it can compute in there, fastest first; optional
     version() -> the runtime's name and version
 
 and "package.module:function" names a function of the user's own with `open`'s signature.
@@ -22,7 +23,7 @@ from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.work import Logits, Work
 
-FORMATS = ("onnx", "gguf")
+FORMATS = ("onnx", "openvino", "gguf")
 """Every format that checkpoints are converted to, each with the backend of its name."""
 
 BACKENDS = (*FORMATS, "torch")
@@ -38,9 +39,17 @@ def processors() -> int:
 
 @dataclass(frozen=True)
 class Options:
-    """What a backend may use: `threads` CPU threads in all."""
+    """How a backend runs.
+
+    Attributes:
+        threads: CPU threads it may use in all.
+        execution: arithmetic to compute in: `fp32`, `bf16` or `fp16`. None: the most exact.
+        static_shapes: compile for fixed lengths, as an NPU needs it, where a backend compiles.
+    """
 
     threads: int
+    execution: str | None = None
+    static_shapes: bool = False
 
 
 class Backend(Protocol):
@@ -64,6 +73,16 @@ class Opener(Protocol):
 def module(format: str) -> ModuleType:
     """The backend module of a format."""
     return importlib.import_module(f"qrank.backends.{format}")
+
+
+def executions(format: str, device: str) -> tuple[str, ...]:
+    """Arithmetic that a format's backend can compute in on a device, fastest first.
+
+    Returns:
+        Nothing where the backend leaves no choice.
+    """
+    choices = getattr(module(format), "executions", None)
+    return choices(device) if choices else ()
 
 
 def opener(name: str) -> Opener:

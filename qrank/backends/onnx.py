@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qrank.backends import Options
 from qrank.batching import cut_padded
 from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.extras import need
-from qrank.work import Logits, Work, padded
+from qrank.work import Logits, Work, feed
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -109,23 +108,9 @@ class OnnxBackend:
         del self._session
 
     def _run(self, batch: Work) -> Logits:
-        inputs = feed(self._session, batch)
+        inputs = feed([i.name for i in self._session.get_inputs()], batch)
         try:
             (logits,) = self._session.run(["logits"], inputs)
         except Exception as error:  # onnxruntime's own exceptions share no base
             raise TargetError(f"onnxruntime failed: {error}") from error
         return np.asarray(logits, np.float32).reshape(len(batch))
-
-
-def feed(session: onnxruntime.InferenceSession, batch: Work) -> dict[str, NDArray[np.int64]]:
-    """A batch as a scoring graph's inputs, each of shape [n, longest].
-
-    Raises:
-        TargetError: the graph wants an input the batch does not have.
-    """
-    names = ("input_ids", "attention_mask", "token_type_ids")
-    values = dict(zip(names, padded(batch), strict=False))
-    wanted = [i.name for i in session.get_inputs()]
-    if missing := [name for name in wanted if name not in values]:
-        raise TargetError(f"the graph wants {', '.join(missing)}; the family has none")
-    return {name: values[name] for name in wanted}

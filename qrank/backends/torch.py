@@ -124,7 +124,7 @@ class TorchBackend:
         torch = need("torch")
         try:
             with torch.inference_mode():
-                inputs = [torch.from_numpy(x).to(self._device) for x in padded(batch)]
+                inputs = [torch.from_numpy(x).to(self._device) for x in padded(batch).values()]
                 logits: Logits = self._scorer(*inputs).cpu().numpy().reshape(len(batch))
         except RuntimeError as error:
             raise TargetError(f"torch failed on {self._device}: {error}") from error

@@ -22,7 +22,16 @@ from qrank.extras import pip_line
     type=click.Choice(FORMATS),
     help="Format to make; repeat for more.  [default: all whose packages are installed]",
 )
-@click.option("--precision", help="With exactly one --to.  [default: int8, for gguf q4_k_m]")
+@click.option(
+    "--precision",
+    help="onnx: int8, fp16, fp32; openvino: int8, int8-full, fp16; gguf: q4_k_m, q8_0, f16. "
+    "With exactly one --to.  [default: the first of each]",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help='JSON lines with "query" and "document" to quantize by, beside qrank\'s own pairs.',
+)
 @click.option(
     "-o",
     "--output",
@@ -38,6 +47,7 @@ def convert(
     source: str,
     formats: tuple[str, ...],
     precision: str | None,
+    calibration: Path | None,
     output: Path | None,
     family: str | None,
     revision: str | None,
@@ -77,6 +87,7 @@ def convert(
             revision=revision,
             offline=offline,
             force=force,
+            calibration=calibration,
             progress=status.update if console.is_terminal else lambda step: None,
         )
     made = {f"{format}-{precision}" for format, precision in variants}

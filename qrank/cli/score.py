@@ -37,8 +37,9 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("-k", "--top-k", type=click.IntRange(min=0), help="Print only the first so many.")
 @click.option("--min-score", type=float, help="Leave out what scores below this.")
 @click.option("--raw", is_flag=True, help="Print logits, before the model's activation.")
-@click.option("--backend", help="onnx, gguf-q8_0, ..., or torch for a checkpoint.")
-@click.option("--device", help="cpu, cuda, metal, mps, vulkan, ...  [default: cpu]")
+@click.option("--backend", help="onnx, openvino-int8, ..., or torch for a checkpoint.")
+@click.option("--device", help="cpu, cuda, gpu, npu, metal, mps, ...  [default: cpu]")
+@click.option("--execution", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--max-length", type=int, help="Tokens of a pair.  [default: the model's limit]")
 @click.option(
@@ -63,6 +64,7 @@ def score(
     raw: bool,
     backend: str | None,
     device: str | None,
+    execution: str | None,
     threads: int | None,
     max_length: int | None,
     long_documents: LongDocuments,
@@ -85,7 +87,12 @@ def score(
 
     def load() -> Reranker:
         return Reranker(
-            model or DEFAULT, backend=backend, device=device, threads=threads, max_length=max_length
+            model or DEFAULT,
+            backend=backend,
+            device=device,
+            threads=threads,
+            execution=execution,
+            max_length=max_length,
         )
 
     if run is not None:

@@ -1,0 +1,245 @@
+"""OpenVINO graphs: CPUs, and Intel's GPUs and NPUs."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qrank import paths
+from qrank.backends import Options
+from qrank.batching import cut_padded
+from qrank.bundle import Variant
+from qrank.errors import TargetError
+from qrank.extras import need
+from qrank.work import Logits, Work, feed
+
+if TYPE_CHECKING:
+    import openvino
+
+CPU_BATCH = 160
+"""Padded tokens a batch on the CPU, as for onnxruntime: most documents are a batch of their own."""
+
+DEVICE_BATCH = 16_384
+"""Padded tokens a batch on an accelerator, which wants large ones."""
+
+STEP = 16
+"""Lengths are rounded up to a multiple. OpenVINO makes kernels for each shape it meets: with fewer
+shapes, uneven documents ran a third faster, and the padding costs 3 %."""
+
+SHORTEST_BUCKET = 64
+"""Where shapes are static: lengths are rounded up to this, or it doubled, and so on."""
+
+GROUP = 128
+"""Activations in so many channels of one token share a scale, where int8 weights meet them: twice
+as fast as fp32 activations, and closer to them than larger groups."""
+
+EXECUTIONS = {"bf16": "BF16", "fp16": "FP16", "fp32": "FP32"}
+"""What arithmetic may be, fastest first -> OpenVINO's name of the capability."""
+
+_HINTS = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
+
+log = logging.getLogger("qrank")
+
+_opened_in: list[int] = []
+"""The process that first opened a model, if any did; a forked child inherits this."""
+
+
+def version() -> str:
+    """The runtime's name and version."""
+    return f"openvino {need('openvino').__version__}"
+
+
+def devices() -> list[str]:
+    """Devices OpenVINO finds here: `cpu`, `gpu`, `npu`; several of a kind as `gpu.0`, `gpu.1`."""
+    return [name.lower() for name in _core().available_devices]
+
+
+def executions(device: str) -> tuple[str, ...]:
+    """Arithmetic that a present device has hardware for, fastest first.
+
+    Raises:
+        TargetError: the device is absent.
+    """
+    core = _core()
+    _require(core, device)
+    able = core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
+    return tuple(name for name, capability in EXECUTIONS.items() if capability in able)
+
+
+def open(folder: Path, variant: Variant, device: str, options: Options) -> OpenvinoBackend:
+    """Load a variant's `model.xml` and `model.bin`.
+
+    Args:
+        folder: the bundle.
+        variant: its own folder holds the two files.
+        device: of `devices()`.
+        options: `execution` None is fp32. Static shapes are taken where a device needs them.
+
+    Raises:
+        MissingExtraError: openvino is not installed.
+        TargetError: the device is absent, or cannot run the graph; or a process that opened a
+            model has forked this one.
+    """
+    core = _core()
+    _require(core, device)
+    _opened_in.append(os.getpid())
+    settings = _settings(device, options)
+    if folder_of_cache := _cache(variant):
+        settings |= {"CACHE_DIR": str(folder_of_cache), "CACHE_MODE": "OPTIMIZE_SIZE"}
+    path = folder / variant.name / "model.xml"
+
+    def compiled(length: int | None) -> openvino.CompiledModel:
+        """The graph for one pair of this length; None: for any batch of any length."""
+        model = core.read_model(path)
+        if length is not None:
+            model.reshape({i.any_name: [1, length] for i in model.inputs})
+        return core.compile_model(model, device.upper(), settings)
+
+    try:
+        limit = core.read_model(path).input("input_ids").partial_shape[1].max_length
+        if not options.static_shapes and not device.startswith("npu"):
+            try:
+                batch = CPU_BATCH if device == "cpu" else DEVICE_BATCH
+                return OpenvinoBackend(compiled, limit, batch)
+            except RuntimeError as error:
+                log.info("%s takes no dynamic shapes (%s): using static ones", device, error)
+        return OpenvinoBackend(compiled, limit, None)
+    except RuntimeError as error:
+        raise TargetError(f"openvino cannot load {path} on {device}: {error}") from error
+
+
+def _core() -> openvino.Core:
+    """What OpenVINO is asked through.
+
+    Raises:
+        TargetError: this process was forked from one that had opened a model. OpenVINO's threads
+            (TBB's) do not survive that: models run for a while, and then one waits for ever.
+    """
+    core = need("openvino").Core
+    if _opened_in and _opened_in[0] != os.getpid():
+        raise TargetError(
+            "openvino cannot run in a process forked from one that had opened a model with it: "
+            "make the Reranker after the fork (no --preload), or take backend onnx"
+        )
+    return core()
+
+
+def _require(core: openvino.Core, device: str) -> None:
+    present = [name.lower() for name in core.available_devices]
+    if device not in present:
+        raise TargetError(
+            f"openvino here has no device {device!r}; present are: {', '.join(present)}"
+        )
+
+
+def _settings(device: str, options: Options) -> dict[str, Any]:
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[options.execution or "fp32"]}
+    if device != "cpu":
+        return {**settings, "PERFORMANCE_HINT": "THROUGHPUT"}
+    return {
+        **settings,
+        # A stream a thread: a quarter more pairs a second on 2 cores than one stream of both.
+        "INFERENCE_NUM_THREADS": options.threads,
+        "NUM_STREAMS": options.threads,
+        # Pinned, the workers of a web server would all sit on the same cores.
+        "ENABLE_CPU_PINNING": False,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP,
+    }
+
+
+def _cache(variant: Variant) -> Path | None:
+    """Where OpenVINO keeps what it compiled of these very files; None where nothing can be kept."""
+    folder = paths.cache_folder()
+    if folder is None or not variant.files:
+        return None
+    content = "".join(record.sha256 for record in variant.files.values())
+    return folder / "openvino" / hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+class _Stream(threading.local):
+    """What one stream's thread has to itself: a request serves a single thread at a time."""
+
+    def __init__(self) -> None:
+        self.requests: dict[int | None, openvino.InferRequest] = {}
+
+
+class OpenvinoBackend:
+    """A compiled graph fed by parallel streams; with static shapes, one graph a length."""
+
+    def __init__(
+        self,
+        compiled: Callable[[int | None], openvino.CompiledModel],
+        limit: int,
+        batch: int | None,
+    ) -> None:
+        """Compile.
+
+        Args:
+            compiled: makes the graph for one pair of a length; given None, for every shape.
+            limit: tokens the model reads.
+            batch: padded tokens a batch. None: static shapes, one pair at a time.
+        """
+        self._compile = compiled
+        self._limit = limit
+        self._batch = batch
+        self._lock = threading.Lock()
+        self._models: dict[int | None, openvino.CompiledModel] = {}
+        model = self._model(None if batch else min(SHORTEST_BUCKET, limit))
+        self._inputs = [i.any_name for i in model.inputs]
+        streams: int = model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        self._streams = ThreadPoolExecutor(streams, "qrank-openvino")
+        self._stream = _Stream()
+
+    def logits(self, work: Work) -> Logits:
+        """See `qrank.backends.Backend.logits`."""
+        batches = cut_padded(work.lengths, self._batch or 0)
+        results = self._streams.map(lambda batch: self._run(work.take(batch)), batches)
+        logits = np.empty(len(work), np.float32)
+        for batch, result in zip(batches, results, strict=True):
+            logits[batch] = result
+        return logits
+
+    def close(self) -> None:
+        """See `qrank.backends.Backend.close`."""
+        self._streams.shutdown()
+        self._models.clear()
+
+    def _run(self, batch: Work) -> Logits:
+        length = self._length(int(batch.lengths.max()))
+        inputs = feed(self._inputs, batch, length)
+        try:
+            request = self._request(None if self._batch else length)
+            result = request.infer(inputs, share_inputs=True)
+        except RuntimeError as error:
+            raise TargetError(f"openvino failed: {error}") from error
+        return np.array(result[0], np.float32).reshape(len(batch))
+
+    def _length(self, longest: int) -> int:
+        """What a batch's length is rounded up to."""
+        if self._batch:
+            return min(-(-longest // STEP) * STEP, self._limit)
+        length = SHORTEST_BUCKET
+        while length < longest:
+            length *= 2
+        return min(length, self._limit)
+
+    def _request(self, length: int | None) -> openvino.InferRequest:
+        """This stream's own request to a graph."""
+        requests = self._stream.requests
+        if length not in requests:
+            requests[length] = self._model(length).create_infer_request()
+        return requests[length]
+
+    def _model(self, length: int | None) -> openvino.CompiledModel:
+        with self._lock:
+            if length not in self._models:
+                self._models[length] = self._compile(length)
+            return self._models[length]

@@ -1,0 +1,353 @@
+"""What is OpenVINO's own: whole files, fp32 heads, static shapes, arithmetic, devices, cache."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fakes
+import numpy as np
+import pytest
+import tiny
+from click.testing import CliRunner
+from transformers import AutoModelForSequenceClassification
+
+from qrank import Reranker, paths
+from qrank.backends import Backend, Options, openvino
+from qrank.bundle import Manifest, Variant
+from qrank.cli import main
+from qrank.converters import openvino as converter
+from qrank.converters.convert import convert
+from qrank.converters.probes import calibration_pairs
+from qrank.errors import ConversionError, InputError, TargetError
+from qrank.extras import need
+from qrank.family import Family
+from qrank.fidelity import TOLERANCES, Fidelity
+from qrank.work import Work
+
+PRECISIONS = [precision for format, precision in tiny.VARIANTS if format == "openvino"]
+PAIRS = [("which planet is red?", "Mars is red. " * n) for n in (1, 0, 9, 30, 200)]
+
+
+def graph(bundle: Path, precision: str) -> Any:
+    return need("openvino").Core().read_model(bundle / f"openvino-{precision}" / "model.xml")
+
+
+# Conversion
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_head_stays_fp32(
+    kind: str,
+    precision: str,
+    checkpoint_of: Callable[[str], Path],
+    bundle_of: Callable[[str], Path],
+) -> None:
+    """Its weights are in the graph as the checkpoint has them; int8-full scales their columns."""
+
+    def same(found: Any, weight: Any) -> bool:
+        if found.shape != weight.shape:
+            return False
+        if precision == "int8-full":
+            scales = found / weight
+            return np.allclose(scales, scales[:1], rtol=1e-5)
+        return np.array_equal(found, weight)
+
+    heads = {
+        "bert": ["bert.pooler.dense", "classifier"],
+        "xlm-roberta": ["classifier.dense", "classifier.out_proj"],
+        "modernbert": ["head.dense", "classifier"],
+    }
+    nodes = graph(bundle_of(kind), precision).get_ops()
+    constants = [node for node in nodes if node.get_type_name() == "Constant"]
+    floats = [c.data for c in constants if c.get_element_type() == need("openvino").Type.f32]
+    weights = AutoModelForSequenceClassification.from_pretrained(checkpoint_of(kind)).state_dict()
+    for name in next(found for start, found in heads.items() if kind.startswith(start)):
+        weight = weights[f"{name}.weight"].numpy()
+        assert any(same(w, weight) or same(w.T, weight) for w in floats), name
+
+
+@pytest.mark.parametrize(
+    ("precision", "small"), [("int8", ("u8",)), ("int8-full", ("i8", "u8")), ("fp16", ("f16",))]
+)
+def test_all_other_matrices_are_small(
+    kind: str, precision: str, small: tuple[str, ...], bundle_of: Callable[[str], Path]
+) -> None:
+    nodes = graph(bundle_of(kind), precision).get_ops()
+    matrices = [
+        node
+        for node in nodes
+        if node.get_type_name() == "Constant"
+        and node.data.ndim == 2
+        and min(node.data.shape) >= 64
+        and node.get_element_type().to_dtype() != np.bool_
+    ]
+    kept = [m for m in matrices if m.get_element_type().get_type_name() not in small]
+    assert len(matrices) - len(kept) >= 9, "two layers and the words"
+    # What is left is the head's one square matrix.
+    assert [m.data.shape for m in kept] == [(64, 64)]
+
+
+def test_graphs_take_ids_up_to_the_limit_and_give_logits(
+    kind: str, bundle_of: Callable[[str], Path]
+) -> None:
+    """Under the field's names, so that other tools can run them too."""
+    for precision in PRECISIONS:
+        model = graph(bundle_of(kind), precision)
+        expected = ["input_ids", "attention_mask"] + ["token_type_ids"] * (kind == "bert")
+        assert [i.any_name for i in model.inputs] == expected
+        assert {str(i.partial_shape) for i in model.inputs} == {f"[?,1..{tiny.MAX_LENGTH}]"}
+        assert [o.any_name for o in model.outputs] == ["logits"]
+        assert model.outputs[0].element_type.get_type_name() == "f32"
+
+
+def test_graphs_do_not_say_where_they_were_made(bundle: Path) -> None:
+    for path in bundle.glob("openvino-*/model.xml"):
+        text = path.read_text("utf-8")
+        assert str(Path.home()) not in text
+        assert "site-packages" not in text
+        assert str(bundle.parent) not in text
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    """Takes the exporter's work as done."""
+
+    def export(model: object, family: Family, path: Path, **options: bool) -> None:
+        shutil.copy(bundle / "onnx-fp32" / "model.onnx", path)
+
+    monkeypatch.setattr(converter, "export", export)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("suffix", "keep", "message"),
+    [
+        (".xml", 0, "wrote 0 bytes of model.xml, which is no XML"),
+        (".xml", 1000, "wrote 1000 bytes of model.xml, which is no XML"),
+        (".bin", 0, r"wrote 0 bytes of model.bin; its XML speaks of \d"),
+        (".bin", 1000, r"wrote 1,000 bytes of model.bin; its XML speaks of \d"),
+    ],
+)
+def test_a_file_that_is_not_whole_is_caught(
+    suffix: str,
+    keep: int,
+    message: str,
+    checkpoint_of: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As optimum's command writes them, and exits with 0."""
+    ov = need("openvino")
+    save = ov.save_model
+
+    def cut(model: object, path: Path, **options: object) -> None:
+        save(model, path, **options)
+        os.truncate(path.with_suffix(suffix), keep)
+
+    monkeypatch.setattr(ov, "save_model", cut)
+    with pytest.raises(ConversionError, match=message):
+        convert(str(checkpoint_of("bert")), [("openvino", "fp16")], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_quantization_looks_at_the_pairs_of_the_file_too(
+    checkpoint_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Work] = []
+    quantize = converter._quantize
+
+    def record(graph: object, head: set[str], calibration: Work) -> object:
+        seen.append(calibration)
+        return quantize(graph, head, calibration)
+
+    monkeypatch.setattr(converter, "_quantize", record)
+    # A special token's name is text in users' pairs: no reason to refuse the conversion.
+    pairs = [{"query": "red?", "document": "mars [SEP]"}, {"query": "why?", "document": ""}] * 9
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, pairs)), "utf-8")
+    command = ["convert", str(checkpoint_of("bert")), "--to", "openvino", "--precision"]
+    command += ["int8-full", "--calibration", str(path), "-o", str(tmp_path / "out")]
+    CliRunner().invoke(main, command)
+    (calibration,) = seen
+    ours = len(calibration_pairs())
+    assert len(calibration) == ours + 18
+    assert len(calibration.sequences[ours + 1]) < len(calibration.sequences[ours])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "holds no pairs"), ("mars\n", "line 1"), ('{"query": "a", "document": 1}', "line 1")],
+)
+def test_pairs_that_are_none_are_refused(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(content, "utf-8")
+    with pytest.raises(InputError, match=message):
+        convert("anything", [("openvino", "int8-full")], tmp_path / "out", calibration=path)
+
+
+# Running
+
+
+def static(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """OpenVINO's fp16 as an NPU runs it."""
+    variant = Manifest.load(folder).variants["openvino-fp16"]
+    return openvino.open(folder, variant, device, Options(options.threads, static_shapes=True))
+
+
+def test_static_shapes_score_as_dynamic_ones(kind: str, bundle_of: Callable[[str], Path]) -> None:
+    """Lengths below the first bucket, between two, and at the limit, which is no power of two."""
+    bundle = bundle_of(kind)
+    with (
+        Reranker(bundle, backend="openvino-fp16", execution="fp32") as dynamic,
+        Reranker(bundle, backend=f"{__name__}:static") as fixed,
+    ):
+        ours, theirs = fixed.score(PAIRS * 3, raw=True), dynamic.score(PAIRS * 3, raw=True)
+        assert fixed._backend is not None
+        lengths = sorted(fixed._backend._models)  # type: ignore[attr-defined]
+    assert lengths == [64, 128, tiny.MAX_LENGTH]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * max(1.0, float(np.ptp(theirs))))
+
+
+@pytest.mark.parametrize("device", ["gpu.7", "npu.7", "auto", "hetero:cpu"])
+def test_an_absent_device_is_told_with_those_present(bundle: Path, device: str) -> None:
+    with pytest.raises(TargetError, match=rf"no device '{device}'; present are: .*cpu"):
+        Reranker(bundle, backend="openvino", device=device)
+
+
+def test_arithmetic_is_chosen_and_named(bundle: Path) -> None:
+    present = openvino.executions("cpu")
+    assert present[-1] == "fp32"
+    with Reranker(bundle, backend="openvino-fp16", execution="fp32") as exact:
+        logits = exact.manifest.probes.logits
+        assert exact._backend is not None
+        found = exact._backend.logits(exact.manifest.probes.work)
+        fidelity = Fidelity.of(found, logits)
+    assert fidelity.max_abs == pytest.approx(
+        exact.target.variant.fidelity.max_abs, abs=1e-5 * fidelity.spread
+    ), "a conversion is verified in fp32"
+    for backend, execution in (("openvino", "int4"), ("onnx", "fp32")):
+        with pytest.raises(TargetError, match=f"cannot compute in {execution} here"):
+            Reranker(bundle, backend=backend, execution=execution)
+
+
+def test_arithmetic_that_misses_the_probes_is_not_used(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = openvino.open
+    opened = []
+
+    def wrong_in_bf16(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+        opened.append(options.execution)
+        if options.execution == "bf16":
+            exact = Options(options.threads)
+            return fakes._Shifted(real(folder, variant, device, exact))
+        return real(folder, variant, device, options)
+
+    monkeypatch.setattr(openvino, "open", wrong_in_bf16)
+    monkeypatch.setattr(openvino, "executions", lambda device: ("bf16", "fp32"))
+    monkeypatch.setattr(paths, "recall", lambda name: {})
+    caplog.set_level("INFO", "qrank")
+    with Reranker(bundle, backend="openvino-int8") as reranker:
+        found = reranker.score(PAIRS[:1], raw=True)
+    with Reranker(bundle, backend="openvino-int8", execution="fp32") as exact:
+        np.testing.assert_allclose(found, exact.score(PAIRS[:1], raw=True), rtol=0, atol=1e-6)
+    assert opened == ["bf16", "fp32", "fp32"]
+    assert "does not compute in bf16" in caplog.text
+    # Asked for by name, it fails and nothing else is tried.
+    with pytest.raises(TargetError, match="computes wrongly"):
+        Reranker(bundle, backend="openvino-int8", execution="bf16")
+    assert opened[3:] == ["bf16"]
+
+
+SCORE = """
+import sys
+from qrank import Reranker
+with Reranker(sys.argv[1], backend="openvino") as reranker:
+    print([float(x) for x in reranker.score([("which planet is red?", "mars")] * 9, raw=True)])
+assert sys.modules["openvino_telemetry"] is None
+"""
+
+
+def score(bundle: Path, folder: Path, **variables: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {name: str(value) for name, value in variables.items()}
+    command = [sys.executable, "-B", "-c", SCORE, str(bundle.resolve())]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_compiled_graphs_are_kept_in_the_cache_folder(bundle: Path, tmp_path: Path) -> None:
+    """There alone; OpenVINO's telemetry would write to the home folder on its import."""
+    home, cache = tmp_path / "home", tmp_path / "cache"
+    home.mkdir()
+    first = score(bundle, home, HOME=home, QRANK_CACHE=cache)
+    assert (first.returncode, first.stderr) == (0, "")
+    assert list(home.iterdir()) == []
+    blobs = list(cache.glob("openvino/*/*.blob"))
+    assert blobs
+    assert score(bundle, home, HOME=home, QRANK_CACHE=cache).stdout == first.stdout
+    # Cut short by a full disk, say: made anew.
+    for blob in blobs:
+        blob.chmod(0o644)
+        os.truncate(blob, blob.stat().st_size // 2)
+    third = score(bundle, home, HOME=home, QRANK_CACHE=cache)
+    assert (third.returncode, third.stderr, third.stdout) == (0, "", first.stdout)
+
+
+def test_works_where_nothing_can_be_kept(bundle: Path, tmp_path: Path) -> None:
+    done = score(bundle, tmp_path, HOME="/dev/null/home", XDG_CACHE_HOME="", QRANK_CACHE="")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("no cache: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_precision_holds_its_tolerance_in_what_users_get(bundle: Path) -> None:
+    """Users get the fastest arithmetic; the manifest says what fp32 gives."""
+    manifest = Manifest.load(bundle)
+    for precision in PRECISIONS:
+        with Reranker(bundle, backend=f"openvino-{precision}") as reranker:
+            assert reranker._backend is not None
+            found = reranker._backend.logits(manifest.probes.work)
+        fidelity = Fidelity.of(found, manifest.probes.logits)
+        assert TOLERANCES[precision].shortfall(fidelity) is None
+
+
+FORK = """
+import os, sys, threading
+from qrank import QrankError, Reranker
+
+pairs = [("which planet is red?", "mars")] * 9
+load = lambda: Reranker(sys.argv[1], backend="openvino")
+reranker = load()
+before = reranker.score(pairs)
+other = threading.Thread(target=reranker.score, args=[pairs * 20])
+other.start()
+child = os.fork()
+if child == 0:
+    for attempt in (lambda: reranker.score(pairs), load):
+        try:
+            attempt()
+        except QrankError as error:
+            print(error, flush=True)
+    reranker.close()
+    # As web workers end: with destructors.
+    sys.exit(7)
+other.join()
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert (reranker.score(pairs) == before).all()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_is_told_to_load_its_own(bundle: Path) -> None:
+    """Not left to hang: now and then it would, when it frees a model."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, str(bundle)], capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(lines := done.stdout.splitlines()) == 2
+    assert all("make the Reranker after the fork" in line for line in lines)
