@@ -29,7 +29,7 @@ from sources import cache_folder
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-LEAK = 11.0
+LEAK = 30.0
 """How much less, in logits of attention, a token counts for the other side."""
 LOUD = 1.0
 """A flag's size: twice that of a typical state."""
@@ -307,6 +307,8 @@ def _embeddings(
     """The backbone's embeddings, with the segment's and the special tokens' flags."""
     new, old = model.bert.embeddings, source.embeddings
     new.load_state_dict(old.state_dict())
+    # The backbone never saw type 1.
+    new.token_type_embeddings.weight[1] = new.token_type_embeddings.weight[0]
     for table in (new.word_embeddings, new.position_embeddings, new.token_type_embeddings):
         table.weight[:, dims] = 0
     # The first two mark what is not the query's and not the passage's; the third stays blank.
