@@ -126,7 +126,8 @@ def make(shape: str, folder: Path) -> int:
 def convert(checkpoint: Path, bundle: Path, variant: str) -> dict[str, object]:
     """`qrank convert` of one variant: how long it took, and the most memory it held."""
     format, _, precision = variant.partition("-")
-    command = [sys.executable, "-m", "qrank", "convert", str(checkpoint), "-o", str(bundle)]
+    qrank = Path(sys.executable).with_name("qrank")
+    command = [str(qrank), "convert", str(checkpoint), "-o", str(bundle)]
     command += ["--to", format, "--precision", precision]
     start = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)

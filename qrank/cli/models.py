@@ -67,15 +67,18 @@ def inspect(bundle: str, verify: bool) -> None:
 
 def fidelity_lines(variants: Iterable[Variant]) -> Iterator[str]:
     """Size and fidelity of variants as a table of 80 columns or fewer."""
-    yield f"{'variant':14}{'size':>10}{'max |Δlogit|':>15}{'of spread':>11}" + (
-        f"{'Spearman':>10}{'Kendall':>9}"
-    )
     variants = list(variants)
+    width = max(len(name) for name in ["variant", *(variant.name for variant in variants)])
+    yield (
+        f"{'variant':{width}}{'size':>10}{'max |Δlogit|':>15}"
+        f"{'of spread':>11}{'Spearman':>10}{'Kendall':>9}"
+    )
     for variant in variants:
         f = variant.fidelity
         share = f.max_abs / f.spread if f.spread else 0.0
-        yield f"{variant.name:14}{megabytes(variant.bytes):>10}{f.max_abs:>15.2g}{share:>11.2%}" + (
-            f"{f.spearman:>10.4f}{f.kendall:>9.4f}"
+        yield (
+            f"{variant.name:{width}}{megabytes(variant.bytes):>10}{f.max_abs:>15.2g}"
+            f"{share:>11.2%}{f.spearman:>10.4f}{f.kendall:>9.4f}"
         )
     for variant in variants:
         if variant.note:
