@@ -144,6 +144,20 @@ def edit_config(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps(kept), "utf-8")
 
 
+def widen(model: PreTrainedModel, head: torch.nn.Linear, gain: float) -> None:
+    """Draw random weights so that logits differ; `gain` multiplies the head's."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                # Wide enough for attention to choose and for biases to matter, and no wider:
+                # a chaotic network would magnify int8's rounding as no trained one does.
+                wide = 0.6 if "embedding" in name else 1.0 / parameter.shape[1] ** 0.5
+                torch.nn.init.normal_(parameter, std=wide)
+            elif name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
+        head.weight.mul_(gain)
+
+
 def _bert(folder: Path, segments: int) -> Path:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = Tokenizer(models.WordPiece())
@@ -274,16 +288,7 @@ def _save(
     tokenizer_class: str,
     names: dict[str, str],
 ) -> Path:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
-                # Wide enough for attention to choose and for biases to matter, and no wider:
-                # a chaotic network would magnify int8's rounding as no trained one does.
-                wide = 0.6 if "embedding" in name else 1.0 / parameter.shape[1] ** 0.5
-                torch.nn.init.normal_(parameter, std=wide)
-            elif name.endswith("bias"):
-                torch.nn.init.normal_(parameter, std=0.1)
-        head.weight.mul_(gain)
+    widen(model, head, gain)
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     content: dict[str, Any] = {f"{role}_token": token for role, token in names.items()}
