@@ -185,9 +185,15 @@ def _clear(*parts: nn.Linear) -> None:
         part.bias.zero_()
 
 
-def _deaf(reader: nn.Linear, dims: list[int], mean: Tensor) -> None:
-    """Stop reading dimensions, whose mean stays in the bias."""
-    reader.bias += reader.weight[:, dims] @ mean[dims]
+def _deaf(reader: nn.Linear, dims: list[int], moment: Tensor) -> None:
+    """Stop reading dimensions, and read off the others what they say of these (least squares)."""
+    rest = [i for i in range(WIDTH + 1) if i not in dims]  # the last is the constant 1
+    gram = moment[rest][:, rest].clone()
+    gram.diagonal()[:-1].add_(1e-4 * gram.diagonal()[:-1].mean())
+    guess = torch.linalg.solve(gram, moment[rest][:, dims]).T.float()
+    said = reader.weight[:, dims] @ guess
+    reader.weight[:, rest[:-1]] += said[:, :-1]
+    reader.bias += said[:, -1]
     reader.weight[:, dims] = 0
 
 
@@ -327,9 +333,9 @@ def _keep(
     name, part = f"encoder.layer.{kept}.", layer.attention.self
     met = moments[name + "attention.self"]
     for reader in (part.query, part.key, part.value):
-        _deaf(reader, dims, met[:-1, -1].float())
+        _deaf(reader, dims, met)
     _make_room(layer, met)
-    _deaf(layer.intermediate.dense, dims, moments[name + "intermediate"][:-1, -1].float())
+    _deaf(layer.intermediate.dense, dims, moments[name + "intermediate"])
     _mute(layer.attention.output.dense, dims)
     _mute(layer.output.dense, dims)
 
