@@ -160,6 +160,21 @@ def report(title: str, formats: Mapping[str, str], rows: Sequence[Row], *, as_js
     sys.stdout.write(f"**{title}**\\\n{machine()}\n\n{text}\n\n")
 
 
+def peak_bytes() -> int:
+    """Most memory this process held.
+
+    On Linux not getrusage's ru_maxrss, which a child starts with its parent's size in.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def machine() -> str:
     """The CPU, how many of them this process may use, and the versions that matter."""
     cpu = platform.processor() or platform.machine()

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import Collection, arguments, encode, report
+from common import Collection, arguments, encode, peak_bytes, report
 
 from qrank import Reranker
 from qrank.backends import processors
@@ -109,21 +109,6 @@ def measure(model: str, variant: str, tasks: Path, count: int, threads: int) -> 
         "encoding": encoding / total,
         "peak MB": peak_bytes() / 1e6,
     }
-
-
-def peak_bytes() -> int:
-    """Most memory this process held.
-
-    On Linux not getrusage's ru_maxrss, which a child starts with its parent's size in.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

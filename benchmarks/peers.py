@@ -8,7 +8,6 @@ installed, with its OpenVINO backend, which exports the checkpoint as it is load
 from __future__ import annotations
 
 import logging
-import os
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -50,13 +49,10 @@ def main() -> None:
     ]
     systems: dict[str, Callable[[Pairs], object]] = {}
     load = partial(CrossEncoder, str(options.checkpoint), device="cpu", local_files_only=True)
-    for name in (DEFAULT, OPENVINO):
-        if name == DEFAULT:
-            model = load(model_kwargs={"dtype": torch.float32})
-        elif find_spec("optimum") and find_spec("optimum.intel"):
-            model = load(backend="openvino")
-        else:
-            continue
+    theirs = {DEFAULT: load(model_kwargs={"dtype": torch.float32})}
+    if find_spec("optimum") and find_spec("optimum.intel"):
+        theirs[OPENVINO] = load(backend="openvino")
+    for name, model in theirs.items():
         systems[name] = partial(model.predict, show_progress_bar=False)
     for name in options.targets or Manifest.load(options.bundle).variants:
         systems[name] = Reranker(options.bundle, backend=name).score
@@ -82,6 +78,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     main()

@@ -9,7 +9,6 @@ process of its own. Then all of them, and the checkpoint itself in torch, score 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -20,11 +19,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import alternate, arguments, report
+from common import alternate, arguments, peak_bytes, report
 from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
 
 from qrank import Reranker
 from qrank.bundle import Manifest
+from qrank.converters.convert import convert as make_bundle
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import tiny
@@ -90,7 +90,16 @@ def main() -> None:
         "--pairs", type=int, default=8, help="of 128 tokens a round; a quarter of 512"
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--child", nargs=3, metavar=("CHECKPOINT", "BUNDLE", "VARIANT"), help="(internal)"
+    )
     options = parser.parse_args()
+    if options.child:
+        checkpoint, bundle, variant = options.child
+        format, _, precision = variant.partition("-")
+        make_bundle(checkpoint, [(format, precision)], Path(bundle))
+        sys.stdout.write(json.dumps(peak_bytes()))
+        return
     for shape in options.shapes:
         with tempfile.TemporaryDirectory() as work:
             checkpoint, bundle = Path(work) / shape, Path(work) / "bundle"
@@ -123,22 +132,16 @@ def make(shape: str, folder: Path) -> int:
 
 
 def convert(checkpoint: Path, bundle: Path, variant: str) -> dict[str, object]:
-    """`qrank convert` of one variant: how long it took, and the most memory it held."""
-    format, _, precision = variant.partition("-")
-    qrank = Path(sys.executable).with_name("qrank")
-    command = [str(qrank), "convert", str(checkpoint), "-o", str(bundle)]
-    command += ["--to", format, "--precision", precision]
+    """Convert to one variant in a process of its own: its time, and the most memory it held."""
+    command = [sys.executable, __file__, "--child", str(checkpoint), str(bundle), variant]
     start = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
+    child = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     seconds = time.perf_counter() - start
-    if status:
-        raise SystemExit(f"{variant}: qrank convert ended with {os.waitstatus_to_exitcode(status)}")
     made = Manifest.load(bundle).variants[variant]
     return {
         "variant": variant,
         "seconds": seconds,
-        "peak MB": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6,
+        "peak MB": json.loads(child.stdout) / 1e6,
         "size MB": sum(file.bytes for file in made.files.values()) / 1e6,
         "max Δ": made.fidelity.max_abs / made.fidelity.spread,
         "Kendall": made.fidelity.kendall,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qrank.converters.checkpoint import Checkpoint
 from qrank.converters.graph_file import save_graph
+from qrank.converters.logs import errors_only
 from qrank.converters.onnx_int8 import quantize
 from qrank.errors import ConversionError
 from qrank.extras import need
@@ -139,12 +139,6 @@ def _half(model: onnx.ModelProto, head: set[str]) -> onnx.ModelProto:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """torch's exporter logs and warns of its own dependencies: nothing a user can act on."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with errors_only("torch.onnx"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -7,7 +7,6 @@ quantized by NNCF. docs/benchmarks.md holds it against optimum-intel's way.
 from __future__ import annotations
 
 import io
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -18,6 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from qrank.converters.checkpoint import Checkpoint
+from qrank.converters.logs import errors_only
 from qrank.converters.onnx import HEAD, export
 from qrank.errors import ConversionError
 from qrank.extras import need
@@ -161,11 +161,5 @@ def _quantize(graph: openvino.Model, head: set[str], calibration: Work) -> openv
 @contextmanager
 def _quiet() -> Iterator[None]:
     """NNCF logs every node it leaves out and draws progress bars, all of it on stdout."""
-    logger = logging.getLogger("nncf")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
+    with errors_only("nncf"), redirect_stdout(io.StringIO()):
+        yield

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from qrank.work import Logits
 
 
 def cut_padded(lengths: ArrayLike, limit: int) -> list[NDArray[np.intp]]:
@@ -52,3 +56,11 @@ def cut_ragged(lengths: ArrayLike, limit: int, count: int) -> list[NDArray[np.in
         batches.append(order[start:end])
         start = end
     return batches
+
+
+def in_order(batches: Sequence[NDArray[np.intp]], results: Iterable[Logits]) -> Logits:
+    """Put the logits of batches back into the order of what was cut, shape [n]."""
+    logits = np.empty(sum(map(len, batches)), np.float32)
+    for batch, result in zip(batches, results, strict=True):
+        logits[batch] = result
+    return logits

@@ -59,12 +59,13 @@ def calibrate(model: BertForSequenceClassification, lists: Lists) -> tuple[float
 @click.command()
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--name", default="mini", help="Name of the checkpoint folder that train.py wrote.")
-def main(target: Path, name: str) -> None:
+@click.option("--seed", default=0, help="That mine.py was given.")
+def main(target: Path, name: str, seed: int) -> None:
     """Write the model of a training state to the folder TARGET, each file in one move."""
     state = torch.load(cache_folder() / name / "state.pt", weights_only=True)
     model = BertForSequenceClassification(config()).eval()
     model.load_state_dict(state["model"])
-    scale, offset = calibrate(model, Lists(cache_folder()))
+    scale, offset = calibrate(model, Lists(cache_folder(), seed))
     model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.activation.Sigmoid"}
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as made:

@@ -38,6 +38,8 @@ POOL = 64.0
 WIDTH, HEADS, HEAD = 384, 12, 32
 COMPARED = WIDTH // 2
 """Directions in which the two texts are compared: six heads of 32 for each."""
+PRODUCT = 4 * COMPARED + 2
+"""Units of the last feed-forward that make the product."""
 SQUARED = 0.3
 """How far into gelu a typical state reaches: gelu(x) + gelu(-x) is nearly 0.8 x^2 for small x."""
 
@@ -80,14 +82,10 @@ def hold(model: nn.Module) -> None:
             _fix(readers, part.weight, part.bias)
     last = model.bert.encoder.layer[-1]
     last.attention.requires_grad_(False)
-    _fix(
-        list(range(4 * COMPARED + 2)), last.intermediate.dense.weight, last.intermediate.dense.bias
-    )
-    last.output.dense.weight.register_hook(
-        lambda grad: torch.cat(
-            [torch.zeros_like(grad[:, : 4 * COMPARED + 2]), grad[:, 4 * COMPARED + 2 :]], 1
-        )
-    )
+    _fix(list(range(PRODUCT)), last.intermediate.dense.weight, last.intermediate.dense.bias)
+    columns = torch.ones_like(last.output.dense.weight)
+    columns[:, :PRODUCT] = 0
+    last.output.dense.weight.register_hook(lambda grad: grad * columns)
 
 
 def _fix(rows: list[int], *weights: nn.Parameter) -> None:
@@ -256,9 +254,14 @@ def _forward(layer: nn.Module, case: Case) -> Case:
     """A layer under the exact mask that the flags stand for."""
     allowed = case.second[:, None] == case.second[None, :]
     allowed[:, 0] = allowed[0] = True
-    mask = torch.where(allowed, 0.0, -1e9)[None, None]
-    out = layer(case.states[None], mask)
-    return case._replace(states=(out[0] if isinstance(out, tuple) else out)[0])
+    return case._replace(
+        states=_run(layer, case.states, torch.where(allowed, 0.0, -1e9)[None, None])
+    )
+
+
+def _run(layer: nn.Module, states: Tensor, mask: Tensor | None) -> Tensor:
+    out = layer(states[None], mask)
+    return (out[0] if isinstance(out, tuple) else out)[0]
 
 
 def config() -> BertConfig:
@@ -310,7 +313,7 @@ def start() -> BertForSequenceClassification:
 def _embeddings(
     model: nn.Module, source: BertModel, moments: dict[str, Tensor], dims: list[int]
 ) -> None:
-    """The backbone's embeddings, with the segment's and the special tokens' flags."""
+    """The backbone's embeddings, with the flags."""
     new, old = model.bert.embeddings, source.embeddings
     new.load_state_dict(old.state_dict())
     # The backbone never saw type 1.
@@ -386,7 +389,6 @@ def _compare(model: nn.Module, cases: list[Case], pooled: Tensor, dims: list[int
     # Loud, since `[CLS]` brings its own state along.
     mixer.dense.weight.copy_(POOL * torch.eye(WIDTH))
     mixer.dense.weight[COMPARED:] *= queries / passages
-    mixer.dense.bias.zero_()
     _product(layer)
     pooler = model.bert.pooler.dense
     pooler.weight.normal_(0, 0.02)
@@ -412,7 +414,7 @@ def _product(layer: nn.Module) -> None:
     gelu(x) - gelu(-x).
     """
     into, out = layer.intermediate.dense, layer.output.dense
-    used = slice(0, 4 * COMPARED + 2)
+    used = slice(0, PRODUCT)
     into.weight[used], into.bias[used] = 0, 0
     unit = 0
     for i in range(COMPARED):
@@ -430,6 +432,5 @@ def _product(layer: nn.Module) -> None:
 
 def _last(model: nn.Module, case: Case) -> Tensor:
     """The logit [1] of a pair that has come to the last layer."""
-    out = model.bert.encoder.layer[-1](case.states[None], None)
-    states = out[0] if isinstance(out, tuple) else out
-    return model.classifier(model.bert.pooler(states))[0]
+    states = _run(model.bert.encoder.layer[-1], case.states, None)
+    return model.classifier(model.bert.pooler(states[None]))[0]

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 mp = torch_mp.get_context("fork")
 HELD_OUT = 128  # the first lists, never trained on
 HOLD = 6.0  # weight of the pooled states' distance to the bi-encoder's, at the start
-SEED = 0  # of the lists, which mine.py also names the queries' embeddings by
 
 
 class Batch(NamedTuple):
@@ -47,7 +46,7 @@ class Batch(NamedTuple):
 class Lists:
     """The lists of `lists.jsonl` as token ids. Passages are tokenized once, queries when read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, seed: int) -> None:
         self.tokenizer = tokenizer()
         texts = [json.loads(line)["text"] for line in (folder / "passages.jsonl").open()]
         self.passages = self._ids([" ".join(text.split()[:300]) for text in texts])
@@ -56,7 +55,7 @@ class Lists:
             for row, line in enumerate((folder / "lists.jsonl").open())
         ]
         self.of_passages: NDArray[np.float32] = np.load(folder / "passages.npy")
-        self.of_queries: NDArray[np.float32] = np.load(folder / f"queries-{SEED}.npy")
+        self.of_queries: NDArray[np.float32] = np.load(folder / f"queries-{seed}.npy")
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -242,8 +241,9 @@ def work(
 @click.option("--peak", default=4e-5, help="Highest learning rate.")
 @click.option("--lists", "a_step", default=4, help="Lists a step.")
 @click.option("--name", default="mini", help="Name of the checkpoint folder.")
+@click.option("--seed", default=0, help="That mine.py was given.")
 @click.option("--workers", default=os.cpu_count(), help="Processes of one thread each.")
-def main(minutes: float, peak: float, a_step: int, name: str, workers: int) -> None:
+def main(minutes: float, peak: float, a_step: int, name: str, seed: int, workers: int) -> None:
     """Train until the minutes are used up, keeping `<cache folder>/<name>/` up to date.
 
     Workers update the same weights without waiting for each other (Hogwild), each with moments
@@ -252,7 +252,7 @@ def main(minutes: float, peak: float, a_step: int, name: str, workers: int) -> N
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    lists, target = Lists(cache_folder()), cache_folder() / name
+    lists, target = Lists(cache_folder(), seed), cache_folder() / name
     model = start().train()
     hold(model)
     done, used, moments = 0, 0.0, None

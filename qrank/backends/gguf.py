@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrank.backends import Options
-from qrank.batching import cut_ragged
+from qrank.batching import cut_ragged, in_order
 from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.extras import need
@@ -148,10 +148,7 @@ class GgufBackend:
         batches = cut_ragged(work.lengths, BATCH, self._sequences)
         width = max(self._threads // len(batches), 1)
         results = self._workers.map(lambda b: self._run(work.take(b), width), batches)
-        logits = np.empty(len(work), np.float32)
-        for batch, result in zip(batches, results, strict=True):
-            logits[batch] = result
-        return logits
+        return in_order(batches, results)
 
     def close(self) -> None:
         """See `qrank.backends.Backend.close`."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qrank.backends import Options
-from qrank.batching import cut_padded
+from qrank.batching import cut_padded, in_order
 from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.extras import need
@@ -97,10 +97,7 @@ class OnnxBackend:
             results = [self._run(work.take(batches[0]))]
         else:
             results = list(self._streams.map(lambda b: self._run(work.take(b)), batches))
-        logits = np.empty(len(work), np.float32)
-        for batch, result in zip(batches, results, strict=True):
-            logits[batch] = result
-        return logits
+        return in_order(batches, results)
 
     def close(self) -> None:
         """See `qrank.backends.Backend.close`."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from qrank import paths
 from qrank.backends import Options
-from qrank.batching import cut_padded
+from qrank.batching import cut_padded, in_order
 from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.extras import need
@@ -202,10 +202,7 @@ class OpenvinoBackend:
         """See `qrank.backends.Backend.logits`."""
         batches = cut_padded(work.lengths, self._batch or 0)
         results = self._streams.map(lambda batch: self._run(work.take(batch)), batches)
-        logits = np.empty(len(work), np.float32)
-        for batch, result in zip(batches, results, strict=True):
-            logits[batch] = result
-        return logits
+        return in_order(batches, results)
 
     def close(self) -> None:
         """See `qrank.backends.Backend.close`."""

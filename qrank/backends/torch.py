@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from qrank.backends import Options
-from qrank.batching import cut_padded
+from qrank.batching import cut_padded, in_order
 from qrank.bundle import Manifest, Probes, Variant
 from qrank.errors import TargetError
 from qrank.extras import need
@@ -108,12 +108,9 @@ class TorchBackend:
     def logits(self, work: Work) -> Logits:
         """See `qrank.backends.Backend.logits`."""
         limit = CPU_BATCH if self._device == "cpu" else DEVICE_BATCH
-        logits = np.empty(len(work), np.float32)
         batches = cut_padded(work.lengths, limit)
         results = self._worker.map(lambda batch: self._run(work.take(batch)), batches)
-        for batch, result in zip(batches, results, strict=True):
-            logits[batch] = result
-        return logits
+        return in_order(batches, results)
 
     def close(self) -> None:
         """See `qrank.backends.Backend.close`."""
