@@ -4,24 +4,24 @@ A fresh head on a bi-encoder has to learn from scored pairs, slowly, to compare 
 comparison is put into the weights of an ordinary BERT before any training:
 
 1. The backbone's six layers run as they did on one text: each segment sees itself and `[CLS]`, and
-   no more of the other than `exp(-LEAK)` a token. `[CLS]` sees both, and stays the anchor that the
-   layers expect at position 0.
-2. A seventh layer compares. Half of its heads bring `[CLS]` the mean of the query's tokens, half
-   the mean of the passage's, each in the directions in which texts differ most. Its feed-forward
-   squares their sum and their difference, direction by direction, which makes their product; the
-   pooler reads it.
+   no more of the other than `exp(-LEAK)` a token. `[CLS]` sees itself alone, and stays the anchor
+   that the layers expect at position 0.
+2. A seventh layer pools: every token becomes the mean of its segment, and `[CLS]` that of the
+   query. The layer norm makes all means equally long.
+3. An eighth compares: `[CLS]` adds the passage's mean to its own. How long the sum of two unit
+   vectors is tells their cosine: |a + b|^2 = 2 + 2ab. A constant beside the sum keeps the layer
+   norm from hiding the length, the feed-forward squares the sum, direction by direction, and the
+   pooler reads the total.
 
-What tells the segments apart lies in three dimensions of the 384 (flags), the least used ones, and
-in two of each head's 32, whose products' smallest directions give way. The first says "not the
-query's", the second "not the passage's", the third stays blank: a layer norm scales each token
-differently, but what is seen shows the same as the blank one wherever it is.
+What tells the segments apart lies in four dimensions of the 384 (flags), the least used ones, and
+in two of each head's 32, whose products' smallest directions give way (SIGNS).
 """
 
+import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from embed import backbone
 from model import kept_tokens, pair_ids, tokenizer
@@ -29,19 +29,29 @@ from sources import cache_folder
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-LEAK = 30.0
+LEAK = 7.0
 """How much less, in logits of attention, a token counts for the other side."""
 LOUD = 1.0
-"""A flag's size: twice that of a typical state."""
+"""A flag's size, twice that of a typical state's figure: above what int8 rounds away."""
 POOL = 64.0
-"""How much louder the texts' means are than what stood at `[CLS]`."""
+"""How much louder a text's mean is than the token that it takes the place of."""
+FAINT = 0.15
+"""The share of tokens whose flags are fainter than those that readers are made for."""
+SHAPES = ((8.0, 4.0), (8.0, 4.0), (11.0, 6.0))
+"""For each flag, how steeply the units that restore it read it, and where the first bends."""
+MARK = 0.1
+"""How loud the flags stay beside the means."""
 WIDTH, HEADS, HEAD = 384, 12, 32
-COMPARED = WIDTH // 2
-"""Directions in which the two texts are compared: six heads of 32 for each."""
-PRODUCT = 4 * COMPARED + 2
-"""Units of the last feed-forward that make the product."""
-SQUARED = 0.3
-"""How far into gelu a typical state reaches: gelu(x) + gelu(-x) is nearly 0.8 x^2 for small x."""
+SIGNS = torch.tensor([[1.0, -1, 0, 0], [0, 0, 1, -1], [1, 1, -1, -1]])
+"""The flags of the passage, of the query and of `[CLS]`, as four dimensions hold them.
+
+Each adds up to nothing, so that no layer norm moves the other dimensions, and to nothing by the
+signs of the others, by which they are read.
+"""
+SQUARED = 0.5
+"""How far into gelu a sum's figure reaches: gelu(x) + gelu(-x) is nearly 0.8 x^2 for small x."""
+BESIDE = 48.0
+"""The constant beside a sum whose figures are about 1.7."""
 
 
 class Case(NamedTuple):
@@ -69,23 +79,24 @@ def flags(model: nn.Module) -> list[int]:
 def hold(model: nn.Module) -> None:
     """Keep training off what was put in: the flags, their readers, and the comparison.
 
-    These few weights work by being exactly what they are; noise from a step breaks them at once.
+    These weights work by being exactly what they are; noise from a step breaks them at once.
     """
     dims = flags(model)
     readers = [head * HEAD + at for head in range(HEADS) for at in (HEAD - 2, HEAD - 1)]
     model.bert.embeddings.requires_grad_(False)
-    for layer in model.bert.encoder.layer[:-1]:
+    for layer in model.bert.encoder.layer[:-2]:
         for part in (layer.attention.output, layer.output):
             _fix(dims, part.dense.weight, part.dense.bias)
             _fix(dims, part.LayerNorm.weight, part.LayerNorm.bias)
+        restoring = torch.nonzero(layer.output.dense.weight[dims].abs().sum(0)).flatten().tolist()
+        _fix(restoring, layer.intermediate.dense.weight, layer.intermediate.dense.bias)
         for part in (layer.attention.self.query, layer.attention.self.key):
             _fix(readers, part.weight, part.bias)
-    last = model.bert.encoder.layer[-1]
-    last.attention.requires_grad_(False)
-    _fix(list(range(PRODUCT)), last.intermediate.dense.weight, last.intermediate.dense.bias)
-    columns = torch.ones_like(last.output.dense.weight)
-    columns[:, :PRODUCT] = 0
-    last.output.dense.weight.register_hook(lambda grad: grad * columns)
+    pool, compare = model.bert.encoder.layer[-2:]
+    pool.attention.requires_grad_(False)
+    _fix(dims, pool.output.dense.weight, pool.output.dense.bias)
+    _fix(dims, pool.output.LayerNorm.weight, pool.output.LayerNorm.bias)
+    compare.requires_grad_(False)
 
 
 def _fix(rows: list[int], *weights: nn.Parameter) -> None:
@@ -144,24 +155,50 @@ def _with_one(x: Tensor) -> Tensor:
     return torch.cat([x, torch.ones_like(x[:, :1])], 1)
 
 
-def _least_used(model: BertModel, moments: dict[str, Tensor], pooled: Tensor) -> list[int]:
-    """The three dimensions that carry least of what the layers read and of the embedding."""
-    used = torch.zeros(WIDTH)
-    for i, layer in enumerate(model.encoder.layer):
-        part = layer.attention.self
-        for name, readers in (
-            (f"encoder.layer.{i}.attention.self", (part.query, part.key, part.value)),
-            (f"encoder.layer.{i}.intermediate", (layer.intermediate.dense,)),
-        ):
-            variance = _variance(moments[name])
-            for reader in readers:
-                used += variance * reader.weight.square().sum(0) / reader.weight.square().sum()
-    used = used / used.sum() + pooled.var(0) / pooled.var(0).sum()
-    return used.argsort()[:3].tolist()
+def _least_used(
+    model: BertModel, moments: dict[str, Tensor], texts: Sequence[list[int]]
+) -> list[int]:
+    """Four dimensions without which the embeddings move least.
+
+    All of one block of 128, since a quantized runtime may scale a state's figures by blocks, and
+    flags are compared; each of another 32, since a format may scale weights by those, and a flag's
+    reader has nothing else to weigh.
+    """
+    batch = tokenizer().pad({"input_ids": [ids[:64] for ids in texts]}, return_tensors="pt")
+    exact = _pooled(model, batch)
+    moved = torch.empty(WIDTH)
+    for dim in range(WIDTH):
+        without = copy.deepcopy(model)
+        for number, layer in enumerate(without.encoder.layer):
+            _spare(layer, number, moments, [dim])
+        _blank(without.embeddings, [dim])
+        moved[dim] = 1 - nn.functional.cosine_similarity(_pooled(without, batch), exact).mean()
+    best, at = moved.view(-1, 4, 32).min(2)
+    first = 4 * int(best.sum(1).argmin())
+    return [32 * (first + i) + int(at.view(-1)[first + i]) for i in range(4)]
 
 
-def _variance(moment: Tensor) -> Tensor:
-    return (moment.diagonal()[:-1] - moment[:-1, -1].square()).float()
+def _pooled(model: BertModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean-pooled states [texts, 384]."""
+    mask = batch["attention_mask"][..., None]
+    return (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
+
+
+def _spare(layer: nn.Module, number: int, moments: dict[str, Tensor], dims: list[int]) -> None:
+    """Let a layer of the backbone neither read nor write dimensions."""
+    name, part = f"encoder.layer.{number}.", layer.attention.self
+    for reader in (part.query, part.key, part.value):
+        _deaf(reader, dims, moments[name + "attention.self"])
+    _deaf(layer.intermediate.dense, dims, moments[name + "intermediate"])
+    for writer in (layer.attention.output.dense, layer.output.dense):
+        writer.weight[dims] = 0
+        writer.bias[dims] = 0
+
+
+def _blank(embeddings: nn.Module, dims: list[int]) -> None:
+    """Leave nothing in dimensions of the embeddings."""
+    for name in ("word", "position", "token_type"):
+        getattr(embeddings, f"{name}_embeddings").weight[:, dims] = 0
 
 
 def _spread(moment: Tensor) -> float:
@@ -195,11 +232,6 @@ def _deaf(reader: nn.Linear, dims: list[int], moment: Tensor) -> None:
     reader.weight[:, dims] = 0
 
 
-def _mute(writer: nn.Linear, dims: list[int]) -> None:
-    writer.weight[dims] = 0
-    writer.bias[dims] = 0
-
-
 def _make_room(layer: nn.Module, moment: Tensor) -> None:
     """Take each head's two weakest directions out of its query-key product."""
     part = layer.attention.self
@@ -227,19 +259,27 @@ def _make_room(layer: nn.Module, moment: Tensor) -> None:
 
 
 def _unseen(cases: list[Case], dims: list[int]) -> Tensor:
-    """Rows [2, 384] by which keys show -1 to the side that must not see them.
+    """Rows [2, 384] by which keys show -1 to the side that must not see them, and 0 to the other.
 
-    Flags less the dimension that is left blank: whatever a layer norm took off or divided by, a
-    token that is seen shows 0.
+    Differences of dimensions, which a layer norm moves and divides alike.
     """
     weight = torch.zeros(2, WIDTH)
     for row, sees in enumerate(("second", "first")):
-        shown = torch.cat(
-            [(c.states[:, dims[row]] - c.states[:, dims[2]])[getattr(c, sees)][1:] for c in cases]
-        )
-        weight[row, dims[row]] = -1 / shown.median()
-        weight[row, dims[2]] = 1 / shown.median()
+        states = torch.cat([case.states[getattr(case, sees)][1:, dims] for case in cases])
+        weight[row, dims] = -SIGNS[row] / (states @ SIGNS[row]).quantile(FAINT)
     return weight
+
+
+def _asking(unseen: Tensor, dims: list[int], hidden: tuple[int, ...]) -> Tensor:
+    """Rows [2, 384] by which queries ask to see their own side, as keys show it.
+
+    `[CLS]`, which is seen by both, asks not to see the hidden ones of (passage, query); louder than
+    the others, since whole multiples of one weight survive rounding.
+    """
+    asking = -unseen.flip(0)
+    for row in hidden:
+        asking[row, dims] += SIGNS[2] * asking[row, dims].max()
+    return asking
 
 
 def _put(reader: nn.Linear, offset: int, rows: Tensor, gain: float) -> None:
@@ -253,7 +293,8 @@ def _put(reader: nn.Linear, offset: int, rows: Tensor, gain: float) -> None:
 def _forward(layer: nn.Module, case: Case) -> Case:
     """A layer under the exact mask that the flags stand for."""
     allowed = case.second[:, None] == case.second[None, :]
-    allowed[:, 0] = allowed[0] = True
+    allowed[0] = False
+    allowed[:, 0] = True
     return case._replace(
         states=_run(layer, case.states, torch.where(allowed, 0.0, -1e9)[None, None])
     )
@@ -265,14 +306,14 @@ def _run(layer: nn.Module, states: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def config() -> BertConfig:
-    """The backbone's sizes, the kept tokens, a layer more, and one label."""
+    """The backbone's sizes, the kept tokens, two layers more, and one label."""
     sizes = BertConfig.from_pretrained(backbone())
     sizes.update(
         dict(
             num_labels=1,
             vocab_size=len(kept_tokens()),
             pad_token_id=tokenizer().pad_token_id,
-            num_hidden_layers=sizes.num_hidden_layers + 1,
+            num_hidden_layers=sizes.num_hidden_layers + 2,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
@@ -292,21 +333,24 @@ def start() -> BertForSequenceClassification:
     )
     examples = _examples()
     moments, pooled = _moments(source, [text for pair in examples for text in pair])
-    dims = _least_used(source, moments, pooled)
+    dims = _least_used(source, moments, [text for pair in examples[:8] for text in pair])
     model = BertForSequenceClassification(config()).eval()
     _embeddings(model, source, moments, dims)
     gain = (LEAK * HEAD**0.5) ** 0.5
     cases = [_case(model, *pair) for pair in examples]
-    for number, layer in enumerate(model.bert.encoder.layer[:-1]):
+    for number, layer in enumerate(model.bert.encoder.layer[:-2]):
         _keep(layer, source, number, moments, dims)
         _level(layer, cases, dims)
         part = layer.attention.self
         unseen = _unseen(cases, dims)
         _put(part.key, HEAD - 2, unseen, gain)
-        # A query asks for its own side, and so shows what the other side's keys do.
-        _put(part.query, HEAD - 2, -unseen.flip(0), gain)
+        _put(part.query, HEAD - 2, _asking(unseen, dims, (0, 1)), gain)
         cases = [_forward(layer, case) for case in cases]
-    _compare(model, cases, pooled, dims)
+    pool, compare = model.bert.encoder.layer[-2:]
+    _pool(pool, cases, dims)
+    cases = [case._replace(states=_run(pool, case.states, None)) for case in cases]
+    _compare(compare, cases, dims)
+    _read(model, [_run(compare, case.states, None)[0] for case in cases], pooled, dims)
     return model
 
 
@@ -318,41 +362,71 @@ def _embeddings(
     new.load_state_dict(old.state_dict())
     # The backbone never saw type 1.
     new.token_type_embeddings.weight[1] = new.token_type_embeddings.weight[0]
-    for table in (new.word_embeddings, new.position_embeddings, new.token_type_embeddings):
-        table.weight[:, dims] = 0
-    # The first two mark what is not the query's and not the passage's; the third stays blank.
+    _blank(new, dims)
     spread = _spread(moments["embeddings.LayerNorm"])
-    new.token_type_embeddings.weight[:, dims[:2]] = spread * torch.tensor([[0.0, -1], [-1, 0]])
-    new.word_embeddings.weight[tokenizer().cls_token_id, dims[1]] = spread
+    new.token_type_embeddings.weight[:, dims] = spread * SIGNS[[1, 0]]
+    new.word_embeddings.weight[tokenizer().cls_token_id, dims] = spread * (SIGNS[2] - SIGNS[1])
     new.LayerNorm.weight[dims] = LOUD
     new.LayerNorm.bias[dims] = 0
 
 
 def _keep(
-    layer: nn.Module, source: BertModel, kept: int, moments: dict[str, Tensor], dims: list[int]
+    layer: nn.Module, source: BertModel, number: int, moments: dict[str, Tensor], dims: list[int]
 ) -> None:
-    """A layer of the backbone that neither reads nor writes the flags, with room for readers."""
-    layer.load_state_dict(source.encoder.layer[kept].state_dict())
-    name, part = f"encoder.layer.{kept}.", layer.attention.self
-    met = moments[name + "attention.self"]
-    for reader in (part.query, part.key, part.value):
-        _deaf(reader, dims, met)
-    _make_room(layer, met)
-    _deaf(layer.intermediate.dense, dims, moments[name + "intermediate"])
-    _mute(layer.attention.output.dense, dims)
-    _mute(layer.output.dense, dims)
+    """A layer of the backbone that leaves the flags alone, with room for their readers."""
+    layer.load_state_dict(source.encoder.layer[number].state_dict())
+    _spare(layer, number, moments, dims)
+    _make_room(layer, moments[f"encoder.layer.{number}.attention.self"])
 
 
 def _level(layer: nn.Module, cases: list[Case], dims: list[int]) -> None:
-    """Let the layer norms return the flags as loud as they came."""
-    for norm in (layer.attention.output.LayerNorm, layer.output.LayerNorm):
-        met: list[Tensor] = []
-        hook = norm.register_forward_pre_hook(lambda _, inputs, met=met: met.append(inputs[0][0]))
-        for case in cases:
-            _forward(layer, case)
-        hook.remove()
-        norm.weight[dims] = torch.cat(met).std(1).median()
-        norm.bias[dims] = 0
+    """Let the layer return the flags as loud as they came, and clean.
+
+    A layer norm divides a token's flags with the rest, so that some would go faint, `[CLS]`'s most,
+    whose state is by far the largest. Two units of the feed-forward a flag, the least needed ones,
+    bring what is there, v times the usual, to the usual, where v is well above a half. Below, gelu
+    is none: what rounding leaves at a token without the flag does not grow.
+    """
+    norm, feed, into = layer.attention.output.LayerNorm, layer.output, layer.intermediate.dense
+    norm.weight[dims] = _met(norm, layer, cases).std(1).median()
+    norm.bias[dims] = 0
+    within = _met(feed.dense, layer, cases)
+    cost = within.var(0) * feed.dense.weight.square().sum(0)
+    # Of a block of 32, whose weights a format may scale together, one.
+    least, at = cost.view(-1, 32).min(1)
+    blocks = least.argsort()[: 2 * len(SIGNS)]
+    spare = 32 * blocks + at[blocks]
+    feed.dense.bias += feed.dense.weight[:, spare] @ within[:, spare].mean(0)
+    feed.dense.weight[:, spare] = 0
+    into.weight[spare] = 0
+    states = _met(into, layer, cases)[:, dims]
+    spreads = _met(feed.LayerNorm, layer, cases).std(1)
+    second = torch.cat([case.second for case in cases])
+    start = torch.cat([torch.arange(len(case.states)) == 0 for case in cases])
+    for signs, which, (steep, bend), units in zip(
+        SIGNS, (second, ~second & ~start, start), SHAPES, spare.view(-1, 2), strict=True
+    ):
+        read = signs / signs.square().sum()
+        usual = (states[which] @ read).quantile(FAINT)
+        wanted = LOUD * spreads[which].median() / spreads.median()
+        into.weight[units[:, None], torch.tensor(dims)] = steep * read / usual
+        into.bias[units] = -torch.tensor([bend, bend + 1])
+        # Above both bends, where gelu is a straight line, they give wanted - v * usual.
+        later = bend * usual / steep - wanted
+        given = torch.stack([-usual / steep - later, later])
+        feed.dense.weight[torch.tensor(dims)[:, None], units] += torch.outer(signs, given)
+    feed.LayerNorm.weight[dims] = spreads.median()
+    feed.LayerNorm.bias[dims] = 0
+
+
+def _met(part: nn.Module, layer: nn.Module, cases: list[Case]) -> Tensor:
+    """What comes into a part of a layer [tokens of all cases, width]."""
+    met: list[Tensor] = []
+    hook = part.register_forward_pre_hook(lambda _, inputs: met.append(inputs[0][0]))
+    for case in cases:
+        _forward(layer, case)
+    hook.remove()
+    return torch.cat(met)
 
 
 def _case(model: nn.Module, query: list[int], passage: list[int]) -> Case:
@@ -362,75 +436,52 @@ def _case(model: nn.Module, query: list[int], passage: list[int]) -> Case:
     return Case(states, second)
 
 
-def _compare(model: nn.Module, cases: list[Case], pooled: Tensor, dims: list[int]) -> None:
-    """The last layer, the pooler and the classifier, which gives the teacher's scale of logits."""
-    layer = model.bert.encoder.layer[-1]
+def _pool(layer: nn.Module, cases: list[Case], dims: list[int]) -> None:
+    """Make every token its segment's mean, of length sqrt(384), and `[CLS]` the query's."""
     part, mixer = layer.attention.self, layer.attention.output
     _clear(part.query, part.key, part.value, mixer.dense, layer.output.dense)
-    # The directions in which texts differ most, mixed, so that each carries as much as another.
-    met = torch.from_numpy(np.load(cache_folder() / "passages.npy")[::20]).double()
-    widest = torch.linalg.eigh(met.T @ met)[1][:, -COMPARED:].float()
-    mixed = torch.linalg.qr(torch.randn(COMPARED, COMPARED))[0]
-    base = (widest @ mixed).T
-    part.value.weight.copy_(torch.cat([base, base]))
-    part.value.weight[:, dims] = 0
-    weight = _unseen(cases, dims)
-    gain = LEAK * HEAD**0.5
-    for head in range(HEADS):
-        # The first six heads must not see the passage, the others not the query.
-        unseen = 0 if head < HEADS // 2 else 1
-        part.query.bias[head * HEAD] = 1
-        part.key.weight[head * HEAD] = gain * weight[unseen]
-    # Means of many tokens are shorter; the layer norm to come divides by what both have together.
-    queries, passages = (
-        torch.stack([case.states[getattr(case, side)].mean(0).norm() for case in cases]).median()
-        for side in ("first", "second")
-    )
-    # Loud, since `[CLS]` brings its own state along.
+    part.value.weight.copy_(torch.eye(WIDTH))
+    part.value.weight[dims] *= MARK
     mixer.dense.weight.copy_(POOL * torch.eye(WIDTH))
-    mixer.dense.weight[COMPARED:] *= queries / passages
-    _product(layer)
-    pooler = model.bert.pooler.dense
-    pooler.weight.normal_(0, 0.02)
-    pooler.bias.zero_()
-    pooler.weight[:8] = 0
-    pooler.weight[:8, 0] = 0.15
-    model.classifier.weight.zero_()
-    model.classifier.weight[0, :8] = 1
-    model.classifier.bias.zero_()
-    # The line from what is found to the logits that the teacher gives the same similarity.
-    found = torch.cat([_last(model, case) for case in cases])
-    firsts, seconds = pooled[::2], pooled[1::2]
-    wanted = 14 * (nn.functional.cosine_similarity(firsts, seconds) - 0.45)
-    line = torch.linalg.lstsq(_with_one(found[:, None]), wanted[:, None]).solution
-    model.classifier.weight.mul_(line[0, 0])
-    model.classifier.bias.copy_(line[1])
+    unseen, gain = _unseen(cases, dims), (LEAK * HEAD**0.5) ** 0.5
+    _put(part.key, 0, unseen, gain)
+    _put(part.query, 0, _asking(unseen, dims, (0,)), gain)
 
 
-def _product(layer: nn.Module) -> None:
-    """A feed-forward that makes a state's first dimension the product of the state's two halves.
-
-    The sum's square less the difference's is four times the product. What stood there goes: it is
-    gelu(x) - gelu(-x).
-    """
+def _compare(layer: nn.Module, cases: list[Case], dims: list[int]) -> None:
+    """Make the first flag at `[CLS]` the two means' sum's squared length, less the usual one."""
+    part, mixer, (found, _, beside, against) = layer.attention.self, layer.attention.output, dims
+    _clear(part.query, part.key, part.value, mixer.dense, layer.intermediate.dense)
+    _clear(layer.output.dense)
+    # `[CLS]` sees the passage alone, and keeps the query's mean, which it is.
+    part.query.bias[::HEAD] = 1
+    part.key.weight[::HEAD] = LEAK * HEAD**0.5 * _unseen(cases, dims)[1]
+    part.value.weight.copy_(torch.eye(WIDTH))
+    part.value.weight[dims] = 0
+    mixer.dense.weight.copy_(torch.eye(WIDTH))
+    mixer.dense.bias[beside], mixer.dense.bias[against] = BESIDE, -BESIDE
+    mixer.LayerNorm.weight[dims] = 0
     into, out = layer.intermediate.dense, layer.output.dense
-    used = slice(0, PRODUCT)
-    into.weight[used], into.bias[used] = 0, 0
-    unit = 0
-    for i in range(COMPARED):
-        for sign in (1.0, -1.0):
-            for side in (1.0, -1.0):
-                into.weight[unit, i] = side * SQUARED
-                into.weight[unit, COMPARED + i] = side * sign * SQUARED
-                out.weight[0, unit] = sign * 16 / COMPARED
-                unit += 1
-    for sign in (1.0, -1.0):
-        into.weight[unit, 0] = sign
-        out.weight[0, unit] = -sign
-        unit += 1
+    for i in range(WIDTH):
+        into.weight[2 * i, i], into.weight[2 * i + 1, i] = SQUARED, -SQUARED
+    out.weight[found, : 2 * WIDTH] = 1 / SQUARED**2 / 16
+    met: list[Tensor] = []
+    hook = out.register_forward_hook(lambda *args: met.append(args[2][0, 0, found]))
+    for case in cases:
+        _run(layer, case.states, None)
+    hook.remove()
+    out.bias[found] = -torch.stack(met).median()
 
 
-def _last(model: nn.Module, case: Case) -> Tensor:
-    """The logit [1] of a pair that has come to the last layer."""
-    states = _run(model.bert.encoder.layer[-1], case.states, None)
-    return model.classifier(model.bert.pooler(states[None]))[0]
+def _read(model: nn.Module, states: list[Tensor], pooled: Tensor, dims: list[int]) -> None:
+    """The pooler and the classifier, which give the logits that the teacher gives the cosines."""
+    pooler, head = model.bert.pooler.dense, model.classifier
+    pooler.weight.normal_(0, 0.02)
+    head.weight.zero_()
+    pooler.weight[0] = 0
+    pooler.weight[0, dims[0]] = 0.5 / torch.stack(states)[:, dims[0]].abs().max()
+    pooler.bias.zero_()
+    found = pooler(torch.stack(states))[:, :1].tanh()
+    wanted = 14 * (nn.functional.cosine_similarity(pooled[::2], pooled[1::2]) - 0.45)
+    line = torch.linalg.lstsq(_with_one(found), wanted[:, None]).solution
+    head.weight[0, 0], head.bias[0] = line[0, 0], line[1, 0]

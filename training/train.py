@@ -86,7 +86,7 @@ class Lists:
 def forward(model: nn.Module, batch: Batch, pairs_at_once: int = 8) -> tuple[Tensor, Tensor]:
     """The model's logits [lists, candidates] and means [pairs, 2, width], in groups of like length.
 
-    The means are those of the two sides' states before the last layer, which compares them.
+    The means are those of the two sides' states before the last two layers, which compare them.
     """
     order = sorted(range(len(batch.pairs)), key=lambda i: len(batch.pairs[i]))
     found: list[Tensor] = []
@@ -105,7 +105,7 @@ def forward(model: nn.Module, batch: Batch, pairs_at_once: int = 8) -> tuple[Ten
             out = model(
                 input_ids=ids, attention_mask=mask, token_type_ids=types, output_hidden_states=True
             )
-        states = out.hidden_states[-2].float() * mask.unsqueeze(-1)
+        states = out.hidden_states[-3].float() * mask.unsqueeze(-1)
         second = types.unsqueeze(-1)
         sides = [states * (1 - second), states * second]
         found.append(out.logits.float().squeeze(1))
@@ -201,7 +201,8 @@ def work(
     usable, mean, steps = len(lists.rows) - HELD_OUT, 0.0, 0
     dims = flags(progress.model)
     saved = tick = time.monotonic()
-    while (share := progress.used.value / (minutes * 60)) < 1:
+    while (used := progress.used.value) < minutes * 60:
+        share = used / (minutes * 60)
         for group in optimizer.param_groups:
             group["lr"] = rate(share, peak)
         place = progress.take(a_step)
@@ -237,7 +238,9 @@ def work(
 
 
 @click.command()
-@click.option("--minutes", required=True, type=float, help="Training time, over all starts.")
+@click.option(
+    "--minutes", required=True, type=float, help="Training time, over all starts; 0 is the graft."
+)
 @click.option("--peak", default=4e-5, help="Highest learning rate.")
 @click.option("--lists", "a_step", default=4, help="Lists a step.")
 @click.option("--name", default="mini", help="Name of the checkpoint folder.")
