@@ -158,7 +158,7 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: W
         return ""
     unfit = sorted({t.shape[-1] for t in matrices if t.shape[-1] % block})
     return (
-        f"rows of {', '.join(map(str, unfit))} are no multiple of {block}: "
+        f"rows of {', '.join(map(str, unfit))} do not fit {block}: "
         f"{len(kinds)} of {len(matrices)} matrices are {', '.join(sorted(set(kinds.values())))}"
     )
 

@@ -185,7 +185,7 @@ def test_a_file_says_who_may_run_it(
 def test_stand_ins_are_told(bundle: Path) -> None:
     manifest = Manifest.load(bundle)
     note = manifest.variants["gguf-q4_k_m"].note
-    assert note == "rows of 64, 128 are no multiple of 256: 13 of 13 matrices are Q5_1, Q8_0"
+    assert note == "rows of 64, 128 do not fit 256: 13 of 13 matrices are Q5_1, Q8_0"
     assert {v.note for v in manifest.variants.values() if v.name != "gguf-q4_k_m"} == {""}
     result = CliRunner().invoke(main, ["inspect", str(bundle)])
     assert f"gguf-q4_k_m: {note}" in result.stdout
@@ -210,7 +210,7 @@ def test_where_rows_fit_nothing_stands_in(tmp_path: Path) -> None:
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     target, manifest = convert(str(folder), [("gguf", "q4_k_m")], tmp_path / "out")
     assert manifest.variants["gguf-q4_k_m"].note == (
-        "rows of 288 are no multiple of 256: 2 of 13 matrices are Q5_1"
+        "rows of 288 do not fit 256: 2 of 13 matrices are Q5_1"
     )
     found = {t.name: t.tensor_type.name for t in read(target, "q4_k_m").tensors}
     assert found["token_embd.weight"] == "Q6_K"

@@ -30,13 +30,16 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 LEAK = 7.0
-"""How much less, in logits of attention, a token counts for the other side."""
+"""How much less, in logits of attention, a token counts for the other side, if both are faint.
+
+More keeps the texts better apart, and makes more of what int8 and Q5 leave in the flags.
+"""
 LOUD = 1.0
 """A flag's size, twice that of a typical state's figure: above what int8 rounds away."""
 POOL = 64.0
 """How much louder a text's mean is than the token that it takes the place of."""
 FAINT = 0.15
-"""The share of tokens whose flags are fainter than those that readers are made for."""
+"""The share of tokens with fainter flags than what readers are made for, and call faint."""
 SHAPES = ((8.0, 4.0), (8.0, 4.0), (11.0, 6.0))
 """For each flag, how steeply the units that restore it read it, and where the first bends."""
 MARK = 0.1
