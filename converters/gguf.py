@@ -172,12 +172,9 @@ def _stand_ins(matrices: Sequence[_Tensor], block: int) -> dict[str, str]:
     unfit = [t for t in matrices if t.shape[-1] % block]
     if block > _STAND_IN_BLOCK and any(t.name == _WORDS for t in unfit):
         unfit = list(matrices)
+    fitting = {_WORDS: _WORDS_STAND_IN}
     return {
-        t.name: "F16"
-        if t.shape[-1] % _STAND_IN_BLOCK
-        else _WORDS_STAND_IN
-        if t.name == _WORDS
-        else _STAND_IN
+        t.name: "F16" if t.shape[-1] % _STAND_IN_BLOCK else fitting.get(t.name, _STAND_IN)
         for t in unfit
     }
 

@@ -285,8 +285,12 @@ def _asking(unseen: Tensor, dims: list[int], hidden: tuple[int, ...]) -> Tensor:
     return asking
 
 
-def _put(reader: nn.Linear, offset: int, rows: Tensor, gain: float) -> None:
-    """Write the same rows into every head, at an offset in the head."""
+def _put(reader: nn.Linear, offset: int, rows: Tensor) -> None:
+    """Write the same rows into every head, at an offset in the head, so that -1 times 1 is -LEAK.
+
+    A head divides its products by the root of its width.
+    """
+    gain = (LEAK * HEAD**0.5) ** 0.5
     for head in range(HEADS):
         begin = head * HEAD + offset
         reader.weight[begin : begin + len(rows)] = gain * rows
@@ -339,15 +343,14 @@ def start() -> BertForSequenceClassification:
     dims = _least_used(source, moments, [text for pair in examples[:8] for text in pair])
     model = BertForSequenceClassification(config()).eval()
     _embeddings(model, source, moments, dims)
-    gain = (LEAK * HEAD**0.5) ** 0.5
     cases = [_case(model, *pair) for pair in examples]
     for number, layer in enumerate(model.bert.encoder.layer[:-2]):
         _keep(layer, source, number, moments, dims)
         _level(layer, cases, dims)
         part = layer.attention.self
         unseen = _unseen(cases, dims)
-        _put(part.key, HEAD - 2, unseen, gain)
-        _put(part.query, HEAD - 2, _asking(unseen, dims, (0, 1)), gain)
+        _put(part.key, HEAD - 2, unseen)
+        _put(part.query, HEAD - 2, _asking(unseen, dims, (0, 1)))
         cases = [_forward(layer, case) for case in cases]
     pool, compare = model.bert.encoder.layer[-2:]
     _pool(pool, cases, dims)
@@ -446,9 +449,9 @@ def _pool(layer: nn.Module, cases: list[Case], dims: list[int]) -> None:
     part.value.weight.copy_(torch.eye(WIDTH))
     part.value.weight[dims] *= MARK
     mixer.dense.weight.copy_(POOL * torch.eye(WIDTH))
-    unseen, gain = _unseen(cases, dims), (LEAK * HEAD**0.5) ** 0.5
-    _put(part.key, 0, unseen, gain)
-    _put(part.query, 0, _asking(unseen, dims, (0,)), gain)
+    unseen = _unseen(cases, dims)
+    _put(part.key, 0, unseen)
+    _put(part.query, 0, _asking(unseen, dims, (0,)))
 
 
 def _compare(layer: nn.Module, cases: list[Case], dims: list[int]) -> None:
