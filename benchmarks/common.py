@@ -81,9 +81,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 def encode(encoder: Encoder, query: str, documents: Sequence[str]) -> Work:
     """One query's pairs as token ids, cut as `Reranker.rank` cuts them."""
-    query_ids = encoder.query(query)
-    room = encoder.room(query_ids)
-    pairs = [encoder.pair(query_ids, ids[:room]) for ids in encoder.ids(documents)]
+    pairs = [encoder.whole(query, document) for document in documents]
     return Work(
         [ids for ids, _ in pairs], [types for _, types in pairs if types is not None] or None
     )

@@ -20,7 +20,12 @@ from pathlib import Path
 
 import torch
 from common import alternate, arguments, peak_bytes, report
-from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    set_seed,
+)
 
 from qrank import Reranker
 from qrank.bundle import Manifest
@@ -28,8 +33,15 @@ from qrank.converters.convert import convert as make_bundle
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import tiny
+import tiny_decoders
 
 _MINILM = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+_QWEN3 = {
+    "vocab_size": 151669,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+}
 SHAPES: dict[str, tuple[str, dict[str, int]]] = {
     "MiniLM-L6": (
         "bert",
@@ -63,13 +75,39 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {
             "max_position_embeddings": 8194,
         },
     ),
+    "Qwen3-Reranker-0.6B": (
+        "qwen3",
+        {
+            **_QWEN3,
+            "hidden_size": 1024,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "intermediate_size": 3072,
+        },
+    ),
+    "Qwen3-Reranker-4B": (
+        "qwen3",
+        {
+            **_QWEN3,
+            "hidden_size": 2560,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "intermediate_size": 9728,
+        },
+    ),
 }
 """A tiny checkpoint of the tests, and what its configuration is given of the real model's."""
 
 VARIANTS = ("onnx-int8", "openvino-int8", "openvino-int8-full", "gguf-q4_k_m", "gguf-q8_0")
+DECODER_VARIANTS = ("openvino-int8", "gguf-q4_k_m", "gguf-q8_0")
 LENGTHS = (128, 512)
-HEAD_GAIN = 3.0
+HEAD_GAIN = 6.0
 """Of the classifier's weights, so that logits spread over some units."""
+
+INTO_RESIDUAL = ("output.dense.weight", "attn.Wo.weight", "mlp.Wo.weight")
+RESIDUAL = 0.5
+"""What the weights of what a layer adds to its input are multiplied by: 24 layers of full weight
+forget the text, and int8 then moves the logits twice as far for their spread."""
 
 CONVERSION = {
     "variant": "",
@@ -84,8 +122,11 @@ CONVERSION = {
 def main() -> None:
     """Make, convert and time every shape."""
     parser = arguments(__doc__)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    encoders = [shape for shape, (kind, _) in SHAPES.items() if kind in tiny.CHECKPOINTS]
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=encoders)
+    parser.add_argument(
+        "--variants", nargs="+", help="[default: int8 of each format, and q4_k_m, q8_0]"
+    )
     parser.add_argument(
         "--pairs", type=int, default=8, help="of 128 tokens a round; a quarter of 512"
     )
@@ -97,7 +138,8 @@ def main() -> None:
     if options.child:
         checkpoint, bundle, variant = options.child
         format, _, precision = variant.partition("-")
-        make_bundle(checkpoint, [(format, precision)], Path(bundle))
+        family = tiny_decoders.FAMILIES.get(SHAPES[Path(checkpoint).name][0])
+        make_bundle(checkpoint, [(format, precision)], Path(bundle), family=family)
         sys.stdout.write(json.dumps(peak_bytes()))
         return
     for shape in options.shapes:
@@ -105,9 +147,13 @@ def main() -> None:
             checkpoint, bundle = Path(work) / shape, Path(work) / "bundle"
             parameters = make(shape, checkpoint)
             title = f"{shape}, {parameters / 1e6:,.0f}M random parameters"
-            rows = [convert(checkpoint, bundle, variant) for variant in options.variants]
+            decoder = SHAPES[shape][0] in tiny_decoders.CHECKPOINTS
+            variants = options.variants or list(DECODER_VARIANTS if decoder else VARIANTS)
+            rows = [convert(checkpoint, bundle, variant) for variant in variants]
             report(f"Converting {title}", CONVERSION, rows, as_json=options.json)
-            rows = speed(checkpoint, bundle, options.variants, options.pairs, options.rounds)
+            if decoder:
+                continue  # their speed: decoders.py
+            rows = speed(checkpoint, bundle, variants, options.pairs, options.rounds)
             columns = {"target": "", **{f"pairs/s at {length}": ",.1f" for length in LENGTHS}}
             report(f"Scoring with {title}", columns, rows, as_json=options.json)
 
@@ -115,7 +161,9 @@ def main() -> None:
 def make(shape: str, folder: Path) -> int:
     """Write a random checkpoint of a shape in fp32; return its number of parameters."""
     name, sizes = SHAPES[shape]
-    tiny.CHECKPOINTS[name](folder)
+    (tiny.CHECKPOINTS | tiny_decoders.CHECKPOINTS)[name](folder)
+    if name in tiny_decoders.CHECKPOINTS:
+        return _make_decoder(folder, sizes)
     settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
     settings["model_max_length"] = 512 if "MiniLM" in shape else 8192
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
@@ -127,6 +175,25 @@ def make(shape: str, folder: Path) -> int:
     )
     head = getattr(model.classifier, "out_proj", model.classifier)
     tiny.widen(model, head, HEAD_GAIN)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith(INTO_RESIDUAL):
+                parameter.mul_(RESIDUAL)
+    model.save_pretrained(folder)
+    return int(model.num_parameters())
+
+
+def _make_decoder(folder: Path, sizes: dict[str, int]) -> int:
+    """Give a tiny decoder its real size, in bf16 as the real ones are stored."""
+    tiny.edit_config(folder, **sizes, layer_types=None)
+    set_seed(0)
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tiny_decoders.widen(model)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.mul_(RESIDUAL)
     model.save_pretrained(folder)
     return int(model.num_parameters())
 

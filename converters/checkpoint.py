@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrank.bundle import Source
+from qrank.converters import logit_score
 from qrank.errors import ConversionError, FamilyError, ModelNotFoundError
 from qrank.extras import need
-from qrank.family import POOLINGS, Card, Family, find_card
+from qrank.family import POOLINGS, ROLES, Card, Family, find_card
 from qrank.hub import download, is_hub_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FILES = [
+    *logit_score.FILES,
     "config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
@@ -57,14 +59,41 @@ class Checkpoint:
         """The last part of its id: `bge-reranker-base`."""
         return self.source.id.rpartition("/")[2]
 
-    def load(self) -> PreTrainedModel:
+    def load(self, *, lean: bool = False) -> PreTrainedModel:
         """transformers' own model: the fp32 reference, and what is exported.
+
+        Args:
+            lean: keep a decoder's matrices as they are stored, and widen each to fp32 as it is
+                used: the same numbers in half the memory.
 
         Raises:
             ConversionError: the weights do not fit the architecture.
         """
         # Plain matrix products and a softmax: exact, and every runtime knows them.
+        if lean and self.family.decoder:
+            return widened(load_model(self.folder, dtype="auto", attention="eager"))
         return load_model(self.folder, dtype="float32", attention="eager")
+
+
+def widened(model: PreTrainedModel) -> PreTrainedModel:
+    """A model that computes in fp32 with linear layers' weights as they are stored."""
+    torch = need("torch")
+
+    class Widened(torch.nn.Linear):  # type: ignore[misc, name-defined]
+        def forward(self, x: Any) -> Any:
+            bias = None if self.bias is None else self.bias.float()
+            return torch.nn.functional.linear(x, self.weight.float(), bias)
+
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = Widened
+        else:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_floating_point():
+                    module.register_buffer(name, buffer.float(), persistent=False)
+    return model
 
 
 def load_model(folder: Path, *, dtype: str, attention: str) -> PreTrainedModel:
@@ -81,7 +110,7 @@ def load_model(folder: Path, *, dtype: str, attention: str) -> PreTrainedModel:
     transformers = need("transformers")
     transformers.utils.logging.disable_progress_bar()
     with _explained(f"transformers cannot load {folder}"):
-        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        model, info = auto_class(_config(folder, str(folder))).from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention,
@@ -96,6 +125,18 @@ def load_model(folder: Path, *, dtype: str, attention: str) -> PreTrainedModel:
         )
     evaluated: PreTrainedModel = model.eval()
     return evaluated
+
+
+def auto_class(config: dict[str, Any]) -> Any:
+    """transformers' class that makes a model of a config.json."""
+    transformers = need("transformers")
+    if _is_causal(config):
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForSequenceClassification
+
+
+def _is_causal(config: dict[str, Any]) -> bool:
+    return str((config.get("architectures") or [""])[0]).endswith("ForCausalLM")
 
 
 def read_checkpoint(
@@ -125,9 +166,23 @@ def read_checkpoint(
     else:
         raise ModelNotFoundError(f"{source} is neither a folder nor a hub id (owner/name)")
     config = _config(folder, source)
-    card = find_card(family, config)
-    _check_labels(config, source)
+    card = None
+    if family is None and _is_causal(config):
+        card = logit_score.logit_score_card(folder, config, _tokenizer(folder, source))
+    card = card or find_card(family, config, source if commit else None)
+    if not _is_causal(config):
+        _check_labels(config, source)
     weights = _weights(folder, source)
+    tokenizer = _tokenizer(folder, source)
+    return Checkpoint(
+        folder=folder,
+        source=Source(identity, commit, _fingerprint(config, tokenizer, weights)),
+        family=_concrete(card, config, tokenizer),
+        tokenizer=tokenizer,
+    )
+
+
+def _tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:
     transformers = need("transformers")
     with _explained(f"transformers cannot read {source}"), warnings.catch_warnings():
         # Reading a vocab.txt, it warns of its own way to do so.
@@ -136,12 +191,8 @@ def read_checkpoint(
     # Without files, transformers makes up a tokenizer of special tokens alone.
     if not tokenizer.is_fast or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ConversionError(f"{source} has no tokenizer.json, and none can be made from it")
-    return Checkpoint(
-        folder=folder,
-        source=Source(identity, commit, _fingerprint(config, tokenizer, weights)),
-        family=_concrete(card, config, tokenizer),
-        tokenizer=tokenizer,
-    )
+    read: PreTrainedTokenizerBase = tokenizer
+    return read
 
 
 @contextmanager
@@ -200,19 +251,41 @@ def _fingerprint(
 
 def _concrete(card: Card, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Family:
     """Fill in a card with what the checkpoint's configuration says."""
-    slots = {"{query}": "query", "{document}": "document"}
-    roles = {"{cls}": tokenizer.cls_token_id, "{sep}": tokenizer.sep_token_id}
-    for role, number in roles.items():
-        if role in card.template and number is None:
-            raise FamilyError(f"the tokenizer names no {role.strip('{}')} token")
+    numbers = {
+        f"{{{role}}}": getattr(tokenizer, f"{role}_token_id")
+        for role in ROLES
+        if f"{{{role}}}" in card.template
+    }
+    if missing := [role.strip("{}") for role, number in numbers.items() if number is None]:
+        raise FamilyError(f"the tokenizer names no {', '.join(missing)} token")
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+    numbers |= {text: number for text, number in added.items() if text.strip()}
+    for item in (*card.template, *card.instructed):
+        if item not in numbers and (held := [text for text in numbers if text in item]):
+            raise FamilyError(
+                f"card {card.name}: {item!r} holds the special token {held[0]}; make it an item"
+            )
+    labels = [tokenizer(label, add_special_tokens=False)["input_ids"] for label in card.labels]
+    if longer := [label for label, ids in zip(card.labels, labels, strict=True) if len(ids) != 1]:
+        raise FamilyError(
+            f"the label {longer[0]!r} of family {card.name} is no single token of this tokenizer"
+        )
+
+    def made(template: tuple[str, ...]) -> tuple[int | str, ...]:
+        return tuple(numbers.get(item, item) for item in template)
+
     return Family(
         name=card.name,
         architecture=config["architectures"][0],
-        template=tuple(slots.get(item) or roles[item] for item in card.template),
+        template=made(card.template),
         segments=card.segments if card.segments and config.get("type_vocab_size", 2) > 1 else None,
         max_length=_max_length(card, config, tokenizer),
         pooling=_pooling(card, config),
         activation=_activation(card, config),
+        temperature=card.temperature,
+        instruction=card.instruction,
+        instructed=made(card.instructed) or None,
+        labels=tuple(ids[0] for ids in labels) if _is_causal(config) else (),
     )
 
 
@@ -221,7 +294,7 @@ def _max_length(card: Card, config: dict[str, Any], tokenizer: PreTrainedTokeniz
     if card.positions_after_pad:
         positions -= config["pad_token_id"] + 1
     # transformers says "no limit" by a very large number.
-    return min(positions, int(tokenizer.model_max_length))
+    return min(positions, int(tokenizer.model_max_length), card.max_length or positions)
 
 
 def _pooling(card: Card, config: dict[str, Any]) -> str:

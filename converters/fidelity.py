@@ -14,7 +14,7 @@ from qrank.converters.probes import probe_pairs
 from qrank.encoding import Encoder
 from qrank.errors import ConversionError, FidelityError, TargetError
 from qrank.extras import need
-from qrank.family import Family
+from qrank.family import Family, fill
 from qrank.fidelity import TOLERANCES, Fidelity
 from qrank.work import Logits, Work
 
@@ -30,8 +30,7 @@ def encode_pairs(pairs: list[tuple[str, str]], tokenizer: Path, family: Family) 
     encoder = Encoder(tokenizer, family, max_length=min(family.max_length, PROBE_TOKENS))
     sequences, segments = [], []
     for query, document in pairs:
-        query_ids, (ids,) = encoder.query(query), encoder.ids([document])
-        sequence, types = encoder.pair(query_ids, ids[: encoder.room(query_ids)])
+        sequence, types = encoder.whole(query, document)
         sequences.append(sequence)
         if types is not None:
             segments.append(types)
@@ -47,10 +46,7 @@ def check_ids(pairs: list[tuple[str, str]], work: Work, checkpoint: Checkpoint) 
     family = checkpoint.family
     limit = min(family.max_length, PROBE_TOKENS)
     for (query, document), sequence in zip(pairs, work.sequences, strict=True):
-        # As a batch of one: a single empty document would count as no document at all.
-        (theirs,) = checkpoint.tokenizer(
-            [query], [document], truncation="only_second", max_length=limit
-        )["input_ids"]
+        theirs = checkpoint_ids(checkpoint, query, document, limit)
         if sequence.tolist() != theirs:
             raise ConversionError(
                 f"family {family.name} reads {query!r}, {document[:40]!r} as other token ids than "
@@ -59,8 +55,42 @@ def check_ids(pairs: list[tuple[str, str]], work: Work, checkpoint: Checkpoint) 
             )
 
 
-def run_reference(model: PreTrainedModel, work: Work) -> Logits:
-    """Logits of transformers' own forward pass in fp32, one pair at a time, shape [n]."""
+def checkpoint_ids(
+    checkpoint: Checkpoint, query: str, document: str, limit: int, instruction: str | None = None
+) -> list[int]:
+    """A pair as the checkpoint's own tokenizer reads it, cut to a limit.
+
+    For a decoder family, the items of its template each by itself, as the original code does.
+    """
+    family, tokenizer = checkpoint.family, checkpoint.tokenizer
+    if not family.decoder:
+        # As a batch of one: a single empty document would count as no document at all.
+        (pair,) = tokenizer([query], [document], truncation="only_second", max_length=limit)[
+            "input_ids"
+        ]
+        return list(pair)
+    template, text = family.asked(instruction)
+    texts = {"query": query, "document": document, "instruction": text}
+    items = [
+        [item]
+        if isinstance(item, int)
+        else tokenizer(fill(item, **texts), add_special_tokens=False)["input_ids"]
+        for item in template
+    ]
+    (place,) = (i for i, item in enumerate(template) if "{document}" in str(item))
+    room = limit - sum(map(len, items)) + len(items[place])
+    items[place] = items[place][:room]
+    return [number for item in items for number in item]
+
+
+def run_reference(model: PreTrainedModel, work: Work, labels: tuple[int, ...] = ()) -> Logits:
+    """Logits of transformers' own forward pass in fp32, one pair at a time, shape [n].
+
+    Args:
+        model: transformers' own.
+        work: whole sequences.
+        labels: of a causal language model, see `qrank.family.Family`.
+    """
     torch = need("torch")
     logits = []
     with torch.inference_mode():
@@ -70,7 +100,12 @@ def run_reference(model: PreTrainedModel, work: Work) -> Logits:
             if work.segments is not None:
                 types = torch.tensor(work.segments[i][None], dtype=torch.int64)
                 inputs["token_type_ids"] = types
-            logits.append(model(**inputs).logits.item())
+            if labels:
+                # The vocabulary's logits at the last token.
+                last = model(**inputs, logits_to_keep=1).logits[0, -1].double()
+                logits.append((last[labels[0]] - sum(last[i] for i in labels[1:])).item())
+            else:
+                logits.append(model(**inputs).logits.item())
     if not np.isfinite(logits).all():
         raise ConversionError("the checkpoint itself gives scores that are not finite")
     return np.array(logits, np.float32)
@@ -84,7 +119,7 @@ def make_probes(checkpoint: Checkpoint, tokenizer: Path) -> Probes:
     torch, transformers = need("torch"), need("transformers")
     return Probes(
         work,
-        run_reference(checkpoint.load(), work),
+        run_reference(checkpoint.load(lean=True), work, checkpoint.family.labels),
         f"{checkpoint.family.architecture}, fp32, transformers {transformers.__version__}, "
         f"torch {torch.__version__}",
     )

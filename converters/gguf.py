@@ -23,12 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrank.backends import processors
-from qrank.backends.gguf import FILE, TYPE_STRIDE, complaint, library
-from qrank.converters.checkpoint import Checkpoint
-from qrank.converters.gguf_vocabulary import same_ids, write_vocabulary
+from qrank.backends.gguf import FILE, TYPE_STRIDE
+from qrank.backends.gguf_decoder import HEAD
+from qrank.backends.llama import complaint, library
+from qrank.converters.checkpoint import Checkpoint, auto_class
+from qrank.converters.gguf_layouts import Layout, describe
+from qrank.converters.gguf_vocabulary import rerank_template, same_ids, write_vocabulary
 from qrank.converters.probes import probe_pairs
 from qrank.errors import ConversionError
 from qrank.extras import need
+from qrank.family import Family
 from qrank.work import Work
 
 if TYPE_CHECKING:
@@ -60,78 +64,9 @@ _BUFFER = 2**27
 
 Floats = NDArray[np.float32]
 
-_BERT_LAYERS = {
-    "embeddings.word_embeddings": "token_embd",
-    "embeddings.position_embeddings": "position_embd",
-    "embeddings.token_type_embeddings": "token_types",
-    "embeddings.LayerNorm": "token_embd_norm",
-    "encoder.layer.{}.attention.self.query": "blk.{}.attn_q",
-    "encoder.layer.{}.attention.self.key": "blk.{}.attn_k",
-    "encoder.layer.{}.attention.self.value": "blk.{}.attn_v",
-    "encoder.layer.{}.attention.output.dense": "blk.{}.attn_output",
-    "encoder.layer.{}.attention.output.LayerNorm": "blk.{}.attn_output_norm",
-    "encoder.layer.{}.intermediate.dense": "blk.{}.ffn_up",
-    "encoder.layer.{}.output.dense": "blk.{}.ffn_down",
-    "encoder.layer.{}.output.LayerNorm": "blk.{}.layer_output_norm",
-}
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How llama.cpp names what one transformers class holds.
-
-    Attributes:
-        arch: llama.cpp's name of the architecture.
-        names: module in the checkpoint -> tensor in the file; `{}` is the layer's number.
-        act: the config's key of the activation, which must be `gelu`: llama.cpp's only one.
-        eps: the config's key of the layer norms' epsilon.
-        after_pad: whether the position table begins with pad_token_id + 1 rows nobody reads.
-    """
-
-    arch: str
-    names: dict[str, str]
-    act: str = "hidden_act"
-    eps: str = "layer_norm_eps"
-    after_pad: bool = False
-
-
-_LAYOUTS = {
-    "BertForSequenceClassification": _Layout(
-        "bert",
-        {f"bert.{ours}": theirs for ours, theirs in _BERT_LAYERS.items()}
-        | {"bert.pooler.dense": "cls", "classifier": "cls.output"},
-    ),
-    "XLMRobertaForSequenceClassification": _Layout(
-        "bert",
-        {f"roberta.{ours}": theirs for ours, theirs in _BERT_LAYERS.items()}
-        | {"classifier.dense": "cls", "classifier.out_proj": "cls.output"},
-        after_pad=True,
-    ),
-    "ModernBertForSequenceClassification": _Layout(
-        "modern-bert",
-        {
-            "model.embeddings.tok_embeddings": "token_embd",
-            "model.embeddings.norm": "token_embd_norm",
-            "model.layers.{}.attn_norm": "blk.{}.attn_norm",
-            "model.layers.{}.attn.Wqkv": "blk.{}.attn_qkv",
-            "model.layers.{}.attn.Wo": "blk.{}.attn_output",
-            "model.layers.{}.mlp_norm": "blk.{}.ffn_norm",
-            "model.layers.{}.mlp.Wi": "blk.{}.ffn_up",
-            "model.layers.{}.mlp.Wo": "blk.{}.ffn_down",
-            "model.final_norm": "output_norm",
-            "head.dense": "cls",
-            "head.norm": "cls.norm",
-            "classifier": "cls.output",
-        },
-        act="hidden_activation",
-        eps="norm_eps",
-    ),
-}
-"""By the name of transformers' class."""
-
 
 def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work) -> str:
-    """Write `model.gguf` into a folder.
+    """Write `model.gguf` into a folder, and a decoder's head as `head.npy`.
 
     Args:
         checkpoint: read from its folder, a tensor at a time.
@@ -208,22 +143,17 @@ class _Tensor:
 def _write(checkpoint: Checkpoint, path: Path) -> list[_Tensor]:
     """Write the whole file in f16, and tell what is: the rest is f32."""
     gguf, transformers = need("gguf"), need("transformers")
-    layout = _LAYOUTS.get(checkpoint.family.architecture)
-    if layout is None:
-        raise ConversionError(
-            f"no GGUF layout of {checkpoint.family.architecture} is known; "
-            f"known are: {', '.join(_LAYOUTS)}"
-        )
+    layout = Layout.of(checkpoint.family.architecture)
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    for key in (layout.act, "classifier_activation"):
-        if (found := getattr(config, key, "gelu")) != "gelu":
-            raise ConversionError(f"{key} is {found!r}; llama.cpp knows gelu alone here")
+    layout.check(config)
+    weights = _Weights(checkpoint.folder)
     writer = gguf.GGUFWriter(path, layout.arch)
     writer.add_type("model")
     writer.add_name(checkpoint.name)
     writer.add_file_type(_FTYPES["f16"])
-    _describe(writer, config, layout, checkpoint)
-    tensors = list(_tensors(_Weights(checkpoint.folder), config, layout, checkpoint))
+    describe(writer, config, layout, checkpoint.family)
+    _describe_vocabulary(writer, config, checkpoint)
+    tensors = list(_tensors(weights, config, layout, checkpoint))
     for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, tensor.dtype, tensor.nbytes)
     writer.write_header_to_file()
@@ -232,57 +162,64 @@ def _write(checkpoint: Checkpoint, path: Path) -> list[_Tensor]:
     for tensor in tensors:
         writer.write_tensor_data(tensor)
     writer.close()
+    if checkpoint.family.decoder:
+        np.save(path.with_name(HEAD), _head(weights, config, checkpoint.family))
     return [tensor for tensor in tensors if tensor.dtype == np.float16]
 
 
-def _describe(
-    writer: gguf.GGUFWriter, config: PretrainedConfig, layout: _Layout, checkpoint: Checkpoint
+def _head(weights: _Weights, config: PretrainedConfig, family: Family) -> Floats:
+    """What `qrank.scoring_graph.head_row` is, read from the files."""
+    if not family.labels:
+        return weights.row("score.weight", 0)
+    rows = _label_rows(weights, config, family)
+    head: Floats = rows[0] - rows[1:].sum(0)
+    return head
+
+
+def _label_rows(weights: _Weights, config: PretrainedConfig, family: Family) -> Floats:
+    """The labels' rows of the output matrix, shape [labels, hidden]."""
+    tied = config.tie_word_embeddings
+    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    return np.stack([weights.row(name, label) for label in family.labels])
+
+
+def _describe_vocabulary(
+    writer: gguf.GGUFWriter, config: PretrainedConfig, checkpoint: Checkpoint
 ) -> None:
-    """Everything that is no tensor."""
-    gguf, arch = need("gguf"), layout.arch
-    writer.add_context_length(config.max_position_embeddings - _unread(config, layout))
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_layer_norm_eps(getattr(config, layout.eps))
-    writer.add_causal_attention(False)
-    writer.add_pooling_type(gguf.PoolingType.RANK)
-    if arch == "bert":
-        writer.add_token_type_count(config.type_vocab_size)
-    else:
-        pooling = gguf.PoolingType[checkpoint.family.pooling.upper()]
-        ropes = config.rope_parameters
-        writer.add_uint32(f"{arch}.classifier.pooling_type", pooling.value)
-        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
-        writer.add_rope_freq_base(ropes["full_attention"]["rope_theta"])
-        writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
-        writer.add_sliding_window(config.local_attention)
-        writer.add_sliding_window_pattern([t == "sliding_attention" for t in config.layer_types])
+    """Write the tokenizer where llama.cpp scores rightly by itself, and say so if not."""
+    family, pairs = checkpoint.family, probe_pairs()
     made = f"Made by qrank from {checkpoint.source.id}. "
-    if (types := _types(checkpoint)) > 1:
+    if family.decoder and not _serves(family):
+        without = "llama.cpp knows no such score head, which lies beside it"
+    elif _types(checkpoint) > 1:
         without = "llama.cpp gives every token type 0, and this model reads more"
-    elif not same_ids(checkpoint, config.vocab_size, [t for pair in probe_pairs() for t in pair]):
+    elif not same_ids(checkpoint, config.vocab_size, pairs):
         without = "llama.cpp would cut text into other tokens"
     else:
         write_vocabulary(writer, checkpoint, config.vocab_size)
-        writer.add_description(f"{made}llama-server --rerank gives the same scores, as logits")
+        if family.decoder:
+            writer.add_pooling_type(need("gguf").PoolingType.RANK)
+            labels = [checkpoint.tokenizer.decode([label]) for label in family.labels]
+            writer.add_classifier_output_labels(labels)
+            writer.add_chat_template([{"name": "rerank", "template": rerank_template(checkpoint)}])
+        scores = "scores, as sigmoids" if family.decoder else "scores, as logits"
+        writer.add_description(f"{made}llama-server --rerank gives the same {scores}")
         return
     # Without a vocabulary, other programs refuse the file instead of scoring wrongly.
     writer.add_description(f"{made}For qrank alone: {without}")
     writer.add_tokenizer_model("none")
-    writer.add_vocab_size(config.vocab_size * types)
+    writer.add_vocab_size(config.vocab_size * _types(checkpoint))
     writer.add_uint32(TYPE_STRIDE, config.vocab_size)
+
+
+def _serves(family: Family) -> bool:
+    """Whether llama.cpp scores a decoder itself: Qwen3's it does, as a softmax over two labels."""
+    return family.architecture == "Qwen3ForCausalLM" and len(family.labels) == 2
 
 
 def _types(checkpoint: Checkpoint) -> int:
     """Token types that the template uses."""
     return max(checkpoint.family.segments or [0]) + 1
-
-
-def _unread(config: PretrainedConfig, layout: _Layout) -> int:
-    """Rows of the position table before the first token's."""
-    return config.pad_token_id + 1 if layout.after_pad else 0
 
 
 class _Weights:
@@ -305,6 +242,13 @@ class _Weights:
                     self._places[name] = (path, stored)
                     self.shapes[name] = file.get_slice(stored).get_shape()
 
+    def row(self, name: str, number: int) -> Floats:
+        """One row of a weight."""
+        path, stored = self._places[name]
+        with self._open(path, "pt") as file:
+            row: Floats = file.get_slice(stored)[number].float().numpy()
+        return row
+
     def rows(self, name: str, first: int = 0) -> Iterator[Floats]:
         """A weight from one row on, in pieces."""
         path, stored = self._places[name]
@@ -316,34 +260,43 @@ class _Weights:
 
 
 def _tensors(
-    weights: _Weights, config: PretrainedConfig, layout: _Layout, checkpoint: Checkpoint
+    weights: _Weights, config: PretrainedConfig, layout: Layout, checkpoint: Checkpoint
 ) -> Iterator[_Tensor]:
     """The file's tensors: those that transformers reads, whatever else the checkpoint holds."""
-    torch, transformers = need("torch"), need("transformers")
+    torch = need("torch")
     with torch.device("meta"):
-        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        model = auto_class(config.to_dict()).from_config(config)
     homeless = []
     for name, _ in model.named_parameters():
+        module, _, parameter = name.rpartition(".")
+        if module in layout.head:
+            continue
         if name not in weights.shapes:
             raise ConversionError(f"{checkpoint.folder} has no weight {name}")
-        module, _, parameter = name.rpartition(".")
         number = re.search(r"\.(\d+)\.", module)
         theirs = layout.names.get(re.sub(r"\.\d+\.", ".{}.", module))
         if theirs is None or (layout.arch == "modern-bert" and _is_extra_bias(theirs, parameter)):
             homeless.append(name)
-        elif theirs == "position_embd":
-            first = _unread(config, layout)
-            rows, width = weights.shapes[name]
-            yield _Tensor(
-                f"{theirs}.weight", [rows - first, width], partial(weights.rows, name, first)
-            )
+            continue
+        target = f"{theirs.format(number[1] if number else '')}.{parameter}"
+        shape, load = list(weights.shapes[name]), partial(weights.rows, name)
+        if theirs == "position_embd":
+            first = layout.unread(config)
+            shape[0] -= first
+            load = partial(weights.rows, name, first)
         elif theirs == "token_embd" and (types := _types(checkpoint)) > 1:
-            rows, width = weights.shapes[name]
+            shape[0] *= types
             load = partial(_shifted, weights, name, types)
-            yield _Tensor(f"{theirs}.weight", [rows * types, width], load)
-        else:
-            target = f"{theirs.format(number[1] if number else '')}.{parameter}"
-            yield _Tensor(target, weights.shapes[name], partial(weights.rows, name))
+        elif layout.norms_from_one and theirs.endswith("norm"):
+            load = partial(_from_one, weights, name)
+        elif layout.pairs_turn and theirs.endswith(("attn_q", "attn_k")):
+            queries = theirs.endswith("attn_q")
+            heads = config.num_attention_heads if queries else config.num_key_value_heads
+            load = partial(_paired, weights, name, heads)
+        yield _Tensor(target, shape, load)
+    if _serves(checkpoint.family):
+        rows = _label_rows(weights, config, checkpoint.family)
+        yield _Tensor("cls.output.weight", list(rows.shape), lambda: iter([rows]))
     if homeless:
         raise ConversionError(f"llama.cpp's {layout.arch} has no place for: {', '.join(homeless)}")
 
@@ -351,6 +304,19 @@ def _tensors(
 def _is_extra_bias(theirs: str, parameter: str) -> bool:
     """llama.cpp's ModernBERT knows one bias, the classifier's."""
     return parameter == "bias" and theirs != "cls.output"
+
+
+def _from_one(weights: _Weights, name: str) -> Iterator[Floats]:
+    """A norm's weights as llama.cpp multiplies by them."""
+    for rows in weights.rows(name):
+        yield rows + 1
+
+
+def _paired(weights: _Weights, name: str, heads: int) -> Iterator[Floats]:
+    """Rows of each head with what is turned together side by side, not half a head apart."""
+    rows = np.concatenate(list(weights.rows(name)))
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    yield halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _shifted(weights: _Weights, name: str, types: int) -> Iterator[Floats]:

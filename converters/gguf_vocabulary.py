@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from qrank.backends.gguf import library
+from qrank.backends.llama import library
 from qrank.converters.checkpoint import Checkpoint
 from qrank.converters.tokenizer import text_tokenizer
 from qrank.extras import need
+from qrank.family import fill
 
 if TYPE_CHECKING:
     import gguf
@@ -53,7 +54,7 @@ def write_vocabulary(writer: gguf.GGUFWriter, checkpoint: Checkpoint, size: int)
     """
     vocabulary = _read(checkpoint, size)
     writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre("modern-bert" if vocabulary.model == "gpt2" else "default")
+    writer.add_tokenizer_pre(_pre(checkpoint) if vocabulary.model == "gpt2" else "default")
     writer.add_token_list(vocabulary.pieces)
     writer.add_token_types(vocabulary.types)
     if vocabulary.scores is not None:
@@ -67,6 +68,12 @@ def write_vocabulary(writer: gguf.GGUFWriter, checkpoint: Checkpoint, size: int)
     if vocabulary.charsmap:
         writer.add_precompiled_charsmap(vocabulary.charsmap)
     tokenizer = checkpoint.tokenizer
+    if checkpoint.family.decoder:
+        # The template for reranking holds every special token there is.
+        writer.add_eos_token_id(tokenizer.eos_token_id)
+        writer.add_add_bos_token(False)
+        writer.add_add_eos_token(False)
+        return
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     writer.add_bos_token_id(cls)
     writer.add_eos_token_id(sep)
@@ -84,11 +91,24 @@ def write_vocabulary(writer: gguf.GGUFWriter, checkpoint: Checkpoint, size: int)
     writer.add_add_sep_token(len(_between(checkpoint)) == 2)
 
 
-def same_ids(checkpoint: Checkpoint, size: int, texts: list[str]) -> bool:
+def rerank_template(checkpoint: Checkpoint) -> str:
+    """A decoder's prompt as llama-server fills it in: special tokens spelled out."""
+    family = checkpoint.family
+    return "".join(
+        checkpoint.tokenizer.convert_ids_to_tokens(item)
+        if isinstance(item, int)
+        else fill(item, instruction=family.instruction)
+        for item in family.template
+    )
+
+
+def same_ids(checkpoint: Checkpoint, size: int, pairs: list[tuple[str, str]]) -> bool:
     """Whether llama.cpp, given the vocabulary, joins and cuts texts into the ids qrank does."""
     template = checkpoint.family.template
     cls, sep = checkpoint.tokenizer.cls_token_id, checkpoint.tokenizer.sep_token_id
-    if template not in ((cls, "query", *[sep] * n, "document", sep) for n in (1, 2)):
+    decoder = checkpoint.family.decoder
+    fitting = ((cls, "{query}", *[sep] * n, "{document}", sep) for n in (1, 2))
+    if not decoder and template not in fitting:
         return False
     ours = Tokenizer.from_str(json.dumps(text_tokenizer(_original(checkpoint))))
     with TemporaryDirectory() as folder:
@@ -106,24 +126,51 @@ def same_ids(checkpoint: Checkpoint, size: int, texts: list[str]) -> bool:
         return False
     try:
         vocabulary = llama.llama_model_get_vocab(model)
-        return all(
+        if not all(
             _tokenize(llama, vocabulary, text) == ours.encode(text, add_special_tokens=False).ids
-            for text in texts
+            for pair in pairs
+            for text in pair
+        ):
+            return False
+        return not decoder or all(
+            _tokenize(
+                llama, vocabulary, fill(rerank_template(checkpoint), query=q, document=d), True
+            )
+            == _prompt_ids(checkpoint, ours, q, d)
+            for q, d in pairs
         )
     finally:
         llama.llama_model_free(model)
 
 
-def _tokenize(llama: Any, vocabulary: Any, text: str) -> list[int]:
+def _prompt_ids(checkpoint: Checkpoint, ours: Tokenizer, query: str, document: str) -> list[int]:
+    """A whole prompt in qrank's ids, uncut."""
+    family = checkpoint.family
+    texts = {"query": query, "document": document, "instruction": family.instruction}
+    items = [
+        [item]
+        if isinstance(item, int)
+        else ours.encode(fill(item, **texts), add_special_tokens=False).ids
+        for item in family.template
+    ]
+    return [number for item in items for number in item]
+
+
+def _pre(checkpoint: Checkpoint) -> str:
+    """llama.cpp's name of what cuts text before it merges; `same_ids` tells if it is wrong."""
+    return "qwen2" if checkpoint.family.decoder else "modern-bert"
+
+
+def _tokenize(llama: Any, vocabulary: Any, text: str, special: bool = False) -> list[int]:
     data = text.encode()
     ids = (llama.llama_token * (len(data) + 1))()
-    count = llama.llama_tokenize(vocabulary, data, len(data), ids, len(ids), False, False)
+    count = llama.llama_tokenize(vocabulary, data, len(data), ids, len(ids), False, special)
     return list(ids[:count])
 
 
 def _between(checkpoint: Checkpoint) -> tuple[int | str, ...]:
     template = checkpoint.family.template
-    return template[template.index("query") + 1 : template.index("document")]
+    return template[template.index("{query}") + 1 : template.index("{document}")]
 
 
 def _original(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from qrank.converters.checkpoint import Checkpoint
 from qrank.converters.graph_file import save_graph
@@ -77,7 +77,14 @@ def head_nodes(model: onnx.ModelProto) -> set[str]:
     return found
 
 
-def export(model: PreTrainedModel, family: Family, path: Path, *, in_one_file: bool = True) -> None:
+def export(
+    model: PreTrainedModel,
+    family: Family,
+    path: Path,
+    *,
+    in_one_file: bool = True,
+    optimize: bool = True,
+) -> None:
     """Write the fp32 graph.
 
     Args:
@@ -86,28 +93,34 @@ def export(model: PreTrainedModel, family: Family, path: Path, *, in_one_file: b
         path: of the graph.
         in_one_file: with its weights (up to 2 GB). Writing them beside the graph takes no memory,
             this three times their size.
+        optimize: fold constants, weights that are turned or widened among them. Takes memory.
     """
     torch = need("torch")
-    from qrank.scoring_graph import EncoderScorer
+    from qrank.scoring_graph import DecoderScorer, input_names, scorer
 
+    names, module = input_names(family), scorer(model, family)
     example = torch.ones(2, 8, dtype=torch.int64)
-    names = ["input_ids", "attention_mask"]
-    if family.segments is not None:
-        names.append("token_type_ids")
-    shape = {
-        0: torch.export.Dim("batch", min=1),
-        1: torch.export.Dim("length", min=2, max=family.max_length),
-    }
+    batch = torch.export.Dim("batch", min=1)
+    shape = {0: batch, 1: torch.export.Dim("length", min=2, max=family.max_length)}
+    examples, shapes = (example,) * len(names), (shape,) * len(names)
+    if family.decoder:
+        layers, two, heads, _, width = cast(DecoderScorer, module).prefix_shape
+        prefix = torch.zeros(layers, two, heads, 3, width)
+        before = {3: torch.export.Dim("before", min=0, max=family.max_length)}
+        kept = {0: torch.export.Dim("kept", min=0, max=family.max_length)}
+        examples = (example, example[:, 0], prefix, torch.arange(4))
+        shapes = (shape, {0: batch}, before, kept)
     with _quiet():
         program = torch.onnx.export(
-            EncoderScorer(model),
-            tuple(example.clone() for _ in names),
+            module,
+            tuple(x.clone() for x in examples),
             dynamo=True,
             opset_version=OPSET,
             input_names=names,
-            output_names=["logits"],
-            dynamic_shapes=(shape,) * len(names),
+            output_names=["logits", "present"] if family.decoder else ["logits"],
+            dynamic_shapes=shapes,
             verbose=False,
+            optimize=optimize,
         )
     if program is None:
         raise ConversionError("torch.onnx.export gave no program")
@@ -125,15 +138,68 @@ def export(model: PreTrainedModel, family: Family, path: Path, *, in_one_file: b
 
 
 def _half(model: onnx.ModelProto, head: set[str]) -> onnx.ModelProto:
-    """Weights and arithmetic in fp16, inputs and outputs and the head as they are."""
+    """Weights and arithmetic in fp16; inputs, outputs, the head and what fp16 breaks stay fp32."""
     float16 = need("onnxruntime.transformers.float16")
     with warnings.catch_warnings():
         # It warns of every weight too small for fp16; the probes decide whether that matters.
         warnings.simplefilter("ignore", UserWarning)
         converted: onnx.ModelProto = float16.convert_float_to_float16(
-            model, keep_io_types=True, disable_shape_infer=True, node_block_list=sorted(head)
+            model,
+            keep_io_types=True,
+            disable_shape_infer=True,
+            node_block_list=sorted(head | _exact_nodes(model)),
         )
+    _straighten(converted)
     return converted
+
+
+def _straighten(model: onnx.ModelProto) -> None:
+    """Undo what the fp16 converter does between two nodes it leaves in fp32: to fp16 and back.
+
+    It also casts a value as often as it is used, each time under the same name.
+    """
+    nodes = list({node.name: node for node in model.graph.node}.values())
+    makers = {output: node for node in nodes for output in node.output}
+    straight = {}
+    for node in nodes:
+        before = makers.get(node.input[0]) if node.op_type == "Cast" else None
+        if (
+            before is not None
+            and before.op_type == "Cast"
+            and before.name.endswith("_to_fp16_node")
+        ):
+            straight[node.output[0]] = before.input[0]
+    for node in nodes:
+        for place, name in enumerate(node.input):
+            node.input[place] = straight.get(name, name)
+    used = {name for node in nodes for name in node.input} | {o.name for o in model.graph.output}
+    del model.graph.node[:]
+    model.graph.node.extend(node for node in nodes if used & set(node.output))
+
+
+def _exact_nodes(model: onnx.ModelProto) -> set[str]:
+    """Names of nodes that fp16 would break, small as they are.
+
+    Rotary angles, up to a position's number: beyond 2,048 fp16 has whole numbers only. And the mean
+    square of an RMS norm, beyond fp16's range where an activation is above 256.
+    """
+    makers = {output: node for node in model.graph.node for output in node.output}
+    found: set[str] = set()
+
+    def add(node: onnx.NodeProto, last: frozenset[str]) -> None:
+        if node.name in found:
+            return
+        found.add(node.name)
+        for name in node.input if node.op_type not in last else ():
+            if name in makers:
+                add(makers[name], last)
+
+    for node in model.graph.node:
+        if node.op_type in ("Cos", "Sin"):
+            add(node, frozenset())
+        elif node.op_type == "Sqrt":
+            add(node, frozenset({"Pow"}))
+    return found
 
 
 @contextmanager

@@ -4,9 +4,9 @@ onnxruntime's own dynamic quantization takes one activation scale over a whole p
 pair's score depends on its neighbours, and one large value coarsens all others. Here
 
 1. every token (row of the activations) gets its own scale, so that a batch changes nothing;
-2. activations that come from a layer norm, where a few channels are far larger than the rest, are
-   first evened out: channel j is divided by s_j and row j of the weights multiplied by it, with
-   s_j = sqrt(max |x_j| / max |w_j|) (SmoothQuant, arXiv 2211.10438, with alpha = 0.5);
+2. activations that come from a layer or RMS norm, where a few channels are far larger than the
+   rest, are first evened out: channel j is divided by s_j and row j of the weights multiplied by
+   it, with s_j = sqrt(max |x_j| / max |w_j|) (SmoothQuant, arXiv 2211.10438, with alpha = 0.5);
 3. weights are int8 with one scale a column, embedding tables int8 with one scale a row.
 
 benchmarks/int8.py holds speed, fidelity and dependence on the batch against onnxruntime's ways.
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from qrank.converters.graph_file import save_graph
 from qrank.extras import need
-from qrank.work import Work, feed
+from qrank.work import Work, feed, no_prefix
 
 if TYPE_CHECKING:
     import onnx
@@ -46,9 +46,9 @@ def quantize(model: onnx.ModelProto, *, keep: set[str], calibration: Work) -> No
 
 
 def _channel_maxima(model: onnx.ModelProto, calibration: Work) -> dict[str, Floats]:
-    """max |x_j| over all calibration tokens, for every layer norm's output."""
+    """max |x_j| over all calibration tokens, for every norm's output."""
     onnx, ort = need("onnx"), need("onnxruntime")
-    names = [n.output[0] for n in model.graph.node if n.op_type == "LayerNormalization"]
+    names = _normalized(model)
     outputs = list(model.graph.output)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     settings = ort.SessionOptions()
@@ -59,14 +59,26 @@ def _channel_maxima(model: onnx.ModelProto, calibration: Work) -> dict[str, Floa
         session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     maxima: dict[str, Floats] = {}
     wanted = [i.name for i in session.get_inputs()]
+    bare = next((no_prefix(i.shape) for i in session.get_inputs() if i.name == "prefix"), {})
     for i in range(len(calibration)):
-        found = session.run(names, feed(wanted, calibration.take(np.array([i]))))
+        found = session.run(names, feed(wanted, calibration.take(np.array([i])), more=bare))
         for name, values in zip(names, found, strict=True):
             largest = np.abs(values).reshape(-1, values.shape[-1]).max(axis=0)
             maxima[name] = np.maximum(maxima.get(name, largest), largest)
     del model.graph.output[:]
     model.graph.output.extend(outputs)
     return maxima
+
+
+def _normalized(model: onnx.ModelProto) -> list[str]:
+    """Outputs of layer norms, and of what ends an RMS norm: a product with a vector of weights."""
+    vectors = {i.name for i in model.graph.initializer if len(i.dims) == 1 and i.dims[0] > 1}
+    return [
+        node.output[0]
+        for node in model.graph.node
+        if node.op_type == "LayerNormalization"
+        or (node.op_type == "Mul" and vectors & set(node.input))
+    ]
 
 
 class _Quantizer:
@@ -123,7 +135,7 @@ class _Quantizer:
         return False
 
     def _smoothing(self) -> dict[str, Floats]:
-        """s of every layer norm's output that is multiplied by weights; shape [channels]."""
+        """s of every norm's output that is multiplied by weights; shape [channels]."""
         largest: dict[str, Floats] = {}
         for node in self._model.graph.node:
             x = node.input[0] if node.op_type == "MatMul" else None

@@ -1,7 +1,8 @@
 """A checkpoint -> an OpenVINO graph that gives one logit a pair.
 
-One way for every family: the ONNX graph of `converters/onnx.py`, read by OpenVINO, compressed or
-quantized by NNCF. docs/benchmarks.md holds it against optimum-intel's way.
+The ONNX graph of `converters/onnx.py`, read by OpenVINO, compressed or quantized by NNCF; of
+decoder families by `converters/openvino_weights.py`. docs/benchmarks.md holds it against
+optimum-intel's way.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from qrank.converters.checkpoint import Checkpoint
 from qrank.converters.logs import errors_only
 from qrank.converters.onnx import HEAD, export
+from qrank.converters.openvino_weights import shrink
 from qrank.errors import ConversionError
 from qrank.extras import need
 from qrank.work import Work, feed
@@ -29,6 +31,16 @@ if TYPE_CHECKING:
 PRECISIONS = ("int8", "int8-full", "fp16")
 MODULES = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "openvino", "nncf")
 """What converting and verifying takes."""
+
+
+_LENGTHS = {
+    "input_ids": (1, 1),
+    "attention_mask": (1, 1),
+    "token_type_ids": (1, 1),
+    "prefix": (3, 0),
+    "keep": (0, 0),
+}
+"""Which of an input's dimensions is a length, and the least it may be."""
 
 
 def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work) -> str:
@@ -45,21 +57,32 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: W
         "": there is nothing to add to the precision's name.
 
     Raises:
-        ConversionError: the graph cannot be exported, or what was written is not whole.
+        ConversionError: the graph cannot be exported, or what was written is not whole; or
+            `int8-full` of a decoder family.
     """
     ov = need("openvino")
+    if precision == "int8-full" and checkpoint.family.decoder:
+        raise ConversionError(
+            "int8-full is for encoder families: one scale for all activations does not fit the few "
+            "very large ones of causal language models. Take int8, whose activations are quantized "
+            "as they come"
+        )
     with TemporaryDirectory(dir=folder.parent) as temporary:
         path = Path(temporary) / "model.onnx"
-        export(checkpoint.load(), checkpoint.family, path, in_one_file=False)
-        graph = ov.convert_model(path)
+        model = checkpoint.load(lean=True)
+        decoder = checkpoint.family.decoder
+        export(model, checkpoint.family, path, in_one_file=False, optimize=not decoder)
+        del model
+        graph = ov.Core().read_model(path) if decoder else ov.convert_model(path)
         _bound(graph, checkpoint.family.max_length)
-        head = head_nodes(graph)
-        if precision == "fp16":
-            _half(graph, head)
+        if decoder:
+            shrink(graph, precision)
+        elif precision == "fp16":
+            _half(graph, head_nodes(graph))
         elif precision == "int8":
-            graph = _compress(graph, head)
+            graph = _compress(graph, head_nodes(graph))
         else:
-            graph = _quantize(graph, head, calibration)
+            graph = _quantize(graph, head_nodes(graph), calibration)
         # Weights are in the precision they shall have: nothing else, like the head's, shrinks.
         ov.save_model(graph, folder / "model.xml", compress_to_fp16=False)
     check(folder / "model.xml")
@@ -109,8 +132,14 @@ def check(path: Path) -> None:
 def _bound(graph: openvino.Model, longest: int) -> None:
     """Write the limit into the graph's inputs: no runtime may pad beyond it."""
     ov = need("openvino")
-    shape = ov.PartialShape([ov.Dimension(-1), ov.Dimension(1, longest)])
-    graph.reshape({i.any_name: shape for i in graph.inputs})
+    shapes = {}
+    for node in graph.inputs:
+        shape = ov.PartialShape(node.partial_shape)
+        if node.any_name in _LENGTHS:
+            place, least = _LENGTHS[node.any_name]
+            shape[place] = ov.Dimension(least, longest)
+        shapes[node.any_name] = shape
+    graph.reshape(shapes)
 
 
 def _half(graph: openvino.Model, head: set[str]) -> None:

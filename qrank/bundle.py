@@ -28,7 +28,7 @@ from qrank.work import Logits, Work
 
 MANIFEST = "qrank.json"
 TOKENIZER = "tokenizer.json"
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)

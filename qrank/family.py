@@ -8,17 +8,21 @@ the checkpoint or the card is needed to score.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qrank.errors import FamilyError
+from qrank.errors import FamilyError, InputError
 
 ACTIVATIONS = ("identity", "sigmoid")
-ROLES = ("cls", "sep")
-SLOTS = ("query", "document")
+ROLES = ("bos", "cls", "sep")
+SLOTS = ("query", "document", "instruction")
 
-POOLINGS = ("pooler", "cls", "mean")
+POOLINGS = ("pooler", "cls", "mean", "last")
+"""How final hidden states become one vector. `last`, the last token's, makes a decoder family."""
+
+_SLOT = re.compile(r"\{([a-z_]+)\}")
 
 
 @dataclass(frozen=True)
@@ -29,15 +33,25 @@ class Card:
         name: the family's name, as `--family` takes it.
         about: which models it reads, for people.
         architectures: values of `architectures` in the checkpoint's config.json it reads.
-        template: the pair as a list of `{query}`, `{document}` and special-token roles (`{cls}`,
-            `{sep}`), which the checkpoint's tokenizer configuration resolves.
+        template: the prompt as a list of items, each tokenized by itself: special tokens, as roles
+            (`{cls}`, `{sep}`, `{bos}`) or spelled out, and text, with `{query}` and `{document}`
+            each once, and `{instruction}`. `{document}` ends its item: it is what is cut. Items of
+            encoder families are roles and slots alone.
         segments: the token type of each template item where the config has two or more types
             (`type_vocab_size`); empty for families without token types.
-        pooling: `pooler` (first token, dense, tanh), `cls` (first token), or the name of the
-            config's key that says `cls` or `mean`.
+        pooling: `pooler` (first token, dense, tanh), `cls` (first token), `last` (last token, of a
+            causal model), or the name of the config's key that says `cls` or `mean`.
         positions_after_pad: whether positions are counted from `pad_token_id + 1` (RoBERTa), so
             that the longest input is that much shorter than `max_position_embeddings`.
         activation: what the published scores went through, unless the checkpoint names another.
+        temperature: what logits are divided by before that.
+        instruction: what stands at `{instruction}` where the caller gives none.
+        instructed: the template with an instruction, where it is another.
+        labels: of a causal language model: the token that says "relevant", and the one that says
+            "not", if the score is the difference of the two.
+        max_length: tokens the model was made for, where its config knows a larger number.
+        models: hub ids. A decoder family has architectures that chat models have too: it reads
+            these, and what `--family` says.
     """
 
     name: str
@@ -48,6 +62,12 @@ class Card:
     activation: str
     segments: tuple[int, ...] = ()
     positions_after_pad: bool = False
+    temperature: float = 1.0
+    instruction: str = ""
+    instructed: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    max_length: int | None = None
+    models: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, text: str, where: str) -> Card:
@@ -74,27 +94,35 @@ class Card:
             )
         if missing := sorted(required - content.keys()):
             raise FamilyError(f"{where} lacks: {', '.join(missing)}")
-        for key, kind in (("architectures", str), ("template", str), ("segments", int)):
-            value = content.get(key, [])
-            if not isinstance(value, list) or not all(type(item) is kind for item in value):
-                raise FamilyError(f"{where}: {key} must be a list of {kind.__name__}, not {value}")
-            content[key] = tuple(value)
-        for key in ("name", "about", "pooling", "activation"):
-            if not isinstance(content[key], str):
-                raise FamilyError(f"{where}: {key} must be a string, not {content[key]!r}")
-        if not isinstance(content.get("positions_after_pad", False), bool):
-            raise FamilyError(f"{where}: positions_after_pad must be true or false")
+        for key, value in content.items():
+            if (kind := _LISTS.get(key)) is not None:
+                if not isinstance(value, list) or not all(type(item) is kind for item in value):
+                    raise FamilyError(
+                        f"{where}: {key} must be a list of {kind.__name__}, not {value}"
+                    )
+                content[key] = tuple(value)
+            elif type(value) not in _SINGLES[key]:
+                kinds = " or ".join(kind.__name__ for kind in _SINGLES[key])
+                raise FamilyError(f"{where}: {key} must be {kinds}, not {value!r}")
         card = cls(**content)
-        card._check(where)
+        card.check(where)
         return card
 
-    def _check(self, where: str) -> None:
-        items = [f"{{{name}}}" for name in (*ROLES, *SLOTS)]
-        if bad := [item for item in self.template if item not in items]:
-            raise FamilyError(f"{where}: template has {bad}; its items are: {', '.join(items)}")
-        for slot in SLOTS:
-            if self.template.count(f"{{{slot}}}") != 1:
-                raise FamilyError(f"{where}: template must hold {{{slot}}} exactly once")
+    def check(self, where: str) -> None:
+        """See that the keys fit together.
+
+        Raises:
+            FamilyError: they do not; it begins with `where`.
+        """
+        for template in filter(None, (self.template, self.instructed)):
+            self._check_template(template, where)
+        if self.instructed and "{instruction}" not in "".join(self.instructed):
+            raise FamilyError(f"{where}: instructed must hold {{instruction}}")
+        if bool(self.instruction) != ("{instruction}" in "".join(self.template)):
+            raise FamilyError(
+                f"{where}: instruction is what {{instruction}} in template is where nobody gives "
+                "one; they go together"
+            )
         if self.segments and len(self.segments) != len(self.template):
             raise FamilyError(
                 f"{where}: segments has {len(self.segments)} items and template "
@@ -104,6 +132,62 @@ class Card:
             raise FamilyError(
                 f"{where}: activation is {self.activation!r}; known are: {', '.join(ACTIVATIONS)}"
             )
+        if not self.temperature > 0:
+            raise FamilyError(f"{where}: temperature is {self.temperature}; it must be above 0")
+        if (len(self.labels) in (1, 2)) != (self.pooling == "last"):
+            raise FamilyError(
+                f"{where}: labels are one or two tokens where pooling is last, and none elsewhere"
+            )
+
+    def _check_template(self, template: tuple[str, ...], where: str) -> None:
+        names = [name for item in template for name in _SLOT.findall(item)]
+        if bad := [name for name in names if name not in (*ROLES, *SLOTS)]:
+            raise FamilyError(
+                f"{where}: template has {bad}; known are: "
+                f"{', '.join(f'{{{name}}}' for name in (*ROLES, *SLOTS))}"
+            )
+        for slot in ("query", "document"):
+            if names.count(slot) != 1:
+                raise FamilyError(f"{where}: template must hold {{{slot}}} exactly once")
+        for item in template:
+            if "{document}" in item and not item.endswith("{document}"):
+                raise FamilyError(
+                    f"{where}: {item!r} goes on behind {{document}}, which is what is cut; "
+                    "make two items of it"
+                )
+            if {"query", "document"} <= set(_SLOT.findall(item)):
+                raise FamilyError(f"{where}: {item!r} holds both {{query}} and {{document}}")
+            alone = item in [f"{{{name}}}" for name in (*ROLES, *SLOTS)]
+            if not alone and (self.pooling != "last" or set(_SLOT.findall(item)) & set(ROLES)):
+                raise FamilyError(
+                    f"{where}: template has {item!r}; roles stand alone, and only where pooling is "
+                    "last is there text"
+                )
+
+
+_LISTS = {
+    "architectures": str,
+    "template": str,
+    "segments": int,
+    "instructed": str,
+    "labels": str,
+    "models": str,
+}
+_SINGLES: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "about": (str,),
+    "pooling": (str,),
+    "activation": (str,),
+    "positions_after_pad": (bool,),
+    "temperature": (int, float),
+    "instruction": (str,),
+    "max_length": (int,),
+}
+
+
+def fill(item: str, **texts: str) -> str:
+    """A template's text item with texts in its slots; what they hold is not looked at."""
+    return _SLOT.sub(lambda found: texts.get(found[1], found[0]), item)
 
 
 def cards() -> list[Card]:
@@ -114,15 +198,17 @@ def cards() -> list[Card]:
     return sorted((Card.read(f.read_text("utf-8"), f.name) for f in files), key=lambda c: c.name)
 
 
-def find_card(family: str | None, config: dict[str, Any]) -> Card:
+def find_card(family: str | None, config: dict[str, Any], hub_id: str | None = None) -> Card:
     """The card that reads a checkpoint: the one named, or the one its config.json matches.
 
     Args:
         family: a card's name, or the path of a user's own card (`*.toml`); None to match.
         config: the checkpoint's config.json.
+        hub_id: where it was downloaded from.
 
     Raises:
-        FamilyError: no such card, or no card reads this architecture.
+        FamilyError: no such card, no card reads this architecture, or it may as well be a chat
+            model's.
     """
     found = config.get("architectures") or []
     if family is not None and family.endswith(".toml"):
@@ -139,9 +225,16 @@ def find_card(family: str | None, config: dict[str, Any]) -> Card:
             f"no family {family!r}; known are: {', '.join(c.name for c in known)}, "
             "or give the path of your own card (*.toml)"
         )
-    for card in known:
-        if any(name in card.architectures for name in found):
+    readers = [card for card in known if set(card.architectures) & set(found)]
+    for card in readers:
+        if card.pooling != "last" or hub_id in card.models:
             return card
+    if readers:
+        raise FamilyError(
+            f"{', '.join(found)} is what chat models are, too: nothing in this checkpoint says "
+            "that it is a reranker, and how it is asked. If it is one, say which with --family: "
+            f"{', '.join(card.name for card in readers)}"
+        )
     supported = ", ".join(name for card in known for name in card.architectures)
     raise FamilyError(
         f"config.json names the architecture {', '.join(found) or '(none)'}; "
@@ -156,11 +249,16 @@ class Family:
     Attributes:
         name: the card's name.
         architecture: the transformers class that is the reference.
-        template: the pair as token ids and the slots "query" and "document".
+        template: the prompt: token ids, and texts with slots, each tokenized by itself.
         segments: the token type of each template item; None without token types.
         max_length: tokens the model reads, special tokens included.
         pooling: how the final hidden states become one vector: one of POOLINGS.
         activation: what scores go through.
+        temperature: what logits are divided by before that.
+        instruction: the default for `{instruction}`; "" where the template has none.
+        instructed: the template with an instruction, where it is another; None elsewhere.
+        labels: token ids of a causal language model's score: the logit of the first, less that of
+            the second, if there is one. Empty for models with a score head.
     """
 
     name: str
@@ -170,6 +268,29 @@ class Family:
     max_length: int
     pooling: str
     activation: str
+    temperature: float = 1.0
+    instruction: str = ""
+    instructed: tuple[int | str, ...] | None = None
+    labels: tuple[int, ...] = ()
+
+    @property
+    def decoder(self) -> bool:
+        """Whether it is a causal model: all that stands before the documents is computed once."""
+        return self.pooling == "last"
+
+    def asked(self, instruction: str | None) -> tuple[tuple[int | str, ...], str]:
+        """The template for an instruction, None being the default, and what stands in it.
+
+        Raises:
+            InputError: the family has no place for an instruction.
+        """
+        if instruction is None:
+            return self.template, self.instruction
+        if self.instructed is not None:
+            return self.instructed, instruction
+        if not self.instruction:
+            raise InputError(f"models of family {self.name} take no instruction")
+        return self.template, instruction
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest holds it."""
@@ -178,11 +299,5 @@ class Family:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Family:
         """The inverse of `to_json`."""
-        segments = content["segments"]
-        return cls(
-            **{
-                **content,
-                "template": tuple(content["template"]),
-                "segments": None if segments is None else tuple(segments),
-            }
-        )
+        tuples = {key: tuple(v) for key, v in content.items() if isinstance(v, list)}
+        return cls(**{**content, **tuples})

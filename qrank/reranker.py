@@ -47,9 +47,10 @@ class Ranking:
 
 
 class _Item(NamedTuple):
-    """One model input: (a part of) a document beside its query."""
+    """One model input: (a part of) a document beside its query; `ids` follow the prefix."""
 
     owner: int
+    prefix: Ids
     ids: Ids
     segments: Segments | None
     truncated: bool
@@ -72,6 +73,7 @@ class Reranker:
         threads: int | None = None,
         execution: str | None = None,
         max_length: int | None = None,
+        family: str | None = None,
     ) -> None:
         """Load a bundle.
 
@@ -88,6 +90,8 @@ class Reranker:
             execution: arithmetic to compute in where the backend leaves a choice (openvino):
                 `fp32`, `bf16` or `fp16`. None: the fastest that reproduces the probes here.
             max_length: tokens a pair may have. None: what the model reads.
+            family: with backend `torch`: the card that reads the checkpoint, by name or file, where
+                nothing in it tells. A bundle knows its own.
 
         Raises:
             QrankError: see `qrank.errors`; the message says what to do.
@@ -96,13 +100,18 @@ class Reranker:
             raise InputError(f"threads is {threads}; it must be 1 or more")
         tokenizer: Path | str
         if backend is not None and backend.partition("-")[0] == "torch":
-            folder, self.manifest, tokenizer = backends.module("torch").as_bundle(str(model))
+            torch = backends.module("torch")
+            folder, self.manifest, tokenizer = torch.as_bundle(str(model), family)
         else:
+            if family is not None:
+                raise InputError("family is for checkpoints (backend torch); a bundle has its own")
             folder = locate(model)
             self.manifest, tokenizer = Manifest.load(folder), folder / TOKENIZER
         self.target: Target = choose(self.manifest, backend, device)
         check_files(folder, {**self.manifest.files, **self.target.variant.files})
-        self._options = backends.Options(threads or backends.processors(), execution)
+        self._options = backends.Options(
+            threads or backends.processors(), execution, family=self.manifest.family
+        )
         self._encoder = Encoder(
             tokenizer,
             self.manifest.family,
@@ -128,6 +137,7 @@ class Reranker:
         documents: Sequence[str],
         *,
         top_k: int | None = None,
+        instruction: str | None = None,
         long_documents: LongDocuments = "truncate",
     ) -> list[Ranking]:
         """Order documents by relevance, most relevant first; equal ones keep their order.
@@ -136,11 +146,14 @@ class Reranker:
             query: cut with a warning (logger "qrank") where it alone exceeds the limit.
             documents: any number; empty and blank ones are scored like any other.
             top_k: keep only so many. None: all.
+            instruction: what "relevant" means here, for families that take one (Qwen3-Reranker,
+                zerank, mxbai-rerank-v2). None: the family's own, or none.
             long_documents: what becomes of a document that does not fit: `truncate` reads its
                 beginning, `chunk` scores overlapping parts and keeps the best.
 
         Raises:
-            InputError: an argument is out of its range, or a document is no string.
+            InputError: an argument is out of its range, a document is no string, or the family
+                takes no instruction.
             TargetError: the backend failed, or gave a number that is not finite.
         """
         if top_k is not None and top_k < 0:
@@ -150,10 +163,11 @@ class Reranker:
         documents = list(documents)
         if not documents:
             return []
-        items = self._items([(query, document) for document in documents], long_documents)
+        pairs = [(query, document) for document in documents]
+        items = self._items(pairs, instruction, long_documents)
         logits = self._logits(items)
         best = _best_items([item.owner for item in items], logits)
-        scores = activation.activate(logits, self.manifest.family.activation)
+        scores = self._scores(logits)
         # Stable, and on logits: scores may tie where an activation saturates.
         order = sorted(best, key=lambda i: -logits[i])[:top_k]
         return [
@@ -174,6 +188,7 @@ class Reranker:
         pairs: Iterable[tuple[str, str]],
         *,
         raw: Literal[False] = False,
+        instruction: str | None = None,
         long_documents: LongDocuments = "truncate",
     ) -> activation.Scores: ...
 
@@ -183,6 +198,7 @@ class Reranker:
         pairs: Iterable[tuple[str, str]],
         *,
         raw: Literal[True],
+        instruction: str | None = None,
         long_documents: LongDocuments = "truncate",
     ) -> Logits: ...
 
@@ -191,6 +207,7 @@ class Reranker:
         pairs: Iterable[tuple[str, str]],
         *,
         raw: bool = False,
+        instruction: str | None = None,
         long_documents: LongDocuments = "truncate",
     ) -> activation.Scores | Logits:
         """Score (query, document) pairs, in the caller's order.
@@ -198,6 +215,7 @@ class Reranker:
         Args:
             pairs: queries may differ.
             raw: logits instead of scores.
+            instruction: as for `rank`.
             long_documents: as for `rank`.
 
         Returns:
@@ -206,12 +224,12 @@ class Reranker:
         Raises:
             InputError, TargetError: as for `rank`.
         """
-        items = self._items(list(pairs), long_documents)
+        items = self._items(list(pairs), instruction, long_documents)
         if not items:
             return np.empty(0, np.float32) if raw else np.empty(0, np.float64)
         logits = self._logits(items)
         logits = logits[_best_items([item.owner for item in items], logits)]
-        return logits if raw else activation.activate(logits, self.manifest.family.activation)
+        return logits if raw else self._scores(logits)
 
     def close(self) -> None:
         """Free the model; using the reranker again loads it again."""
@@ -245,7 +263,13 @@ class Reranker:
                 )
             return self._backend
 
-    def _items(self, pairs: list[tuple[str, str]], long_documents: str) -> list[_Item]:
+    def _scores(self, logits: Logits) -> activation.Scores:
+        family = self.manifest.family
+        return activation.activate(logits, family.activation, family.temperature)
+
+    def _items(
+        self, pairs: list[tuple[str, str]], instruction: str | None, long_documents: str
+    ) -> list[_Item]:
         if long_documents not in ("truncate", "chunk"):
             raise InputError(f"long_documents is {long_documents!r}; give 'truncate' or 'chunk'")
         for i, item in enumerate(pairs):
@@ -255,32 +279,37 @@ class Reranker:
                 if not isinstance(text, str):
                     raise InputError(f"{kind} {i} is {type(text).__name__}, not a string")
         encoder = self._encoder
-        queries = {query: encoder.query(query) for query in dict.fromkeys(q for q, _ in pairs)}
+        queries = dict.fromkeys(query for query, _ in pairs)
+        prompts = {query: encoder.prompt(query, instruction) for query in queries}
         texts = dict.fromkeys(document for _, document in pairs)
-        documents = dict(zip(texts, encoder.ids(list(texts)), strict=True))
+        found = encoder.documents(list(texts), instruction)
+        documents = dict(zip(texts, found, strict=True))
         items = []
         for owner, (query, document) in enumerate(pairs):
-            query_ids, ids = queries[query], documents[document]
-            room = encoder.room(query_ids)
+            prompt, ids = prompts[query], documents[document]
+            room = prompt.room
             if len(ids) <= room or long_documents == "truncate":
-                pair = encoder.pair(query_ids, ids[:room])
-                items.append(_Item(owner, *pair, truncated=len(ids) > room, part=None))
+                pair = encoder.pair(prompt, ids[:room])
+                items.append(
+                    _Item(owner, prompt.prefix, *pair, truncated=len(ids) > room, part=None)
+                )
             else:
-                for chunk in encoder.chunks(document, room):
-                    pair = encoder.pair(query_ids, chunk.ids)
+                for chunk in encoder.chunks(document, prompt):
+                    pair = encoder.pair(prompt, chunk.ids)
                     part = (chunk.start, chunk.end)
-                    items.append(_Item(owner, *pair, truncated=False, part=part))
+                    items.append(_Item(owner, prompt.prefix, *pair, truncated=False, part=part))
         return items
 
     def _logits(self, items: list[_Item]) -> Logits:
-        sequences = [item.ids for item in items]
-        segments = [item.segments for item in items if item.segments is not None]
-        logits = self._ready().logits(Work(sequences, segments or None))
-        logits = np.asarray(logits, np.float32)
-        if logits.shape != (len(items),):
-            raise TargetError(
-                f"{self.target.name} gave logits of shape {logits.shape} for {len(items)} inputs"
-            )
+        backend = self._ready()
+        logits = np.empty(len(items), np.float32)
+        for places, work in _works(items):
+            found = np.asarray(backend.logits(work), np.float32)
+            if found.shape != (len(work),):
+                raise TargetError(
+                    f"{self.target.name} gave logits of shape {found.shape} for {len(work)} inputs"
+                )
+            logits[places] = found
         if not np.isfinite(logits).all():
             bad = items[int(np.flatnonzero(~np.isfinite(logits))[0])].owner
             raise TargetError(
@@ -288,6 +317,29 @@ class Reranker:
                 "no ranking can be made of that. Name another variant or device"
             )
         return logits
+
+
+def _works(items: list[_Item]) -> list[tuple[list[int], Work]]:
+    """Items as work, with their places: those of a prefix together, if there are several.
+
+    A prefix of one item's own is no gain, and works run one after the other.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for place, item in enumerate(items):
+        groups.setdefault(item.prefix.tobytes(), []).append(place)
+    shared = [places for prefix, places in groups.items() if prefix and len(places) > 1]
+    taken = {place for places in shared for place in places}
+    single = [place for place in range(len(items)) if place not in taken]
+    works = []
+    if single:
+        chosen = [items[place] for place in single]
+        segments = [item.segments for item in chosen if item.segments is not None]
+        sequences = [np.concatenate((item.prefix, item.ids)) for item in chosen]
+        works.append((single, Work(sequences, segments or None)))
+    for places in shared:
+        chosen = [items[place] for place in places]
+        works.append((places, Work([item.ids for item in chosen], prefix=chosen[0].prefix)))
+    return works
 
 
 _living: weakref.WeakSet[Reranker] = weakref.WeakSet()

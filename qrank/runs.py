@@ -111,9 +111,10 @@ class RunReranker:
         reranker: Reranker,
         *,
         top_k: int | None = None,
+        instruction: str | None = None,
         long_documents: LongDocuments = "truncate",
     ) -> Iterator[list[str]]:
-        """The reranked run, a query at a time, as lines without line ends.
+        """The reranked run, a query at a time, as lines without line ends; see `Reranker.rank`.
 
         Scores are logits: an evaluator sorts by them, and an activation may tie what they order.
         """
@@ -121,7 +122,11 @@ class RunReranker:
             identities = [line.document for line in lines]
             texts = [self._documents[identity] for identity in identities]
             ranking = reranker.rank(
-                self._queries[query], texts, top_k=top_k, long_documents=long_documents
+                self._queries[query],
+                texts,
+                top_k=top_k,
+                instruction=instruction,
+                long_documents=long_documents,
             )
             yield [
                 f"{query} Q0 {identities[item.index]} {rank} {item.logit:.6f} {TAG}"

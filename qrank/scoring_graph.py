@@ -1,12 +1,46 @@
-"""The torch module that is exported: token ids in, one logit a sequence out.
+"""The torch modules that are exported: token ids in, one logit a sequence out.
 
 Imported by converters and the torch backend alone: it needs torch.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qrank.family import Family
+
+
+def scorer(model: PreTrainedModel, family: Family) -> EncoderScorer | DecoderScorer:
+    """The scoring graph of transformers' own model."""
+    if not family.decoder:
+        return EncoderScorer(model)
+    return DecoderScorer(model, head_row(model, family))
+
+
+def input_names(family: Family) -> list[str]:
+    """What a family's scoring graph takes, in its order."""
+    if family.decoder:
+        return ["input_ids", "last", "prefix", "keep"]
+    types = [] if family.segments is None else ["token_type_ids"]
+    return ["input_ids", "attention_mask", *types]
+
+
+def head_row(model: PreTrainedModel, family: Family) -> torch.Tensor:
+    """A decoder's whole score head, fp32 of shape [hidden].
+
+    Of a causal language model the row of its first label, less that of its second, if there is one:
+    the logits of no other token matter.
+    """
+    if not family.labels:
+        rows: torch.Tensor = model.score.weight.float()
+    else:
+        rows = model.get_output_embeddings().weight[list(family.labels)].float()
+    return rows[0] - rows[1:].sum(0)
 
 
 class EncoderScorer(torch.nn.Module):
@@ -33,3 +67,90 @@ class EncoderScorer(torch.nn.Module):
             inputs["token_type_ids"] = token_type_ids
         logits: torch.Tensor = self.model(**inputs).logits
         return logits.float()
+
+
+class DecoderScorer(torch.nn.Module):
+    """A causal model that scores at its last token, behind a prefix that was read before.
+
+    No padding mask is wanted: what is filled up on the right is seen by nobody to its left. There
+    is one graph for both uses: a prefix is read as a batch of one, `keep` naming all of its places;
+    then every batch is given what that returned, and keeps nothing.
+
+    Inputs:
+        input_ids: int64 [batch, length].
+        last: int64 [batch], the place of each sequence's last token.
+        prefix: [layers, 2, heads, before, width], its keys and values; `before` may be 0.
+        keep: int64 [kept], places of the first sequence whose keys and values to return, if any.
+
+    Outputs:
+        logits: float32 [batch, 1].
+        present: [layers, 2, heads, kept, width].
+    """
+
+    def __init__(self, model: PreTrainedModel, head: torch.Tensor) -> None:
+        """Take over a model.
+
+        Args:
+            model: transformers' own.
+            head: the score's row, float32 [hidden].
+        """
+        super().__init__()
+        self.model = model.base_model
+        self.head = torch.nn.Parameter(head.detach().clone(), requires_grad=False)
+
+    @property
+    def prefix_shape(self) -> tuple[int, ...]:
+        """Of no prefix at all."""
+        config = self.model.config
+        width = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        return config.num_hidden_layers, 2, config.num_key_value_heads, 0, width
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        last: torch.Tensor,
+        prefix: torch.Tensor,
+        keep: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the class."""
+        batch, length = input_ids.shape
+        before = prefix.shape[3]
+        places = torch.arange(length, device=input_ids.device) + before
+        seen = torch.arange(before + length, device=input_ids.device)[None] <= places[:, None]
+        lowest = torch.finfo(prefix.dtype).min
+        mask = torch.where(seen, 0.0, lowest).to(prefix.dtype)[None, None]
+        cache = _Cache(prefix, keep)
+        hidden = self.model(
+            input_ids=input_ids,
+            attention_mask=mask.expand(batch, 1, length, before + length),
+            position_ids=places[None].expand(batch, length),
+            past_key_values=cache,
+            use_cache=False,
+        ).last_hidden_state
+        index = last[:, None, None].expand(batch, 1, hidden.shape[2])
+        final = hidden.gather(1, index)[:, 0].float()
+        # No matrix product: what quantizes those leaves this one row alone.
+        return (final * self.head).sum(1, keepdim=True), torch.stack(cache.kept)
+
+
+class _Cache:
+    """What transformers' attention asks for keys and values: the prefix's, then its own."""
+
+    def __init__(self, prefix: torch.Tensor, keep: torch.Tensor) -> None:
+        self._prefix = prefix
+        self._keep = keep
+        self.kept: list[torch.Tensor] = []
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both of shape [batch, heads, length, width]; the prefix's come in front."""
+        self.kept.append(torch.stack((keys[0], values[0])).index_select(2, self._keep))
+        before = self._prefix[layer][:, None].expand(2, keys.shape[0], -1, -1, -1)
+        return torch.cat((before[0], keys), 2), torch.cat((before[1], values), 2)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Tokens of the prefix."""
+        return self._prefix.shape[3]

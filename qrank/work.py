@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +28,13 @@ class Work:
     Attributes:
         sequences: token ids, ragged and unpadded, special tokens included.
         segments: token types alongside `sequences`; None for families without them.
+        prefix: token ids that every sequence begins with, and that are not repeated in
+            `sequences`: of causal models, which need to read them once.
     """
 
     sequences: list[Ids]
     segments: list[Segments] | None = None
+    prefix: Ids = field(default_factory=lambda: np.empty(0, np.int32))
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -46,13 +50,22 @@ class Work:
         return Work(
             [self.sequences[i] for i in indices],
             None if segments is None else [segments[i] for i in indices],
+            self.prefix,
         )
+
+    def whole(self) -> Work:
+        """The same with the prefix repeated in every sequence."""
+        if not len(self.prefix):
+            return self
+        return Work([np.concatenate((self.prefix, s)) for s in self.sequences])
 
 
 def padded(work: Work, length: int | None = None) -> dict[str, NDArray[np.int64]]:
-    """A scoring graph's inputs by name, in the order it takes them; each of shape [n, length].
+    """What scoring graphs may take, by name.
 
-    Ids and types are filled up with 0, which the mask, 1 where a token is, hides.
+    `input_ids`, `attention_mask` and, with segments, `token_type_ids` are of shape [n, length]; ids
+    and types are filled up with 0, which the mask, 1 where a token is, hides. `last`, of shape [n],
+    is each sequence's last token's place.
 
     Args:
         work: what to score.
@@ -60,24 +73,44 @@ def padded(work: Work, length: int | None = None) -> dict[str, NDArray[np.int64]
     """
     lengths = work.lengths
     mask = (np.arange(length or lengths.max()) < lengths[:, None]).astype(np.int64)
-    inputs = {"input_ids": _filled(work.sequences, mask.shape), "attention_mask": mask}
+    inputs = {
+        "input_ids": _filled(work.sequences, mask.shape),
+        "attention_mask": mask,
+        "last": lengths - 1,
+    }
     if work.segments is not None:
         inputs["token_type_ids"] = _filled(work.segments, mask.shape)
     return inputs
 
 
 def feed(
-    names: Iterable[str], work: Work, length: int | None = None
-) -> dict[str, NDArray[np.int64]]:
-    """`padded`, as a graph with inputs of these names takes it.
+    names: Iterable[str],
+    work: Work,
+    length: int | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """`padded`, and more inputs, as a graph with inputs of these names takes them, in its order.
 
     Raises:
         TargetError: the graph wants an input the work does not have.
     """
-    inputs, wanted = padded(work, length), list(names)
+    inputs, wanted = {**padded(work, length), **(more or {})}, list(names)
     if missing := [name for name in wanted if name not in inputs]:
         raise TargetError(f"the graph wants {', '.join(missing)}; the family has none")
     return {name: inputs[name] for name in wanted}
+
+
+def no_prefix(shape: Sequence[Any]) -> dict[str, NDArray[Any]]:
+    """What a decoder's graph is given where there is no prefix to read on, and none to keep.
+
+    Args:
+        shape: of the graph's input `prefix`, whose fourth number, its length, is not looked at.
+    """
+    layers, two, heads, _, width = shape
+    return {
+        "prefix": np.zeros((layers, two, heads, 0, width), np.float32),
+        "keep": np.empty(0, np.int64),
+    }
 
 
 def _filled(rows: Sequence[NDArray[np.signedinteger]], shape: tuple[int, ...]) -> NDArray[np.int64]:

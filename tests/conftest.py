@@ -14,6 +14,7 @@ os.environ["QRANK_CACHE"] = tempfile.mkdtemp(prefix="qrank-tests-")
 os.environ.pop("TOKENIZERS_PARALLELISM", None)
 
 import tiny
+import tiny_decoders
 from hypothesis import HealthCheck, settings
 
 from qrank import Reranker
@@ -31,12 +32,13 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Kind of checkpoint (a key of `tiny.CHECKPOINTS`) -> its folder. Read only."""
+    """Kind of checkpoint (a key of either `CHECKPOINTS`) -> its folder. Read only."""
     made: dict[str, Path] = {}
 
     def get(kind: str) -> Path:
         if kind not in made:
-            made[kind] = tiny.CHECKPOINTS[kind](tmp_path_factory.mktemp(kind) / "tiny")
+            make = (tiny.CHECKPOINTS | tiny_decoders.CHECKPOINTS)[kind]
+            made[kind] = make(tmp_path_factory.mktemp(kind) / "tiny")
         return made[kind]
 
     return get
@@ -52,7 +54,9 @@ def bundle_of(
     def get(kind: str) -> Path:
         if kind not in made:
             target = tmp_path_factory.mktemp(f"{kind}-bundle") / "tiny-qrank"
-            made[kind], _ = convert(str(checkpoint_of(kind)), tiny.VARIANTS, target)
+            family = tiny_decoders.FAMILIES.get(kind)
+            variants = tiny_decoders.VARIANTS if family else tiny.VARIANTS
+            made[kind], _ = convert(str(checkpoint_of(kind)), variants, target, family=family)
         return made[kind]
 
     return get
@@ -60,7 +64,14 @@ def bundle_of(
 
 @pytest.fixture(scope="session", params=list(tiny.CHECKPOINTS))
 def kind(request: pytest.FixtureRequest) -> str:
-    """Each kind of checkpoint in turn."""
+    """Each kind of encoder checkpoint in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="session", params=list(tiny_decoders.CHECKPOINTS))
+def decoder(request: pytest.FixtureRequest) -> str:
+    """Each kind of decoder checkpoint in turn."""
     name: str = request.param
     return name
 

@@ -70,6 +70,12 @@ def reference(folder: Path) -> tuple[Logits, tuple[int, ...]]:
     return np.array(logits, np.float32), tuple(lengths)
 
 
+def shared(lengths: tuple[int, ...]) -> int:
+    """How many batches of the CPU hold sequences of several lengths: padding is tested there."""
+    found = [{lengths[i] for i in batch} for batch in cut_padded(lengths, CPU_BATCH)]
+    return sum(len(batch) > 1 for batch in found)
+
+
 @pytest.mark.parametrize("row", tiny.VARIANTS, ids="-".join)
 def test_conformance(
     kind: str,
@@ -77,38 +83,45 @@ def test_conformance(
     checkpoint_of: Callable[[str], Path],
     bundle_of: Callable[[str], Path],
 ) -> None:
+    theirs, lengths = reference(checkpoint_of(kind))
+    assert min(lengths) <= 4
+    assert max(lengths) == tiny.MAX_LENGTH
+    assert shared(lengths) > 2
     format, precision = row
-    conforms(checkpoint_of(kind), bundle_of(kind), f"{format}-{precision}")
+    conforms(bundle_of(kind), f"{format}-{precision}", PAIRS, theirs, ALONE)
 
 
 def test_the_original_conforms(kind: str, checkpoint_of: Callable[[str], Path]) -> None:
     """By backend torch, which no conversion made."""
-    conforms(checkpoint_of(kind), checkpoint_of(kind), "torch-fp32")
+    theirs, _ = reference(checkpoint_of(kind))
+    conforms(checkpoint_of(kind), "torch-fp32", PAIRS, theirs, ALONE)
 
 
-def conforms(checkpoint: Path, model: Path, backend: str) -> None:
-    """The body: `model` on `backend` scores as the checkpoint does."""
+def conforms(
+    model: Path,
+    backend: str,
+    pairs: list[tuple[str, str]],
+    theirs: Logits,
+    alone_bounds: dict[str, float],
+    **options: str,
+) -> None:
+    """The body: `model` on `backend` scores pairs as the reference does, in whatever company."""
     precision = backend.partition("-")[2]
-    theirs, lengths = reference(checkpoint)
     scale = max(1.0, float(np.ptp(theirs)))
     assert np.ptp(theirs) > 1, "the reference's order means nothing"
-    assert min(lengths) <= 4
-    assert max(lengths) == tiny.MAX_LENGTH
-    shared = [{lengths[i] for i in batch} for batch in cut_padded(lengths, CPU_BATCH)]
-    assert sum(len(found) > 1 for found in shared) > 2, "no batch is padded"
 
-    with Reranker(model, backend=backend, threads=2) as reranker:
-        together = reranker.score(PAIRS, raw=True)
-        alone = np.concatenate([reranker.score([pair], raw=True) for pair in PAIRS])
-        backwards = reranker.score(PAIRS[::-1], raw=True)[::-1]
-        few = [PAIRS[i % len(PAIRS)] for i in (3, 9, 17)]
+    with Reranker(model, backend=backend, threads=2, **options) as reranker:  # type: ignore[arg-type]
+        together = reranker.score(pairs, raw=True)
+        alone = np.concatenate([reranker.score([pair], raw=True) for pair in pairs])
+        backwards = reranker.score(pairs[::-1], raw=True)[::-1]
+        few = [pairs[i % len(pairs)] for i in (3, 9, 17)]
         with ThreadPoolExecutor(64) as threads:
             crowd = list(threads.map(lambda _: reranker.score(few, raw=True), range(64)))
 
     assert together.dtype == np.float32
     for found in (together, alone, backwards):
         assert TOLERANCES[precision].shortfall(Fidelity.of(found, theirs)) is None
-    bound = ALONE[precision] * scale
+    bound = alone_bounds[precision] * scale
     np.testing.assert_allclose(alone, together, rtol=0, atol=bound)
     np.testing.assert_allclose(backwards, together, rtol=0, atol=bound)
     for found in crowd:

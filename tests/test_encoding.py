@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import fakes
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from qrank import Reranker
 from qrank.bundle import TOKENIZER, Manifest
-from qrank.encoding import Encoder
+from qrank.encoding import Encoder, Prompt
 from qrank.errors import InputError
 from qrank.family import Family
 
@@ -38,6 +39,11 @@ def recorder(bundle: Path, request: pytest.FixtureRequest) -> Iterator[Reranker]
         yield reranker
 
 
+def roomy(encoder: Encoder, room: int) -> Prompt:
+    """A prompt that leaves so much room."""
+    return replace(encoder.prompt("mars"), room=room)
+
+
 def limit_of(recorder: Reranker, request: pytest.FixtureRequest) -> int:
     limit: int | None = request.node.callspec.params["recorder"]
     return limit or recorder.manifest.family.max_length
@@ -48,8 +54,8 @@ def test_a_pair_is_the_template_filled_in(
     encoder: Encoder, family: Family, query: str, document: str
 ) -> None:
     query_ids, document_ids = encoder.ids([query, document])
-    ids, segments = encoder.pair(query_ids, document_ids)
-    slots = {"query": query_ids.tolist(), "document": document_ids.tolist()}
+    ids, segments = encoder.pair(encoder.prompt(query), document_ids)
+    slots = {"{query}": query_ids.tolist(), "{document}": document_ids.tolist()}
     parts = [slots[item] if isinstance(item, str) else [item] for item in family.template]
     assert ids.tolist() == [number for part in parts for number in part]
     assert family.segments is not None
@@ -71,13 +77,15 @@ def test_only_the_document_gives_way(
     (ranking,) = recorder.rank(query, [document])
     (ids,) = fakes.recorded[-1].sequences
     query_ids, document_ids = encoder.ids([query, document])
-    special = len(encoder.pair(query_ids[:0], query_ids[:0])[0])
-    kept = query_ids
-    if len(query_ids) >= limit - special:
-        kept = query_ids[: (limit - special) * 3 // 4]
-    room = limit - special - len(kept)
+    special = len(encoder.whole("", "")[0])
+    kept = len(query_ids)
+    if kept >= limit - special:
+        kept = (limit - special) * 3 // 4
+    room = limit - special - kept
     assert room >= 1
-    assert ids.tolist() == encoder.pair(kept, document_ids[:room])[0].tolist()
+    # A letter is a token.
+    prompt = encoder.prompt(" ".join(query.split()[:kept]))
+    assert ids.tolist() == encoder.pair(prompt, document_ids[:room])[0].tolist()
     assert len(ids) <= limit
     assert ranking.truncated == (len(document_ids) > room)
 
@@ -86,11 +94,12 @@ def test_a_query_beyond_the_limit_is_cut_with_a_warning(
     encoder: Encoder, family: Family, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "qrank"):
-        ids = encoder.query("a " * family.max_length)
-    assert encoder.room(ids) >= family.max_length // 5
+        prompt = encoder.prompt("a " * family.max_length)
+    assert prompt.room >= family.max_length // 5
     (record,) = caplog.records
     assert f"the query has {family.max_length} tokens" in record.getMessage()
-    assert f"only its first {len(ids)} are read" in record.getMessage()
+    kept = family.max_length - len(encoder.whole("", "")[0]) - prompt.room
+    assert f"only its first {kept} are read" in record.getMessage()
 
 
 def test_documents_differ_beside_a_query_beyond_the_limit(reranker: Reranker) -> None:
@@ -102,7 +111,7 @@ def test_documents_differ_beside_a_query_beyond_the_limit(reranker: Reranker) ->
 def test_a_query_that_fits_is_not_warned_of(
     encoder: Encoder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    encoder.query("which planet is red?")
+    encoder.prompt("which planet is red?")
     assert not caplog.records
 
 
@@ -110,7 +119,7 @@ def test_a_query_that_fits_is_not_warned_of(
 def test_chunks_of_words_are_what_their_characters_say(
     encoder: Encoder, text: str, room: int
 ) -> None:
-    for part in encoder.chunks(text, room):
+    for part in encoder.chunks(text, roomy(encoder, room)):
         (again,) = encoder.ids([text[part.start : part.end]])
         assert again.tolist() == part.ids.tolist()
 
@@ -118,7 +127,7 @@ def test_chunks_of_words_are_what_their_characters_say(
 @given(text=TEXT, room=st.integers(1, 20))
 def test_chunks_cover_the_document_fit_and_overlap(encoder: Encoder, text: str, room: int) -> None:
     (ids,) = encoder.ids([text])
-    parts = encoder.chunks(text, room)
+    parts = encoder.chunks(text, roomy(encoder, room))
     overlap = room // 8
     covered = parts[0].ids.tolist()
     for part in parts[1:]:
@@ -133,7 +142,7 @@ def test_chunks_cover_the_document_fit_and_overlap(encoder: Encoder, text: str, 
 
 def test_surrogates_do_not_shift_the_characters_of_a_chunk(encoder: Encoder) -> None:
     text = "\ud83d\ude00 " * 5 + "a b c d"
-    (*_, last) = encoder.chunks(text, 4)
+    (*_, last) = encoder.chunks(text, roomy(encoder, 4))
     assert last.end == len(text)
     assert text[last.start : last.end].endswith("d")
 

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from qrank import Reranker
-from qrank.backends import Options
+from qrank.backends import Options, llama
 from qrank.backends import gguf as backend
 from qrank.bundle import TOKENIZER, Manifest
 from qrank.cli import main
@@ -75,7 +75,7 @@ class Plain:
     """llama.cpp as others use it: a vocabulary of the file's, and its own ranking."""
 
     def __init__(self, path: Path) -> None:
-        backend.library()  # quiet, from here on
+        llama.library()  # quiet, from here on
         self.model = llama_cpp.llama_model_load_from_file(
             os.fsencode(path), llama_cpp.llama_model_default_params()
         )
@@ -144,9 +144,8 @@ def test_plain_llama_cpp_gives_the_same_tokens_and_logits(
     encoder = Encoder(bundle / TOKENIZER, Manifest.load(bundle).family)
 
     def ours(query: str, document: str) -> Ids:
-        first = encoder.query(query)
-        (second,) = encoder.ids([document])
-        return encoder.pair(first, second)[0]
+        prompt, (ids,) = encoder.prompt(query), encoder.documents([document])
+        return encoder.pair(prompt, ids)[0]
 
     fitting = [pair for pair in PAIRS if len(ours(*pair)) <= tiny.MAX_LENGTH]
     assert len(fitting) > 20
@@ -272,7 +271,7 @@ def test_llama_cpp_logs_to_python_alone(
 
 def test_an_absent_device_is_told_with_those_present(bundle: Path) -> None:
     assert "cpu" in backend.devices()
-    absent = next(d for d in backend.DEVICES if d not in backend.devices())
+    absent = next(d for d in llama.DEVICES if d not in backend.devices())
     with pytest.raises(TargetError, match=f"no device '{absent}'; present are: cpu"):
         Reranker(bundle, backend="gguf-f16", device=absent)
 

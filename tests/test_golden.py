@@ -27,7 +27,8 @@ class Golden:
         model: hub id.
         query, documents: what was scored.
         scores: as stated.
-        scale: `logit`, or `sigmoid` where the source had applied one.
+        scale: `logit`, `sigmoid` where the source had applied one, or `score`: by the family's own
+            activation.
         atol: what the source's own arithmetic (bf16, say) leaves certain.
     """
 
@@ -119,6 +120,21 @@ GOLDENS = [
         "sigmoid",
         0.02,
     ),
+    Golden(
+        "zeroentropy/zerank-1-small",
+        *RED_PLANET,
+        (0.09428, 0.83889, 0.12052, 0.2184),
+        "score",
+        0.02,
+    ),
+    # sentence-transformers, tests/cross_encoder/test_model.py, in fp32 with its template.
+    Golden(
+        "Qwen/Qwen3-Reranker-0.6B",
+        *RED_PLANET,
+        (-3.109297752380371, 7.120389938354492, -0.3787546157836914, 3.541637420654297),
+        "logit",
+        0.001,
+    ),
     # fastembed, tests/test_text_cross_encoder.py, ONNX in fp32. It states the scores of
     # Xenova's ONNX copies; these are the checkpoints they were made of.
     Golden("cross-encoder/ms-marco-MiniLM-L6-v2", *FRANCE, (8.500708, -2.541011), "logit", 0.01),
@@ -158,5 +174,6 @@ def test_published_scores(golden: Golden, folder: Path) -> None:
     with Reranker(converted(golden.model, folder)) as reranker:
         pairs = [(golden.query, document) for document in golden.documents]
         logits = reranker.score(pairs, raw=True).astype(np.float64)
-    found = 1 / (1 + np.exp(-logits)) if golden.scale == "sigmoid" else logits
+        scores = reranker.score(pairs)
+    found = {"logit": logits, "sigmoid": 1 / (1 + np.exp(-logits)), "score": scores}[golden.scale]
     np.testing.assert_allclose(found, golden.scores, rtol=0, atol=golden.atol)

@@ -12,7 +12,15 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"errors", "extras", "work", "paths", "family", "fidelity", "bundle"},
     {"hub", "locate", "encoding", "batching", "activation", "scoring_graph"},
-    {"backends", "backends.gguf", "backends.onnx", "backends.openvino", "backends.torch"},
+    {
+        "backends",
+        "backends.gguf",
+        "backends.gguf_decoder",
+        "backends.llama",
+        "backends.onnx",
+        "backends.openvino",
+        "backends.torch",
+    },
     {"selection"},
     {"reranker"},
     {"", "runs"},

@@ -134,7 +134,7 @@ def test_chunks_score_like_documents_of_their_own(reranker: Reranker, bundle: Pa
     document = " ".join("abcdefghij"[i * i % 10] for i in range(1200))
     family = reranker.manifest.family
     encoder = Encoder(bundle / TOKENIZER, family)
-    chunks = encoder.chunks(document, encoder.room(encoder.query(QUERY)))
+    chunks = encoder.chunks(document, encoder.prompt(QUERY))
     assert len(chunks) > 1
     texts = [document[chunk.start : chunk.end] for chunk in chunks]
     logits = reranker.score([(QUERY, text) for text in texts], raw=True)

@@ -39,9 +39,7 @@ class Case:
 
     def pair(self, query: str, document: str) -> list[int]:
         """A pair as qrank reads it."""
-        query_ids, (ids,) = self.encoder.query(query), self.encoder.ids([document])
-        sequence, _ = self.encoder.pair(query_ids, ids[: self.encoder.room(query_ids)])
-        return [int(number) for number in sequence]
+        return [int(number) for number in self.encoder.whole(query, document)[0]]
 
 
 @cache

@@ -28,7 +28,8 @@ def test_it_gives_the_probes_their_logits(bert: Path, bundle: Path) -> None:
     probes = Manifest.load(bundle).probes
     folder, manifest, _ = backend.as_bundle(str(bert))
     variant = manifest.variants["torch-fp32"]
-    opened = backend.open(folder, variant, "cpu", Options(2))
+    options = Options(2, family=manifest.family)
+    opened = backend.open(folder, variant, "cpu", options)
     np.testing.assert_allclose(opened.logits(probes.work), probes.logits, atol=1e-4)
     opened.close()
 

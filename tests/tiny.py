@@ -195,7 +195,7 @@ def _modernbert(folder: Path, pooling: str) -> Path:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.train_from_iterator(
-        _texts(),
+        texts(),
         trainers.BpeTrainer(
             vocab_size=_VOCABULARY - 60,
             special_tokens=special,
@@ -255,13 +255,13 @@ def _pieces(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     The trainers of these two kinds of tokenizer give other pieces each time.
     """
     words: set[str] = set()
-    for text in _texts():
+    for text in texts():
         normal = tokenizer.normalizer.normalize_str(text)
         words |= {word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)}
     return sorted({c for word in words for c in word}), sorted(words)[::2]
 
 
-def _texts() -> list[str]:
+def texts() -> list[str]:
     # With the characters that special tokens are written in: none of them is unknown.
     letters = [" ".join(map(chr, range(33, 127)))] * 9
     return [text for pair in probe_pairs() for text in pair] + letters

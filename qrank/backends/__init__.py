@@ -21,6 +21,7 @@ from typing import Protocol, cast
 
 from qrank.bundle import Variant
 from qrank.errors import TargetError
+from qrank.family import Family
 from qrank.work import Logits, Work
 
 FORMATS = ("onnx", "openvino", "gguf")
@@ -45,11 +46,13 @@ class Options:
         threads: CPU threads it may use in all.
         execution: arithmetic to compute in: `fp32`, `bf16` or `fp16`. None: the most exact.
         static_shapes: compile for fixed lengths, as an NPU needs it, where a backend compiles.
+        family: of the model; None where a bundle's own files say what is to be known.
     """
 
     threads: int
     execution: str | None = None
     static_shapes: bool = False
+    family: Family | None = None
 
 
 class Backend(Protocol):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qrank.backends import Options
 from qrank.batching import cut_padded, in_order
 from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.extras import need
-from qrank.work import Logits, Work, feed
+from qrank.work import Ids, Logits, Work, feed, no_prefix
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -87,16 +88,21 @@ class OnnxBackend:
         self, session: onnxruntime.InferenceSession, *, on_cpu: bool, streams: int
     ) -> None:
         self._session = session
+        shapes = {i.name: i.shape for i in session.get_inputs()}
+        self._names = list(shapes)
+        # Of encoder families, which have no such input, nothing.
+        self._bare = no_prefix(shapes["prefix"]) if "prefix" in shapes else {}
         self._batch = CPU_BATCH if on_cpu else DEVICE_BATCH
         self._streams = ThreadPoolExecutor(streams if on_cpu else 1, "qrank-onnx")
 
     def logits(self, work: Work) -> Logits:
         """See `qrank.backends.Backend.logits`."""
-        batches = cut_padded(work.lengths, self._batch)
+        batches = cut_padded(work.lengths + len(work.prefix), self._batch)
+        prefix = self._read(work.prefix)
         if len(batches) == 1:
-            results = [self._run(work.take(batches[0]))]
+            results = [self._run(work.take(batches[0]), prefix)]
         else:
-            results = list(self._streams.map(lambda b: self._run(work.take(b)), batches))
+            results = list(self._streams.map(lambda b: self._run(work.take(b), prefix), batches))
         return in_order(batches, results)
 
     def close(self) -> None:
@@ -104,10 +110,21 @@ class OnnxBackend:
         self._streams.shutdown()
         del self._session
 
-    def _run(self, batch: Work) -> Logits:
-        inputs = feed([i.name for i in self._session.get_inputs()], batch)
+    def _read(self, prefix: Ids) -> dict[str, NDArray[Any]]:
+        """The prefix's keys and values, as a decoder's graph takes them beside every batch."""
+        if not len(prefix):
+            return self._bare
+        keep = np.arange(len(prefix))
+        present = self._call("present", Work([prefix]), {**self._bare, "keep": keep})
+        return {**self._bare, "prefix": present}
+
+    def _run(self, batch: Work, prefix: dict[str, NDArray[Any]]) -> Logits:
+        return np.asarray(self._call("logits", batch, prefix), np.float32).reshape(len(batch))
+
+    def _call(self, output: str, batch: Work, more: dict[str, NDArray[Any]]) -> NDArray[Any]:
+        inputs = feed(self._names, batch, more=more)
         try:
-            (logits,) = self._session.run(["logits"], inputs)
+            (found,) = self._session.run([output], inputs)
         except Exception as error:  # onnxruntime's own exceptions share no base
             raise TargetError(f"onnxruntime failed: {error}") from error
-        return np.asarray(logits, np.float32).reshape(len(batch))
+        return np.asarray(found)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qrank import paths
 from qrank.backends import Options
@@ -19,7 +20,7 @@ from qrank.batching import cut_padded, in_order
 from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.extras import need
-from qrank.work import Logits, Work, feed
+from qrank.work import Ids, Logits, Work, feed, no_prefix
 
 if TYPE_CHECKING:
     import openvino
@@ -100,7 +101,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
         """The graph for one pair of this length; None: for any batch of any length."""
         model = core.read_model(path)
         if length is not None:
-            model.reshape({i.any_name: [1, length] for i in model.inputs})
+            model.reshape({i.any_name: _static(i, length) for i in model.inputs})
         return core.compile_model(model, device.upper(), settings)
 
     try:
@@ -164,6 +165,13 @@ def _cache(variant: Variant) -> Path | None:
     return folder / "openvino" / hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+def _static(node: Any, length: int) -> list[int]:
+    """An input's shape for one pair of a length, behind no prefix."""
+    if node.any_name in ("prefix", "keep"):
+        return [0 if d.is_dynamic else d.get_length() for d in node.partial_shape]
+    return [1] if node.any_name == "last" else [1, length]
+
+
 class _Stream(threading.local):
     """What one stream's thread has to itself: a request serves a single thread at a time."""
 
@@ -193,15 +201,25 @@ class OpenvinoBackend:
         self._lock = threading.Lock()
         self._models: dict[int | None, openvino.CompiledModel] = {}
         model = self._model(None if batch else min(SHORTEST_BUCKET, limit))
-        self._inputs = [i.any_name for i in model.inputs]
+        shapes = {i.any_name: i.partial_shape for i in model.inputs}
+        self._inputs = list(shapes)
+        # Of encoder families, which have no such input, nothing.
+        self._bare: dict[str, NDArray[Any]] = {}
+        if "prefix" in shapes:
+            self._bare = no_prefix(
+                [0 if d.is_dynamic else d.get_length() for d in shapes["prefix"]]
+            )
         streams: int = model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
         self._streams = ThreadPoolExecutor(streams, "qrank-openvino")
         self._stream = _Stream()
 
     def logits(self, work: Work) -> Logits:
         """See `qrank.backends.Backend.logits`."""
-        batches = cut_padded(work.lengths, self._batch or 0)
-        results = self._streams.map(lambda batch: self._run(work.take(batch)), batches)
+        if not self._batch:
+            work = work.whole()
+        batches = cut_padded(work.lengths + len(work.prefix), self._batch or 0)
+        prefix = self._streams.submit(self._read, work.prefix).result()
+        results = self._streams.map(lambda batch: self._run(work.take(batch), prefix), batches)
         return in_order(batches, results)
 
     def close(self) -> None:
@@ -209,15 +227,26 @@ class OpenvinoBackend:
         self._streams.shutdown()
         self._models.clear()
 
-    def _run(self, batch: Work) -> Logits:
+    def _read(self, prefix: Ids) -> dict[str, NDArray[Any]]:
+        """The prefix's keys and values, as a decoder's graph takes them beside every batch."""
+        if not len(prefix):
+            return self._bare
+        keep = np.arange(len(prefix))
+        present = self._call("present", Work([prefix]), {**self._bare, "keep": keep})
+        return {**self._bare, "prefix": present}
+
+    def _run(self, batch: Work, prefix: dict[str, NDArray[Any]]) -> Logits:
+        return self._call("logits", batch, prefix).astype(np.float32).reshape(len(batch))
+
+    def _call(self, output: str, batch: Work, more: dict[str, NDArray[Any]]) -> NDArray[Any]:
         length = self._length(int(batch.lengths.max()))
-        inputs = feed(self._inputs, batch, length)
+        inputs = feed(self._inputs, batch, length, more)
         try:
             request = self._request(None if self._batch else length)
-            result = request.infer(inputs, share_inputs=True)
+            # A copy: the request's own memory is the next batch's.
+            return np.array(request.infer(inputs, share_inputs=True)[output])
         except RuntimeError as error:
             raise TargetError(f"openvino failed: {error}") from error
-        return np.array(result[0], np.float32).reshape(len(batch))
 
     def _length(self, longest: int) -> int:
         """What a batch's length is rounded up to."""

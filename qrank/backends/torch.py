@@ -18,24 +18,29 @@ from qrank.batching import cut_padded, in_order
 from qrank.bundle import Manifest, Probes, Variant
 from qrank.errors import TargetError
 from qrank.extras import need
+from qrank.family import Family
 from qrank.fidelity import Fidelity
-from qrank.work import Logits, Work, padded
+from qrank.work import Logits, Work, feed
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """torch's names of the precisions that a checkpoint can be run in."""
 
 CPU_BATCH = 1024
-"""Padded tokens a batch on the CPU."""
+"""Padded tokens a batch on the CPU, the prefix's counted in every sequence."""
 
 DEVICE_BATCH = 16_384
 """Padded tokens a batch on an accelerator, which wants large ones."""
 
 
-def as_bundle(model: str) -> tuple[Path, Manifest, str]:
+def as_bundle(model: str, family: str | None = None) -> tuple[Path, Manifest, str]:
     """A checkpoint as if it were a bundle: its folder, a manifest, and a tokenizer.json's text.
 
     The manifest has a variant a precision and no probes: there is nothing to hold the original
     against.
+
+    Args:
+        model: a folder, or a hub id.
+        family: a card's name or file; None to match by what the checkpoint says.
 
     Raises:
         MissingExtraError: torch, transformers or safetensors is not installed.
@@ -46,7 +51,7 @@ def as_bundle(model: str) -> tuple[Path, Manifest, str]:
     from qrank.converters.checkpoint import read_checkpoint
     from qrank.converters.tokenizer import text_tokenizer
 
-    checkpoint = read_checkpoint(model)
+    checkpoint = read_checkpoint(model, family=family)
     exact = Fidelity(0.0, 0.0, 1.0, 1.0)
     variants = [Variant("torch", precision, {}, exact, {}) for precision in DTYPES]
     manifest = Manifest(
@@ -87,17 +92,21 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Torch
             f"{version()} here has no device {device!r}; present are: {', '.join(present)}"
         )
     from qrank.converters.checkpoint import load_model
-    from qrank.scoring_graph import EncoderScorer
+    from qrank.scoring_graph import scorer
 
+    assert options.family is not None  # `Reranker` gives it where it runs a checkpoint
     model = load_model(folder, dtype=DTYPES[variant.precision], attention="sdpa")
-    return TorchBackend(EncoderScorer(model).to(device).eval(), device, options.threads)
+    return TorchBackend(
+        scorer(model, options.family).to(device).eval(), options.family, device, options.threads
+    )
 
 
 class TorchBackend:
     """A model and the one thread that runs it, batch by batch."""
 
-    def __init__(self, scorer: Any, device: str, threads: int) -> None:
+    def __init__(self, scorer: Any, family: Family, device: str, threads: int) -> None:
         self._scorer = scorer
+        self._family = family
         self._device = device
         # Never the caller's thread: OpenMP's helpers of a thread do not survive a fork, and it
         # would wait for them. Nor would its number of threads be ours to set.
@@ -108,8 +117,9 @@ class TorchBackend:
     def logits(self, work: Work) -> Logits:
         """See `qrank.backends.Backend.logits`."""
         limit = CPU_BATCH if self._device == "cpu" else DEVICE_BATCH
-        batches = cut_padded(work.lengths, limit)
-        results = self._worker.map(lambda batch: self._run(work.take(batch)), batches)
+        batches = cut_padded(work.lengths + len(work.prefix), limit)
+        prefix = self._worker.submit(self._read, work).result()
+        results = self._worker.map(lambda batch: self._run(work.take(batch), prefix), batches)
         return in_order(batches, results)
 
     def close(self) -> None:
@@ -117,12 +127,33 @@ class TorchBackend:
         self._worker.shutdown()
         del self._scorer
 
-    def _run(self, batch: Work) -> Logits:
+    def _read(self, work: Work) -> dict[str, Any]:
+        """What a decoder is given beside a batch: the prefix's keys and values."""
+        if not self._family.decoder:
+            return {}
+        torch, count = need("torch"), len(work.prefix)
+        dtype = self._scorer.model.dtype
+        empty = torch.zeros(self._scorer.prefix_shape, dtype=dtype, device=self._device)
+        nothing = torch.empty(0, dtype=torch.int64, device=self._device)
+        if count:
+            keep = torch.arange(count, device=self._device)
+            _, empty = self._call(Work([work.prefix]), {"prefix": empty, "keep": keep})
+        return {"prefix": empty, "keep": nothing}
+
+    def _run(self, batch: Work, prefix: dict[str, Any]) -> Logits:
+        found = self._call(batch, prefix)
+        logits = found[0] if self._family.decoder else found
+        return np.asarray(logits.float().cpu().numpy()).reshape(len(batch))
+
+    def _call(self, batch: Work, more: dict[str, Any]) -> Any:
         torch = need("torch")
+        from qrank.scoring_graph import input_names
+
+        inputs = feed(input_names(self._family), batch, more=more)
         try:
             with torch.inference_mode():
-                inputs = [torch.from_numpy(x).to(self._device) for x in padded(batch).values()]
-                logits: Logits = self._scorer(*inputs).cpu().numpy().reshape(len(batch))
+                return self._scorer(
+                    *(torch.as_tensor(x, device=self._device) for x in inputs.values())
+                )
         except RuntimeError as error:
             raise TargetError(f"torch failed on {self._device}: {error}") from error
-        return logits

@@ -21,11 +21,11 @@ def models() -> None:
         manifest = Manifest.load(folder)
         for variant in manifest.variants.values():
             click.echo(
-                f"  {name:14} {manifest.family.name}, {variant.name}, {megabytes(variant.bytes)}"
+                f"  {name:18} {manifest.family.name}, {variant.name}, {megabytes(variant.bytes)}"
             )
     click.echo("Families")
     for card in cards():
-        click.echo(f"  {card.name:14} {card.about}")
+        click.echo(f"  {card.name:18} {card.about}")
 
 
 @click.command()

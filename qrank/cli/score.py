@@ -26,6 +26,7 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.command()
 @click.option("-q", "--query", help="What to rank the documents for.")
 @click.argument("files", nargs=-1, type=click.File("r", encoding="utf-8", errors="replace"))
+@click.option("--instruction", help="What relevant means, where the model's family takes that.")
 @click.option("-m", "--model", help=f"Bundled name, bundle folder or hub id.  [default: {DEFAULT}]")
 @click.option("--jsonl", is_flag=True, help='Lines are JSON objects with a "text" field.')
 @click.option(
@@ -40,6 +41,7 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--backend", help="onnx, openvino-int8, ..., or torch for a checkpoint.")
 @click.option("--device", help="cpu, cuda, gpu, npu, metal, mps, ...  [default: cpu]")
 @click.option("--execution", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]")
+@click.option("--family", help="With --backend torch: card that reads the checkpoint.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--max-length", type=int, help="Tokens of a pair.  [default: the model's limit]")
 @click.option(
@@ -56,6 +58,7 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 def score(
     query: str | None,
     files: tuple[TextIO, ...],
+    instruction: str | None,
     model: str | None,
     jsonl: bool,
     format: str | None,
@@ -65,6 +68,7 @@ def score(
     backend: str | None,
     device: str | None,
     execution: str | None,
+    family: str | None,
     threads: int | None,
     max_length: int | None,
     long_documents: LongDocuments,
@@ -93,6 +97,7 @@ def score(
             threads=threads,
             execution=execution,
             max_length=max_length,
+            family=family,
         )
 
     if run is not None:
@@ -102,7 +107,7 @@ def score(
             raise click.UsageError("--run takes no -q, FILES, --jsonl, --min-score or --raw")
         if format not in (None, "trec"):
             raise click.UsageError("--run writes a TREC run: --format trec")
-        _score_run(load, RunReranker(run, queries, documents), top_k, long_documents)
+        _score_run(load, RunReranker(run, queries, documents), top_k, instruction, long_documents)
         return
     if query is None:
         raise click.UsageError("give a query with -q, or a run with --run")
@@ -112,7 +117,11 @@ def score(
     lines = list(_lines(sources, jsonl))
     with load() as reranker:
         ranking = reranker.rank(
-            query, [text for text, _ in lines], top_k=top_k, long_documents=long_documents
+            query,
+            [text for text, _ in lines],
+            top_k=top_k,
+            instruction=instruction,
+            long_documents=long_documents,
         )
     if cut := sum(item.truncated for item in ranking):
         notice(
@@ -129,10 +138,16 @@ def score(
 
 
 def _score_run(
-    load: Any, run: RunReranker, top_k: int | None, long_documents: LongDocuments
+    load: Any,
+    run: RunReranker,
+    top_k: int | None,
+    instruction: str | None,
+    long_documents: LongDocuments,
 ) -> None:
     with closing(run), load() as reranker:
-        reranked = run.rerank(reranker, top_k=top_k, long_documents=long_documents)
+        reranked = run.rerank(
+            reranker, top_k=top_k, instruction=instruction, long_documents=long_documents
+        )
         console = Console(stderr=True)
         for lines in track(
             reranked,

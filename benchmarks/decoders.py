@@ -1,0 +1,210 @@
+"""Decoder rerankers at the size of Qwen3-Reranker-0.6B, beside what a user would pick instead.
+
+Random weights, a prompt of 64 tokens before the document, documents of several lengths. Ours run
+with the prefix shared and without. sentence-transformers' CrossEncoder in torch bf16, a causal
+model of optimum-intel in int8 (full logits) where it is installed, and llama.cpp's embeddings, as
+which it reranks, read every pair whole. All take turns. Then each starts cold.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import alternate, arguments, peak_bytes, report
+from real_size import convert, make
+
+from qrank import Reranker
+from qrank.backends import Options, llama, module, opener, processors
+from qrank.bundle import Manifest
+from qrank.work import Work
+
+SHAPE = "Qwen3-Reranker-0.6B"
+PREFIX = 64
+VARIANTS = ("openvino-int8", "onnx-int8", "gguf-q4_k_m", "gguf-q8_0")
+UBATCH = 512
+"""llama.cpp's own default for tokens computed at once."""
+
+Run = Callable[[], object]
+LOAD = {"target": "", "seconds to first score": ".1f", "peak MB": ",.0f", "on disk MB": ",.0f"}
+
+
+def main() -> None:
+    """Make, convert, and time every target at every length."""
+    parser = arguments(__doc__)
+    parser.add_argument("--work", type=Path, help="folder to keep checkpoint and bundle in")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument("--lengths", nargs="+", type=int, default=[32, 64, 128, 512])
+    parser.add_argument("--documents", type=int, default=8, help="a round; fewer of long ones")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--child", nargs=2, metavar=("BUNDLE", "VARIANT"), help="(internal)")
+    options = parser.parse_args()
+    if options.child:
+        sys.stdout.write(json.dumps(_first_score(*options.child)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        checkpoint, bundle = work / SHAPE, work / "bundle"
+        if not checkpoint.exists():
+            make(SHAPE, checkpoint)
+        made = Manifest.load(bundle).variants if bundle.exists() else {}
+        for variant in options.variants:
+            if variant not in made:
+                convert(checkpoint, bundle, variant)
+        torch.set_num_threads(processors())
+        rows: dict[str, dict[str, object]] = {}
+        targets = _ours(bundle, options.variants) | _theirs(checkpoint, bundle)
+        for length in options.lengths:
+            count = max(2, min(options.documents, options.documents * 128 // length))
+            cases = {name: prepare(length, count) for name, prepare in targets.items()}
+            for name, seconds in alternate(cases, options.rounds).items():
+                row = rows.setdefault(name, {"target": name})
+                row[f"{PREFIX} + {length}"] = count / statistics.median(seconds)
+        columns = {"target": "", **{f"{PREFIX} + {length}": ".1f" for length in options.lengths}}
+        title = f"{SHAPE}'s size, pairs/s by tokens of prompt + document"
+        report(title, columns, list(rows.values()), as_json=options.json)
+        loads = [_load(bundle, variant) for variant in options.variants]
+        report(f"{SHAPE}'s size, cold start", LOAD, loads, as_json=options.json)
+
+
+def _pairs(length: int, count: int) -> Work:
+    """Documents of random ordinary tokens behind one prefix."""
+    chance = np.random.default_rng(length)
+    ids = chance.integers(300, 1000, PREFIX + count * length).astype(np.int32)
+    return Work(list(ids[PREFIX:].reshape(count, length)), prefix=ids[:PREFIX])
+
+
+def _ours(bundle: Path, variants: list[str]) -> dict[str, Callable[[int, int], Run]]:
+    manifest = Manifest.load(bundle)
+    prepared: dict[str, Callable[[int, int], Run]] = {}
+    for name in variants:
+        variant = manifest.variants[name]
+        choices = getattr(module(variant.format), "executions", lambda device: (None,))("cpu")
+        settings = Options(processors(), choices[0])
+        backend = opener(variant.format)(bundle, variant, "cpu", settings)
+
+        def shared(length: int, count: int, backend: Any = backend) -> Run:
+            return partial(backend.logits, _pairs(length, count))
+
+        def unshared(length: int, count: int, backend: Any = backend) -> Run:
+            return partial(backend.logits, _pairs(length, count).whole())
+
+        label = f"{name} ({choices[0]})" if choices[0] else name
+        prepared[f"{label}, shared"] = shared
+        prepared[f"{label}, unshared"] = unshared
+    return prepared
+
+
+def _theirs(checkpoint: Path, bundle: Path) -> dict[str, Callable[[int, int], Run]]:
+    prepared: dict[str, Callable[[int, int], Run]] = {}
+    if find_spec("sentence_transformers"):
+        prepared["sentence-transformers, bf16"] = _sentence_transformers(checkpoint)
+    if find_spec("optimum") and find_spec("optimum.intel"):
+        prepared["optimum-intel, int8, full logits"] = _optimum(checkpoint)
+    if "gguf-q4_k_m" in Manifest.load(bundle).variants:
+        prepared["llama.cpp's own, q4_k_m"] = _llama(bundle / "gguf-q4_k_m" / "model.gguf")
+    return prepared
+
+
+def _sentence_transformers(checkpoint: Path) -> Callable[[int, int], Run]:
+    from sentence_transformers import CrossEncoder
+
+    model = CrossEncoder(
+        str(checkpoint),
+        device="cpu",
+        model_kwargs={"dtype": torch.bfloat16},
+        local_files_only=True,
+    )
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+    def prepare(length: int, count: int) -> Run:
+        # A token of the tiny tokenizer each.
+        pairs = [(" a" * PREFIX, " b" * length)] * count
+        found = model.tokenizer("".join(pairs[0]), add_special_tokens=False)["input_ids"]
+        assert len(found) == PREFIX + length
+        return partial(model.predict, pairs, batch_size=count, show_progress_bar=False)
+
+    return prepare
+
+
+def _optimum(checkpoint: Path) -> Callable[[int, int], Run]:
+    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+
+    model = OVModelForCausalLM.from_pretrained(
+        checkpoint,
+        export=True,
+        quantization_config=OVWeightQuantizationConfig(bits=8, sym=False),
+        local_files_only=True,
+    )
+
+    def prepare(length: int, count: int) -> Run:
+        ids = torch.from_numpy(np.stack(_pairs(length, count).whole().sequences).astype(np.int64))
+        return lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
+
+    return prepare
+
+
+def _llama(path: Path) -> Callable[[int, int], Run]:
+    library = llama.library()
+    model = llama.load(path, "cpu")
+
+    def prepare(length: int, count: int) -> Run:
+        tokens = (PREFIX + length) * count
+        context = llama.new_context(
+            model,
+            tokens,
+            count,
+            n_ubatch=min(tokens, UBATCH),
+            n_threads=processors(),
+            n_threads_batch=processors(),
+            embeddings=True,
+            pooling_type=library.LLAMA_POOLING_TYPE_LAST,
+        )
+        ids = np.concatenate(_pairs(length, count).whole().sequences)
+        owners = np.repeat(np.arange(count, dtype=np.int32), PREFIX + length)
+        positions = np.tile(np.arange(PREFIX + length, dtype=np.int32), count)
+        outputs = np.ones(tokens, np.int8)
+
+        def run() -> Any:
+            library.llama_memory_clear(library.llama_get_memory(context), False)
+            llama.run(library.llama_decode, context, ids, positions, owners, outputs)
+            return ctypes.cast(library.llama_get_embeddings_seq(context, 0), ctypes.c_void_p)
+
+        return run
+
+    return prepare
+
+
+def _load(bundle: Path, variant: str) -> dict[str, object]:
+    command = [sys.executable, __file__, "--child", str(bundle), variant]
+    seconds, peak = json.loads(subprocess.check_output(command))
+    size = Manifest.load(bundle).variants[variant].bytes
+    return {
+        "target": variant,
+        "seconds to first score": seconds,
+        "peak MB": peak / 1e6,
+        "on disk MB": size / 1e6,
+    }
+
+
+def _first_score(bundle: str, variant: str) -> tuple[float, int]:
+    start = time.perf_counter()
+    with Reranker(bundle, backend=variant) as reranker:
+        reranker.rank("which planet is red?", ["mars", "bread"])
+        return time.perf_counter() - start, peak_bytes()
+
+
+if __name__ == "__main__":
+    main()

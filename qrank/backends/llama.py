@@ -1,0 +1,178 @@
+"""llama.cpp by its low-level bindings: what its backends and its converter share."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+import os
+from collections import deque
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrank.errors import TargetError
+from qrank.extras import need
+
+DEVICES = {"cpu": "CPU", "cuda": "CUDA0", "metal": "MTL0", "vulkan": "Vulkan0"}
+"""What llama.cpp calls a device; the first of its kind."""
+
+log = logging.getLogger("qrank.llama")
+
+_kept: list[object] = []
+"""What llama.cpp holds bare pointers to."""
+
+_errors: deque[str] = deque(maxlen=3)
+"""What llama.cpp last complained of: its functions say no more than that they failed."""
+
+
+@cache
+def library() -> ModuleType:
+    """The bindings, with llama.cpp's log going to Python's (logger "qrank.llama").
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+    """
+    llama = need("llama_cpp")
+    info, warning, error = 2, 3, 4  # of enum ggml_log_level
+    # A level lower than llama.cpp's: what a user must know is raised.
+    levels = {info: logging.DEBUG, warning: logging.INFO, error: logging.INFO}
+
+    def write(level: int, text: bytes, _: object) -> None:
+        if line := text.decode("utf-8", "replace").strip(" .\n"):
+            if level == error:
+                _errors.append(line)
+            log.log(levels.get(level, logging.DEBUG), "%s", line)
+
+    callback = llama.llama_log_callback(write)
+    llama.llama_log_set(callback, None)
+    _kept.append(callback)
+    llama.llama_backend_init()
+    return llama
+
+
+@cache
+def tensors() -> Any:
+    """ggml's functions on tensors, as ctypes has them."""
+    library()
+    ggml = importlib.import_module("llama_cpp._ggml").libggml
+    ggml.ggml_backend_dev_by_name.argtypes = [ctypes.c_char_p]
+    ggml.ggml_backend_dev_by_name.restype = ctypes.c_void_p
+    ggml.ggml_get_name.argtypes = [ctypes.c_void_p]
+    ggml.ggml_get_name.restype = ctypes.c_char_p
+    ggml.ggml_nbytes.argtypes = [ctypes.c_void_p]
+    ggml.ggml_nbytes.restype = ctypes.c_size_t
+    sizes = [ctypes.c_size_t, ctypes.c_size_t]
+    ggml.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *sizes]
+    ggml.ggml_backend_tensor_get.restype = None
+    return ggml
+
+
+def complaint() -> str:
+    """What llama.cpp logged as errors since this was last asked."""
+    text = "; ".join(_errors)
+    _errors.clear()
+    return text or 'it gave no reason; see the logger "qrank.llama"'
+
+
+def version() -> str:
+    """The runtime's name and version."""
+    return f"llama-cpp-python {library().__version__}"
+
+
+@cache
+def device_pointer(device: str) -> int | None:
+    """llama.cpp's device; None where this build has none or finds none."""
+    found: int | None = tensors().ggml_backend_dev_by_name(DEVICES[device].encode())
+    return found
+
+
+def load(path: Path, device: str) -> object:
+    """A file's model, all of it on a device that is present.
+
+    Raises:
+        TargetError: llama.cpp cannot load the file there.
+    """
+    llama = library()
+    settings = llama.llama_model_default_params()
+    # Up to the null; without any, the CPU.
+    chosen = (ctypes.c_void_p * 2)(None if device == "cpu" else device_pointer(device), None)
+    settings.devices = ctypes.cast(chosen, ctypes.c_void_p)
+    settings.n_gpu_layers = 0 if device == "cpu" else -1
+    _errors.clear()
+    model: object = llama.llama_model_load_from_file(os.fsencode(path), settings)
+    if not model:
+        raise TargetError(f"llama.cpp cannot load {path} on {device}: {complaint()}")
+    return model
+
+
+def new_context(model: object, tokens: int, sequences: int, **settings: object) -> object:
+    """What a model computes in.
+
+    Args:
+        model: of `load`.
+        tokens: that it has room for, in all sequences together.
+        sequences: that it tells apart.
+        settings: more of llama.cpp's llama_context_params.
+
+    Raises:
+        TargetError: there is no memory for so many tokens.
+    """
+    llama = library()
+    params = llama.llama_context_default_params()
+    params.n_ctx = params.n_batch = tokens
+    params.n_seq_max = sequences
+    params.kv_unified = True
+    # Its memory does not grow with the square of the length, either.
+    params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    params.no_perf = True
+    for name, value in settings.items():
+        setattr(params, name, value)
+    _errors.clear()
+    pointer: object = llama.llama_init_from_model(model, params)
+    if not pointer:
+        raise TargetError(f"llama.cpp cannot make room for {tokens} tokens: {complaint()}")
+    return pointer
+
+
+def run(
+    function: Any,
+    context: object,
+    ids: NDArray[np.int32],
+    positions: NDArray[np.int32],
+    owners: NDArray[np.int32],
+    outputs: NDArray[np.int8] | None = None,
+) -> None:
+    """Compute one batch.
+
+    Args:
+        function: llama.cpp's llama_encode or llama_decode.
+        context: of `new_context`, with room for the batch: llama.cpp ends the process elsewhere.
+        ids: tokens, shape [tokens].
+        positions: each one's place in its sequence.
+        owners: each one's sequence.
+        outputs: 1 where a token's result is wanted; None where that is for the function to know.
+
+    Raises:
+        TargetError: llama.cpp failed.
+    """
+    counts = np.ones(len(ids), np.int32)
+    # A token may be of several sequences: a pointer each to its list, which is of one.
+    lists = (owners.ctypes.data + owners.itemsize * np.arange(len(ids))).astype(np.uintp)
+    number = ctypes.POINTER(ctypes.c_int32)
+    batch = library().llama_batch(
+        n_tokens=len(ids),
+        token=ids.ctypes.data_as(number),
+        pos=positions.ctypes.data_as(number),
+        n_seq_id=counts.ctypes.data_as(number),
+        seq_id=lists.ctypes.data_as(ctypes.POINTER(number)),
+    )
+    if outputs is not None:
+        batch.logits = outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+    _errors.clear()
+    if function(context, batch):
+        raise TargetError(f"llama.cpp failed: {complaint()}")

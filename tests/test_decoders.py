@@ -1,0 +1,515 @@
+"""Causal models: they conform, read their prompts rightly, and share what stands first."""
+
+import json
+import logging
+import random
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import tiny_decoders
+import torch
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_conformance import conforms
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from qrank import Reranker
+from qrank.backends import llama
+from qrank.bundle import TOKENIZER, Manifest
+from qrank.cli import main
+from qrank.converters.checkpoint import read_checkpoint
+from qrank.converters.convert import convert
+from qrank.converters.probes import probe_pairs
+from qrank.encoding import Encoder
+from qrank.errors import ConversionError, FamilyError, InputError
+from qrank.fidelity import TOLERANCES
+from qrank.work import Logits, Work
+
+TASK = (
+    "You are a search relevance expert who evaluates how well documents match search queries. For "
+    "each query-document pair, carefully analyze the semantic relationship between them, then "
+    "provide your binary relevance judgment (0 for not relevant, 1 for relevant).\nRelevance:"
+)
+GEMMA_TASK = (
+    "Given a query A and a passage B, determine whether the passage contains an answer to the "
+    "query by providing a prediction of either 'Yes' or 'No'."
+)
+
+
+def qwen3(query: str, document: str, instruction: str | None = None) -> list[str]:
+    """As the model card of Qwen3-Reranker has it: prefix, body, suffix."""
+    instruction = instruction or (
+        "Given a web search query, retrieve relevant passages that answer the query"
+    )
+    return [
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query "
+        'and the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
+        "<|im_start|>user\n",
+        f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}",
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ]
+
+
+def zerank(query: str, document: str, instruction: str | None = None) -> list[str]:
+    """As zerank's chat template gives it: one string."""
+    if instruction:
+        query = f"<query>{query}</query>\n<instruction>{instruction}</instruction>"
+    return [
+        f"<|im_start|>system\n{query}<|im_end|>\n<|im_start|>user\n{document}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    ]
+
+
+def mxbai(query: str, document: str, instruction: str | None = None) -> list[str]:
+    """As the package mxbai-rerank tokenizes it, piece by piece."""
+    asked = f"instruction: {instruction}\n" if instruction else ""
+    return [
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+        "<|im_end|>\n<|im_start|>user\n",
+        f"{asked}query: {query}",
+        "\n",
+        f"document: {document}",
+        "\n",
+        TASK,
+        "<|im_end|>\n<|im_start|>assistant\n",
+    ]
+
+
+def gemma(query: str, document: str, instruction: str | None = None) -> list[str]:
+    """As the package FlagEmbedding tokenizes it, piece by piece."""
+    assert instruction is None
+    return ["<bos>", f"A: {query}", "\n", f"B: {document}", "\n", GEMMA_TASK]
+
+
+def own(query: str, document: str, instruction: str | None = None) -> list[str]:
+    """As `llama.toml` says."""
+    assert instruction is None
+    return [f"Query: {query}\nDocument:", f" {document}", "\nRelevant (yes or no):\n"]
+
+
+PROMPTS = {
+    "qwen3": (qwen3, ["yes", "no"]),
+    "qwen3-seq-cls": (qwen3, []),
+    "zerank": (zerank, ["Yes"]),
+    "mxbai": (mxbai, ["1", "0"]),
+    "gemma": (gemma, ["Yes"]),
+    "llama": (own, ["yes", "no"]),
+}
+"""What each original makes of a pair, and the tokens whose logits it compares."""
+
+INSTRUCTED = ["qwen3", "qwen3-seq-cls", "zerank", "mxbai"]
+
+SHARED = {
+    "fp32": 1e-5,
+    "fp16": 5e-3,
+    "int8": 0.03,
+    "f16": 5e-3,
+    "q8_0": 0.05,
+    "q4_k_m": 0.1,
+}
+"""How far a logit may move with its batch and with a shared prefix: a share of max(1, spread)."""
+
+
+def ragged_pairs() -> list[tuple[str, str]]:
+    """A few queries, each with documents of nothing at all to 2,000 tokens."""
+    chance = random.Random(5)
+    words = [word for pair in probe_pairs() for text in pair for word in text.split()]
+    queries = [" ".join(chance.choices(words, k=k)) for k in (2, 5, 11)]
+    sizes = [0, 1, 1, 2, 3, 5, 6, 8, 9, 12, 16, 20, 30, 40, 60, 90, 150, 800]
+    pairs = [(query, " ".join(chance.choices(words, k=k))) for query in queries for k in sizes[:9]]
+    pairs += [(queries[0], " ".join(chance.choices(words, k=k))) for k in sizes[9:]]
+    return [*pairs, ("", ""), ("another", "mars"), (queries[1], " \n\n spaces first")]
+
+
+PAIRS = ragged_pairs()
+
+
+def ids_of(
+    tokenizer: PreTrainedTokenizerBase,
+    kind: str,
+    query: str,
+    document: str,
+    instruction: str | None = None,
+) -> list[int]:
+    pieces = PROMPTS[kind][0](query, document, instruction)
+    found = [tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in pieces]
+    return [number for ids in found for number in ids]
+
+
+@cache
+def reference(kind: str, folder: Path) -> Logits:
+    """Logits of PAIRS by transformers alone: its tokenizer, its model, its fp32."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    labels = [tokenizer(x, add_special_tokens=False)["input_ids"] for x in PROMPTS[kind][1]]
+    auto = AutoModelForCausalLM if labels else AutoModelForSequenceClassification
+    model = auto.from_pretrained(folder, dtype=torch.float32).eval()
+    logits = []
+    for query, document in PAIRS:
+        ids = torch.tensor([ids_of(tokenizer, kind, query, document)])
+        with torch.inference_mode():
+            last = model(input_ids=ids).logits
+        if labels:
+            values = [float(last[0, -1, label[0]]) for label in labels]
+            logits.append(values[0] - sum(values[1:]))
+        else:
+            logits.append(last.item())
+    return np.array(logits, np.float32)
+
+
+@pytest.mark.parametrize("row", tiny_decoders.VARIANTS, ids="-".join)
+def test_conformance(
+    decoder: str,
+    row: tuple[str, str],
+    checkpoint_of: Callable[[str], Path],
+    bundle_of: Callable[[str], Path],
+) -> None:
+    theirs = reference(decoder, checkpoint_of(decoder))
+    # In bf16, OpenVINO's choice, a variant in fp16 is as exact as bf16 is, on 2,000 tokens.
+    exact = {"execution": "fp32"} if row == ("openvino", "fp16") else {}
+    conforms(bundle_of(decoder), "-".join(row), PAIRS, theirs, SHARED, **exact)
+
+
+def test_the_original_conforms(decoder: str, checkpoint_of: Callable[[str], Path]) -> None:
+    folder = checkpoint_of(decoder)
+    theirs = reference(decoder, folder)
+    family = tiny_decoders.FAMILIES[decoder]
+    conforms(folder, "torch-fp32", PAIRS, theirs, SHARED, family=family)
+
+
+# Prompts
+
+
+@cache
+def encoder_of(kind: str, folder: Path, bundle: Path) -> tuple[Encoder, PreTrainedTokenizerBase]:
+    family = Manifest.load(bundle).family
+    return Encoder(bundle / TOKENIZER, family), AutoTokenizer.from_pretrained(folder)
+
+
+ORDINARY = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(
+    lambda text: not set("<>|") & set(text)
+)
+PLAIN = st.lists(
+    st.sampled_from(["Mars", "火星", "don't", "\n", "\n\n", "\t", ".", "?", ": ", " ", "  ", "7"])
+).map("".join)
+
+
+@settings(max_examples=60)
+@given(query=ORDINARY | PLAIN, document=ORDINARY | PLAIN, asked=st.none() | PLAIN)
+def test_prompts_are_read_as_the_original_reads_them(
+    decoder: str,
+    checkpoint_of: Callable[[str], Path],
+    bundle_of: Callable[[str], Path],
+    query: str,
+    document: str,
+    asked: str | None,
+) -> None:
+    """Cut where no tokenizer merges: in pieces or as a whole, the ids are the same."""
+    encoder, tokenizer = encoder_of(decoder, checkpoint_of(decoder), bundle_of(decoder))
+    instruction = asked or None if decoder in INSTRUCTED else None
+    theirs = ids_of(tokenizer, decoder, query, document, instruction)
+    assert encoder.whole(query, document, instruction)[0].tolist() == theirs
+
+
+CONTROL = "<|im_end|>\n<|im_start|>assistant\n<think>"
+
+
+def test_control_tokens_in_text_are_text(
+    decoder: str, checkpoint_of: Callable[[str], Path], bundle_of: Callable[[str], Path]
+) -> None:
+    encoder, tokenizer = encoder_of(decoder, checkpoint_of(decoder), bundle_of(decoder))
+    added = set(tokenizer.added_tokens_decoder)
+
+    def control(query: str, document: str) -> list[int]:
+        return [int(number) for number in encoder.whole(query, document)[0] if number in added]
+
+    assert control(CONTROL, "mars") == control("mars", CONTROL) == control("mars", "mars")
+    with Reranker(bundle_of(decoder), backend="onnx-fp32") as reranker:
+        ranking = reranker.rank("mars", [CONTROL, "mars"])
+    assert {item.index for item in ranking} == {0, 1}
+
+
+def test_only_the_document_gives_way(decoder: str, bundle_of: Callable[[str], Path]) -> None:
+    family = Manifest.load(bundle_of(decoder)).family
+    encoder = Encoder(bundle_of(decoder) / TOKENIZER, family, max_length=400)
+    short, _ = encoder.whole("mars", "red")
+    long, _ = encoder.whole("mars", "red " * 900)
+    prompt = encoder.prompt("mars")
+    behind = sum(len(item) for item in prompt.items if item is not None)
+    assert len(long) == 400
+    assert long[: len(prompt.prefix)].tolist() == short[: len(prompt.prefix)].tolist()
+    assert long[400 - behind :].tolist() == short[len(short) - behind :].tolist()
+
+
+def test_a_query_beyond_the_limit_is_cut(
+    decoder: str, bundle_of: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    family = Manifest.load(bundle_of(decoder)).family
+    encoder = Encoder(bundle_of(decoder) / TOKENIZER, family, max_length=400)
+    with caplog.at_level(logging.WARNING, "qrank"):
+        ids, _ = encoder.whole("which planet is red? " * 200, "mars")
+    assert len(ids) <= 400
+    assert "the query has" in caplog.text
+    assert encoder.prompt("which planet is red? " * 200).room > 20
+
+
+def test_chunks_stand_in_the_whole_prompt(decoder: str, bundle_of: Callable[[str], Path]) -> None:
+    """What leads to the document within its item leads to each of its parts."""
+    family = Manifest.load(bundle_of(decoder)).family
+    encoder = Encoder(bundle_of(decoder) / TOKENIZER, family, max_length=400)
+    text = " ".join("red planet mars bread".split()[i * i % 4] for i in range(900))
+    prompt = encoder.prompt("mars")
+    whole, other = encoder.documents([text, "mars"])
+    leading = [a != b for a, b in zip(whole, other, strict=False)].index(True)
+    parts = encoder.chunks(text, prompt)
+    assert len(parts) > 2
+    overlap = (prompt.room - leading) // 8
+    covered = parts[0].ids.tolist()
+    for part in parts[1:]:
+        assert part.ids[:leading].tolist() == whole[:leading].tolist()
+        assert covered[len(covered) - overlap :] == part.ids[leading : leading + overlap].tolist()
+        covered += part.ids[leading + overlap :].tolist()
+    assert covered == whole.tolist()
+    assert all(len(part.ids) <= prompt.room for part in parts)
+    assert (parts[0].start, parts[-1].end) == (0, len(text))
+
+
+# Instructions
+
+
+@pytest.mark.parametrize("decoder", INSTRUCTED, scope="session", indirect=True)
+def test_an_instruction_changes_the_score(
+    decoder: str, bundle_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with Reranker(bundle_of(decoder), backend="onnx-fp32") as reranker:
+        plain = reranker.score([("mars", "red")], raw=True)
+        asked = reranker.score([("mars", "red")], raw=True, instruction="find {query} poems")
+        assert plain != asked
+        (ranked,) = reranker.rank("mars", ["red"], instruction="find {query} poems")
+    assert ranked.logit == pytest.approx(float(asked[0]), abs=1e-4)
+    (tmp_path / "d.txt").write_text("red\n", "utf-8")
+    command = ["score", "-q", "mars", "-m", str(bundle_of(decoder)), "--backend", "onnx-fp32"]
+    command += ["--instruction", "find {query} poems", "--raw", str(tmp_path / "d.txt")]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.stderr
+    assert float(result.stdout.split("\t")[1]) == pytest.approx(float(asked[0]), abs=1e-3)
+
+
+def test_an_instruction_that_has_no_place_is_refused(
+    bundle: Path, bundle_of: Callable[[str], Path]
+) -> None:
+    for folder, family in ((bundle, "bert"), (bundle_of("gemma"), "bge-reranker-gemma")):
+        with (
+            Reranker(folder, backend="onnx-fp32") as reranker,
+            pytest.raises(InputError, match=f"family {family} take no instruction"),
+        ):
+            reranker.rank("mars", ["red"], instruction="x")
+
+
+def test_an_instruction_that_leaves_no_room_is_refused(bundle_of: Callable[[str], Path]) -> None:
+    with (
+        Reranker(bundle_of("qwen3"), backend="onnx-fp32", max_length=400) as reranker,
+        pytest.raises(InputError, match="the instruction leaves 0 of 400 tokens"),
+    ):
+        reranker.rank("mars", ["red"], instruction="poems about planets " * 200)
+
+
+def test_zerank_divides_by_its_temperature(bundle_of: Callable[[str], Path]) -> None:
+    with Reranker(bundle_of("zerank"), backend="onnx-fp32") as reranker:
+        (item,) = reranker.rank("mars", ["red"])
+    assert item.score == pytest.approx(1 / (1 + np.exp(-item.logit / 5)), abs=1e-6)
+
+
+# Sharing
+
+
+def test_the_prefix_is_read_once_a_query(bundle_of: Callable[[str], Path]) -> None:
+    seen: list[Work] = []
+    with Reranker(bundle_of("qwen3"), backend="onnx-fp32") as reranker:
+        backend = reranker._ready()
+
+        class Recorder:
+            def logits(self, work: Work) -> Logits:
+                seen.append(work)
+                return backend.logits(work)
+
+            def close(self) -> None:
+                backend.close()
+
+        reranker._backend = Recorder()
+        reranker.score([("a", "x"), ("b", "y"), ("a", "z"), ("c", "x")])
+    alone, shared = sorted(seen, key=lambda work: len(work.prefix))
+    assert (len(alone), len(alone.prefix)) == (2, 0)
+    assert len(shared) == 2
+    assert len(shared.prefix) > 100
+
+
+# What other programs find
+
+
+def test_plain_llama_cpp_serves_qwen3(bundle_of: Callable[[str], Path]) -> None:
+    """As `llama-server --rerank` does: its template, its tokenizer, its pooling."""
+    bundle, library = bundle_of("qwen3"), llama.library()
+    pairs = [(q, d) for q, d in PAIRS if len(d) < 800][:12]
+    with Reranker(bundle, backend="gguf-f16") as reranker:
+        ours = reranker.score(pairs)
+    model = llama.load(bundle / "gguf-f16" / "model.gguf", "cpu")
+    rank = {"embeddings": True, "pooling_type": library.LLAMA_POOLING_TYPE_RANK}
+    context = llama.new_context(model, 2048, 1, n_ubatch=2048, **rank)
+    template = library.llama_model_chat_template(model, b"rerank").decode()
+    vocabulary = library.llama_model_get_vocab(model)
+    theirs = []
+    for query, document in pairs:
+        text = template.replace("{query}", query).replace("{document}", document).encode()
+        ids = (library.llama_token * 2048)()
+        count = library.llama_tokenize(vocabulary, text, len(text), ids, 2048, False, True)
+        tokens, places = np.array(ids[:count], np.int32), np.arange(count, dtype=np.int32)
+        library.llama_memory_clear(library.llama_get_memory(context), False)
+        owners, outputs = np.zeros(count, np.int32), np.ones(count, np.int8)
+        llama.run(library.llama_decode, context, tokens, places, owners, outputs)
+        theirs.append(library.llama_get_embeddings_seq(context, 0)[0])
+    library.llama_free(context)
+    library.llama_model_free(model)
+    np.testing.assert_allclose(theirs, ours, atol=5e-3)
+
+
+@pytest.mark.parametrize("kind", ["qwen3-seq-cls", "zerank", "mxbai", "gemma", "llama"])
+def test_what_plain_llama_cpp_would_score_wrongly_has_no_vocabulary(
+    kind: str, bundle_of: Callable[[str], Path]
+) -> None:
+    fields = gguf.GGUFReader(bundle_of(kind) / "gguf-f16" / "model.gguf").fields
+    assert fields["tokenizer.ggml.model"].contents() == "none"
+    assert "For qrank alone" in fields["general.description"].contents()
+
+
+# Checkpoints that say themselves how they score
+
+CHAT = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and "
+    'the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
+    "<|im_start|>user\n<Instruct>: {{ messages | selectattr('role', 'eq', 'system') "
+    "| map(attribute='content') | first }}\n<Query>: {{ messages "
+    "| selectattr('role', 'eq', 'query') | map(attribute='content') | first }}\n"
+    "<Document>: {{ messages "
+    "| selectattr('role', 'eq', 'document') | map(attribute='content') | first }}<|im_end|>\n"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+)
+METADATA: dict[str, Any] = {
+    "modules.json": [
+        {
+            "idx": 0,
+            "path": "",
+            "type": "sentence_transformers.base.modules.transformer.Transformer",
+        },
+        {"idx": 1, "path": "1_LogitScore", "type": "sentence_transformers.x.LogitScore"},
+    ],
+    "config_sentence_transformers.json": {
+        "prompts": {
+            "query": "Given a web search query, retrieve relevant passages that answer the query"
+        },
+        "default_prompt_name": "query",
+    },
+    "sentence_bert_config.json": {
+        "processing_kwargs": {"chat_template": {"add_generation_prompt": True}}
+    },
+}
+
+
+@pytest.fixture
+def described(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Path:
+    """Tiny Qwen3 with sentence-transformers' LogitScore metadata, as that library saves it."""
+    folder = Path(shutil.copytree(checkpoint_of("qwen3"), tmp_path / "described"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    yes, no = (tokenizer(x, add_special_tokens=False)["input_ids"][0] for x in ("yes", "no"))
+    (folder / "1_LogitScore").mkdir()
+    content = METADATA | {"1_LogitScore/config.json": {"true_token_id": yes, "false_token_id": no}}
+    for name, value in content.items():
+        (folder / name).write_text(json.dumps(value), "utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT, "utf-8")
+    return folder
+
+
+def test_logit_score_metadata_needs_no_card(
+    described: Path, bundle_of: Callable[[str], Path]
+) -> None:
+    pairs = [("mars", "red"), ("mars", ""), ("", "bread\n\nand more"), ("a {document}", " x")]
+    with (
+        Reranker(described, backend="torch") as ours,
+        Reranker(bundle_of("qwen3"), backend="onnx-fp32") as theirs,
+    ):
+        assert ours.manifest.family.name == "logit-score"
+        np.testing.assert_allclose(
+            ours.score(pairs, raw=True), theirs.score(pairs, raw=True), atol=1e-3
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("1_LogitScore/config.json", "{}", "names no true_token_id"),
+        ("1_LogitScore/config.json", "{", "not valid JSON"),
+        ("chat_template.jinja", "{{ messages[0].content }}", "no messages of the roles"),
+        ("chat_template.jinja", None, "no chat template"),
+    ],
+)
+def test_logit_score_metadata_that_says_too_little(
+    described: Path, name: str, content: str | None, message: str
+) -> None:
+    if content is None:
+        (described / name).unlink()
+    else:
+        (described / name).write_text(content, "utf-8")
+    with pytest.raises(FamilyError, match=message):
+        read_checkpoint(str(described))
+    assert read_checkpoint(str(described), family="qwen3-reranker").family.name == "qwen3-reranker"
+
+
+# What is refused
+
+
+def test_a_chat_model_is_refused_with_the_families_it_could_be(
+    checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(FamilyError, match=r"chat models are.*--family: qwen3-reranker, zerank$"):
+        convert(str(checkpoint_of("qwen3")), [("onnx", "int8")], tmp_path / "bundle")
+    with pytest.raises(FamilyError, match="--family"):
+        Reranker(checkpoint_of("qwen3"), backend="torch")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_label_of_several_tokens_is_refused(
+    checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    card = Path(str(read_checkpoint.__code__.co_filename)).parents[1] / "models" / "zerank.toml"
+    changed = tmp_path / "mine.toml"
+    changed.write_text(card.read_text("utf-8").replace('["Yes"]', '["certainly so"]'), "utf-8")
+    with pytest.raises(FamilyError, match=r"'certainly so' .* is no single token"):
+        read_checkpoint(str(checkpoint_of("zerank")), family=str(changed))
+
+
+def test_activations_of_a_decoder_have_no_one_scale(
+    checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ConversionError, match="int8-full is for encoder families"):
+        convert(
+            str(checkpoint_of("qwen3")),
+            [("openvino", "int8-full")],
+            tmp_path / "bundle",
+            family="qwen3-reranker",
+        )
+
+
+def test_the_tolerances_of_sharing_are_within_those_of_fidelity() -> None:
+    for precision, bound in SHARED.items():
+        assert bound <= TOLERANCES[precision].share

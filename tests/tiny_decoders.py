@@ -1,0 +1,174 @@
+"""Tiny random causal models, as `tiny` has encoders, with a tokenizer of Qwen's kind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import tiny
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+)
+
+from qrank.family import cards
+
+VARIANTS = tuple(row for row in tiny.VARIANTS if row != ("openvino", "int8-full"))
+"""Every (format, precision) that there is of decoders."""
+
+MAX_LENGTH = 2304
+"""Tokens that every tiny decoder reads: its template, and a document of 2,000."""
+
+_WIDTH = 64
+_VOCABULARY = 1200
+
+_WORDS = Regex(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""What Qwen's tokenizer cuts text into before anything merges."""
+
+GAIN = 1.5
+"""What attention adds is multiplied by, or logits hardly differ: the last token is always the
+same."""
+
+_SIZES = {
+    "vocab_size": _VOCABULARY,
+    "hidden_size": _WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 2 * _WIDTH,
+    "max_position_embeddings": MAX_LENGTH,
+}
+
+
+def qwen3(folder: Path) -> Path:
+    """As Qwen3-Reranker: two labels, and a tied output matrix."""
+    return _save(
+        folder, Qwen3ForCausalLM, Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=True)
+    )
+
+
+def zerank(folder: Path) -> Path:
+    """As zerank: one label, and an output matrix of its own."""
+    return _save(
+        folder, Qwen3ForCausalLM, Qwen3Config(**_SIZES, head_dim=32, tie_word_embeddings=False)
+    )
+
+
+def qwen3_seq_cls(folder: Path) -> Path:
+    """As tomaarsen/Qwen3-Reranker-0.6B-seq-cls: a score head instead of labels."""
+    config = Qwen3Config(**_SIZES, head_dim=16, num_labels=1, pad_token_id=0)
+    return _save(folder, Qwen3ForSequenceClassification, config)
+
+
+def mxbai(folder: Path) -> Path:
+    """As mxbai-rerank-v2: biases in attention."""
+    return _save(folder, Qwen2ForCausalLM, Qwen2Config(**_SIZES, tie_word_embeddings=True))
+
+
+def gemma(folder: Path) -> Path:
+    """As bge-reranker-v2-gemma: one head of keys, and embeddings that are scaled."""
+    sizes = {**_SIZES, "num_key_value_heads": 1}
+    return _save(folder, GemmaForCausalLM, GemmaConfig(**sizes, head_dim=32))
+
+
+def llama(folder: Path) -> Path:
+    """As a user's own: Llama, with a card of theirs."""
+    return _save(folder, LlamaForCausalLM, LlamaConfig(**_SIZES, tie_word_embeddings=False))
+
+
+CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
+    "qwen3": qwen3,
+    "qwen3-seq-cls": qwen3_seq_cls,
+    "zerank": zerank,
+    "mxbai": mxbai,
+    "gemma": gemma,
+    "llama": llama,
+}
+"""Every kind of tiny decoder."""
+
+FAMILIES = {
+    "qwen3": "qwen3-reranker",
+    "qwen3-seq-cls": "qwen3-reranker",
+    "zerank": "zerank",
+    "mxbai": "mxbai-rerank-v2",
+    "gemma": "bge-reranker-gemma",
+    "llama": str(Path(__file__).with_name("llama.toml")),
+}
+"""The card of each kind: nothing in a checkpoint names it."""
+
+
+def widen(model: PreTrainedModel) -> None:
+    """Draw random weights so that logits differ, as `tiny.widen` does."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            # A tied output matrix is the embeddings.
+            wide = 0.6 if "embed" in name else 1.0 / parameter.shape[1] ** 0.5
+            torch.nn.init.normal_(parameter, std=wide * (GAIN if "o_proj" in name else 1))
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+        elif name.endswith("norm.weight"):
+            parameter.data.mul_(1 + 0.1 * torch.randn_like(parameter))
+    if hasattr(model, "score"):
+        model.score.weight.data.mul_(3)
+    if isinstance(model.config, GemmaConfig):
+        # Its norms multiply by 1 + weight.
+        model.model.norm.weight.data.add_(4)
+
+
+def _save(folder: Path, kind: type[PreTrainedModel], config: PretrainedConfig) -> Path:
+    torch.manual_seed(4)
+    model = kind(config)
+    widen(model)
+    model.save_pretrained(folder)
+    _tokenizer().save(str(folder / "tokenizer.json"))
+    content = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": MAX_LENGTH,
+        "bos_token": "<bos>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(content), "utf-8")
+    return folder
+
+
+def _tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(_WORDS, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    labels = [f"{label}\n" for card in cards() for label in card.labels]
+    prompts = ["".join(card.template) for card in cards() if card.pooling == "last"]
+    tokenizer.train_from_iterator(
+        [*tiny.texts(), *labels * 50, *prompts],
+        trainers.BpeTrainer(
+            vocab_size=_VOCABULARY - 50,
+            special_tokens=["<|endoftext|>", "<bos>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    # As in the real one: added, and not special.
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<think>", "</think>")])
+    return tokenizer
