@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from qrank.converters.checkpoint import Checkpoint
-from qrank.converters.graph_file import save_graph
+from qrank.converters.graph_file import fits, save_graph
 from qrank.converters.logs import errors_only
-from qrank.converters.onnx_int8 import quantize
+from qrank.converters.onnx_int8 import channel_maxima, quantize
 from qrank.errors import ConversionError
 from qrank.extras import need
 from qrank.family import Family
@@ -51,6 +51,7 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: W
     export(checkpoint.load(), checkpoint.family, path, in_one_file=precision == "fp32")
     if precision == "fp32":
         return ""
+    maxima = channel_maxima(path, calibration) if precision == "int8" else {}
     graph = need("onnx").load(path)
     for file in folder.iterdir():
         file.unlink()
@@ -58,7 +59,7 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: W
     if precision == "fp16":
         graph = _half(graph, head)
     else:
-        quantize(graph, keep=head, calibration=calibration)
+        quantize(graph, keep=head, maxima=maxima)
     save_graph(graph, path)
     return ""
 
@@ -91,7 +92,7 @@ def export(
         model: transformers' own, fp32.
         family: the checkpoint's.
         path: of the graph.
-        in_one_file: with its weights (up to 2 GB). Writing them beside the graph takes no memory,
+        in_one_file: with its weights, up to 2 GB. Writing them beside the graph takes no memory,
             this three times their size.
         optimize: fold constants, weights that are turned or widened among them. Takes memory.
     """
@@ -131,7 +132,8 @@ def export(
     for item in (graph, *nodes, *values, *graph.inputs, *graph.initializers.values()):
         item.metadata_props.clear()
         item.doc_string = None
-    if in_one_file:
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if in_one_file and fits(size):
         save_graph(program.model_proto, path)
     else:
         program.save(path, external_data=True)

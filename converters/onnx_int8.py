@@ -15,13 +15,11 @@ benchmarks/int8.py holds speed, fidelity and dependence on the batch against onn
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qrank.converters.graph_file import save_graph
 from qrank.extras import need
 from qrank.work import Work, feed, no_prefix
 
@@ -34,29 +32,35 @@ _LARGE_TABLE = 2**16
 Floats = NDArray[np.float32]
 
 
-def quantize(model: onnx.ModelProto, *, keep: set[str], calibration: Work) -> None:
+def quantize(model: onnx.ModelProto, *, keep: set[str], maxima: dict[str, Floats]) -> None:
     """Quantize a graph's matrix products and large tables in place.
 
     Args:
         model: fp32.
         keep: names of nodes to leave as they are: the score head's.
+        maxima: of `channel_maxima`.
+    """
+    _Quantizer(model, keep, maxima).run()
+
+
+def channel_maxima(path: Path, calibration: Work) -> dict[str, Floats]:
+    """max |x_j| over all calibration tokens, for every norm's output.
+
+    Args:
+        path: the fp32 graph, with its weights in it or beside it.
         calibration: pairs to see the size of each channel on.
     """
-    _Quantizer(model, keep, _channel_maxima(model, calibration)).run()
-
-
-def _channel_maxima(model: onnx.ModelProto, calibration: Work) -> dict[str, Floats]:
-    """max |x_j| over all calibration tokens, for every norm's output."""
     onnx, ort = need("onnx"), need("onnxruntime")
+    model = onnx.load(path, load_external_data=False)
     names = _normalized(model)
-    outputs = list(model.graph.output)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        save_graph(model, path)
-        session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    # In the same folder: that is where its weights are looked for.
+    seen = path.with_name("outputs.onnx")
+    onnx.save(model, seen)
+    session = ort.InferenceSession(str(seen), settings, providers=["CPUExecutionProvider"])
+    seen.unlink()
     maxima: dict[str, Floats] = {}
     wanted = [i.name for i in session.get_inputs()]
     bare = next((no_prefix(i.shape) for i in session.get_inputs() if i.name == "prefix"), {})
@@ -65,8 +69,6 @@ def _channel_maxima(model: onnx.ModelProto, calibration: Work) -> dict[str, Floa
         for name, values in zip(names, found, strict=True):
             largest = np.abs(values).reshape(-1, values.shape[-1]).max(axis=0)
             maxima[name] = np.maximum(maxima.get(name, largest), largest)
-    del model.graph.output[:]
-    model.graph.output.extend(outputs)
     return maxima
 
 

@@ -457,18 +457,20 @@ def test_an_unknown_precision_is_refused(bert: str, tmp_path: Path) -> None:
         convert(bert, [("onnx", "q4")], tmp_path / "out")
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp16", "fp32"])
 def test_weights_beside_the_graph(
-    bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bert: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As for models above 2 GB, with a limit that a tiny one exceeds."""
     monkeypatch.setattr(graph_file, "_LARGEST_PROTO", 0)
-    target, manifest = convert(bert, [("onnx", "fp16")], tmp_path / "out")
-    files = manifest.variants["onnx-fp16"].files
-    assert set(files) == {"onnx-fp16/model.onnx", "onnx-fp16/model.onnx.data"}
-    assert files["onnx-fp16/model.onnx.data"].bytes > files["onnx-fp16/model.onnx"].bytes
+    name = f"onnx-{precision}"
+    target, manifest = convert(bert, [("onnx", precision)], tmp_path / "out")
+    files = manifest.variants[name].files
+    assert set(files) == {f"{name}/model.onnx", f"{name}/model.onnx.data"}
+    assert files[f"{name}/model.onnx.data"].bytes > files[f"{name}/model.onnx"].bytes
     with Reranker(target) as reranker:
         assert len(reranker.score(PAIRS)) == 2
-    data = target / "onnx-fp16" / "model.onnx.data"
+    data = target / name / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:-1] + b"!")
     with pytest.raises(BundleError, match=r"model\.onnx\.data is damaged"):
         Reranker(target)
