@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from qrank import Reranker
+from qrank.backends import gguf as gguf_backend
 from qrank.backends import llama
 from qrank.bundle import TOKENIZER, Manifest
 from qrank.cli import main
@@ -34,7 +35,7 @@ from qrank.converters.convert import convert
 from qrank.converters.probes import probe_pairs
 from qrank.encoding import Encoder
 from qrank.errors import ConversionError, FamilyError, InputError
-from qrank.fidelity import TOLERANCES
+from qrank.fidelity import TOLERANCES, Fidelity
 from qrank.work import Logits, Work
 
 TASK = (
@@ -473,6 +474,19 @@ def test_logit_score_metadata_that_says_too_little(
     with pytest.raises(FamilyError, match=message):
         read_checkpoint(str(described))
     assert read_checkpoint(str(described), family="qwen3-reranker").family.name == "qwen3-reranker"
+
+
+def test_llama_cpp_reads_many_documents_at_once(
+    checkpoint_of: Callable[[str], Path],
+    bundle_of: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As it does on a GPU; a batch here is larger than what it computes at once."""
+    monkeypatch.setitem(gguf_backend.MAX_SEQUENCES, "cpu", 255)
+    theirs = reference("qwen3", checkpoint_of("qwen3"))
+    with Reranker(bundle_of("qwen3"), backend="gguf-f16") as reranker:
+        ours = reranker.score(PAIRS, raw=True)
+    assert TOLERANCES["f16"].shortfall(Fidelity.of(ours, theirs)) is None
 
 
 # What is refused
