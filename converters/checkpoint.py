@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,14 +167,15 @@ def read_checkpoint(
     else:
         raise ModelNotFoundError(f"{source} is neither a folder nor a hub id (owner/name)")
     config = _config(folder, source)
+    read_tokenizer = cache(partial(_tokenizer, folder, source))
     card = None
     if family is None and _is_causal(config):
-        card = logit_score.logit_score_card(folder, config, _tokenizer(folder, source))
+        card = logit_score.logit_score_card(folder, config, read_tokenizer)
     card = card or find_card(family, config, source if commit else None)
     if not _is_causal(config):
         _check_labels(config, source)
     weights = _weights(folder, source)
-    tokenizer = _tokenizer(folder, source)
+    tokenizer = read_tokenizer()
     return Checkpoint(
         folder=folder,
         source=Source(identity, commit, _fingerprint(config, tokenizer, weights)),

@@ -55,9 +55,7 @@ def check_ids(pairs: list[tuple[str, str]], work: Work, checkpoint: Checkpoint) 
             )
 
 
-def checkpoint_ids(
-    checkpoint: Checkpoint, query: str, document: str, limit: int, instruction: str | None = None
-) -> list[int]:
+def checkpoint_ids(checkpoint: Checkpoint, query: str, document: str, limit: int) -> list[int]:
     """A pair as the checkpoint's own tokenizer reads it, cut to a limit.
 
     For a decoder family, the items of its template each by itself, as the original code does.
@@ -69,7 +67,7 @@ def checkpoint_ids(
             "input_ids"
         ]
         return list(pair)
-    template, text = family.asked(instruction)
+    template, text = family.asked(None)
     texts = {"query": query, "document": document, "instruction": text}
     items = [
         [item]

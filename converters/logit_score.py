@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,11 @@ FILES = [
 
 
 def logit_score_card(
-    folder: Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+    folder: Path, config: dict[str, Any], read_tokenizer: Callable[[], PreTrainedTokenizerBase]
 ) -> Card | None:
     """The card that a checkpoint's own metadata comes to; None where it has none.
+
+    The tokenizer is read only where there is some.
 
     Raises:
         FamilyError: the metadata is there, and names no tokens or has no chat template for a pair.
@@ -42,6 +45,7 @@ def logit_score_card(
         return None
     ids = _json(folder / places[0] / "config.json", {})
     numbers = [ids.get("true_token_id"), ids.get("false_token_id")]
+    tokenizer = read_tokenizer()
     labels = [tokenizer.decode([number]) for number in numbers if number is not None]
     if not labels:
         raise FamilyError(f"{folder}: {places[0]}/config.json names no true_token_id")

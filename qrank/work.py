@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,6 +111,24 @@ def no_prefix(shape: Sequence[Any]) -> dict[str, NDArray[Any]]:
         "prefix": np.zeros((layers, two, heads, 0, width), np.float32),
         "keep": np.empty(0, np.int64),
     }
+
+
+def read_prefix(
+    prefix: Ids,
+    bare: dict[str, NDArray[Any]],
+    present: Callable[[Work, dict[str, NDArray[Any]]], NDArray[Any]],
+) -> dict[str, NDArray[Any]]:
+    """A prefix's keys and values, as a decoder's graph takes them beside every batch.
+
+    Args:
+        prefix: may be empty.
+        bare: of `no_prefix`; empty for an encoder's graph.
+        present: runs the graph on work and more inputs, and gives its output of that name.
+    """
+    if not len(prefix):
+        return bare
+    keep = np.arange(len(prefix))
+    return {**bare, "prefix": present(Work([prefix]), {**bare, "keep": keep})}
 
 
 def _filled(rows: Sequence[NDArray[np.signedinteger]], shape: tuple[int, ...]) -> NDArray[np.int64]:

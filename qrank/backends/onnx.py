@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from qrank.batching import cut_padded, in_order
 from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.extras import need
-from qrank.work import Ids, Logits, Work, feed, no_prefix
+from qrank.work import Logits, Work, feed, no_prefix, read_prefix
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -98,7 +99,7 @@ class OnnxBackend:
     def logits(self, work: Work) -> Logits:
         """See `qrank.backends.Backend.logits`."""
         batches = cut_padded(work.lengths + len(work.prefix), self._batch)
-        prefix = self._read(work.prefix)
+        prefix = read_prefix(work.prefix, self._bare, partial(self._call, "present"))
         if len(batches) == 1:
             results = [self._run(work.take(batches[0]), prefix)]
         else:
@@ -109,14 +110,6 @@ class OnnxBackend:
         """See `qrank.backends.Backend.close`."""
         self._streams.shutdown()
         del self._session
-
-    def _read(self, prefix: Ids) -> dict[str, NDArray[Any]]:
-        """The prefix's keys and values, as a decoder's graph takes them beside every batch."""
-        if not len(prefix):
-            return self._bare
-        keep = np.arange(len(prefix))
-        present = self._call("present", Work([prefix]), {**self._bare, "keep": keep})
-        return {**self._bare, "prefix": present}
 
     def _run(self, batch: Work, prefix: dict[str, NDArray[Any]]) -> Logits:
         return np.asarray(self._call("logits", batch, prefix), np.float32).reshape(len(batch))

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from qrank.batching import cut_padded, in_order
 from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.extras import need
-from qrank.work import Ids, Logits, Work, feed, no_prefix
+from qrank.work import Logits, Work, feed, no_prefix, read_prefix
 
 if TYPE_CHECKING:
     import openvino
@@ -218,7 +219,8 @@ class OpenvinoBackend:
         if not self._batch:
             work = work.whole()
         batches = cut_padded(work.lengths + len(work.prefix), self._batch or 0)
-        prefix = self._streams.submit(self._read, work.prefix).result()
+        present = partial(self._call, "present")
+        prefix = self._streams.submit(read_prefix, work.prefix, self._bare, present).result()
         results = self._streams.map(lambda batch: self._run(work.take(batch), prefix), batches)
         return in_order(batches, results)
 
@@ -226,14 +228,6 @@ class OpenvinoBackend:
         """See `qrank.backends.Backend.close`."""
         self._streams.shutdown()
         self._models.clear()
-
-    def _read(self, prefix: Ids) -> dict[str, NDArray[Any]]:
-        """The prefix's keys and values, as a decoder's graph takes them beside every batch."""
-        if not len(prefix):
-            return self._bare
-        keep = np.arange(len(prefix))
-        present = self._call("present", Work([prefix]), {**self._bare, "keep": keep})
-        return {**self._bare, "prefix": present}
 
     def _run(self, batch: Work, prefix: dict[str, NDArray[Any]]) -> Logits:
         return self._call("logits", batch, prefix).astype(np.float32).reshape(len(batch))
