@@ -19,7 +19,10 @@ from qrank.bundle import TOKENIZER, Manifest, check_files
 from qrank.encoding import Encoder
 from qrank.errors import InputError, TargetError
 from qrank.locate import DEFAULT, locate
-from qrank.selection import Target, choose, ready
+from qrank.machine import processors
+from qrank.proof import ready
+from qrank.selection import Choice, Policy, Profile, Wish, choices, first_that_works
+from qrank.targets import Target
 from qrank.work import Ids, Logits, Segments, Work
 
 LongDocuments = Literal["truncate", "chunk"]
@@ -72,26 +75,40 @@ class Reranker:
         device: str | None = None,
         threads: int | None = None,
         execution: str | None = None,
+        batch: int | None = None,
         max_length: int | None = None,
         family: str | None = None,
+        policy: Policy = "fastest",
+        min_kendall: float | None = None,
+        profile: Profile = "passages",
     ) -> None:
         """Load a bundle.
+
+        With no backend named, the target is the best of those that `qrank.tune` measured on this
+        machine; before that, the one expected to be the fastest on the CPU. Nothing is measured
+        here. One that fails to open or to reproduce the probes is told by a warning (logger
+        "qrank"), and the next is taken; what is named is taken, or an error is raised.
 
         Args:
             model: a bundled name, the folder `qrank convert` wrote, or a bundle's hub id; with
                 backend `torch` a checkpoint's folder or hub id.
             backend: a format (`onnx`), a variant (`openvino-int8`), `torch` (or `torch-fp16`, ...)
                 to run a checkpoint as it is, or "module:function" of your own (see
-                `qrank.backends`). None: the preferred variant of the bundle.
+                `qrank.backends`). None: the best target, by `policy`.
             device: `cpu`, or what the backend offers: onnx `cuda`, `tensorrt`, `coreml`,
                 `directml`; openvino `gpu`, `npu`; gguf `metal`, `cuda`, `vulkan`; torch `cuda`,
-                `mps`. None: `cpu`.
+                `mps`. None: as measured, or `cpu`.
             threads: CPU threads in all. None: every CPU this process may use.
             execution: arithmetic to compute in where the backend leaves a choice (openvino):
                 `fp32`, `bf16` or `fp16`. None: the fastest that reproduces the probes here.
+            batch: padded tokens a batch, for onnx and openvino. None: as measured, or their own.
             max_length: tokens a pair may have. None: what the model reads.
             family: with backend `torch`: the card that reads the checkpoint, by name or file, where
                 nothing in it tells. A bundle knows its own.
+            policy: `fastest`, `smallest` or `most-faithful`.
+            min_kendall: least Kendall's tau against the original, by the bundle's manifest.
+            profile: what the work is like, if it was measured: `short` (single short pairs),
+                `passages` (20 documents of 128 tokens) or `long` (100 of 512).
 
         Raises:
             QrankError: see `qrank.errors`; the message says what to do.
@@ -107,24 +124,29 @@ class Reranker:
                 raise InputError("family is for checkpoints (backend torch); a bundle has its own")
             folder = locate(model)
             self.manifest, tokenizer = Manifest.load(folder), folder / TOKENIZER
-        self.target: Target = choose(self.manifest, backend, device)
-        check_files(folder, {**self.manifest.files, **self.target.variant.files})
-        self._options = backends.Options(
-            threads or backends.processors(), execution, family=self.manifest.family
+        self._folder = folder
+        options = backends.Options(
+            threads or processors(), execution, batch, family=self.manifest.family
         )
         self._encoder = Encoder(
-            tokenizer,
-            self.manifest.family,
-            max_length=max_length,
-            threads=self._options.threads,
+            tokenizer, self.manifest.family, max_length=max_length, threads=options.threads
         )
-        self._folder = folder
-        self._custom = backend if backend and ":" in backend else None
-        self._open = backends.opener(self._custom or self.format)
         self._lock = threading.Lock()
         self._backend: backends.Backend | None = None
         _living.add(self)
+        wish = Wish(backend, device, policy, min_kendall, profile)
+        first_that_works(choices(self.manifest, wish, options), self._take)
+
+    def _take(self, choice: Choice) -> None:
+        """Open a target, for good if it works."""
+        self.choice = choice
+        check_files(self._folder, {**self.manifest.files, **self.target.variant.files})
         self._ready()
+
+    @property
+    def target(self) -> Target:
+        """The variant that runs, and the device."""
+        return self.choice.target
 
     @property
     def format(self) -> str:
@@ -253,14 +275,7 @@ class Reranker:
         """The backend of this process, opened and proven if need be."""
         with self._lock:
             if self._backend is None:
-                self._backend = ready(
-                    self._open,
-                    self._folder,
-                    self.target,
-                    self.manifest,
-                    self._options,
-                    self._custom,
-                )
+                self._backend = ready(self._folder, self.target, self.manifest, self.choice.options)
             return self._backend
 
     def _scores(self, logits: Logits) -> activation.Scores:

@@ -1,173 +1,244 @@
-"""Which variant of a bundle runs, on which device, and that it computes rightly there."""
+"""Which target runs: by what was measured on this machine, or else by a static guess."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-import platform
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args
 
-import numpy as np
+from qrank import machine, paths
+from qrank.backends import RUNTIMES, Options
+from qrank.bundle import Manifest
+from qrank.errors import InputError, MissingExtraError, TargetError
+from qrank.targets import Target, guesses
 
-from qrank import paths
-from qrank.backends import BACKENDS, Backend, Opener, Options, executions, module
-from qrank.bundle import Manifest, Probes, Variant
-from qrank.errors import TargetError
-from qrank.fidelity import TOLERANCES, Fidelity
+Policy = Literal["fastest", "smallest", "most-faithful"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 
-PREFERRED = {"cpu": ("int8", "int8-full", "fp32", "fp16", "q8_0", "q4_k_m", "f16", "bf16")}
-PREFERRED_ELSEWHERE = ("fp16", "fp32", "int8", "int8-full", "q8_0", "f16", "q4_k_m", "bf16")
-_PROBE_TOKENS = 1024
+Profile = Literal["short", "passages", "long"]
+
+PROFILES: dict[Profile, tuple[int, int]] = {
+    "short": (1, 32),
+    "passages": (20, 128),
+    "long": (100, 512),
+}
+"""What targets are timed on -> documents, and tokens of each with its query."""
+
+ALIKE = 0.05
+"""Targets that differ by less than this share of their speed are equally fast: the more faithful
+of them is taken."""
 
 log = logging.getLogger("qrank")
 
 
 @dataclass(frozen=True)
-class Target:
-    """A variant on a device."""
+class Measurement:
+    """What a target was found to do on this machine, or why it cannot be used.
 
-    variant: Variant
+    Attributes:
+        target: its name.
+        selector: what names it as a backend.
+        device: lower case.
+        reason: why it cannot be used; None if it can.
+        execution: arithmetic it computes in; None where there is no choice.
+        threads: CPU threads it was fastest with.
+        batch: padded tokens a batch it was fastest with; None: its own choice.
+        speeds: pairs a second, by profile.
+        load: seconds to open it.
+        kendall: Kendall's tau against the original, of the manifest.
+        bytes: size of its files.
+    """
+
+    target: str
+    selector: str
     device: str
+    reason: str | None = None
+    execution: str | None = None
+    threads: int = 1
+    batch: int | None = None
+    speeds: dict[str, float] = field(default_factory=dict)
+    load: float = 0.0
+    kendall: float = -1.0
+    bytes: int = 0
 
     @property
-    def name(self) -> str:
-        """`onnx-int8@cpu`."""
-        return f"{self.variant.name}@{self.device}"
+    def setting(self) -> str:
+        """What distinguishes it from the target's other measurements, for people; "" mostly."""
+        batch = f"{self.batch} a batch" if self.batch else ""
+        return ", ".join(part for part in (self.execution, batch) if part)
 
 
-def choose(manifest: Manifest, backend: str | None, device: str | None) -> Target:
-    """Pick the variant to run.
+@dataclass(frozen=True)
+class Choice:
+    """A target to run.
+
+    Attributes:
+        target: the variant and the device.
+        options: how it shall run.
+        measured: whether it was chosen by measurements; else by a guess.
+        among: how many targets there were to choose from.
+    """
+
+    target: Target
+    options: Options
+    measured: bool
+    among: int
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a target is chosen by.
+
+    Attributes:
+        backend: see `qrank.targets.guesses`. Named, nothing else is ever taken.
+        device: likewise; None: the CPU, or any that was measured.
+        policy: `fastest`; `smallest`; or `most-faithful`, by Kendall's tau on the probes.
+        min_kendall: least Kendall's tau against the original, of the manifest.
+        profile: what the work is like.
+    """
+
+    backend: str | None = None
+    device: str | None = None
+    policy: Policy = "fastest"
+    min_kendall: float | None = None
+    profile: Profile = "passages"
+
+    def __post_init__(self) -> None:
+        """Refuse what is no policy, profile or correlation."""
+        if self.policy not in POLICIES:
+            raise InputError(f"policy is {self.policy!r}; policies are: {', '.join(POLICIES)}")
+        if self.profile not in PROFILES:
+            raise InputError(f"profile is {self.profile!r}; profiles are: {', '.join(PROFILES)}")
+        if self.min_kendall is not None and not -1 <= self.min_kendall <= 1:
+            raise InputError(f"min_kendall is {self.min_kendall}; Kendall's tau is -1 to 1")
+
+
+def choices(manifest: Manifest, wish: Wish, options: Options) -> list[Choice]:
+    """Targets to try, the best first; one where a backend is named.
 
     Args:
         manifest: of the bundle.
-        backend: a format (`onnx`), a variant (`onnx-fp32`), or None for any; the name of a
-            user's own backend ("module:function") takes any variant too.
-        device: lower-case device name; None for the CPU.
+        wish: what decides.
+        options: what the user set: an `execution` or `batch` that is not None stands, and
+            `threads` is the limit.
 
     Raises:
-        TargetError: the bundle has no such variant.
+        TargetError: the bundle has no such target, or none so faithful.
     """
-    device = device or "cpu"
-    wanted = [
-        variant
-        for variant in manifest.variants.values()
-        if backend is None or ":" in backend or backend in (variant.format, variant.name)
-    ]
-    if not wanted:
+    known = recalled(manifest, options.threads)
+    fitting = [m for m in known if _named(m, wish) and options.execution in (None, m.execution)]
+    ordered = [_choice(manifest, m, options, len(fitting)) for m in order(fitting, wish)]
+    if not ordered:
+        targets = _guessed(manifest, wish)
+        ordered = [Choice(target, options, False, len(targets)) for target in targets]
+    return ordered if wish.backend is None else ordered[:1]
+
+
+def _guessed(manifest: Manifest, wish: Wish) -> list[Target]:
+    targets = guesses(manifest, wish.backend, wish.device)
+    faithful = [t for t in targets if _faithful(t.variant.fidelity.kendall, wish)]
+    if not faithful:
+        taus = {t.variant.name: t.variant.fidelity.kendall for t in targets}
         raise TargetError(
-            f"the bundle {manifest.name} has no variant for backend {backend!r}; it has: "
-            f"{', '.join(manifest.variants)}; backends are: {', '.join(BACKENDS)}"
+            f"no target has a Kendall tau of {wish.min_kendall} or more; there are: "
+            + ", ".join(f"{name} {tau:.4f}" for name, tau in taus.items())
         )
-    order = PREFERRED.get(device, PREFERRED_ELSEWHERE)
-    return Target(min(wanted, key=lambda v: order.index(v.precision)), device)
+    if wish.policy == "smallest":
+        faithful.sort(key=lambda t: t.variant.bytes)
+    if wish.policy == "most-faithful":
+        faithful.sort(key=lambda t: -t.variant.fidelity.kendall)
+    return faithful
 
 
-def ready(
-    opener: Opener,
-    folder: Path,
-    target: Target,
-    manifest: Manifest,
-    options: Options,
-    custom: str | None = None,
-) -> Backend:
-    """Open a target in the fastest arithmetic that reproduces the bundle's probes here.
-
-    Args:
-        opener: opens the target's backend.
-        folder: the bundle.
-        target: what to open.
-        manifest: the bundle's.
-        options: with an `execution`, that one alone is tried.
-        custom: "module:function" of a user's own backend.
+def first_that_works(ordered: list[Choice], take: Callable[[Choice], None]) -> None:
+    """Take choices in their order until one can be taken; warn of each that cannot.
 
     Raises:
-        TargetError: no arithmetic does, or the one asked for is not to be had.
+        TargetError, MissingExtraError: none can; of several, every one's reason.
     """
-    choices = () if custom else executions(target.variant.format, target.device)
-    if options.execution is not None and not custom:
-        if options.execution not in choices:
-            raise TargetError(
-                f"{target.name} cannot compute in {options.execution} here; it can in: "
-                f"{', '.join(choices) or 'its own arithmetic alone'}"
-            )
-        choices = (options.execution,)
-
-    def proven(execution: str | None) -> Backend:
-        chosen = replace(options, execution=execution)
-        backend = opener(folder, target.variant, target.device, chosen)
+    reasons: list[str] = []
+    for choice in ordered:
         try:
-            prove(backend, target, manifest, execution, custom)
-        except BaseException:
-            backend.close()
-            raise
-        return backend
-
-    *faster, exact = choices or (options.execution,)
-    for execution in faster:
-        try:
-            return proven(execution)
-        except TargetError as error:
-            log.info("%s does not compute in %s: %s", target.name, execution, error)
-    return proven(exact)
+            return take(choice)
+        except (TargetError, MissingExtraError) as error:
+            if len(ordered) == 1:
+                raise
+            reasons.append(f"{choice.target.name}: {error}")
+            if choice is not ordered[-1]:
+                log.warning("taking the next target: %s", reasons[-1])
+    raise TargetError("no target works here:\n  " + "\n  ".join(reasons))
 
 
-def prove(
-    backend: Backend,
-    target: Target,
-    manifest: Manifest,
-    execution: str | None = None,
-    custom: str | None = None,
-) -> None:
-    """Make sure a target reproduces the bundle's probes on this very machine.
-
-    Done once: a success is remembered by bundle, target, arithmetic, runtime version and CPU. A
-    user's own backend is proven each time: nothing tells when its code changes.
-
-    Args:
-        backend: opened.
-        target: what it was opened for.
-        manifest: the bundle's.
-        execution: arithmetic it was opened in.
-        custom: "module:function" of a user's own backend.
-
-    Raises:
-        TargetError: it does not; with the figures.
-    """
-    if len(manifest.probes.work) == 0:
-        return  # the original itself: `qrank.backends.torch.as_bundle`
-    runtime = custom or module(target.variant.format).version()
-    key = f"{manifest.digest} {target.name} {execution} {runtime} {_cpu()}"
-    if custom is None and key in paths.recall("proven"):
-        return
-    probes = _some(manifest.probes)
-    fidelity = Fidelity.of(backend.logits(probes.work), probes.logits)
-    # A rank correlation of so few pairs says little: hold the differences alone, on the scale of
-    # all probes.
-    tolerance = replace(TOLERANCES[target.variant.precision], kendall=-1.0)
-    fidelity = replace(fidelity, spread=float(np.ptp(manifest.probes.logits)))
-    if missed := tolerance.shortfall(fidelity):
-        raise TargetError(
-            f"{target.name} computes wrongly on this machine ({runtime}): {missed} against the "
-            "probes of the bundle. Name another variant or device"
-        )
-    if custom is None:
-        paths.remember("proven", {**paths.recall("proven"), key: True})
+def order(measured: Iterable[Measurement], wish: Wish) -> list[Measurement]:
+    """Usable targets, the one to take first; see `Wish` and ALIKE."""
+    rest = [m for m in measured if m.reason is None and _faithful(m.kendall, wish)]
+    rest.sort(key=lambda m: -m.speeds[wish.profile])
+    if wish.policy == "smallest":
+        return sorted(rest, key=lambda m: m.bytes)
+    if wish.policy == "most-faithful":
+        return sorted(rest, key=lambda m: -m.kendall)
+    ordered: list[Measurement] = []
+    while rest:
+        fastest = rest[0].speeds[wish.profile]
+        alike = [m for m in rest if m.speeds[wish.profile] >= fastest * (1 - ALIKE)]
+        ordered.append(max(alike, key=lambda m: m.kendall))
+        rest.remove(ordered[-1])
+    return ordered
 
 
-def _some(probes: Probes) -> Probes:
-    """The shortest probes, up to a token count that costs a fraction of a second."""
-    order = np.argsort(probes.work.lengths, kind="stable")
-    kept = order[: max(int((np.cumsum(probes.work.lengths[order]) <= _PROBE_TOKENS).sum()), 4)]
-    return replace(probes, work=probes.work.take(kept), logits=probes.logits[kept])
-
-
-def _cpu() -> str:
-    """A short name of this CPU: kernels differ with its instruction set."""
+def recalled(manifest: Manifest, threads: int) -> list[Measurement]:
+    """What was measured for a bundle on this machine as it is now; [] if nothing was."""
+    content = paths.recall(_name(manifest, threads))
     try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        # The clock in this file changes; model and instruction set do not.
-        text = "".join(sorted({x for x in lines if x.startswith(("model name", "flags"))}))
-    except OSError:
-        text = platform.processor()
-    return platform.machine() + "-" + hashlib.sha256(text.encode()).hexdigest()[:12]
+        return [Measurement(**found) for found in content.get("targets", [])]
+    except TypeError:
+        return []  # another version's
+
+
+def remember(manifest: Manifest, threads: int, measured: Iterable[Measurement]) -> None:
+    """Keep measurements, where there is a cache."""
+    content = {"of": _key(manifest, threads), "targets": [asdict(m) for m in measured]}
+    paths.remember(_name(manifest, threads), content)
+
+
+def _key(manifest: Manifest, threads: int) -> dict[str, Any]:
+    """What a measurement holds for: another bundle, machine, driver or version wants another."""
+    return {
+        "bundle": manifest.digest,
+        "cpu": machine.cpu(),
+        "system": machine.system(),
+        "accelerators": machine.accelerators(),
+        "packages": machine.packages(tuple(RUNTIMES.values())),
+        "threads": threads,
+    }
+
+
+def _name(manifest: Manifest, threads: int) -> str:
+    text = json.dumps(_key(manifest, threads), sort_keys=True)
+    return f"measured-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _faithful(kendall: float, wish: Wish) -> bool:
+    return wish.min_kendall is None or kendall >= wish.min_kendall
+
+
+def _named(found: Measurement, wish: Wish) -> bool:
+    runner, _, variant = found.selector.rpartition("/")
+    names = (found.selector, runner or variant.partition("-")[0])
+    return wish.backend in (None, *names) and wish.device in (None, found.device)
+
+
+def _choice(manifest: Manifest, found: Measurement, options: Options, among: int) -> Choice:
+    runner, _, name = found.selector.rpartition("/")
+    variant = manifest.variants[name]
+    target = Target(variant, found.device, runner or variant.format)
+    options = replace(
+        options,
+        execution=options.execution or found.execution,
+        batch=options.batch or found.batch,
+        threads=found.threads,
+    )
+    return Choice(target, options, True, among)

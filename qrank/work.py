@@ -21,6 +21,10 @@ Logits = NDArray[np.float32]
 """One raw relevance number a sequence, shape [n]."""
 
 
+Floats = NDArray[np.float32]
+"""A matrix."""
+
+
 @dataclass(frozen=True)
 class Work:
     """Sequences to score, in any order and of any length.

@@ -18,7 +18,7 @@ KINDS: dict[str, type[QrankError]] = {name: getattr(errors, name) for name in er
 
 
 def test_public_names() -> None:
-    assert sorted(qrank.__all__) == ["QrankError", "Ranking", "Reranker", "__version__"]
+    assert sorted(qrank.__all__) == ["QrankError", "Ranking", "Reranker", "__version__", "tune"]
     for name in qrank.__all__:
         assert hasattr(qrank, name)
 

@@ -4,24 +4,31 @@ A backend module offers
 
     open(folder, variant, device, options) -> Backend
     devices() -> the devices present, lower case
-    executions(device) -> arithmetic it can compute in there, fastest first; optional
     version() -> the runtime's name and version
 
-and "package.module:function" names a function of the user's own with `open`'s signature.
+and, where it has them,
+
+    executions(device) -> arithmetic it can compute in there, fastest first
+    batches(device) -> what `Options.batch` may be worth trying there, its own choice first
+    product(a, b, device) -> the matrix product, computed there: what `qrank doctor` checks
+    DEVICES -> every kind of device it might ever find
+
+Another package's backend is found by an entry point of the group "qrank.backends": a module, or an
+object, with the same names, and with FORMATS, the formats it reads. "package.module:function" names
+a function of the user's own with `open`'s signature.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.family import Family
+from qrank.machine import processors as processors
 from qrank.work import Logits, Work
 
 FORMATS = ("onnx", "openvino", "gguf")
@@ -30,12 +37,16 @@ FORMATS = ("onnx", "openvino", "gguf")
 BACKENDS = (*FORMATS, "torch")
 """Every backend; "torch" runs checkpoints as they are."""
 
+RUNTIMES = {
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+    "gguf": "llama_cpp",
+    "torch": "torch",
+}
+"""The module each of them needs."""
 
-def processors() -> int:
-    """CPUs this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+GROUP = "qrank.backends"
+"""The group of entry points that other packages' backends are found by."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +56,14 @@ class Options:
     Attributes:
         threads: CPU threads it may use in all.
         execution: arithmetic to compute in: `fp32`, `bf16` or `fp16`. None: the most exact.
+        batch: padded tokens a batch; None: the backend's own choice. Not every backend cuts so.
         static_shapes: compile for fixed lengths, as an NPU needs it, where a backend compiles.
         family: of the model; None where a bundle's own files say what is to be known.
     """
 
     threads: int
     execution: str | None = None
+    batch: int | None = None
     static_shapes: bool = False
     family: Family | None = None
 
@@ -73,26 +86,60 @@ class Opener(Protocol):
     ) -> Backend: ...
 
 
-def module(format: str) -> ModuleType:
-    """The backend module of a format."""
-    return importlib.import_module(f"qrank.backends.{format}")
+def others() -> list[str]:
+    """Names of the backends that other packages bring. They are not imported."""
+    from importlib import metadata  # here, not above: slow, and most calls need it not
+
+    return sorted({point.name for point in metadata.entry_points(group=GROUP)} - set(BACKENDS))
 
 
-def executions(format: str, device: str) -> tuple[str, ...]:
-    """Arithmetic that a format's backend can compute in on a device, fastest first.
+def module(name: str) -> Any:
+    """The module of a backend, or the object that another package offers in its stead.
+
+    Raises:
+        TargetError: another package's cannot be imported, or there is none of that name.
+    """
+    if name in BACKENDS:
+        return importlib.import_module(f"qrank.backends.{name}")
+    from importlib import metadata
+
+    points = list(metadata.entry_points(group=GROUP, name=name))
+    if not points:
+        raise TargetError(f"no backend {name!r}; backends are: {', '.join((*BACKENDS, *others()))}")
+    try:
+        return points[0].load()
+    except Exception as error:  # whatever a module does as it is imported
+        raise TargetError(
+            f"backend {name} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+
+
+def reads(name: str) -> tuple[str, ...]:
+    """The formats that a backend reads."""
+    return (name,) if name in BACKENDS else tuple(module(name).FORMATS)
+
+
+def executions(name: str, device: str) -> tuple[str, ...]:
+    """Arithmetic that a backend can compute in on a device, fastest first.
 
     Returns:
         Nothing where the backend leaves no choice.
     """
-    choices = getattr(module(format), "executions", None)
-    return choices(device) if choices else ()
+    choices = getattr(module(name), "executions", None)
+    return tuple(choices(device)) if choices else ()
+
+
+def batches(name: str, device: str) -> tuple[int, ...]:
+    """What `Options.batch` may be worth trying for a backend on a device, its own choice first."""
+    choices = getattr(module(name), "batches", None)
+    return tuple(choices(device)) if choices else ()
 
 
 def opener(name: str) -> Opener:
-    """The function that opens a backend: a format's, or "package.module:function".
+    """The function that opens a backend: by its name, or "package.module:function".
 
     Raises:
-        TargetError: there is no such module or function.
+        TargetError: there is no such backend, module or function.
     """
     if ":" not in name:
         return cast(Opener, module(name).open)

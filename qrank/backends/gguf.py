@@ -37,7 +37,10 @@ BATCH = 2048
 _GROWTH = 256
 """Contexts are made for a multiple of so many tokens."""
 
+DEVICES = tuple(llama.DEVICES)
+
 version = llama.version
+product = llama.product
 
 
 def devices() -> list[str]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from qrank.errors import TargetError
 from qrank.extras import need
+from qrank.work import Floats
 
 DEVICES = {"cpu": "CPU", "cuda": "CUDA0", "metal": "MTL0", "vulkan": "Vulkan0"}
 """What llama.cpp calls a device; the first of its kind."""
@@ -70,6 +71,59 @@ def tensors() -> Any:
     ggml.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *sizes]
     ggml.ggml_backend_tensor_get.restype = None
     return ggml
+
+
+def product(a: Floats, b: Floats, device: str) -> Floats:
+    """The matrix product, computed on a device."""
+    ggml = tensors()
+    pointer, size, long = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
+    types = {
+        "ggml_init": (pointer, [_InitParams]),
+        "ggml_new_tensor_2d": (pointer, [pointer, ctypes.c_int, long, long]),
+        "ggml_mul_mat": (pointer, [pointer, pointer, pointer]),
+        "ggml_new_graph": (pointer, [pointer]),
+        "ggml_build_forward_expand": (None, [pointer, pointer]),
+        "ggml_backend_dev_init": (pointer, [pointer, ctypes.c_char_p]),
+        "ggml_backend_alloc_ctx_tensors": (pointer, [pointer, pointer]),
+        "ggml_backend_tensor_set": (None, [pointer, pointer, size, size]),
+        "ggml_backend_graph_compute": (ctypes.c_int, [pointer, pointer]),
+    }
+    for name, (result, arguments) in types.items():
+        getattr(ggml, name).restype, getattr(ggml, name).argtypes = result, arguments
+    backend = ggml.ggml_backend_dev_init(device_pointer(device), None)
+    context = ggml.ggml_init(_InitParams(2**20, None, True))
+    # ggml's first dimension is the last of numpy's, and its product is of rows with rows.
+    factors = [np.ascontiguousarray(x, np.float32) for x in (b.T, a)]
+    inputs = [ggml.ggml_new_tensor_2d(context, 0, x.shape[1], x.shape[0]) for x in factors]
+    output = ggml.ggml_mul_mat(context, *inputs)
+    graph = ggml.ggml_new_graph(context)
+    ggml.ggml_build_forward_expand(graph, output)
+    buffer = ggml.ggml_backend_alloc_ctx_tensors(context, backend)
+    for tensor, x in zip(inputs, factors, strict=True):
+        ggml.ggml_backend_tensor_set(tensor, x.ctypes.data, 0, x.nbytes)
+    status = ggml.ggml_backend_graph_compute(backend, graph)
+    found = np.empty((a.shape[0], b.shape[1]), np.float32)
+    ggml.ggml_backend_tensor_get(output, found.ctypes.data, 0, found.nbytes)
+    for free, held in (
+        (ggml.ggml_backend_buffer_free, buffer),
+        (ggml.ggml_free, context),
+        (ggml.ggml_backend_free, backend),
+    ):
+        free.restype, free.argtypes = None, [pointer]
+        free(held)
+    if status:
+        raise TargetError(f"llama.cpp failed on {device} (status {status}): {complaint()}")
+    return found
+
+
+class _InitParams(ctypes.Structure):
+    """struct ggml_init_params."""
+
+    _fields_ = (
+        ("mem_size", ctypes.c_size_t),
+        ("mem_buffer", ctypes.c_void_p),
+        ("no_alloc", ctypes.c_bool),
+    )
 
 
 def complaint() -> str:

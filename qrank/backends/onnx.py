@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from qrank.batching import cut_padded, in_order
 from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.extras import need
-from qrank.work import Logits, Work, feed, no_prefix, read_prefix
+from qrank.work import Floats, Logits, Work, feed, no_prefix, read_prefix
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -28,12 +29,20 @@ PROVIDERS = {
     "directml": "DmlExecutionProvider",
 }
 
+DEVICES = tuple(PROVIDERS)
+
 CPU_BATCH = 160
 """Padded tokens a batch on the CPU. Beyond, matrix products are no faster and padding only costs
 (measured: benchmarks/batching.py); most documents are a batch of their own."""
 
 DEVICE_BATCH = 16_384
 """Padded tokens a batch on an accelerator, which wants large ones."""
+
+_PRODUCT = base64.b64decode(
+    "CAg6TwoRCgFhCgFiEgFjIgZNYXRNdWwSB3Byb2R1Y3RaDwoBYRIKCggIARIECgAKAFoPCgFiEgoKCAgBEgQKAAoAYg8K"
+    "AWMSCgoICAESBAoACgBCBAoAEBE="
+)
+"""The ONNX graph c = MatMul(a, b) of fp32 matrices, opset 17."""
 
 
 def version() -> str:
@@ -45,6 +54,19 @@ def devices() -> list[str]:
     """Devices this build of onnxruntime has a provider for."""
     present = need("onnxruntime").get_available_providers()
     return [device for device, provider in PROVIDERS.items() if provider in present]
+
+
+def batches(device: str) -> tuple[int, ...]:
+    """Padded tokens a batch that are worth trying, the usual first."""
+    return (CPU_BATCH, 4 * CPU_BATCH) if device == "cpu" else (DEVICE_BATCH, DEVICE_BATCH // 4)
+
+
+def product(a: Floats, b: Floats, device: str) -> Floats:
+    """The matrix product, computed on a device."""
+    session = need("onnxruntime").InferenceSession(_PRODUCT, providers=[PROVIDERS[device]])
+    if session.get_providers()[0] != PROVIDERS[device]:
+        raise TargetError(f"onnxruntime fell back to {session.get_providers()[0]}")
+    return np.asarray(session.run(["c"], {"a": a, "b": b})[0])
 
 
 def open(folder: Path, variant: Variant, device: str, options: Options) -> OnnxBackend:
@@ -79,22 +101,21 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> OnnxB
             f"onnxruntime fell back from {PROVIDERS[device]} to {session.get_providers()[0]}: "
             f"the libraries of {device} are missing or do not match"
         )
-    return OnnxBackend(session, on_cpu=device == "cpu", streams=options.threads)
+    batch = options.batch or batches(device)[0]
+    return OnnxBackend(session, batch=batch, streams=options.threads if device == "cpu" else 1)
 
 
 class OnnxBackend:
     """A session, fed by parallel streams of small batches on the CPU, of large ones elsewhere."""
 
-    def __init__(
-        self, session: onnxruntime.InferenceSession, *, on_cpu: bool, streams: int
-    ) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, *, batch: int, streams: int) -> None:
         self._session = session
         shapes = {i.name: i.shape for i in session.get_inputs()}
         self._names = list(shapes)
         # Of encoder families, which have no such input, nothing.
         self._bare = no_prefix(shapes["prefix"]) if "prefix" in shapes else {}
-        self._batch = CPU_BATCH if on_cpu else DEVICE_BATCH
-        self._streams = ThreadPoolExecutor(streams if on_cpu else 1, "qrank-onnx")
+        self._batch = batch
+        self._streams = ThreadPoolExecutor(streams, "qrank-onnx")
 
     def logits(self, work: Work) -> Logits:
         """See `qrank.backends.Backend.logits`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import logging
 import os
 import threading
@@ -21,10 +22,12 @@ from qrank.batching import cut_padded, in_order
 from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.extras import need
-from qrank.work import Logits, Work, feed, no_prefix, read_prefix
+from qrank.work import Floats, Logits, Work, feed, no_prefix, read_prefix
 
 if TYPE_CHECKING:
     import openvino
+
+DEVICES = ("cpu", "gpu", "npu")
 
 CPU_BATCH = 160
 """Padded tokens a batch on the CPU, as for onnxruntime: most documents are a batch of their own."""
@@ -76,6 +79,23 @@ def executions(device: str) -> tuple[str, ...]:
     return tuple(name for name, capability in EXECUTIONS.items() if capability in able)
 
 
+def batches(device: str) -> tuple[int, ...]:
+    """Padded tokens a batch that are worth trying, the usual first; none with static shapes."""
+    if device.startswith("npu"):
+        return ()
+    return (CPU_BATCH, 4 * CPU_BATCH) if device == "cpu" else (DEVICE_BATCH, DEVICE_BATCH // 4)
+
+
+def product(a: Floats, b: Floats, device: str) -> Floats:
+    """The matrix product, computed on a device."""
+    openvino, core = need("openvino"), _core()
+    ops = importlib.import_module("openvino.opset8")
+    left, right = (ops.parameter(x.shape, np.float32) for x in (a, b))
+    graph = openvino.Model([ops.matmul(left, right, False, False)], [left, right])
+    hint = {"INFERENCE_PRECISION_HINT": "f32"}
+    return np.array(core.compile_model(graph, device.upper(), hint)([a, b])[0])
+
+
 def open(folder: Path, variant: Variant, device: str, options: Options) -> OpenvinoBackend:
     """Load a variant's `model.xml` and `model.bin`.
 
@@ -109,7 +129,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
         limit = core.read_model(path).input("input_ids").partial_shape[1].max_length
         if not options.static_shapes and not device.startswith("npu"):
             try:
-                batch = CPU_BATCH if device == "cpu" else DEVICE_BATCH
+                batch = options.batch or batches(device)[0]
                 return OpenvinoBackend(compiled, limit, batch)
             except RuntimeError as error:
                 log.info("%s takes no dynamic shapes (%s): using static ones", device, error)

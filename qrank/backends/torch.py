@@ -20,10 +20,12 @@ from qrank.errors import TargetError
 from qrank.extras import need
 from qrank.family import Family
 from qrank.fidelity import Fidelity
-from qrank.work import Logits, Work, feed
+from qrank.work import Floats, Logits, Work, feed
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """torch's names of the precisions that a checkpoint can be run in."""
+
+DEVICES = ("cpu", "cuda", "mps")
 
 CPU_BATCH = 1024
 """Padded tokens a batch on the CPU, the prefix's counted in every sequence."""
@@ -77,6 +79,13 @@ def devices() -> list[str]:
     torch = need("torch", extra="torch")
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     return ["cpu", *(device for device, there in present.items() if there)]
+
+
+def product(a: Floats, b: Floats, device: str) -> Floats:
+    """The matrix product, computed on a device."""
+    torch = need("torch", extra="torch")
+    found = torch.as_tensor(a, device=device) @ torch.as_tensor(b, device=device)
+    return np.asarray(found.cpu().numpy())
 
 
 def open(folder: Path, variant: Variant, device: str, options: Options) -> TorchBackend:

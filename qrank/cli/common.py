@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from qrank.errors import QrankError
+from qrank.selection import POLICIES, PROFILES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -67,6 +68,33 @@ def debug_option(command: Command) -> Command:
         callback=_set_debug,
         help="With an error, show where it was raised.",
     )(command)
+
+
+def wish_options(command: Command) -> Command:
+    """`--policy`, `--min-kendall` and `--profile`: what a target is chosen by."""
+    for option in (
+        click.option(
+            "--profile",
+            type=click.Choice(list(PROFILES)),
+            default="passages",
+            show_default=True,
+            help="What the work is like: single short pairs, 20 passages, 100 long documents.",
+        ),
+        click.option(
+            "--min-kendall",
+            type=click.FloatRange(-1, 1),
+            help="Least Kendall tau against the original that a target may have (qrank inspect).",
+        ),
+        click.option(
+            "--policy",
+            type=click.Choice(POLICIES),
+            default="fastest",
+            show_default=True,
+            help="Which target to take.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def megabytes(size: int) -> str:

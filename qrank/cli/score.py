@@ -13,12 +13,14 @@ import click
 from rich.console import Console
 from rich.progress import track
 
-from qrank.cli.common import debug_option, notice
+from qrank.cli.common import debug_option, notice, wish_options
 from qrank.cli.output import WRITERS, Result
+from qrank.cli.tune import measure as measure_targets
 from qrank.errors import InputError
 from qrank.locate import DEFAULT
 from qrank.reranker import LongDocuments, Reranker
 from qrank.runs import RunReranker
+from qrank.selection import Policy, Profile
 
 _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -39,8 +41,15 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--min-score", type=float, help="Leave out what scores below this.")
 @click.option("--raw", is_flag=True, help="Print logits, before the model's activation.")
 @click.option("--backend", help="onnx, openvino-int8, ..., or torch for a checkpoint.")
-@click.option("--device", help="cpu, cuda, gpu, npu, metal, mps, ...  [default: cpu]")
+@click.option("--device", help="cpu, cuda, gpu, npu, ...  [default: as measured, or cpu]")
 @click.option("--execution", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]")
+@wish_options
+@click.option(
+    "--measure/--no-measure",
+    default=None,
+    help="Measure the targets first if that was not done yet (qrank tune), or go by a guess "
+    "without saying so.  [default: go by a guess and say so]",
+)
 @click.option("--family", help="With --backend torch: card that reads the checkpoint.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--max-length", type=int, help="Tokens of a pair.  [default: the model's limit]")
@@ -68,6 +77,10 @@ def score(
     backend: str | None,
     device: str | None,
     execution: str | None,
+    policy: Policy,
+    min_kendall: float | None,
+    profile: Profile,
+    measure: bool | None,
     family: str | None,
     threads: int | None,
     max_length: int | None,
@@ -89,7 +102,7 @@ def score(
     if model is None:
         notice(f"no --model given: using the bundled {DEFAULT}")
 
-    def load() -> Reranker:
+    def opened() -> Reranker:
         return Reranker(
             model or DEFAULT,
             backend=backend,
@@ -98,7 +111,25 @@ def score(
             execution=execution,
             max_length=max_length,
             family=family,
+            policy=policy,
+            min_kendall=min_kendall,
+            profile=profile,
         )
+
+    def load() -> Reranker:
+        reranker = opened()
+        choice = reranker.choice
+        if choice.measured or choice.among == 1 or measure is False:
+            return reranker
+        if measure:
+            reranker.close()
+            measure_targets(model or DEFAULT, threads, None)
+            return opened()
+        notice(
+            f"not measured here yet: guessing that {choice.target.name} is the fastest of "
+            f"{choice.among}; to measure: qrank tune {model or DEFAULT}"
+        )
+        return reranker
 
     if run is not None:
         if queries is None or documents is None:

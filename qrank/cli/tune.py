@@ -1,0 +1,89 @@
+"""`qrank tune`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from qrank.cli.common import debug_option, megabytes, wish_options
+from qrank.selection import PROFILES, Measurement, Policy, Profile, Wish, order
+
+
+@click.command()
+@click.argument("bundle")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@wish_options
+@click.option(
+    "--limit",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds a backend may take to open or to answer.  [default: 60, 1 more per 10 MB]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@debug_option
+def tune(
+    bundle: str,
+    threads: int | None,
+    policy: Policy,
+    min_kendall: float | None,
+    profile: Profile,
+    limit: float | None,
+    as_json: bool,
+) -> None:
+    """Measure every target of a bundle on this machine, and remember the result.
+
+    A target is a variant on a device. Each is opened in a process of its own under a time limit,
+    must reproduce the bundle's probes, and ranks documents: one of 32 tokens (short), 20 of 128
+    (passages), 100 of 512 (long; of slow models fewer, by which the speed is told). What is shown
+    is pairs a second, the chosen one first. From then on, qrank score and Reranker choose by it.
+
+    \b
+      qrank tune my-bundle
+      qrank tune my-bundle --min-kendall 0.97
+    """
+    wish = Wish(policy=policy, min_kendall=min_kendall, profile=profile)
+    measured = measure(bundle, threads, limit)
+    usable = order(measured, wish)
+    rest = [m for m in measured if m not in usable]
+    if as_json:
+        click.echo(json.dumps([asdict(m) for m in usable + rest], indent=2))
+    else:
+        for line in _lines(usable, rest):
+            click.echo(line)
+
+
+def measure(bundle: str | Path, threads: int | None, limit: float | None) -> list[Measurement]:
+    """Measure, and say on a terminal what is being done."""
+    from qrank.tuning import tune as run
+
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        progress = status.update if console.is_terminal else lambda step: None
+        return run(bundle, threads=threads, limit=limit, progress=progress)
+
+
+def _lines(usable: Sequence[Measurement], rest: Sequence[Measurement]) -> Iterator[str]:
+    """A table of 80 columns or fewer."""
+    width = max([len(m.target) for m in usable] + [6])
+    yield (
+        f"{'target':{width}}"
+        + "".join(f"{name:>9}" for name in PROFILES)
+        + (f"{'load s':>8}{'size':>10}{'Kendall':>9}")
+    )
+    for m in usable:
+        yield (
+            f"{m.target:{width}}"
+            + "".join(f"{m.speeds[name]:>9.1f}" for name in PROFILES)
+            + f"{m.load:>8.1f}{megabytes(m.bytes):>10}{m.kendall:>9.4f}"
+        )
+        if m.setting:
+            yield f"  {m.setting}"
+    if usable:
+        yield f"chosen: {usable[0].target}" + (usable[0].setting and f" ({usable[0].setting})")
+    for m in rest:
+        why = m.reason or "less faithful than asked for"
+        yield f"not used: {m.target}{m.setting and f' ({m.setting})'}: {why}"

@@ -1,0 +1,107 @@
+"""A target on this machine: opened, in the fastest arithmetic that computes rightly here."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from qrank import machine, paths
+from qrank.backends import Backend, Options, executions, module, opener
+from qrank.bundle import Manifest, Probes
+from qrank.errors import TargetError
+from qrank.fidelity import TOLERANCES, Fidelity
+from qrank.targets import Target
+
+_PROBE_TOKENS = 1024
+
+log = logging.getLogger("qrank")
+
+
+def ready(folder: Path, target: Target, manifest: Manifest, options: Options) -> Backend:
+    """Open a target in the fastest arithmetic that reproduces the bundle's probes here.
+
+    Args:
+        folder: the bundle.
+        target: what to open.
+        manifest: the bundle's.
+        options: with an `execution`, that one alone is tried.
+
+    Raises:
+        TargetError: no arithmetic does, or the one asked for is not to be had.
+    """
+    own = ":" in target.backend
+    choices = () if own else executions(target.backend, target.device)
+    if options.execution is not None and not own:
+        if options.execution not in choices:
+            raise TargetError(
+                f"{target.name} cannot compute in {options.execution} here; it can in: "
+                f"{', '.join(choices) or 'its own arithmetic alone'}"
+            )
+        choices = (options.execution,)
+
+    def proven(execution: str | None) -> Backend:
+        chosen = replace(options, execution=execution)
+        backend = opener(target.backend)(folder, target.variant, target.device, chosen)
+        try:
+            prove(backend, target, manifest, execution)
+        except BaseException:
+            backend.close()
+            raise
+        return backend
+
+    *faster, exact = choices or (options.execution,)
+    for execution in faster:
+        try:
+            return proven(execution)
+        except TargetError as error:
+            log.info("%s does not compute in %s: %s", target.name, execution, error)
+    return proven(exact)
+
+
+def prove(
+    backend: Backend, target: Target, manifest: Manifest, execution: str | None = None
+) -> None:
+    """Make sure a target reproduces the bundle's probes on this very machine.
+
+    Done once: a success is remembered by bundle, target, arithmetic, runtime version and CPU. A
+    user's own backend is proven each time: nothing tells when its code changes.
+
+    Args:
+        backend: opened.
+        target: what it was opened for.
+        manifest: the bundle's.
+        execution: arithmetic it was opened in.
+
+    Raises:
+        TargetError: it does not; with the figures.
+    """
+    if len(manifest.probes.work) == 0:
+        return  # the original itself: `qrank.backends.torch.as_bundle`
+    own = ":" in target.backend
+    runtime = target.backend if own else module(target.backend).version()
+    key = f"{manifest.digest} {target.name} {execution} {runtime} {machine.cpu()}"
+    if not own and key in paths.recall("proven"):
+        return
+    probes = _some(manifest.probes)
+    fidelity = Fidelity.of(backend.logits(probes.work), probes.logits)
+    # A rank correlation of so few pairs says little: hold the differences alone, on the scale of
+    # all probes.
+    tolerance = replace(TOLERANCES[target.variant.precision], kendall=-1.0)
+    fidelity = replace(fidelity, spread=float(np.ptp(manifest.probes.logits)))
+    if missed := tolerance.shortfall(fidelity):
+        raise TargetError(
+            f"{target.name} computes wrongly on this machine ({runtime}): {missed} against the "
+            "probes of the bundle. Name another variant or device"
+        )
+    if not own:
+        paths.remember("proven", {**paths.recall("proven"), key: True})
+
+
+def _some(probes: Probes) -> Probes:
+    """The shortest probes, up to a token count that costs a fraction of a second."""
+    order = np.argsort(probes.work.lengths, kind="stable")
+    kept = order[: max(int((np.cumsum(probes.work.lengths[order]) <= _PROBE_TOKENS).sum()), 4)]
+    return replace(probes, work=probes.work.take(kept), logits=probes.logits[kept])

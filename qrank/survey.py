@@ -1,0 +1,81 @@
+"""Which backends and devices are here, asked in processes of their own: drivers hang and crash."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from qrank import trial
+from qrank.child import Child
+from qrank.errors import TargetError
+
+
+class Asked(Protocol):
+    """A `Child`, or what stands for one."""
+
+    def ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """See `Child.ask`."""
+
+    def close(self, *, kill: bool = False) -> None:
+        """See `Child.close`."""
+
+
+class _Here:
+    """A trial in this process, where no Python can be started: in a frozen application."""
+
+    def __init__(self) -> None:
+        self._questions = trial.questions()
+
+    def ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
+        fields = {name: value for name, value in question.items() if name != "do"}
+        return self._questions[question["do"]](**fields)
+
+    def close(self, *, kill: bool = False) -> None:
+        self._questions.clear()
+
+
+def start() -> Asked:
+    """A new process for a trial."""
+    return _Here() if getattr(sys, "frozen", False) else Child(trial.__name__)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that a backend found, and what can be chosen there; see `qrank.backends`."""
+
+    name: str
+    executions: list[str]
+    batches: list[int]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A backend as it is on this machine.
+
+    Attributes:
+        backend: its name.
+        version: of its runtime; "" where it cannot be used.
+        formats: it reads.
+        devices: that are present.
+        reason: why it cannot be used; None if it can.
+    """
+
+    backend: str
+    version: str = ""
+    formats: list[str] = field(default_factory=list)
+    devices: list[Device] = field(default_factory=list)
+    reason: str | None = None
+
+
+def survey(backend: str, limit: float) -> Found:
+    """Look at a backend; it may take `limit` seconds."""
+    child = start()
+    try:
+        found = child.ask({"do": "survey", "backend": backend}, limit)
+    except TargetError as error:
+        child.close(kill=True)
+        return Found(backend, reason=str(error))
+    child.close()
+    devices = [Device(name, **choices) for name, choices in found["devices"].items()]
+    return Found(backend, found["version"], found["formats"], devices)

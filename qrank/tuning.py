@@ -1,0 +1,385 @@
+"""Measure every target of a bundle on this machine, each in a process of its own."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from qrank import machine, selection
+from qrank.backends import FORMATS, others
+from qrank.bundle import TOKENIZER, Manifest
+from qrank.encoding import Encoder
+from qrank.errors import TargetError
+from qrank.locate import DEFAULT, locate
+from qrank.selection import PROFILES, Measurement, Profile
+from qrank.survey import Asked, Found, start, survey
+from qrank.targets import Target, expected
+
+LOOK = 0.5
+"""Seconds that a first look at a target spends on a profile."""
+
+HOPELESS = 3.0
+"""So many times slower than the best so far, and a target gets no more than a glance."""
+
+CLOSE = 0.35
+"""Within this share of the fastest, a target is measured again, in turns with it."""
+
+FINALISTS = 5
+
+ROUNDS = (3, 7)
+"""Least and most rounds in which finalists take turns."""
+
+FINAL = 6.0
+"""Seconds, for each profile, after which no further round begins."""
+
+QUERY = "how do plants turn light into sugar?"
+
+_WORDS = (
+    "plants use the energy of light to make sugar from water and carbon dioxide which they take "
+    "up by roots and leaves while a slow river carries sand past old towns whose people build "
+    "boats bake bread and tell stories about winter storms that broke seven ships near the coast"
+).split()
+
+Work = Mapping[Profile, list[str]]
+"""Documents to time a target on, by profile; the query is QUERY."""
+
+Key = TypeVar("Key")
+
+log = logging.getLogger("qrank")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A target and how it runs: see `Measurement`."""
+
+    target: Target
+    execution: str | None
+    threads: int
+    batch: int | None = None
+
+    @property
+    def name(self) -> str:
+        """`openvino-int8@cpu bf16`."""
+        return f"{self.target.name} {self.execution or ''}".rstrip()
+
+    def measured(self, **fields: Any) -> Measurement:
+        """What was found out about it."""
+        return Measurement(
+            self.target.name,
+            self.target.selector,
+            self.target.device,
+            execution=self.execution,
+            threads=self.threads,
+            batch=self.batch,
+            kendall=self.target.variant.fidelity.kendall,
+            bytes=self.target.variant.bytes,
+            **fields,
+        )
+
+
+def documents(folder: Path, manifest: Manifest, profile: Profile) -> list[str]:
+    """Documents of a profile's number and length."""
+    encoder = Encoder(folder / TOKENIZER, manifest.family)
+    count, tokens = PROFILES[profile]
+    lengths = [len(ids) for ids in encoder.ids([f" {word}" for word in _WORDS])]
+    room = tokens - len(encoder.ids([QUERY])[0])
+    made = []
+    for place in range(count):
+        words, left = [], room
+        while left > 0:
+            words.append(_WORDS[place % len(_WORDS)])
+            left -= lengths[place % len(_WORDS)]
+            place += 1
+        made.append(" ".join(words))
+    return made
+
+
+def candidates(manifest: Manifest, found: Iterable[Found], threads: int) -> list[Candidate]:
+    """Every variant on every device of every backend that reads it, in each arithmetic.
+
+    The one expected to be the fastest comes first: what is much slower is then soon known.
+    """
+    made = [
+        Candidate(Target(variant, device.name, backend.backend), execution, threads)
+        for backend in found
+        for variant in manifest.variants.values()
+        if variant.format in backend.formats
+        for device in backend.devices
+        for execution in device.executions or [None]
+    ]
+    return sorted(made, key=lambda c: (c.target.device == "cpu", *expected(c.target)))
+
+
+def tune(
+    model: str | Path = DEFAULT,
+    *,
+    threads: int | None = None,
+    limit: float | None = None,
+    progress: Callable[[str], object] = log.info,
+) -> list[Measurement]:
+    """Measure every target of a bundle here, and remember it for `Reranker`.
+
+    Each is opened in a process of its own, must reproduce the bundle's probes, and is timed on
+    `selection.PROFILES`; then the fastest take turns, the best of them with other settings too.
+    The time this takes is bounded: of a slow model, fewer documents are ranked.
+
+    Args:
+        model: as for `Reranker`.
+        threads: CPU threads a target may use. None: all.
+        limit: seconds a backend may take to open or to answer. None: 60, and 1 for every 10 MB.
+        progress: told what is being measured.
+
+    Returns:
+        Every target in every setting, and the backends that cannot be used, with their reasons.
+
+    Raises:
+        QrankError: there is no such bundle.
+    """
+    folder = locate(model)
+    manifest = Manifest.load(folder)
+    threads = threads or machine.processors()
+    formats = {variant.format for variant in manifest.variants.values()}
+    found = []
+    for backend in [f for f in FORMATS if f in formats] + others():
+        progress(f"looking for {backend}")
+        found.append(survey(backend, limit or 60.0))
+    contest = Contest(
+        folder, {profile: documents(folder, manifest, profile) for profile in PROFILES}, limit
+    )
+    measured = [Measurement(f.backend, f.backend, "", f.reason) for f in found if f.reason]
+    looks: list[Look] = []
+    for candidate in candidates(manifest, found, threads):
+        progress(f"trying {candidate.name}")
+        best = max((look.measurement.speeds["passages"] for look in looks), default=0.0)
+        try:
+            looks.append(contest.look(candidate, best))
+        except TargetError as error:
+            measured.append(candidate.measured(reason=str(error)))
+    close = finalists(looks)
+    rest = [look.measurement for look in looks if look not in close]
+    chosen = [look.candidate for look in close]
+    if close:
+        chosen += other_settings(close[0], found, len(close))
+    finals = contest.compare(chosen, progress) if len(chosen) > 1 else []
+    if finals:
+        rest = [_as_of_now(m, close, finals) for m in rest]
+    else:
+        finals = [look.measurement for look in close]
+    measured += finals + rest
+    selection.remember(manifest, threads, measured)
+    return measured
+
+
+def _as_of_now(
+    old: Measurement, close: Sequence[Look], finals: Sequence[Measurement]
+) -> Measurement:
+    """A first look on the scale of the finals: by how much faster or slower finalists became.
+
+    Whatever it was by then, it did not come near the fastest, and does not now.
+    """
+    speeds = dict(old.speeds)
+    pairs = [(look.measurement, new) for look, new in zip(close, finals, strict=False)]
+    for profile in PROFILES:
+        changes = [b.speeds[profile] / a.speeds[profile] for a, b in pairs if b.reason is None]
+        best = max((new.speeds[profile] for new in finals if new.reason is None), default=math.inf)
+        if changes:
+            scaled = speeds[profile] * np.median(changes)
+            speeds[profile] = min(scaled, best * (1 - 2 * selection.ALIKE))
+    return replace(old, speeds=speeds)
+
+
+@dataclass(frozen=True)
+class Look:
+    """A candidate after a first look: what was measured, and the most memory it held, in bytes."""
+
+    candidate: Candidate
+    measurement: Measurement
+    peak: int
+
+
+def finalists(looks: Sequence[Look]) -> list[Look]:
+    """Those near the fastest of a profile, the fastest on `passages` first.
+
+    No more than FINALISTS, nor than find room in memory beside each other.
+    """
+    ranked: list[Look] = []
+    for profile in sorted(PROFILES, key=lambda name: name != "passages"):
+        by_speed = sorted(looks, key=lambda look: -look.measurement.speeds[profile])
+        for look in by_speed:
+            near = (1 - CLOSE) * by_speed[0].measurement.speeds[profile]
+            if look not in ranked and look.measurement.speeds[profile] >= near:
+                ranked.append(look)
+    room = (machine.free_memory() or 2**63) * 0.7
+    kept: list[Look] = []
+    for look in ranked[:FINALISTS]:
+        room -= look.peak
+        if room >= 0 or not kept:
+            kept.append(look)
+    return kept
+
+
+def other_settings(best: Look, found: Iterable[Found], taken: int) -> list[Candidate]:
+    """The best candidate with other threads and batches, where they may matter."""
+    free = machine.free_memory() or 2**63
+    if best.peak * (taken + 2) > free * 0.7:
+        return []
+    candidate = best.candidate
+    made = []
+    if candidate.target.device == "cpu" and machine.cores() < candidate.threads:
+        made.append(replace(candidate, threads=machine.cores()))
+    for backend in found:
+        if backend.backend == candidate.target.backend:
+            for device in backend.devices:
+                if device.name == candidate.target.device:
+                    made += [replace(candidate, batch=batch) for batch in device.batches[1:]]
+    return made
+
+
+class Contest:
+    """Times candidates on the same documents.
+
+    Args:
+        folder: the bundle.
+        work: the documents.
+        limit: see `tune`.
+    """
+
+    def __init__(self, folder: Path, work: Work, limit: float | None) -> None:
+        self._folder = folder.absolute()
+        self._work = work
+        self._limit = limit
+
+    @contextmanager
+    def opened(self, candidate: Candidate) -> Iterator[tuple[Asked, float]]:
+        """A process that has opened a candidate, and the seconds that took it.
+
+        Raises:
+            TargetError: it cannot be used; with the reason.
+        """
+        child = start()
+        question = {
+            "do": "open",
+            "model": str(self._folder),
+            "backend": candidate.target.selector,
+            "device": candidate.target.device,
+            "execution": candidate.execution,
+            "threads": candidate.threads,
+            "batch": candidate.batch,
+        }
+        try:
+            yield child, child.ask(question, self.seconds(candidate))["seconds"]
+        except BaseException:
+            child.close(kill=True)
+            raise
+        child.close()
+
+    def seconds(self, candidate: Candidate) -> float:
+        """How long a candidate may take to answer."""
+        return self._limit or 60.0 + candidate.target.variant.bytes / 1e7
+
+    def rank(self, child: Asked, candidate: Candidate, texts: list[str]) -> float:
+        """Seconds it takes a candidate to rank texts."""
+        question = {"do": "rank", "query": QUERY, "documents": texts}
+        seconds: float = child.ask(question, self.seconds(candidate))["seconds"]
+        return seconds
+
+    def look(self, candidate: Candidate, best: float) -> Look:
+        """Open a candidate and time it for a moment.
+
+        Args:
+            candidate: what to look at.
+            best: pairs a second on `passages` of the best so far.
+
+        Raises:
+            TargetError: it cannot be used; with the reason.
+        """
+        speeds: dict[str, float] = {}
+        with self.opened(candidate) as (child, load):
+            for profile, texts in self._work.items():
+                few = texts[: max(candidate.threads, 2)]
+                self.rank(child, candidate, few)  # kernels are made for every new shape
+                speed = len(few) / self.rank(child, candidate, few)
+                speeds[profile] = speed
+                if speeds.get("passages", speed) * HOPELESS < best:
+                    continue
+                count = min(max(int(speed * LOOK), len(few)), len(texts))
+                rounds = min(max(int(speed * LOOK / count), 1), 5)
+                times = [self.rank(child, candidate, texts[:count]) for _ in range(rounds)]
+                speeds[profile] = count / np.median(times)
+            peak = child.ask({"do": "memory"}, self.seconds(candidate))["bytes"] or 0
+        return Look(candidate, candidate.measured(speeds=speeds, load=load), peak)
+
+    def compare(
+        self, chosen: Sequence[Candidate], progress: Callable[[str], object]
+    ) -> list[Measurement]:
+        """Time candidates in turns: what else the machine does meets all of them alike."""
+        children: dict[int, Asked] = {}
+        loads: dict[int, float] = {}
+        reasons: dict[int, str] = {}
+        speeds: dict[int, dict[str, float]] = {}
+
+        def timed(number: int, texts: list[str]) -> float:
+            """Seconds; infinite for what failed."""
+            if number not in reasons:
+                try:
+                    return self.rank(children[number], chosen[number], texts)
+                except TargetError as error:
+                    reasons[number] = str(error)
+            return math.inf
+
+        with ExitStack() as stack:
+            for number, candidate in enumerate(chosen):
+                try:
+                    opened = stack.enter_context(self.opened(candidate))
+                    children[number], loads[number] = opened
+                    speeds[number] = {}
+                except TargetError as error:
+                    reasons[number] = str(error)
+            for profile, texts in self._work.items():
+                progress(f"comparing the {len(children)} fastest: {profile}")
+                few = texts[: max(chosen[0].threads, 2)]
+                for number in children:
+                    timed(number, few)  # kernels are made for every new shape
+                glances = [g for n in children if (g := timed(n, few)) < math.inf]
+                count = int(LOOK * len(few) / max(glances, default=1.0))
+                some = texts[: max(count, len(few))]
+                cases = {n: partial(timed, n, some) for n in children if n not in reasons}
+                for number, seconds in in_turns(cases, ROUNDS, FINAL).items():
+                    speeds[number][profile] = len(some) / np.median(seconds)
+        return [
+            candidate.measured(reason=reasons[number])
+            if number in reasons
+            else candidate.measured(speeds=speeds[number], load=loads[number])
+            for number, candidate in enumerate(chosen)
+        ]
+
+
+def in_turns(
+    cases: Mapping[Key, Callable[[], float]], rounds: tuple[int, int], seconds: float
+) -> dict[Key, list[float]]:
+    """What each case returns in each round; a round begins with another case each time.
+
+    Args:
+        cases: called without arguments.
+        rounds: least and most of them.
+        seconds: after which no further round begins, once there are enough.
+    """
+    found: dict[Key, list[float]] = {key: [] for key in cases}
+    keys = list(cases)
+    begun = time.perf_counter()
+    for number in range(rounds[1]):
+        if number >= rounds[0] and time.perf_counter() - begun > seconds:
+            break
+        first = number % max(len(keys), 1)
+        for key in keys[first:] + keys[:first]:
+            found[key].append(cases[key]())
+    return found

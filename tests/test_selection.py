@@ -1,0 +1,397 @@
+"""Which target runs: measured or guessed, with every failure told and survived."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import fakes
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qrank import Reranker, machine, paths, tuning
+from qrank.backends import FORMATS, module
+from qrank.bundle import Manifest
+from qrank.cli import main
+from qrank.errors import InputError, MissingExtraError, TargetError
+from qrank.selection import ALIKE, PROFILES, Measurement, Wish, order, recalled, remember
+from qrank.targets import ELSEWHERE, ON_CPU, guesses
+
+THREADS = machine.processors()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache of the test's own: what one measures, no other recalls."""
+    monkeypatch.setenv("QRANK_CACHE", str(tmp_path / "cache"))
+    paths.cache_folder.cache_clear()
+    yield tmp_path / "cache"
+    paths.cache_folder.cache_clear()
+
+
+@pytest.fixture
+def onnx_only(bundle: Path, tmp_path: Path) -> Path:
+    """A bundle of one variant: whatever else is a target is another package's."""
+    return subset(bundle, tmp_path / "onnx-only", ["onnx-int8"])
+
+
+def subset(bundle: Path, folder: Path, variants: list[str]) -> Path:
+    """A bundle of some variants of another."""
+    folder.mkdir()
+    for path in bundle.iterdir():
+        if path.name != "qrank.json":
+            (folder / path.name).symlink_to(path)
+    manifest = Manifest.load(bundle)
+    replace(manifest, variants={name: manifest.variants[name] for name in variants}).save(folder)
+    return folder
+
+
+@pytest.fixture
+def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Install another package's backends: a folder on the path with their entry points."""
+
+    def install(**backends: str) -> None:
+        site = tmp_path / "site"
+        info = site / "doubles-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: doubles\nVersion: 1.0\n")
+        lines = [f"{name} = {place}\n" for name, place in backends.items()]
+        (info / "entry_points.txt").write_text("[qrank.backends]\n" + "".join(lines))
+        monkeypatch.syspath_prepend(str(site))
+
+    return install
+
+
+def qrank_(*arguments: str | Path, stdin: str = "") -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
+
+
+def measurement(target: str, speed: float = 1.0, **fields: object) -> Measurement:
+    selector, _, device = target.partition("@")
+    speeds = dict.fromkeys(PROFILES, speed)
+    made = Measurement(target, selector, device, speeds=speeds, threads=THREADS)
+    return replace(made, **fields)  # type: ignore[arg-type]
+
+
+# Failures
+
+
+def test_every_failure_is_told_and_survived_and_the_next_best_is_chosen(
+    onnx_only: Path, plug_in: Callable[..., None]
+) -> None:
+    plug_in(
+        wrong="doubles:Wrong",
+        hangs="doubles:Hangs",
+        crashes="doubles:Crashes",
+        looked="doubles:CrashesWhenLookedFor",
+        absent="no_such_module",
+        tires="doubles:Tires",
+    )
+    result = qrank_("tune", onnx_only, "--limit", "10", "--json")
+    assert result.exit_code == 0, result.output
+    found = {m["target"]: m for m in json.loads(result.stdout)}
+    assert [name for name, m in found.items() if m["reason"] is None] == ["onnx-int8@cpu"]
+    reasons = {
+        "wrong/onnx-int8@cpu": "computes wrongly on this machine (right 1.0)",
+        "hangs/onnx-int8@cpu": "no answer within 10 s",
+        "crashes/onnx-int8@cpu": "SIGSEGV" if os.name == "posix" else "its process ended",
+        "looked": "SIGSEGV" if os.name == "posix" else "its process ended",
+        "absent": "cannot be imported: ModuleNotFoundError",
+        "tires/onnx-int8@cpu": "MemoryError: no more",
+    }
+    assert set(found) == {"onnx-int8@cpu", *reasons}
+    for name, reason in reasons.items():
+        assert reason in found[name]["reason"], name
+    with Reranker(onnx_only) as reranker:
+        assert reranker.choice.measured
+        assert reranker.target.name == "onnx-int8@cpu"
+
+
+def test_another_packages_backend_takes_part_and_is_chosen_where_it_is_fastest(
+    onnx_only: Path, plug_in: Callable[..., None]
+) -> None:
+    plug_in(right="doubles:Right", prints="doubles:Prints")
+    result = qrank_("tune", onnx_only)
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "not used" not in result.stdout
+    with Reranker(onnx_only) as reranker:
+        assert reranker.target.name in ("right/onnx-int8@cpu", "prints/onnx-int8@cpu")
+        assert f"chosen: {reranker.target.name}" in result.stdout
+        assert reranker.rank("a", ["a", "a a"])[0].index == 1
+    with Reranker(onnx_only, backend="onnx") as reranker:
+        assert reranker.target.name == "onnx-int8@cpu"
+    for name in ("right", "right/onnx-int8"):
+        with Reranker(onnx_only, backend=name) as reranker:
+            assert reranker.target.name == "right/onnx-int8@cpu"
+    with pytest.raises(TargetError, match=r"backends are: .*prints, right"):
+        Reranker(onnx_only, backend="left")
+
+
+def test_what_is_named_never_falls_back(bundle: Path, plug_in: Callable[..., None]) -> None:
+    plug_in(wrong="doubles:Wrong")
+    for backend in ("wrong", "wrong/onnx-fp32"):
+        with pytest.raises(TargetError, match="computes wrongly on this machine"):
+            Reranker(bundle, backend=backend)
+
+
+def test_where_nothing_works_every_target_and_its_reason_is_told(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise TargetError(f"the driver is out ({len(arguments)})")
+
+    names = [t.name for t in guesses(Manifest.load(bundle), None, None)]
+    for format in FORMATS:
+        monkeypatch.setattr(module(format), "open", fail)
+    with pytest.raises(TargetError, match="no target works here") as caught:
+        Reranker(bundle)
+    assert len(names) == len(Manifest.load(bundle).variants)
+    for name in names:
+        assert f"\n  {name}: the driver is out" in str(caught.value)
+    assert len(caplog.records) == len(names) - 1
+
+
+def test_a_guess_that_fails_is_told_and_the_next_is_taken(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise TargetError("the driver is out")
+
+    monkeypatch.setattr(module("openvino"), "open", fail)
+    result = qrank_("score", "-m", bundle, "-q", "a", "-f", "json", stdin="a\n")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["target"] == "onnx-int8@cpu"
+    assert "taking the next target: openvino-int8@cpu: the driver is out" in result.stderr
+    assert qrank_("score", "-m", bundle, "-q", "a", "--backend", "openvino").exit_code == 7
+
+
+def test_without_any_runtime_what_to_install_is_told(
+    onnx_only: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match="pip install"):
+        Reranker(onnx_only)
+
+
+# Memory
+
+
+def test_a_measurement_decides_from_then_on(bundle: Path) -> None:
+    manifest = Manifest.load(bundle)
+    before = guesses(manifest, None, None)[0].name
+    speeds = {"onnx-fp32@cpu": 9.0, "onnx-int8@cpu": 5.0, "gguf-q8_0@cpu": 7.0}
+    remember(manifest, THREADS, [measurement(name, speed) for name, speed in speeds.items()])
+    assert before not in speeds
+    with Reranker(bundle) as reranker:
+        assert (reranker.target.name, reranker.choice.measured) == ("onnx-fp32@cpu", True)
+    with Reranker(bundle, backend="gguf") as reranker:
+        assert reranker.target.name == "gguf-q8_0@cpu"
+    with Reranker(bundle, backend="onnx-int8") as reranker:
+        assert reranker.target.name == "onnx-int8@cpu"
+    with Reranker(bundle, threads=THREADS + 1) as reranker:
+        assert (reranker.target.name, reranker.choice.measured) == (before, False)
+
+
+def test_settings_are_taken_from_the_measurement_and_the_users_stand(bundle: Path) -> None:
+    found = measurement("onnx-int8@cpu", batch=640, threads=1)
+    remember(Manifest.load(bundle), THREADS, [found])
+    with Reranker(bundle) as reranker:
+        assert (reranker.choice.options.batch, reranker.choice.options.threads) == (640, 1)
+    with Reranker(bundle, batch=320) as reranker:
+        assert reranker.choice.options.batch == 320
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cpu": lambda: "another"},
+        {"system": lambda: "Linux 99"},
+        {"accelerators": lambda: ["driver 1"]},
+        {"packages": lambda modules: ["onnxruntime-0.1"]},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_machine_driver_or_version_is_measured_anew(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Callable[..., object]]
+) -> None:
+    manifest = Manifest.load(bundle)
+    remember(manifest, 2, [measurement("onnx-int8@cpu")])
+    assert len(recalled(manifest, 2)) == 1
+    assert recalled(replace(manifest, name="another"), 2) == recalled(manifest, 3) == []
+    for name, value in change.items():
+        monkeypatch.setattr(machine, name, value)
+    assert recalled(manifest, 2) == []
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"targets": [{"name": 1}]}', '{"targets": {}}'])
+def test_a_damaged_memory_is_none(bundle: Path, cache: Path, content: str) -> None:
+    manifest = Manifest.load(bundle)
+    remember(manifest, THREADS, [measurement("onnx-int8@cpu")])
+    (path,) = cache.glob("measured-*.json")
+    path.write_text(content, "utf-8")
+    with Reranker(bundle) as reranker:
+        assert not reranker.choice.measured
+
+
+def test_a_remembered_start_looks_for_nothing(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond naming the target: one small file is read, no package asked for its version."""
+    manifest = Manifest.load(bundle)
+    remember(manifest, THREADS, [measurement("onnx-int8@cpu")])
+    Reranker(bundle).close()
+
+    def fail(*arguments: object, **named: object) -> None:
+        raise AssertionError("asked")
+
+    read = []
+    recall = paths.recall
+    monkeypatch.setattr(paths, "recall", lambda name: read.append(name) or recall(name))
+    monkeypatch.setattr("importlib.metadata.entry_points", fail)
+    monkeypatch.setattr("importlib.metadata.version", fail)
+    monkeypatch.setattr("subprocess.Popen", fail)
+    Reranker(bundle, backend="onnx-int8", device="cpu").close()
+    named = len(read)
+    Reranker(bundle).close()
+    assert len(read) == 2 * named
+    assert sum(name.startswith("measured-") for name in read) == 2
+
+
+def test_a_first_call_says_that_it_guesses_and_no_measure_keeps_quiet(bundle: Path) -> None:
+    command = ("score", "-m", bundle, "-q", "a", "-f", "jsonl")
+    first = qrank_(*command, stdin="a\n")
+    (line,) = first.stderr.splitlines()
+    assert line.startswith("qrank: not measured here yet: guessing that openvino-int8@cpu")
+    assert line.endswith(f"qrank tune {bundle}")
+    assert qrank_(*command, "--no-measure", stdin="a\n").stderr == ""
+    assert qrank_(*command, "--backend", "onnx-int8", stdin="a\n").stderr == ""
+    remember(Manifest.load(bundle), THREADS, [measurement("onnx-int8@cpu")])
+    assert qrank_(*command, stdin="a\n").stderr == ""
+
+
+def test_measuring_when_asked_to(bundle: Path, tmp_path: Path) -> None:
+    folder = subset(bundle, tmp_path / "two", ["onnx-int8", "onnx-fp32"])
+    command = ("score", "-m", folder, "-q", "a", "-f", "json", "--measure")
+    assert json.loads(qrank_(*command, stdin="a\n").stdout)["target"].startswith("onnx-")
+    found = recalled(Manifest.load(folder), THREADS)
+    assert {m.target for m in found} == {"onnx-int8@cpu", "onnx-fp32@cpu"}
+    for m in found:
+        assert set(m.speeds) == set(PROFILES)
+        assert min(m.speeds.values()) > 0
+
+
+# Guesses
+
+
+@pytest.mark.parametrize("device", [None, "cpu", "gpu", "npu", "cuda", "metal", "vulkan"])
+def test_guesses_have_backends_that_know_the_device(bundle: Path, device: str | None) -> None:
+    found = guesses(Manifest.load(bundle), None, device)
+    assert {t.device for t in found} == {device or "cpu"}
+    expected = {f for f in FORMATS if (device or "cpu") in module(f).DEVICES}
+    assert {t.variant.format for t in found} == expected
+    order_ = ON_CPU if device in (None, "cpu") else ELSEWHERE
+    key = [t.variant.name if order_ is ON_CPU else t.variant.precision for t in found]
+    assert key == sorted(key, key=order_.index)
+
+
+def test_a_device_that_no_format_knows_is_told(bundle: Path) -> None:
+    with pytest.raises(TargetError, match=r"no device 'tpu'.*openvino cpu, gpu, npu"):
+        Reranker(bundle, device="tpu")
+
+
+def test_every_precision_has_its_place() -> None:
+    from qrank.fidelity import TOLERANCES
+
+    assert set(TOLERANCES) <= set(ELSEWHERE)
+    assert {name.partition("-")[2] for name in ON_CPU} == set(ELSEWHERE)
+
+
+def test_what_is_not_installed_is_no_guess(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert {t.variant.format for t in guesses(Manifest.load(bundle), None, None)} == {
+        "onnx",
+        "gguf",
+    }
+
+
+# Policies
+
+measurements = st.lists(
+    st.builds(
+        measurement,
+        st.sampled_from(["onnx-int8@cpu", "gguf-q8_0@cpu", "openvino-int8@gpu"]),
+        st.floats(0.1, 1e4),
+        kendall=st.floats(-1, 1),
+        bytes=st.integers(1, 10**9),
+        reason=st.sampled_from([None, None, None, "broken"]),
+    ),
+    max_size=8,
+)
+
+
+@given(found=measurements, least=st.none() | st.floats(-1, 1))
+def test_fastest_is_the_fastest_or_as_good_as_and_more_faithful(
+    found: list[Measurement], least: float | None
+) -> None:
+    ordered = order(found, Wish(min_kendall=least))
+    fit = [m for m in found if m.reason is None and (least is None or m.kendall >= least)]
+    assert sorted(map(id, ordered)) == sorted(map(id, fit))
+    if fit:
+        top = max(m.speeds["passages"] for m in fit)
+        assert ordered[0].speeds["passages"] >= top * (1 - ALIKE)
+        alike = [m for m in fit if m.speeds["passages"] >= top * (1 - ALIKE)]
+        assert ordered[0].kendall == max(m.kendall for m in alike)
+
+
+@given(found=measurements)
+def test_the_other_policies(found: list[Measurement]) -> None:
+    fit = [m for m in found if m.reason is None]
+    if fit:
+        smallest = order(found, Wish(policy="smallest"))[0]
+        assert smallest.bytes == min(m.bytes for m in fit)
+        faithful = order(found, Wish(policy="most-faithful"))[0]
+        assert faithful.kendall == max(m.kendall for m in fit)
+
+
+def test_policies_hold_for_guesses_too(bundle: Path) -> None:
+    variants = Manifest.load(bundle).variants.values()
+    with Reranker(bundle, policy="smallest") as reranker:
+        assert reranker.target.variant.bytes == min(v.bytes for v in variants)
+    with Reranker(bundle, policy="most-faithful") as reranker:
+        best = max(v.fidelity.kendall for v in variants)
+        assert reranker.target.variant.fidelity.kendall == best
+    with pytest.raises(
+        TargetError, match=r"no target has a Kendall tau of 0.99 or more.*onnx-int8"
+    ):
+        Reranker(bundle, min_kendall=0.99, backend="onnx-int8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"policy": "best"}, "policy is 'best'; policies are: fastest"),
+        ({"profile": "huge"}, "profile is 'huge'; profiles are: short"),
+        ({"min_kendall": 2}, "min_kendall is 2"),
+    ],
+)
+def test_wishes_that_cannot_be(bundle: Path, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Reranker(bundle, **arguments)  # type: ignore[arg-type]
+
+
+def test_profiles_have_the_tokens_they_say(bundle: Path) -> None:
+    manifest = Manifest.load(bundle)
+    with Reranker(bundle, backend="fakes:recording") as reranker:
+        for profile, (count, tokens) in PROFILES.items():
+            texts = tuning.documents(bundle, manifest, profile)
+            assert len(texts) == count
+            fakes.recorded.clear()
+            reranker.rank(tuning.QUERY, texts)
+            lengths = fakes.recorded[-1].lengths
+            limit = manifest.family.max_length
+            assert all(min(tokens, limit) <= n <= tokens + 12 for n in lengths.tolist())
