@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import numpy as np
 
 from qrank import activation, backends
+from qrank.budget import Pace, spend
 from qrank.bundle import TOKENIZER, Manifest, check_files
-from qrank.encoding import Encoder
+from qrank.encoding import Encoder, Prompt
 from qrank.errors import InputError, TargetError
+from qrank.items import Item, best_items, check, works
 from qrank.locate import DEFAULT, locate
 from qrank.machine import processors
 from qrank.proof import ready
 from qrank.selection import Choice, Policy, Profile, Wish, choices, first_that_works
 from qrank.targets import Target
-from qrank.work import Ids, Logits, Segments, Work
+from qrank.work import Logits
 
 LongDocuments = Literal["truncate", "chunk"]
 
@@ -39,6 +43,7 @@ class Ranking:
         text: the document.
         truncated: whether the model read its beginning only.
         part: the characters [start, end) that scored best, where it was cut into chunks.
+        scored: whether the time sufficed; if not, score and logit are NaN.
     """
 
     index: int
@@ -47,17 +52,19 @@ class Ranking:
     text: str
     truncated: bool = False
     part: tuple[int, int] | None = None
+    scored: bool = True
 
 
-class _Item(NamedTuple):
-    """One model input: (a part of) a document beside its query; `ids` follow the prefix."""
+class Rankings(list[Ranking]):
+    """A ranked list.
 
-    owner: int
-    prefix: Ids
-    ids: Ids
-    segments: Segments | None
-    truncated: bool
-    part: tuple[int, int] | None
+    Attributes:
+        scored: how many of the documents were scored: all but for a budget.
+    """
+
+    def __init__(self, ranked: Iterable[Ranking] = (), scored: int = 0) -> None:
+        super().__init__(ranked)
+        self.scored = scored
 
 
 class Reranker:
@@ -125,12 +132,14 @@ class Reranker:
             folder = locate(model)
             self.manifest, tokenizer = Manifest.load(folder), folder / TOKENIZER
         self._folder = folder
+        check_files(folder, self.manifest.files)
         options = backends.Options(
             threads or processors(), execution, batch, family=self.manifest.family
         )
         self._encoder = Encoder(
             tokenizer, self.manifest.family, max_length=max_length, threads=options.threads
         )
+        self._pace = Pace()
         self._lock = threading.Lock()
         self._backend: backends.Backend | None = None
         _living.add(self)
@@ -140,7 +149,7 @@ class Reranker:
     def _take(self, choice: Choice) -> None:
         """Open a target, for good if it works."""
         self.choice = choice
-        check_files(self._folder, {**self.manifest.files, **self.target.variant.files})
+        check_files(self._folder, self.target.variant.files)
         self._ready()
 
     @property
@@ -161,7 +170,8 @@ class Reranker:
         top_k: int | None = None,
         instruction: str | None = None,
         long_documents: LongDocuments = "truncate",
-    ) -> list[Ranking]:
+        budget_ms: float | None = None,
+    ) -> Rankings:
         """Order documents by relevance, most relevant first; equal ones keep their order.
 
         Args:
@@ -172,6 +182,9 @@ class Reranker:
                 zerank, mxbai-rerank-v2). None: the family's own, or none.
             long_documents: what becomes of a document that does not fit: `truncate` reads its
                 beginning, `chunk` scores overlapping parts and keeps the best.
+            budget_ms: milliseconds this may take. As many of the first documents as fit are
+                scored, the first always; the others follow in their order, `scored` False. How
+                fast the model is is learnt from call to call, so the first few are less exact.
 
         Raises:
             InputError: an argument is out of its range, a document is no string, or the family
@@ -182,17 +195,42 @@ class Reranker:
             raise InputError(f"top_k is {top_k}; it must be 0 or more")
         if isinstance(documents, str):
             raise InputError("documents is one string; give a list of strings")
+        if budget_ms is not None and not 0 < budget_ms < math.inf:
+            raise InputError(f"budget_ms is {budget_ms}; it must be more than 0, and finite")
         documents = list(documents)
-        if not documents:
-            return []
         pairs = [(query, document) for document in documents]
-        items = self._items(pairs, instruction, long_documents)
-        logits = self._logits(items)
-        best = _best_items([item.owner for item in items], logits)
+        check(pairs, long_documents)
+        if not documents:
+            return Rankings()
+        prompts = {query: self._encoder.prompt(query, instruction)}
+        items: list[Item] = []
+        found: list[Logits] = []
+
+        def encode(start: int, end: int) -> list[int]:
+            """Make items of some documents, and return how many tokens each has."""
+            tokens = [0] * (end - start)
+            for item in self._items(pairs[start:end], prompts, instruction, long_documents):
+                tokens[item.owner] += len(item.prefix) + len(item.ids)
+                items.append(item._replace(owner=start + item.owner))
+            return tokens
+
+        def score(start: int, end: int) -> None:
+            known = sum(map(len, found))
+            found.append(self._logits([i for i in items[known:] if i.owner < end]))
+
+        if budget_ms is None:
+            encode(0, len(documents))
+            score(0, scored := len(documents))
+        else:
+            scored = spend(
+                budget_ms / 1000, len(documents), self._pace, encode, score, time.perf_counter
+            )
+        logits = np.concatenate(found)
+        best = best_items([item.owner for item in items[: len(logits)]], logits)
         scores = self._scores(logits)
         # Stable, and on logits: scores may tie where an activation saturates.
-        order = sorted(best, key=lambda i: -logits[i])[:top_k]
-        return [
+        order = sorted(best, key=lambda i: -logits[i])
+        ranked = [
             Ranking(
                 index=items[i].owner,
                 score=float(scores[i]),
@@ -203,6 +241,9 @@ class Reranker:
             )
             for i in order
         ]
+        for index in range(scored, len(documents)):
+            ranked.append(Ranking(index, math.nan, math.nan, documents[index], scored=False))
+        return Rankings(ranked[:top_k], scored)
 
     @overload
     def score(
@@ -246,11 +287,15 @@ class Reranker:
         Raises:
             InputError, TargetError: as for `rank`.
         """
-        items = self._items(list(pairs), instruction, long_documents)
+        pairs = list(pairs)
+        check(pairs, long_documents)
+        queries = dict.fromkeys(query for query, _ in pairs)
+        prompts = {query: self._encoder.prompt(query, instruction) for query in queries}
+        items = self._items(pairs, prompts, instruction, long_documents)
         if not items:
             return np.empty(0, np.float32) if raw else np.empty(0, np.float64)
         logits = self._logits(items)
-        logits = logits[_best_items([item.owner for item in items], logits)]
+        logits = logits[best_items([item.owner for item in items], logits)]
         return logits if raw else self._scores(logits)
 
     def close(self) -> None:
@@ -283,19 +328,14 @@ class Reranker:
         return activation.activate(logits, family.activation, family.temperature)
 
     def _items(
-        self, pairs: list[tuple[str, str]], instruction: str | None, long_documents: str
-    ) -> list[_Item]:
-        if long_documents not in ("truncate", "chunk"):
-            raise InputError(f"long_documents is {long_documents!r}; give 'truncate' or 'chunk'")
-        for i, item in enumerate(pairs):
-            if not isinstance(item, tuple | list) or len(item) != 2:
-                raise InputError(f"pair {i} is no (query, document) pair")
-            for kind, text in zip(("query", "document"), item, strict=True):
-                if not isinstance(text, str):
-                    raise InputError(f"{kind} {i} is {type(text).__name__}, not a string")
+        self,
+        pairs: list[tuple[str, str]],
+        prompts: dict[str, Prompt],
+        instruction: str | None,
+        long_documents: LongDocuments,
+    ) -> list[Item]:
+        """Model inputs of pairs; `owner` is a pair's place."""
         encoder = self._encoder
-        queries = dict.fromkeys(query for query, _ in pairs)
-        prompts = {query: encoder.prompt(query, instruction) for query in queries}
         texts = dict.fromkeys(document for _, document in pairs)
         found = encoder.documents(list(texts), instruction)
         documents = dict(zip(texts, found, strict=True))
@@ -306,19 +346,19 @@ class Reranker:
             if len(ids) <= room or long_documents == "truncate":
                 pair = encoder.pair(prompt, ids[:room])
                 items.append(
-                    _Item(owner, prompt.prefix, *pair, truncated=len(ids) > room, part=None)
+                    Item(owner, prompt.prefix, *pair, truncated=len(ids) > room, part=None)
                 )
             else:
                 for chunk in encoder.chunks(document, prompt):
                     pair = encoder.pair(prompt, chunk.ids)
                     part = (chunk.start, chunk.end)
-                    items.append(_Item(owner, prompt.prefix, *pair, truncated=False, part=part))
+                    items.append(Item(owner, prompt.prefix, *pair, truncated=False, part=part))
         return items
 
-    def _logits(self, items: list[_Item]) -> Logits:
+    def _logits(self, items: list[Item]) -> Logits:
         backend = self._ready()
         logits = np.empty(len(items), np.float32)
-        for places, work in _works(items):
+        for places, work in works(items):
             found = np.asarray(backend.logits(work), np.float32)
             if found.shape != (len(work),):
                 raise TargetError(
@@ -334,29 +374,6 @@ class Reranker:
         return logits
 
 
-def _works(items: list[_Item]) -> list[tuple[list[int], Work]]:
-    """Items as work, with their places: those of a prefix together, if there are several.
-
-    A prefix of one item's own is no gain, and works run one after the other.
-    """
-    groups: dict[bytes, list[int]] = {}
-    for place, item in enumerate(items):
-        groups.setdefault(item.prefix.tobytes(), []).append(place)
-    shared = [places for prefix, places in groups.items() if prefix and len(places) > 1]
-    taken = {place for places in shared for place in places}
-    single = [place for place in range(len(items)) if place not in taken]
-    works = []
-    if single:
-        chosen = [items[place] for place in single]
-        segments = [item.segments for item in chosen if item.segments is not None]
-        sequences = [np.concatenate((item.prefix, item.ids)) for item in chosen]
-        works.append((single, Work(sequences, segments or None)))
-    for places in shared:
-        chosen = [items[place] for place in places]
-        works.append((places, Work([item.ids for item in chosen], prefix=chosen[0].prefix)))
-    return works
-
-
 _living: weakref.WeakSet[Reranker] = weakref.WeakSet()
 
 
@@ -367,8 +384,9 @@ def _forget_backends() -> None:
     inherited is never freed, not even when the child exits.
     """
     for reranker in _living:
-        # A thread the child does not have may hold the old one.
+        # A thread the child does not have may hold the old ones.
         reranker._lock = threading.Lock()
+        reranker._pace = Pace()
         if reranker._backend is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(reranker._backend))
             reranker._backend = None
@@ -376,12 +394,3 @@ def _forget_backends() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_backends)
-
-
-def _best_items(owners: list[int], logits: Logits) -> list[int]:
-    """For each owner, in order, which of its items has the highest logit (the first of equals)."""
-    best: dict[int, int] = {}
-    for i, owner in enumerate(owners):
-        if owner not in best or logits[i] > logits[best[owner]]:
-            best[owner] = i
-    return list(best.values())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,6 +16,13 @@ from qrank.reranker import LongDocuments, Reranker
 
 TAG = "qrank"
 """The last column of a run qrank writes."""
+
+
+def falling(logits: Sequence[float]) -> list[float]:
+    """Logits of a ranked list, NaNs at its end falling on by 1 each: evaluators sort by them."""
+    scored = [logit for logit in logits if not math.isnan(logit)]
+    lowest = scored[-1] if scored else 0.0
+    return scored + [lowest - number for number in range(1, len(logits) - len(scored) + 1)]
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,7 @@ class RunReranker:
         top_k: int | None = None,
         instruction: str | None = None,
         long_documents: LongDocuments = "truncate",
+        budget_ms: float | None = None,
     ) -> Iterator[list[str]]:
         """The reranked run, a query at a time, as lines without line ends; see `Reranker.rank`.
 
@@ -127,10 +136,12 @@ class RunReranker:
                 top_k=top_k,
                 instruction=instruction,
                 long_documents=long_documents,
+                budget_ms=budget_ms,
             )
+            numbers = falling([item.logit for item in ranking])
             yield [
-                f"{query} Q0 {identities[item.index]} {rank} {item.logit:.6f} {TAG}"
-                for rank, item in enumerate(ranking, 1)
+                f"{query} Q0 {identities[item.index]} {rank} {number:.6f} {TAG}"
+                for rank, (item, number) in enumerate(zip(ranking, numbers, strict=True), 1)
             ]
 
     def close(self) -> None:

@@ -79,7 +79,7 @@ class Choice:
         target: the variant and the device.
         options: how it shall run.
         measured: whether it was chosen by measurements; else by a guess.
-        among: how many targets there were to choose from.
+        among: how many targets there were to choose from; 1 where a backend is named.
     """
 
     target: Target
@@ -134,7 +134,7 @@ def choices(manifest: Manifest, wish: Wish, options: Options) -> list[Choice]:
     if not ordered:
         targets = _guessed(manifest, wish)
         ordered = [Choice(target, options, False, len(targets)) for target in targets]
-    return ordered if wish.backend is None else ordered[:1]
+    return ordered if wish.backend is None else [replace(ordered[0], among=1)]
 
 
 def _guessed(manifest: Manifest, wish: Wish) -> list[Target]:

@@ -83,6 +83,21 @@ def slow(folder: Path, variant: Variant, device: str, options: Options) -> Backe
     return Fake(folder, len)
 
 
+NAP = 0.005
+"""Seconds that `sleepy` takes for each pair."""
+
+
+class _Sleepy(Fake):
+    def logits(self, work: Work) -> Logits:
+        time.sleep(NAP * len(work))
+        return super().logits(work)
+
+
+def sleepy(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """As `length`; takes NAP for each pair."""
+    return _Sleepy(folder, len)
+
+
 class _Recording(Fake):
     def logits(self, work: Work) -> Logits:
         recorded.append(work)
@@ -119,4 +134,5 @@ class _Shifted:
 
 def shifted(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
     """The true logits and 3 more: a backend that ranks rightly and computes wrongly."""
+    variant = Manifest.load(folder).variants["onnx-int8"]
     return _Shifted(onnx.open(folder, variant, device, options))

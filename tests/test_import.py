@@ -35,7 +35,7 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
 def test_scoring_loads_the_runtime_of_its_backend_only(bundle: Path) -> None:
     code = (
         "import sys\nfrom qrank import Reranker\n"
-        "Reranker(sys.argv[1]).rank('which planet is red?', ['mars', 'bread'])"
+        "Reranker(sys.argv[1], backend='onnx').rank('which planet is red?', ['mars', 'bread'])"
     )
     assert loaded(code, bundle) == {"onnxruntime"}
 
@@ -43,7 +43,7 @@ def test_scoring_loads_the_runtime_of_its_backend_only(bundle: Path) -> None:
 def test_onnxruntime_is_kept_from_calling_home(bundle: Path) -> None:
     """From 1.29 it reports its use from a thread that starts with the import."""
     code = (
-        "import os, sys\nfrom qrank import Reranker\nReranker(sys.argv[1])\n"
+        "import os, sys\nfrom qrank import Reranker\nReranker(sys.argv[1], backend='onnx')\n"
         "assert os.environ['ORT_DISABLE_TELEMETRY'] == '1'"
     )
     assert loaded(code, bundle) == {"onnxruntime"}
@@ -60,7 +60,7 @@ main(sys.argv[2:])
 
 def test_scoring_without_onnxruntime_says_what_to_install(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "d.txt").write_text("mars\n", "utf-8")
-    arguments = ("score", "-q", "x", "-m", bundle, tmp_path / "d.txt")
+    arguments = ("score", "-q", "x", "-m", bundle, "--backend", "onnx", tmp_path / "d.txt")
     done = python(WITHOUT, "onnxruntime", *arguments)
     assert (done.returncode, done.stdout) == (3, "")
     (line,) = done.stderr.splitlines()
@@ -75,7 +75,7 @@ sys.modules["onnxruntime"] = None
 from qrank import QrankError, Reranker
 from qrank.errors import MissingExtraError
 try:
-    Reranker(sys.argv[1])
+    Reranker(sys.argv[1], backend="onnx")
 except MissingExtraError as error:
     assert isinstance(error, ImportError) and isinstance(error, QrankError)
     assert 'pip install "qrank[onnx]"' in str(error)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -263,15 +264,32 @@ def test_a_remembered_start_looks_for_nothing(
 
 
 def test_a_first_call_says_that_it_guesses_and_no_measure_keeps_quiet(bundle: Path) -> None:
-    command = ("score", "-m", bundle, "-q", "a", "-f", "jsonl")
-    first = qrank_(*command, stdin="a\n")
-    (line,) = first.stderr.splitlines()
+    """On a terminal: a pipeline's log has no use for it."""
+
+    def said(*more: str, terminal: bool = True) -> str:
+        command = [sys.executable, "-c", "from qrank.cli import main; main()", "score"]
+        command += ["-m", str(bundle), "-q", "a", "-f", "jsonl", *more]
+        if not terminal:
+            return subprocess.run(command, input="a\n", capture_output=True, text=True).stderr
+        pty = pytest.importorskip("pty", reason="no pseudo-terminals here")
+        ours, theirs = pty.openpty()
+        subprocess.run(command, input="a\n", stdout=subprocess.PIPE, stderr=theirs, text=True)
+        os.write(theirs, b"end")
+        text = b""
+        while not text.endswith(b"end"):
+            text += os.read(ours, 4096)
+        os.close(ours)
+        os.close(theirs)
+        return text.decode().removesuffix("end")
+
+    (line,) = said().splitlines()
     assert line.startswith("qrank: not measured here yet: guessing that openvino-int8@cpu")
     assert line.endswith(f"qrank tune {bundle}")
-    assert qrank_(*command, "--no-measure", stdin="a\n").stderr == ""
-    assert qrank_(*command, "--backend", "onnx-int8", stdin="a\n").stderr == ""
+    assert said(terminal=False) == ""
+    assert said("--no-measure") == ""
+    assert said("--backend", "onnx-int8") == ""
     remember(Manifest.load(bundle), THREADS, [measurement("onnx-int8@cpu")])
-    assert qrank_(*command, stdin="a\n").stderr == ""
+    assert said() == ""
 
 
 def test_measuring_when_asked_to(bundle: Path, tmp_path: Path) -> None:

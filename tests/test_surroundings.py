@@ -17,7 +17,7 @@ from qrank.errors import BundleError, TargetError
 SCORE = """
 import sys
 from qrank import Reranker
-with Reranker(sys.argv[1], threads=int(sys.argv[2])) as reranker:
+with Reranker(sys.argv[1], backend="onnx", threads=int(sys.argv[2])) as reranker:
     assert len(reranker.rank("which planet is red?", ["mars", "bread"] * 10)) == 20
 """
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from qrank.errors import InputError
 from qrank.reranker import Ranking
-from qrank.runs import TAG
+from qrank.runs import TAG, falling
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Result:
         record = {
             **self.fields,
             "index": ranking.index,
-            "score": self.score,
+            "score": self.score if ranking.scored else None,
             "text": ranking.text,
         }
         if ranking.truncated:
@@ -47,7 +47,7 @@ class Result:
         return record
 
 
-def _table(results: Sequence[Result], model: str, target: str) -> None:
+def _table(results: Sequence[Result], model: str, target: str, scored: int | None) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
     # rich narrows what may wrap: the document, whose text then ends in an ellipsis instead.
     for name in ("rank", "score", "index"):
@@ -56,7 +56,7 @@ def _table(results: Sequence[Result], model: str, target: str) -> None:
     for rank, result in enumerate(results, 1):
         table.add_row(
             str(rank),
-            f"{result.score:.4f}",
+            f"{result.score:.4f}" if result.ranking.scored else "–",
             str(result.ranking.index),
             Text(_line(result.ranking.text), no_wrap=True, overflow="ellipsis"),
         )
@@ -65,30 +65,34 @@ def _table(results: Sequence[Result], model: str, target: str) -> None:
     console.print(Text(f"{model}, {target}", style="dim"))
 
 
-def _tsv(results: Sequence[Result], model: str, target: str) -> None:
+def _tsv(results: Sequence[Result], model: str, target: str, scored: int | None) -> None:
     for rank, result in enumerate(results, 1):
         click.echo(
             f"{rank}\t{result.score:.6g}\t{result.ranking.index}\t{_line(result.ranking.text)}"
         )
 
 
-def _json(results: Sequence[Result], model: str, target: str) -> None:
-    content = {"model": model, "target": target, "results": [r.record() for r in results]}
+def _json(results: Sequence[Result], model: str, target: str, scored: int | None) -> None:
+    content: dict[str, Any] = {"model": model, "target": target}
+    if scored is not None:
+        content["scored"] = scored
+    content["results"] = [result.record() for result in results]
     click.echo(json.dumps(content, ensure_ascii=False, indent=2))
 
 
-def _jsonl(results: Sequence[Result], model: str, target: str) -> None:
+def _jsonl(results: Sequence[Result], model: str, target: str, scored: int | None) -> None:
     for result in results:
         click.echo(json.dumps(result.record(), ensure_ascii=False))
 
 
-def _trec(results: Sequence[Result], model: str, target: str) -> None:
+def _trec(results: Sequence[Result], model: str, target: str, scored: int | None) -> None:
     # Logits, as in `qrank.runs`: an evaluator sorts by them.
-    for rank, result in enumerate(results, 1):
+    numbers = falling([result.ranking.logit for result in results])
+    for rank, (result, number) in enumerate(zip(results, numbers, strict=True), 1):
         identity = str(result.fields.get("id", result.fields.get("_id", result.ranking.index)))
         if identity.split() != [identity]:
             raise InputError(f"the id {identity!r} is no single word; a TREC run cannot hold it")
-        click.echo(f"q Q0 {identity} {rank} {result.ranking.logit:.6f} {TAG}")
+        click.echo(f"q Q0 {identity} {rank} {number:.6f} {TAG}")
 
 
 def _line(text: str) -> str:
@@ -96,11 +100,12 @@ def _line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-WRITERS: dict[str, Callable[[Sequence[Result], str, str], None]] = {
+WRITERS: dict[str, Callable[[Sequence[Result], str, str, int | None], None]] = {
     "table": _table,
     "tsv": _tsv,
     "json": _json,
     "jsonl": _jsonl,
     "trec": _trec,
 }
-"""By the names `--format` takes: (results, model, target) -> stdout."""
+"""By the names `--format` takes: (results, model, target, how many documents were scored if there
+was a budget) -> stdout."""

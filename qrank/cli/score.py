@@ -48,7 +48,7 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--measure/--no-measure",
     default=None,
     help="Measure the targets first if that was not done yet (qrank tune), or go by a guess "
-    "without saying so.  [default: go by a guess and say so]",
+    "without saying so.  [default: go by a guess, and say so on a terminal]",
 )
 @click.option("--family", help="With --backend torch: card that reads the checkpoint.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
@@ -59,6 +59,12 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
     default="truncate",
     show_default=True,
     help="Read the beginning of a document that does not fit, or its best part.",
+)
+@click.option(
+    "--budget-ms",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Milliseconds for a query: as many of the first documents as fit are scored, and the "
+    "others follow in their order.",
 )
 @click.option("--run", type=_EXISTING, help="Rerank this TREC run, grouped by query.")
 @click.option("--queries", type=_EXISTING, help="With --run: JSONL with id and text.")
@@ -85,6 +91,7 @@ def score(
     threads: int | None,
     max_length: int | None,
     long_documents: LongDocuments,
+    budget_ms: float | None,
     run: Path | None,
     queries: Path | None,
     documents: Path | None,
@@ -125,10 +132,11 @@ def score(
             reranker.close()
             measure_targets(model or DEFAULT, threads, None)
             return opened()
-        notice(
-            f"not measured here yet: guessing that {choice.target.name} is the fastest of "
-            f"{choice.among}; to measure: qrank tune {model or DEFAULT}"
-        )
+        if sys.stderr.isatty():
+            notice(
+                f"not measured here yet: guessing that {choice.target.name} is the fastest of "
+                f"{choice.among}; to measure: qrank tune {model or DEFAULT}"
+            )
         return reranker
 
     if run is not None:
@@ -138,7 +146,8 @@ def score(
             raise click.UsageError("--run takes no -q, FILES, --jsonl, --min-score or --raw")
         if format not in (None, "trec"):
             raise click.UsageError("--run writes a TREC run: --format trec")
-        _score_run(load, RunReranker(run, queries, documents), top_k, instruction, long_documents)
+        reader = RunReranker(run, queries, documents)
+        _score_run(load, reader, top_k, instruction, long_documents, budget_ms)
         return
     if query is None:
         raise click.UsageError("give a query with -q, or a run with --run")
@@ -153,6 +162,12 @@ def score(
             top_k=top_k,
             instruction=instruction,
             long_documents=long_documents,
+            budget_ms=budget_ms,
+        )
+    if ranking.scored < len(lines):
+        notice(
+            f"scored {ranking.scored} of the {len(lines)} documents within the budget; "
+            "the others follow in their given order"
         )
     if cut := sum(item.truncated for item in ranking):
         notice(
@@ -165,7 +180,8 @@ def score(
     if min_score is not None:
         results = [result for result in results if result.score >= min_score]
     chosen = format or ("table" if sys.stdout.isatty() else "tsv")
-    WRITERS[chosen](results, reranker.manifest.name, reranker.target.name)
+    scored = None if budget_ms is None else ranking.scored
+    WRITERS[chosen](results, reranker.manifest.name, reranker.target.name, scored)
 
 
 def _score_run(
@@ -174,10 +190,15 @@ def _score_run(
     top_k: int | None,
     instruction: str | None,
     long_documents: LongDocuments,
+    budget_ms: float | None,
 ) -> None:
     with closing(run), load() as reranker:
         reranked = run.rerank(
-            reranker, top_k=top_k, instruction=instruction, long_documents=long_documents
+            reranker,
+            top_k=top_k,
+            instruction=instruction,
+            long_documents=long_documents,
+            budget_ms=budget_ms,
         )
         console = Console(stderr=True)
         for lines in track(

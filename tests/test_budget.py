@@ -1,0 +1,187 @@
+"""A time budget: kept, used, and told; by laws on a clock of the test's own, and by the doors."""
+
+import json
+import math
+from pathlib import Path
+
+import fakes
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qrank import Reranker
+from qrank.budget import Pace, spend
+from qrank.cli import main
+from qrank.errors import InputError
+
+WARM_UP = 8
+
+
+class Machine:
+    """Streams of a speed of their own, and a clock that stands still but for them."""
+
+    def __init__(self, streams: int, seconds_a_token: float, call: float) -> None:
+        self.now = 0.0
+        self._streams = streams
+        self._rate = seconds_a_token
+        self._call = call
+
+    def clock(self) -> float:
+        return self.now
+
+    def cost(self, tokens: list[int]) -> float:
+        ends = [0.0] * self._streams
+        for count in sorted(tokens, reverse=True):
+            ends[ends.index(min(ends))] += count * self._rate
+        return self._call + max(ends)
+
+    def request(self, pace: Pace, tokens: list[int], budget: float) -> tuple[int, float]:
+        """Documents scored, and seconds spent."""
+
+        def score(start: int, end: int) -> None:
+            self.now += self.cost(tokens[start:end])
+
+        begun = self.now
+        done = spend(budget, len(tokens), pace, lambda a, b: tokens[a:b], score, self.clock)
+        return done, self.now - begun
+
+
+@given(
+    streams=st.sampled_from([1, 2, 4, 8]),
+    rate=st.floats(1e-6, 1e-2),
+    call=st.floats(0, 1),
+    fits=st.floats(10, 400),
+    length=st.integers(8, 500),
+)
+def test_with_documents_alike_it_is_kept_and_used(
+    streams: int, rate: float, call: float, fits: float, length: int
+) -> None:
+    """A budget of ten single documents or more: within 110 %, and 70 % used while some wait."""
+    machine = Machine(streams, rate, call * rate * length)
+    tokens = [length] * 300
+    budget = fits * machine.cost(tokens[:1])
+    pace = Pace()
+    for number in range(WARM_UP + 10):
+        done, seconds = machine.request(pace, tokens, budget)
+        if number >= WARM_UP:
+            assert seconds <= budget * 1.1
+            assert done == len(tokens) or seconds >= budget * 0.7
+
+
+@given(
+    tokens=st.lists(st.integers(1, 500), min_size=1, max_size=200),
+    budget=st.floats(0, 10),
+    requests=st.integers(1, 4),
+)
+def test_whatever_comes_documents_are_scored_in_order_and_the_first_always(
+    tokens: list[int], budget: float, requests: int
+) -> None:
+    pace = Pace()
+    for _ in range(requests):
+        scored: list[int] = []
+        ready: list[int] = []
+
+        def encode(start: int, end: int, ready: list[int] = ready) -> list[int]:
+            assert start == len(ready)
+            ready.extend(range(start, end))
+            return tokens[start:end]
+
+        def score(
+            start: int, end: int, ready: list[int] = ready, scored: list[int] = scored
+        ) -> None:
+            assert start == len(scored)
+            assert end <= len(ready)
+            scored.extend(range(start, end))
+
+        time = iter(range(10**6))
+        done = spend(budget, len(tokens), pace, encode, score, lambda t=time: float(next(t)))
+        assert scored == list(range(done))
+        assert 1 <= done <= len(tokens)
+
+
+def test_a_hiccup_is_forgotten() -> None:
+    machine = Machine(2, 1e-3, 0.0)
+    pace = Pace()
+    tokens = [100] * 64
+    budget = 1.0
+    before = [machine.request(pace, tokens, budget)[0] for _ in range(WARM_UP)][-1]
+    for size in (1, 2, 4, 8, 16, 32):
+        pace.learn(size, size, 1e3)
+    after = [machine.request(pace, tokens, budget)[0] for _ in range(200)][-1]
+    assert after >= 0.9 * before
+
+
+# By the doors
+
+
+def test_rank_keeps_the_rest_in_their_order_and_says_how_many_were_scored(bundle: Path) -> None:
+    texts = ["a " * (n % 7) for n in range(100)]
+    with Reranker(bundle, backend="fakes:sleepy") as reranker:
+        for _ in range(3):
+            found = reranker.rank("a", texts, budget_ms=fakes.NAP * 20 * 1000)
+        assert 5 <= found.scored < 60
+        assert [item.scored for item in found] == [True] * found.scored + [False] * (
+            100 - found.scored
+        )
+        head, tail = found[: found.scored], found[found.scored :]
+        assert sorted(item.index for item in head) == list(range(found.scored))
+        assert [item.index for item in tail] == list(range(found.scored, 100))
+        assert all(math.isnan(item.score) and math.isnan(item.logit) for item in tail)
+        logits = [item.logit for item in head]
+        assert logits == sorted(logits, reverse=True)
+        assert [item.text for item in found] == [texts[item.index] for item in found]
+        assert reranker.rank("a", texts[:3], budget_ms=1).scored >= 1
+        everything = reranker.rank("a", texts[:9], budget_ms=60_000)
+        assert everything == reranker.rank("a", texts[:9])
+        assert everything.scored == 9
+        assert len(reranker.rank("a", texts, budget_ms=50, top_k=3)) == 3
+
+
+@pytest.mark.parametrize("budget", [0, -1, math.nan, math.inf])
+def test_budgets_that_are_none(reranker: Reranker, budget: float) -> None:
+    with pytest.raises(InputError, match="budget_ms is"):
+        reranker.rank("a", ["a"], budget_ms=budget)
+
+
+@pytest.mark.parametrize("format", ["json", "jsonl", "tsv", "trec", "table"])
+def test_the_command_line_says_so_too(bundle: Path, format: str) -> None:
+    arguments = ["score", "-m", str(bundle), "--backend", "fakes:sleepy", "-q", "a", "-f", format]
+    arguments += ["--budget-ms", str(fakes.NAP * 10 * 1000)]
+    result = CliRunner().invoke(main, arguments, input="a\na a\n" * 50)
+    assert result.exit_code == 0, result.output
+    (line,) = result.stderr.splitlines()
+    scored = int(line.split()[2])
+    assert line == (
+        f"qrank: scored {scored} of the 100 documents within the budget; "
+        "the others follow in their given order"
+    )
+    if format == "json":
+        content = json.loads(result.stdout)
+        assert content["scored"] == scored < 100
+        flags = [record["score"] is not None for record in content["results"]]
+        assert flags == [True] * scored + [False] * (100 - scored)
+    if format == "trec":
+        numbers = [float(row.split()[4]) for row in result.stdout.splitlines()]
+        assert numbers == sorted(numbers, reverse=True)
+        assert len(set(numbers[scored - 1 :])) == 101 - scored
+
+
+def test_a_run_keeps_the_budget_for_every_query(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "q").write_text('{"id": "q1", "text": "a"}\n{"id": "q2", "text": "b"}\n')
+    (tmp_path / "d").write_text(
+        "".join(f'{{"id": "d{n}", "text": "a"}}\n' for n in range(100)), "utf-8"
+    )
+    lines = [f"{q} Q0 d{n} {n} {-n} x\n" for q in ("q1", "q2") for n in range(100)]
+    (tmp_path / "run").write_text("".join(lines))
+    arguments = ["score", "-m", str(bundle), "--backend", "fakes:sleepy", "--budget-ms", "100"]
+    for name, file in (("--run", "run"), ("--queries", "q"), ("--documents", "d")):
+        arguments += [name, str(tmp_path / file)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert len(rows) == 200
+    assert [row[2] for row in rows[:100]] == [f"d{n}" for n in range(100)]
+    numbers = [float(row[4]) for row in rows[:100]]
+    assert numbers == sorted(numbers, reverse=True)
+    assert numbers[-1] < numbers[0]
