@@ -23,8 +23,17 @@ FLOORS = [
     },
     {"proof", "selection", "targets"},
     {"reranker"},
-    {"", "runs", "survey", "trial", "tuning"},
-    {"cli", "cli.common", "cli.convert", "cli.models", "cli.output", "cli.score", "cli.tune"},
+    {"", "doctor", "runs", "survey", "trial", "tuning"},
+    {
+        "cli",
+        "cli.common",
+        "cli.convert",
+        "cli.doctor",
+        "cli.models",
+        "cli.output",
+        "cli.score",
+        "cli.tune",
+    },
 ]
 FLOOR = {
     f"qrank.{name}".rstrip("."): number for number, names in enumerate(FLOORS) for name in names

@@ -8,6 +8,7 @@ from click.shell_completion import get_completion_class
 import qrank
 from qrank.cli.common import Group, debug_option
 from qrank.cli.convert import convert
+from qrank.cli.doctor import doctor
 from qrank.cli.models import inspect, models
 from qrank.cli.score import score
 from qrank.cli.tune import tune
@@ -43,5 +44,5 @@ def completion(shell: str) -> None:
     click.echo(script(main, {}, "qrank", "_QRANK_COMPLETE").source())
 
 
-for command in (convert, inspect, models, score, tune):
+for command in (convert, doctor, inspect, models, score, tune):
     main.add_command(command)
