@@ -14,6 +14,7 @@ from qrank.errors import MissingExtraError
 EXTRA_OF = {
     "gguf": "convert",
     "llama_cpp": "gguf",
+    "matplotlib": "plot",
     "nncf": "convert",
     "onnx": "convert",
     "onnxruntime": "onnx",

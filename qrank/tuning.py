@@ -192,7 +192,7 @@ def _as_of_now(
         changes = [b.speeds[profile] / a.speeds[profile] for a, b in pairs if b.reason is None]
         best = max((new.speeds[profile] for new in finals if new.reason is None), default=math.inf)
         if changes:
-            scaled = speeds[profile] * np.median(changes)
+            scaled = speeds[profile] * float(np.median(changes))
             speeds[profile] = min(scaled, best * (1 - 2 * selection.ALIKE))
     return replace(old, speeds=speeds)
 
@@ -251,12 +251,16 @@ class Contest:
         folder: the bundle.
         work: the documents.
         limit: see `tune`.
+        query: they are ranked for.
     """
 
-    def __init__(self, folder: Path, work: Work, limit: float | None) -> None:
+    def __init__(
+        self, folder: Path, work: Work, limit: float | None = None, query: str = QUERY
+    ) -> None:
         self._folder = folder.absolute()
         self._work = work
         self._limit = limit
+        self._query = query
 
     @contextmanager
     def opened(self, candidate: Candidate) -> Iterator[tuple[Asked, float]]:
@@ -288,7 +292,7 @@ class Contest:
 
     def rank(self, child: Asked, candidate: Candidate, texts: list[str]) -> float:
         """Seconds it takes a candidate to rank texts."""
-        question = {"do": "rank", "query": QUERY, "documents": texts}
+        question = {"do": "rank", "query": self._query, "documents": texts}
         seconds: float = child.ask(question, self.seconds(candidate))["seconds"]
         return seconds
 
@@ -314,7 +318,7 @@ class Contest:
                 count = min(max(int(speed * LOOK), len(few)), len(texts))
                 rounds = min(max(int(speed * LOOK / count), 1), 5)
                 times = [self.rank(child, candidate, texts[:count]) for _ in range(rounds)]
-                speeds[profile] = count / np.median(times)
+                speeds[profile] = float(count / np.median(times))
             peak = child.ask({"do": "memory"}, self.seconds(candidate))["bytes"] or 0
         return Look(candidate, candidate.measured(speeds=speeds, load=load), peak)
 
@@ -325,36 +329,36 @@ class Contest:
         children: dict[int, Asked] = {}
         loads: dict[int, float] = {}
         reasons: dict[int, str] = {}
-        speeds: dict[int, dict[str, float]] = {}
+        speeds: dict[int, dict[str, float]] = {number: {} for number in range(len(chosen))}
 
-        def timed(number: int, texts: list[str]) -> float:
-            """Seconds; infinite for what failed."""
-            if number not in reasons:
-                try:
-                    return self.rank(children[number], chosen[number], texts)
-                except TargetError as error:
-                    reasons[number] = str(error)
-            return math.inf
+        def turns(
+            texts: list[str], rounds: tuple[int, int], seconds: float
+        ) -> dict[int, list[float]]:
+            cases = {
+                number: partial(self.rank, child, chosen[number], texts)
+                for number, child in children.items()
+                if number not in reasons
+            }
+            times, failed = in_turns(cases, rounds, seconds)
+            reasons.update(failed)
+            return times
 
         with ExitStack() as stack:
             for number, candidate in enumerate(chosen):
                 try:
                     opened = stack.enter_context(self.opened(candidate))
                     children[number], loads[number] = opened
-                    speeds[number] = {}
                 except TargetError as error:
                     reasons[number] = str(error)
             for profile, texts in self._work.items():
                 progress(f"comparing the {len(children)} fastest: {profile}")
                 few = texts[: max(chosen[0].threads, 2)]
-                for number in children:
-                    timed(number, few)  # kernels are made for every new shape
-                glances = [g for n in children if (g := timed(n, few)) < math.inf]
+                # Twice: kernels are made for every new shape.
+                glances = [seconds for _, seconds in turns(few, (2, 2), 0).values()]
                 count = int(LOOK * len(few) / max(glances, default=1.0))
                 some = texts[: max(count, len(few))]
-                cases = {n: partial(timed, n, some) for n in children if n not in reasons}
-                for number, seconds in in_turns(cases, ROUNDS, FINAL).items():
-                    speeds[number][profile] = len(some) / np.median(seconds)
+                for number, times in turns(some, ROUNDS, FINAL).items():
+                    speeds[number][profile] = float(len(some) / np.median(times))
         return [
             candidate.measured(reason=reasons[number])
             if number in reasons
@@ -365,21 +369,29 @@ class Contest:
 
 def in_turns(
     cases: Mapping[Key, Callable[[], float]], rounds: tuple[int, int], seconds: float
-) -> dict[Key, list[float]]:
-    """What each case returns in each round; a round begins with another case each time.
+) -> tuple[dict[Key, list[float]], dict[Key, str]]:
+    """Call each case once a round; a round begins with another case each time.
 
     Args:
-        cases: called without arguments.
+        cases: may raise TargetError, and then has no further turn.
         rounds: least and most of them.
         seconds: after which no further round begins, once there are enough.
+
+    Returns:
+        What each case returned, round by round; and why the others failed.
     """
     found: dict[Key, list[float]] = {key: [] for key in cases}
-    keys = list(cases)
+    failed: dict[Key, str] = {}
     begun = time.perf_counter()
     for number in range(rounds[1]):
         if number >= rounds[0] and time.perf_counter() - begun > seconds:
             break
+        keys = list(found)
         first = number % max(len(keys), 1)
         for key in keys[first:] + keys[:first]:
-            found[key].append(cases[key]())
-    return found
+            try:
+                found[key].append(cases[key]())
+            except TargetError as error:
+                failed[key] = str(error)
+                del found[key]
+    return found, failed

@@ -23,9 +23,10 @@ FLOORS = [
     },
     {"proof", "selection", "targets"},
     {"reranker"},
-    {"", "doctor", "runs", "survey", "trial", "tuning"},
+    {"", "bench", "doctor", "plot", "runs", "survey", "trial", "tuning"},
     {
         "cli",
+        "cli.bench",
         "cli.common",
         "cli.convert",
         "cli.doctor",

@@ -6,6 +6,7 @@ import click
 from click.shell_completion import get_completion_class
 
 import qrank
+from qrank.cli.bench import bench
 from qrank.cli.common import Group, debug_option
 from qrank.cli.convert import convert
 from qrank.cli.doctor import doctor
@@ -44,5 +45,5 @@ def completion(shell: str) -> None:
     click.echo(script(main, {}, "qrank", "_QRANK_COMPLETE").source())
 
 
-for command in (convert, doctor, inspect, models, score, tune):
+for command in (bench, convert, doctor, inspect, models, score, tune):
     main.add_command(command)

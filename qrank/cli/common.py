@@ -70,31 +70,32 @@ def debug_option(command: Command) -> Command:
     )(command)
 
 
+def policy_options(command: Command) -> Command:
+    """`--policy` and `--min-kendall`: which of measured targets is taken."""
+    command = click.option(
+        "--min-kendall",
+        type=click.FloatRange(-1, 1),
+        help="Least Kendall tau against the original that a target may have (qrank inspect).",
+    )(command)
+    return click.option(
+        "--policy",
+        type=click.Choice(POLICIES),
+        default="fastest",
+        show_default=True,
+        help="Which target to take.",
+    )(command)
+
+
 def wish_options(command: Command) -> Command:
     """`--policy`, `--min-kendall` and `--profile`: what a target is chosen by."""
-    for option in (
-        click.option(
-            "--profile",
-            type=click.Choice(list(PROFILES)),
-            default="passages",
-            show_default=True,
-            help="What the work is like: single short pairs, 20 passages, 100 long documents.",
-        ),
-        click.option(
-            "--min-kendall",
-            type=click.FloatRange(-1, 1),
-            help="Least Kendall tau against the original that a target may have (qrank inspect).",
-        ),
-        click.option(
-            "--policy",
-            type=click.Choice(POLICIES),
-            default="fastest",
-            show_default=True,
-            help="Which target to take.",
-        ),
-    ):
-        command = option(command)
-    return command
+    profile = click.option(
+        "--profile",
+        type=click.Choice(list(PROFILES)),
+        default="passages",
+        show_default=True,
+        help="What the work is like: single short pairs, 20 passages, 100 long documents.",
+    )
+    return policy_options(profile(command))
 
 
 def megabytes(size: int) -> str:

@@ -1,0 +1,188 @@
+"""All targets of a bundle side by side, in turns: what `qrank bench` shows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from qrank import machine
+from qrank.backends import FORMATS, others
+from qrank.bundle import TOKENIZER, Manifest
+from qrank.encoding import Encoder
+from qrank.errors import InputError, TargetError
+from qrank.locate import DEFAULT, locate
+from qrank.selection import Measurement, Wish, order
+from qrank.survey import Asked, survey
+from qrank.tuning import QUERY, Candidate, Contest, candidates, documents, in_turns
+
+COUNTS = (1, 20, 100)
+"""Documents of a request."""
+
+ROUNDS = (5, 30)
+"""Least and most rounds."""
+
+log = logging.getLogger("qrank")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a target does, or why it cannot be used.
+
+    Attributes:
+        target: its name.
+        setting: arithmetic it computes in; "" where there is no choice.
+        reason: why it cannot be used; None if it can.
+        pairs: a second, with the largest request.
+        tokens: a second, likewise.
+        p50: median milliseconds of a request, by its number of documents.
+        p95: of a hundred requests, 95 take less.
+        load: seconds to open it.
+        peak: most bytes its process held, Python's and the tokenizer's included; None where the
+            system does not tell.
+        bytes: size of its files.
+        kendall: Kendall's tau against the original, of the manifest.
+        rounds: how many requests of each size were timed.
+    """
+
+    target: str
+    setting: str
+    reason: str | None = None
+    pairs: float = 0.0
+    tokens: float = 0.0
+    p50: dict[int, float] = field(default_factory=dict)
+    p95: dict[int, float] = field(default_factory=dict)
+    load: float = 0.0
+    peak: int | None = None
+    bytes: int = 0
+    kendall: float = -1.0
+    rounds: dict[int, int] = field(default_factory=dict)
+
+
+def bench(
+    model: str | Path = DEFAULT,
+    *,
+    texts: Sequence[str] | None = None,
+    query: str | None = None,
+    threads: int | None = None,
+    only: Sequence[str] = (),
+    seconds: float = 30.0,
+    progress: Callable[[str], object] = log.info,
+) -> list[Row]:
+    """Rank the same documents with every target, request by request in turns.
+
+    Args:
+        model: as for `Reranker`.
+        texts: documents; repeated where there are fewer than a request has. None: made-up ones of
+            128 tokens.
+        query: None: a made-up one.
+        threads: CPU threads a target may use. None: all.
+        only: names of targets, variants or formats; () for all. All of them are in memory at once.
+        seconds: for each size of a request, after which no further round begins.
+        progress: told what is being done.
+
+    Returns:
+        Rows, the fastest first, then those that cannot be used.
+
+    Raises:
+        QrankError: there is no such bundle, or nothing of it is named by `only`.
+    """
+    folder = locate(model)
+    manifest = Manifest.load(folder)
+    threads = threads or machine.processors()
+    query = query or QUERY
+    given = list(texts) if texts is not None else documents(folder, manifest, "passages")
+    if not given:
+        raise InputError("no documents: give at least one")
+    work = [given[place % len(given)] for place in range(COUNTS[-1])]
+    rows: list[Row] = []
+    found = []
+    for backend in [f for f in FORMATS if any(v.format == f for v in manifest.variants.values())]:
+        progress(f"looking for {backend}")
+        found.append(survey(backend, 60.0))
+    found += [survey(backend, 60.0) for backend in others()]
+    rows += [Row(f.backend, "", f.reason) for f in found if f.reason]
+    chosen = [c for c in candidates(manifest, found, threads) if _named(c, only)]
+    if not chosen:
+        raise InputError(f"no target is named by {', '.join(only) or 'anything'}")
+    encoder = Encoder(folder / TOKENIZER, manifest.family, threads=threads)
+    tokens = sum(len(encoder.whole(query, text)[0]) for text in work)
+    contest = Contest(folder, {}, query=query)
+    with ExitStack() as stack:
+        running: list[tuple[Candidate, Asked, float]] = []
+        failed: dict[int, str] = {}
+        for candidate in chosen:
+            progress(f"opening {candidate.name}")
+            free = machine.free_memory()
+            if free is not None and candidate.target.variant.bytes * 3 > free:
+                reason = "no room in memory beside the others: name fewer with --only"
+                rows.append(Row(candidate.target.name, candidate.execution or "", reason))
+                continue
+            try:
+                running.append((candidate, *stack.enter_context(contest.opened(candidate))))
+            except TargetError as error:
+                rows.append(Row(candidate.target.name, candidate.execution or "", str(error)))
+        times: dict[int, dict[int, list[float]]] = {}
+        for count in COUNTS:
+            progress(f"ranking {count} in turns")
+            cases = {
+                number: partial(contest.rank, child, candidate, work[:count])
+                for number, (candidate, child, _) in enumerate(running)
+                if number not in failed
+            }
+            failed |= in_turns(cases, (1, 1), 0)[1]  # warms up
+            cases = {number: case for number, case in cases.items() if number not in failed}
+            times[count], more = in_turns(cases, ROUNDS, seconds)
+            failed |= more
+        for number, (candidate, child, load) in enumerate(running):
+            target, setting = candidate.target, candidate.execution or ""
+            if number in failed:
+                rows.append(Row(target.name, setting, failed[number]))
+                continue
+            ms = {count: np.array(times[count][number]) * 1000 for count in COUNTS}
+            calls = 1000 / float(np.mean(ms[COUNTS[-1]]))
+            rows.append(
+                Row(
+                    target=target.name,
+                    setting=setting,
+                    pairs=COUNTS[-1] * calls,
+                    tokens=tokens * calls,
+                    p50={count: float(np.percentile(ms[count], 50)) for count in COUNTS},
+                    p95={count: float(np.percentile(ms[count], 95)) for count in COUNTS},
+                    load=load,
+                    peak=child.ask({"do": "memory"}, contest.seconds(candidate))["bytes"],
+                    bytes=target.variant.bytes,
+                    kendall=target.variant.fidelity.kendall,
+                    rounds={count: len(ms[count]) for count in COUNTS},
+                )
+            )
+    return sorted(rows, key=lambda row: (row.reason is not None, -row.pairs))
+
+
+def chosen(rows: Sequence[Row], wish: Wish) -> Row | None:
+    """The row of the target that would be taken; None where none can be."""
+    usable = [row for row in rows if row.reason is None]
+    measured = [
+        Measurement(
+            row.target,
+            str(number),
+            "",
+            speeds={wish.profile: row.pairs},
+            kendall=row.kendall,
+            bytes=row.bytes,
+        )
+        for number, row in enumerate(usable)
+    ]
+    best = next(iter(order(measured, wish)), None)
+    return None if best is None else usable[int(best.selector)]
+
+
+def _named(candidate: Candidate, only: Sequence[str]) -> bool:
+    target = candidate.target
+    names = {target.name, target.variant.name, target.variant.format, target.backend}
+    return not only or bool(names & set(only))

@@ -1,0 +1,122 @@
+"""`qrank bench`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TextIO
+
+import click
+from rich.console import Console
+
+from qrank.bench import COUNTS, Row, chosen
+from qrank.bench import bench as run
+from qrank.cli.common import debug_option, policy_options
+from qrank.machine import cpu_name, processors
+from qrank.plot import check
+from qrank.plot import plot as draw
+from qrank.selection import Policy, Wish
+
+
+@click.command()
+@click.argument("bundle")
+@click.option(
+    "--documents",
+    type=click.File("r", encoding="utf-8", errors="replace"),
+    help="Rank these, one a line.  [default: made-up ones of 128 tokens]",
+)
+@click.option("-q", "--query", help="Rank them for this.  [default: a made-up one]")
+@click.option("--only", multiple=True, help="Format, variant or target; repeat for more.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    default=30,
+    show_default=True,
+    help="For each of the three sizes, after which no further round begins; 5 there are.",
+)
+@policy_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw speed against fidelity: a *.png or *.svg file.",
+)
+@debug_option
+def bench(
+    bundle: str,
+    documents: TextIO | None,
+    query: str | None,
+    only: tuple[str, ...],
+    threads: int | None,
+    seconds: float,
+    policy: Policy,
+    min_kendall: float | None,
+    as_json: bool,
+    plot: Path | None,
+) -> None:
+    """Time all targets of a bundle side by side, on 1, 20 and 100 documents.
+
+    Each runs in a process of its own; they take turns, request by request, so that what else the
+    machine does meets all alike. The chosen one, by --policy, is marked. Nothing is remembered:
+    that is what qrank tune does.
+
+    \b
+      qrank bench my-bundle --documents passages.txt -q "how do plants make food?"
+      qrank bench my-bundle --only openvino --plot speed.svg
+    """
+    if plot is not None:
+        check(plot)
+    console = Console(stderr=True)
+    with console.status("starting") as status:
+        rows = run(
+            bundle,
+            texts=None if documents is None else [line.rstrip("\r\n") for line in documents],
+            query=query,
+            threads=threads,
+            only=only,
+            seconds=seconds,
+            progress=status.update if console.is_terminal else lambda step: None,
+        )
+    best = chosen(rows, Wish(policy=policy, min_kendall=min_kendall))
+    if as_json:
+        content = [{**asdict(row), "chosen": row is best} for row in rows]
+        machine = {"cpu": cpu_name(), "processors": processors()}
+        click.echo(json.dumps({"machine": machine, "targets": content}, indent=2))
+    else:
+        for line in _lines(rows, best):
+            click.echo(line)
+    if plot is not None:
+        title = f"{bundle}: {cpu_name()}, {threads or processors()} threads"
+        draw(rows, best, title, plot)
+
+
+def _lines(rows: Sequence[Row], best: Row | None) -> Iterator[str]:
+    """Two tables of 80 columns or fewer."""
+    usable = [row for row in rows if row.reason is None]
+    names = {id(row): f"{row.target} {row.setting}".rstrip() for row in rows}
+    width = max([len(name) for name in names.values()] + [6]) + 1
+    yield (
+        f"{'target':{width}}{'pairs/s':>8}{'tokens/s':>9}{'load s':>7}{'peak MB':>8}"
+        f"{'MB':>7}{'Kendall':>8}"
+    )
+    for row in usable:
+        mark = "*" if row is best else ""
+        peak = "" if row.peak is None else f"{row.peak / 1e6:,.0f}"
+        yield (
+            f"{names[id(row)] + mark:{width}}{row.pairs:>8.1f}{row.tokens:>9,.0f}"
+            f"{row.load:>7.1f}{peak:>8}{row.bytes / 1e6:>7,.0f}{row.kendall:>8.4f}"
+        )
+    yield ""
+    heads = "".join(f"{f'{count} p50':>9}{'p95':>8}" for count in COUNTS)
+    yield f"{'ms, by documents':{width}}{heads}"
+    for row in usable:
+        cells = "".join(f"{row.p50[count]:>9,.0f}{row.p95[count]:>8,.0f}" for count in COUNTS)
+        yield f"{names[id(row)]:{width}}{cells}"
+    if best is not None:
+        yield f"\n* chosen; {min(best.rounds.values())} rounds or more in turns"
+    for row in rows:
+        if row.reason is not None:
+            yield f"not used: {names[id(row)]}: {row.reason}"
