@@ -60,7 +60,7 @@ def plot(rows: Sequence[Row], chosen: Row | None, title: str, path: Path) -> Non
             fontsize=9,
             color=color,
             fontweight="bold" if best else "normal",
-            arrowprops={"arrowstyle": "-", "color": "#d4d4d4", "lw": 0.7},
+            arrowprops={"arrowstyle": "-", "color": "#d4d4d4", "lw": 0.7, "relpos": (0, 0.5)},
         )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))

@@ -89,7 +89,7 @@ def bench(
         for line in _lines(rows, best):
             click.echo(line)
     if plot is not None:
-        title = f"{bundle}: {cpu_name()}, {threads or processors()} threads"
+        title = f"{Path(bundle).name}: {cpu_name()}, {threads or processors()} threads"
         draw(rows, best, title, plot)
 
 

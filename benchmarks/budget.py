@@ -1,0 +1,72 @@
+"""Whether `rank(budget_ms=)` keeps to its budget, and uses it.
+
+The documents are BM25's best 100 of each query. The first requests, by which the speed is learnt,
+do not count. "kept" is the share of requests that took 110 % of the budget or less, "used" that of
+those which used 70 % or more while documents were left; "least" is the least that was used.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from common import Collection, arguments, report
+
+from qrank import Reranker
+from qrank.locate import DEFAULT
+
+COLUMNS = {
+    "budget ms": "d",
+    "requests": "d",
+    "kept": ".1%",
+    "p95 of it": ".0%",
+    "used": ".1%",
+    "least": ".0%",
+    "scored p50": ".0f",
+}
+WARM_UP = 10
+
+
+def main() -> None:
+    """Rank under every budget, with a new reranker each, and print what came of it."""
+    parser = arguments(__doc__)
+    parser.add_argument("--model", default=DEFAULT, help="bundle  [default: %(default)s]")
+    parser.add_argument("--backend", help="variant  [default: the best target]")
+    parser.add_argument("--queries", type=int, default=60, help="queries  [default: %(default)s]")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[200, 500, 1000])
+    options = parser.parse_args()
+    if options.data is None:
+        parser.error("--data FOLDER is needed")
+    collection = Collection.read(options.data)
+    found = collection.bm25(100)
+    queries = list(collection.queries)[: options.queries + WARM_UP]
+    rows = []
+    target = ""
+    for budget in options.budgets:
+        with Reranker(options.model, backend=options.backend) as reranker:
+            target = reranker.target.name
+            took, scored = [], []
+            for query in queries:
+                documents = [collection.documents[d] for d in found[query]]
+                start = time.perf_counter()
+                ranking = reranker.rank(collection.queries[query], documents, budget_ms=budget)
+                took.append((time.perf_counter() - start) * 1000 / budget)
+                scored.append(ranking.scored)
+        shares, counts = np.array(took[WARM_UP:]), np.array(scored[WARM_UP:])
+        waiting = shares[counts < 100]
+        rows.append(
+            {
+                "budget ms": budget,
+                "requests": len(shares),
+                "kept": float(np.mean(shares <= 1.1)),
+                "p95 of it": float(np.percentile(shares, 95)),
+                "used": float(np.mean(waiting >= 0.7)) if len(waiting) else None,
+                "least": float(waiting.min()) if len(waiting) else None,
+                "scored p50": float(np.median(counts)),
+            }
+        )
+    report(f"Budgets: {target}, 100 documents", COLUMNS, rows, as_json=options.json)
+
+
+if __name__ == "__main__":
+    main()

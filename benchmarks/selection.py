@@ -1,0 +1,103 @@
+"""How good the choice of `qrank tune` is: every target measured again, in turns.
+
+"behind" is by how much the chosen target's median speed is below that of the best one. "bar met":
+by 5 % or less, or less than the rounds stray (the 95 % interval of the ratio of the two medians,
+by resampling rounds).
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import numpy as np
+from common import arguments, report
+
+from qrank import machine
+from qrank.backends import FORMATS
+from qrank.bundle import Manifest
+from qrank.locate import locate
+from qrank.selection import ALIKE, PROFILES, Wish, order
+from qrank.survey import survey
+from qrank.tuning import Candidate, Contest, candidates, documents, in_turns, tune
+
+COLUMNS = {
+    "bundle": "",
+    "profile": "",
+    "chosen": "",
+    "pairs/s": ".1f",
+    "best": "",
+    "best pairs/s": ".1f",
+    "behind": ".1%",
+    "bar met": "",
+}
+
+
+def main() -> None:
+    """Tune every bundle, measure its targets again, and print who should have been chosen."""
+    parser = arguments(__doc__)
+    parser.add_argument("bundles", nargs="+", metavar="BUNDLE")
+    parser.add_argument("--rounds", type=int, default=7, help="[default: %(default)s]")
+    parser.add_argument("--pairs", type=int, default=20, help="at most  [default: %(default)s]")
+    options = parser.parse_args()
+    rows = [row for bundle in options.bundles for row in examined(bundle, options)]
+    title = f"The choice of qrank tune, {options.rounds} rounds"
+    report(title, COLUMNS, rows, as_json=options.json)
+
+
+def examined(bundle: str, options: Any) -> list[dict[str, object]]:
+    """A row a profile."""
+    folder = locate(bundle)
+    manifest = Manifest.load(folder)
+    threads = machine.processors()
+    measured = tune(bundle)
+    found = [survey(f, 60.0) for f in FORMATS]
+    every = candidates(manifest, found, threads)
+    contest = Contest(folder, {})
+    rows = []
+    with ExitStack() as stack:
+        children = [stack.enter_context(contest.opened(candidate))[0] for candidate in every]
+        for profile in PROFILES:
+            best = order(measured, Wish(profile=profile))[0]
+            texts = documents(folder, manifest, profile)[: options.pairs]
+            cases = {
+                number: partial(contest.rank, child, candidate, texts)
+                for number, (candidate, child) in enumerate(zip(every, children, strict=True))
+            }
+            in_turns(cases, (1, 1), 0)
+            times, failed = in_turns(cases, (options.rounds, options.rounds), 0)
+            assert not failed, failed
+            fastest = min(times, key=lambda number: np.median(times[number]))
+            taken = next(n for n, c in enumerate(every) if _is(c, best.target, best.execution))
+            speeds = {n: len(texts) / float(np.median(times[n])) for n in (fastest, taken)}
+            behind = 1 - speeds[taken] / speeds[fastest]
+            low = _least_behind(np.array(times[taken]), np.array(times[fastest]))
+            rows.append(
+                {
+                    "bundle": manifest.name,
+                    "profile": profile,
+                    "chosen": every[taken].name,
+                    "pairs/s": speeds[taken],
+                    "best": every[fastest].name,
+                    "best pairs/s": speeds[fastest],
+                    "behind": behind,
+                    "bar met": "yes" if behind <= ALIKE or low <= 0 else "no",
+                }
+            )
+    return rows
+
+
+def _is(candidate: Candidate, target: str, execution: str | None) -> bool:
+    return (candidate.target.name, candidate.execution) == (target, execution)
+
+
+def _least_behind(taken: Any, fastest: Any) -> float:
+    """The lower end of the 95 % interval of `behind`; a round's two times stay together."""
+    rounds = np.random.default_rng(0).integers(0, len(taken), (2000, len(taken)))
+    ratios = np.median(fastest[rounds], axis=1) / np.median(taken[rounds], axis=1)
+    return 1 - float(np.percentile(ratios, 97.5))
+
+
+if __name__ == "__main__":
+    main()
