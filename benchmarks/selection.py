@@ -18,7 +18,7 @@ from qrank import machine
 from qrank.backends import FORMATS
 from qrank.bundle import Manifest
 from qrank.locate import locate
-from qrank.selection import ALIKE, PROFILES, Wish, order
+from qrank.selection import ALIKE, PROFILES, Measurement, Wish, order
 from qrank.survey import survey
 from qrank.tuning import Candidate, Contest, candidates, documents, in_turns, tune
 
@@ -54,6 +54,12 @@ def examined(bundle: str, options: Any) -> list[dict[str, object]]:
     measured = tune(bundle)
     found = [survey(f, 60.0) for f in FORMATS]
     every = candidates(manifest, found, threads)
+    for profile in PROFILES:
+        best = order(measured, Wish(profile=profile))[0]
+        if not any(_is(candidate, best) for candidate in every):
+            base = next(c for c in every if c.target.name == best.target)
+            setting = (best.execution, best.threads, best.batch)
+            every.append(Candidate(base.target, *setting))
     contest = Contest(folder, {})
     rows = []
     with ExitStack() as stack:
@@ -69,7 +75,7 @@ def examined(bundle: str, options: Any) -> list[dict[str, object]]:
             times, failed = in_turns(cases, (options.rounds, options.rounds), 0)
             assert not failed, failed
             fastest = min(times, key=lambda number: np.median(times[number]))
-            taken = next(n for n, c in enumerate(every) if _is(c, best.target, best.execution))
+            taken = next(n for n, candidate in enumerate(every) if _is(candidate, best))
             speeds = {n: len(texts) / float(np.median(times[n])) for n in (fastest, taken)}
             behind = 1 - speeds[taken] / speeds[fastest]
             low = _least_behind(np.array(times[taken]), np.array(times[fastest]))
@@ -88,8 +94,13 @@ def examined(bundle: str, options: Any) -> list[dict[str, object]]:
     return rows
 
 
-def _is(candidate: Candidate, target: str, execution: str | None) -> bool:
-    return (candidate.target.name, candidate.execution) == (target, execution)
+def _is(candidate: Candidate, best: Measurement) -> bool:
+    return (candidate.target.name, candidate.execution, candidate.threads, candidate.batch) == (
+        best.target,
+        best.execution,
+        best.threads,
+        best.batch,
+    )
 
 
 def _least_behind(taken: Any, fastest: Any) -> float:

@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import tiny_decoders
 from hypothesis import HealthCheck, settings
 
 from qrank import Reranker
+from qrank.bundle import Manifest
 from qrank.converters.convert import convert
 
 # A busy machine is no failure.
@@ -93,3 +95,36 @@ def reranker(bundle: Path) -> Iterator[Reranker]:
     """The bundle's preferred variant, int8 on the CPU."""
     with Reranker(bundle) as opened:
         yield opened
+
+
+def subset(bundle: Path, folder: Path, variants: list[str]) -> Path:
+    """A bundle of some variants of another."""
+    folder.mkdir()
+    for path in bundle.iterdir():
+        if path.name != "qrank.json":
+            (folder / path.name).symlink_to(path)
+    manifest = Manifest.load(bundle)
+    replace(manifest, variants={name: manifest.variants[name] for name in variants}).save(folder)
+    return folder
+
+
+@pytest.fixture
+def onnx_only(bundle: Path, tmp_path: Path) -> Path:
+    """A bundle of one variant: whatever else is a target is another package's."""
+    return subset(bundle, tmp_path / "onnx-only", ["onnx-int8"])
+
+
+@pytest.fixture
+def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Install another package's backends: a folder on the path with their entry points."""
+
+    def install(**backends: str) -> None:
+        site = tmp_path / "site"
+        info = site / "doubles-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: doubles\nVersion: 1.0\n")
+        lines = [f"{name} = {place}\n" for name, place in backends.items()]
+        (info / "entry_points.txt").write_text("[qrank.backends]\n" + "".join(lines))
+        monkeypatch.syspath_prepend(str(site))
+
+    return install

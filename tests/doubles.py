@@ -15,7 +15,7 @@ import numpy as np
 
 from qrank.backends import Backend, Options
 from qrank.bundle import Variant
-from qrank.work import Logits, Work
+from qrank.work import Floats, Logits, Work
 
 
 class Right:
@@ -113,3 +113,12 @@ class Tires(Right):
                 return super().logits(work)
 
         return Tired(folder, len)
+
+
+class Miscounts(Right):
+    """Multiplies matrices, and gets it wrong."""
+
+    @staticmethod
+    def product(a: Floats, b: Floats, device: str) -> Floats:
+        """See `qrank.backends`."""
+        return a @ b + np.float32(1)

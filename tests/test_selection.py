@@ -11,6 +11,7 @@ from pathlib import Path
 import fakes
 import pytest
 from click.testing import CliRunner, Result
+from conftest import subset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,39 +33,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     paths.cache_folder.cache_clear()
     yield tmp_path / "cache"
     paths.cache_folder.cache_clear()
-
-
-@pytest.fixture
-def onnx_only(bundle: Path, tmp_path: Path) -> Path:
-    """A bundle of one variant: whatever else is a target is another package's."""
-    return subset(bundle, tmp_path / "onnx-only", ["onnx-int8"])
-
-
-def subset(bundle: Path, folder: Path, variants: list[str]) -> Path:
-    """A bundle of some variants of another."""
-    folder.mkdir()
-    for path in bundle.iterdir():
-        if path.name != "qrank.json":
-            (folder / path.name).symlink_to(path)
-    manifest = Manifest.load(bundle)
-    replace(manifest, variants={name: manifest.variants[name] for name in variants}).save(folder)
-    return folder
-
-
-@pytest.fixture
-def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Install another package's backends: a folder on the path with their entry points."""
-
-    def install(**backends: str) -> None:
-        site = tmp_path / "site"
-        info = site / "doubles-1.0.dist-info"
-        info.mkdir(parents=True)
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: doubles\nVersion: 1.0\n")
-        lines = [f"{name} = {place}\n" for name, place in backends.items()]
-        (info / "entry_points.txt").write_text("[qrank.backends]\n" + "".join(lines))
-        monkeypatch.syspath_prepend(str(site))
-
-    return install
 
 
 def qrank_(*arguments: str | Path, stdin: str = "") -> Result:
