@@ -77,7 +77,7 @@ class Pace:
         Returns:
             0 where none fits.
         """
-        sizes = [2**power for power in range(len(tokens).bit_length() - 1, -1, -1)]
+        sizes = [1 << power for power in range(len(tokens).bit_length() - 1, -1, -1)]
         costs = {size: self.expect(size, sum(tokens[:size])) for size in sizes}
         for share in (left / 2, left):
             for size, cost in costs.items():

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import os
 import platform
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -144,7 +143,7 @@ def peak_memory() -> int | None:
     if status.exists():
         line = next(x for x in status.read_text("utf-8").splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
-    if sys.platform != "darwin":
+    if platform.system() != "Darwin":
         return None
     import resource
 

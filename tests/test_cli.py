@@ -152,7 +152,7 @@ def test_table_on_a_terminal_fits_80_columns(bundle: Path, tmp_path: Path) -> No
     from rich.cells import cell_len
 
     assert max(cell_len(line) for line in plain) <= 80
-    assert f"{Manifest.load(bundle).name}, onnx" in plain[-1]
+    assert f"{Manifest.load(bundle).name}, openvino-int8@cpu" in plain[-1]
 
 
 @pytest.mark.parametrize("format", ["table", "tsv"])
