@@ -91,7 +91,9 @@ def _backend(name: str) -> BackendReport:
     if found.reason is not None:
         advice = f"reinstall it: {pip_line(EXTRA_OF[RUNTIMES[name]])}" if own else ""
         return BackendReport(name, None, found.reason, advice)
-    devices = [_device(name, device.name, device.executions) for device in found.devices]
+    devices = [
+        _device(name, device.name, [e for e in device.executions if e]) for device in found.devices
+    ]
     if own:
         kinds = {device.name.partition(".")[0] for device in devices}
         absent = [kind for kind in module(name).DEVICES if kind not in kinds]

@@ -42,10 +42,16 @@ def start() -> Asked:
 
 @dataclass(frozen=True)
 class Device:
-    """A device that a backend found, and what can be chosen there; see `qrank.backends`."""
+    """A device that a backend found, and what can be chosen there; see `qrank.backends`.
+
+    Attributes:
+        name: lower case.
+        executions: arithmetic, fastest first; [None] where there is no choice.
+        batches: the backend's own first; may be none.
+    """
 
     name: str
-    executions: list[str]
+    executions: list[str] | list[None]
     batches: list[int]
 
 
@@ -77,5 +83,8 @@ def survey(backend: str, limit: float) -> Found:
         child.close(kill=True)
         return Found(backend, reason=str(error))
     child.close()
-    devices = [Device(name, **choices) for name, choices in found["devices"].items()]
+    devices = [
+        Device(name, choices["executions"] or [None], choices["batches"])
+        for name, choices in found["devices"].items()
+    ]
     return Found(backend, found["version"], found["formats"], devices)

@@ -114,7 +114,7 @@ def candidates(manifest: Manifest, found: Iterable[Found], threads: int) -> list
         for variant in manifest.variants.values()
         if variant.format in backend.formats
         for device in backend.devices
-        for execution in device.executions or [None]
+        for execution in device.executions
     ]
     return sorted(made, key=lambda c: (c.target.device == "cpu", *expected(c.target)))
 

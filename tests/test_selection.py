@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fakes
 import pytest
@@ -41,7 +42,7 @@ def qrank_(*arguments: str | Path, stdin: str = "") -> Result:
 
 def measurement(target: str, speed: float = 1.0, **fields: object) -> Measurement:
     selector, _, device = target.partition("@")
-    speeds = dict.fromkeys(PROFILES, speed)
+    speeds: dict[str, float] = {profile: speed for profile in PROFILES}
     made = Measurement(target, selector, device, speeds=speeds, threads=THREADS)
     return replace(made, **fields)  # type: ignore[arg-type]
 
@@ -218,9 +219,14 @@ def test_a_remembered_start_looks_for_nothing(
     def fail(*arguments: object, **named: object) -> None:
         raise AssertionError("asked")
 
-    read = []
+    read: list[str] = []
     recall = paths.recall
-    monkeypatch.setattr(paths, "recall", lambda name: read.append(name) or recall(name))
+
+    def counted(name: str) -> dict[str, Any]:
+        read.append(name)
+        return recall(name)
+
+    monkeypatch.setattr(paths, "recall", counted)
     monkeypatch.setattr("importlib.metadata.entry_points", fail)
     monkeypatch.setattr("importlib.metadata.version", fail)
     monkeypatch.setattr("subprocess.Popen", fail)
