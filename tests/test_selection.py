@@ -42,7 +42,7 @@ def qrank_(*arguments: str | Path, stdin: str = "") -> Result:
 
 def measurement(target: str, speed: float = 1.0, **fields: object) -> Measurement:
     selector, _, device = target.partition("@")
-    speeds: dict[str, float] = {profile: speed for profile in PROFILES}
+    speeds: dict[str, float] = dict.fromkeys(map(str, PROFILES), speed)
     made = Measurement(target, selector, device, speeds=speeds, threads=THREADS)
     return replace(made, **fields)  # type: ignore[arg-type]
 
