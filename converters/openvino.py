@@ -74,7 +74,7 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: W
         export(model, checkpoint.family, path, in_one_file=False, optimize=not decoder)
         del model
         graph = ov.Core().read_model(path) if decoder else ov.convert_model(path)
-        _bound(graph, checkpoint.family.max_length)
+        bound(graph, checkpoint.family.max_length)
         if decoder:
             shrink(graph, precision)
         elif precision == "fp16":
@@ -129,8 +129,12 @@ def check(path: Path) -> None:
         )
 
 
-def _bound(graph: openvino.Model, longest: int) -> None:
-    """Write the limit into the graph's inputs: no runtime may pad beyond it."""
+def bound(graph: openvino.Model, longest: int) -> None:
+    """Write the limit into the graph's inputs: no runtime may pad beyond it.
+
+    Raises:
+        RuntimeError: the graph is made for other shapes.
+    """
     ov = need("openvino")
     shapes = {}
     for node in graph.inputs:

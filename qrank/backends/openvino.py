@@ -204,7 +204,7 @@ class OpenvinoBackend:
         model = self._model(None if batch else min(SHORTEST_BUCKET, limit))
         shapes = {i.any_name: i.partial_shape for i in model.inputs}
         self._inputs = list(shapes)
-        # Of encoder families, which have no such input, nothing.
+        # Of graphs that have no such input, nothing.
         self._bare: dict[str, NDArray[Any]] = {}
         if "prefix" in shapes:
             self._bare = no_prefix(
@@ -216,7 +216,7 @@ class OpenvinoBackend:
 
     def logits(self, work: Work) -> Logits:
         """See `qrank.backends.Backend.logits`."""
-        if not self._batch:
+        if not self._batch or not self._bare:
             work = work.whole()
         batches = cut_padded(work.lengths + len(work.prefix), self._batch or 0)
         present = partial(self._call, "present")

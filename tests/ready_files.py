@@ -1,0 +1,198 @@
+"""Tiny models in the layouts that other programs write: what a hub repository of them holds.
+
+Graphs come from the libraries themselves (torch, openvino, nncf, onnxruntime), with the names that
+optimum gives inputs, outputs and states. Each function writes into a folder.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from qrank.extras import need
+
+TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def describe(checkpoint: Path, target: Path) -> Path:
+    """A folder with what stands beside ready-made files: configuration and tokenizer."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        shutil.copy(checkpoint / name, target / name)
+    return target
+
+
+class CausalLM(torch.nn.Module):
+    """The vocabulary's logits of every token, with or without keys and values to go on from."""
+
+    def __init__(self, folder: Path, *, cache: bool) -> None:
+        super().__init__()
+        self.model = _load(AutoModelForCausalLM, folder)
+        self.cache = cache
+
+    @property
+    def past_names(self) -> list[str]:
+        layers = range(self.model.config.num_hidden_layers) if self.cache else range(0)
+        return [f"past_key_values.{i}.{kind}" for i in layers for kind in ("key", "value")]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        *past: torch.Tensor,
+    ) -> Any:
+        """See the class."""
+        length, total = input_ids.shape[1], attention_mask.shape[1]
+        places = torch.arange(length) + (total - length)
+        seen = torch.arange(total)[None] <= places[:, None]
+        shown = seen[None, None] & (attention_mask[:, None, None, :] > 0)
+        cache = _Cache(past)
+        states = self.model.base_model(
+            input_ids=input_ids,
+            attention_mask=torch.where(shown, 0.0, torch.finfo(torch.float32).min),
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=False,
+        ).last_hidden_state
+        logits = self.model.get_output_embeddings()(states)
+        return (logits, *cache.present) if self.cache else logits
+
+
+class _Cache:
+    """What transformers' attention asks for keys and values, and puts its own into."""
+
+    def __init__(self, past: Sequence[torch.Tensor]) -> None:
+        self._past = past
+        self.present: list[torch.Tensor] = []
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both of shape [batch, heads, length, width]."""
+        if self._past:
+            keys = torch.cat((self._past[2 * layer], keys), 2)
+            values = torch.cat((self._past[2 * layer + 1], values), 2)
+        self.present += [keys, values]
+        return keys, values
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Tokens that were read before."""
+        return self._past[0].shape[2] if self._past else 0
+
+
+class Classifier(torch.nn.Module):
+    """A model with a score head: one logit a pair, or as many as it has labels."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model = _load(AutoModelForSequenceClassification, folder)
+        self.names = names
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        logits: torch.Tensor = self.model(**dict(zip(self.names, inputs, strict=True))).logits
+        return logits
+
+
+def _load(kind: Any, folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = kind.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+def openvino_causal(
+    checkpoint: Path, target: Path, *, cache: bool = True, stateful: bool = True, int8: bool = False
+) -> Path:
+    """As optimum-intel saves a causal model: its keys and values as a state, unless told otherwise."""
+    model = CausalLM(checkpoint, cache=cache)
+    graph = _traced(model, ["input_ids", "attention_mask", "position_ids", *model.past_names])
+    if cache and stateful:
+        _make_stateful(graph, model.past_names)
+    return _save(graph, describe(checkpoint, target), int8=int8)
+
+
+def openvino_classifier(
+    checkpoint: Path, target: Path, names: Sequence[str], *, int8: bool = False
+) -> Path:
+    """As optimum-intel saves a cross-encoder."""
+    graph = _traced(Classifier(checkpoint, names), names)
+    return _save(graph, describe(checkpoint, target), int8=int8)
+
+
+def _traced(model: Any, names: Sequence[str]) -> ov.Model:
+    example = _example(model, names)
+    graph = ov.convert_model(model, example_input=example)
+    for node, name, tensor in zip(graph.inputs, names, example, strict=True):
+        node.get_tensor().set_names({name})
+        free = [-1 if i in (0, 2) or tensor.ndim == 2 else n for i, n in enumerate(tensor.shape)]
+        node.get_node().set_partial_shape(ov.PartialShape(free))
+    presents = [name.replace("past_key_values", "present") for name in names if "past" in name]
+    for node, name in zip(graph.outputs, ["logits", *presents], strict=True):
+        node.get_tensor().set_names({name})
+    graph.validate_nodes_and_infer_types()
+    return graph
+
+
+def _example(model: Any, names: Sequence[str]) -> tuple[torch.Tensor, ...]:
+    config = model.model.config
+    ids = torch.arange(2 * 8).reshape(2, 8) + 5
+    past = 3 if any("past" in name for name in names) else 0
+    made = {
+        "input_ids": ids,
+        "attention_mask": torch.ones(2, 8 + past, dtype=torch.int64),
+        "position_ids": torch.arange(past, 8 + past)[None].repeat(2, 1),
+        "token_type_ids": torch.zeros(2, 8, dtype=torch.int64),
+    }
+    if past:
+        width = getattr(config, "head_dim", None) or config.hidden_size // 4
+        made |= dict.fromkeys(names[3:], torch.randn(2, config.num_key_value_heads, past, width))
+    return tuple(made[name].clone() for name in names)
+
+
+def _make_stateful(graph: ov.Model, past: Sequence[str]) -> None:
+    """As optimum-intel does: what is read goes through the rows that beam_idx names."""
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    op = ov.opset13
+    beams = op.parameter([-1], ov.Type.i32, name="beam_idx")
+    beams.output(0).get_tensor().set_names({"beam_idx"})
+    graph.add_parameters([beams])
+    for name in past:
+        parameter = graph.input(name).get_node()
+        users = parameter.output(0).get_target_inputs()
+        chosen = op.gather(parameter, beams, np.int64(0))
+        for user in users:
+            user.replace_source_output(chosen.output(0))
+    graph.validate_nodes_and_infer_types()
+    pairs = {name: name.replace("past_key_values", "present") for name in past}
+    apply_make_stateful_transformation(graph, pairs)
+    batch = op.gather(
+        op.shape_of(graph.input("input_ids").get_node()), np.array([0]), np.int64(0)
+    )
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() == "ReadValue":
+            heads, width = node.output(0).partial_shape[1], node.output(0).partial_shape[3]
+            sizes = [heads.get_length(), 0, width.get_length()]
+            empty = op.broadcast(np.float32(0), op.concat([batch, np.array(sizes)], 0))
+            node.set_arguments([empty])
+    graph.validate_nodes_and_infer_types()
+
+
+def _save(graph: ov.Model, folder: Path, *, int8: bool) -> Path:
+    if int8:
+        nncf = need("nncf")
+        with redirect_stdout(io.StringIO()):
+            graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    ov.save_model(graph, folder / "openvino_model.xml", compress_to_fp16=False)
+    return folder
