@@ -126,8 +126,44 @@ def openvino_classifier(
     checkpoint: Path, target: Path, names: Sequence[str], *, int8: bool = False
 ) -> Path:
     """As optimum-intel saves a cross-encoder."""
-    graph = _traced(Classifier(checkpoint, names), names)
-    return _save(graph, describe(checkpoint, target), int8=int8)
+    graph = onnx_classifier(checkpoint, target / "temporary", names) / "onnx" / "model.onnx"
+    saved = _save(ov.convert_model(graph), describe(checkpoint, target), int8=int8)
+    shutil.rmtree(target / "temporary")
+    return saved
+
+
+def onnx_causal(checkpoint: Path, target: Path, *, cache: bool = True) -> Path:
+    """As optimum-onnx saves a causal model."""
+    model = CausalLM(checkpoint, cache=cache)
+    names = ["input_ids", "attention_mask", "position_ids", *model.past_names]
+    return _exported(model, names, checkpoint, target)
+
+
+def onnx_classifier(checkpoint: Path, target: Path, names: Sequence[str]) -> Path:
+    """As Xenova's repositories hold a cross-encoder."""
+    return _exported(Classifier(checkpoint, names), names, checkpoint, target)
+
+
+def _exported(model: Any, names: Sequence[str], checkpoint: Path, target: Path) -> Path:
+    batch, free = torch.export.Dim("batch", min=1), torch.export.Dim.AUTO
+    shapes = [{0: batch, 2 if "past" in name else 1: free} for name in names]
+    past = [name for name in names if "past" in name]
+    single = 0 if isinstance(model, Classifier) else 3
+    rest = [tuple(shapes[single:])] if shapes[single:] else []
+    describe(checkpoint, target)
+    (target / "onnx").mkdir(exist_ok=True)
+    torch.onnx.export(
+        model,
+        _example(model, names),
+        target / "onnx" / "model.onnx",
+        dynamo=True,
+        external_data=False,
+        input_names=list(names),
+        output_names=["logits", *(n.replace("past_key_values", "present") for n in past)],
+        dynamic_shapes=(*shapes[:single], *rest),
+        verbose=False,
+    )
+    return target
 
 
 def _traced(model: Any, names: Sequence[str]) -> ov.Model:
