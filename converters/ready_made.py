@@ -147,9 +147,7 @@ def find(
         if (format := _format(path.name)) is None:
             return None
         _only(variants, [format], source)
-        folder, name = path.parent, path.stem
-        if folder.name in _FOLDERS and not (folder / "config.json").is_file():
-            folder = folder.parent
+        folder, name = _home(path.parent), path.stem
         if path.stem.startswith(_PLAIN):
             name = folder.resolve().name
         return ReadyMade(folder, name, None, (Taker(path, format),))
@@ -180,15 +178,22 @@ def find(
     if commit is not None:
         files = [pattern for _, name in chosen for pattern in _patterns(name)]
         download(source, files, revision=commit, offline=offline)
-    identity = source if commit else folder.resolve().name
+    home = folder if commit else _home(folder)
+    identity = source if commit else home.resolve().name
     takers = tuple(Taker(folder / name, format) for format, name in chosen)
-    return ReadyMade(folder, identity, commit, takers)
+    return ReadyMade(home, identity, commit, takers)
 
 
 def _format(name: str) -> str | None:
     """The format of a file by its name."""
     suffix = PurePosixPath(name).suffix
     return next((format for format, known in SUFFIXES.items() if known == suffix), None)
+
+
+def _home(folder: Path) -> Path:
+    """Where config.json is to be: beside the files, or above their folder."""
+    above = folder.resolve().name in _FOLDERS and not (folder / "config.json").is_file()
+    return folder.resolve().parent if above else folder
 
 
 def _in_repository(source: str) -> tuple[str, str | None]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import io
 import shutil
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import openvino as ov
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
@@ -122,14 +124,9 @@ def openvino_causal(
     return _save(graph, describe(checkpoint, target), int8=int8)
 
 
-def openvino_classifier(
-    checkpoint: Path, target: Path, names: Sequence[str], *, int8: bool = False
-) -> Path:
-    """As optimum-intel saves a cross-encoder."""
-    graph = onnx_classifier(checkpoint, target / "temporary", names) / "onnx" / "model.onnx"
-    saved = _save(ov.convert_model(graph), describe(checkpoint, target), int8=int8)
-    shutil.rmtree(target / "temporary")
-    return saved
+def openvino_from_onnx(folder: Path, *, int8: bool = False) -> None:
+    """Beside `onnx/model.onnx` the same graph as optimum-intel would save it."""
+    _save(ov.convert_model(folder / "onnx" / "model.onnx"), folder, int8=int8)
 
 
 def onnx_causal(checkpoint: Path, target: Path, *, cache: bool = True) -> Path:
@@ -152,23 +149,27 @@ def _exported(model: Any, names: Sequence[str], checkpoint: Path, target: Path) 
     rest = [tuple(shapes[single:])] if shapes[single:] else []
     describe(checkpoint, target)
     (target / "onnx").mkdir(exist_ok=True)
-    torch.onnx.export(
-        model,
-        _example(model, names),
-        target / "onnx" / "model.onnx",
-        dynamo=True,
-        external_data=False,
-        input_names=list(names),
-        output_names=["logits", *(n.replace("past_key_values", "present") for n in past)],
-        dynamic_shapes=(*shapes[:single], *rest),
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own dependencies
+        torch.onnx.export(
+            model,
+            _example(model, names),
+            target / "onnx" / "model.onnx",
+            dynamo=True,
+            external_data=False,
+            input_names=list(names),
+            output_names=["logits", *(n.replace("past_key_values", "present") for n in past)],
+            dynamic_shapes=(*shapes[:single], *rest),
+            verbose=False,
+        )
     return target
 
 
 def _traced(model: Any, names: Sequence[str]) -> ov.Model:
     example = _example(model, names)
-    graph = ov.convert_model(model, example_input=example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what torch deprecates
+        graph = ov.convert_model(model, example_input=example)
     for node, name, tensor in zip(graph.inputs, names, example, strict=True):
         node.get_tensor().set_names({name})
         free = [-1 if i in (0, 2) or tensor.ndim == 2 else n for i, n in enumerate(tensor.shape)]
@@ -232,3 +233,32 @@ def _save(graph: ov.Model, folder: Path, *, int8: bool) -> Path:
             graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM)
     ov.save_model(graph, folder / "openvino_model.xml", compress_to_fp16=False)
     return folder
+
+
+def onnx_int8(source: Path, target: Path) -> None:
+    """As onnxruntime quantizes dynamically."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    model = onnx.load(source)
+    # Or its shape inference fails on what torch noted.
+    del model.graph.value_info[:]
+    quantize_dynamic(model, target, per_channel=True)
+
+
+def onnx_int4(source: Path, target: Path) -> None:
+    """As onnxruntime packs weights of 4 bits."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(onnx.load(source), block_size=32, is_symmetric=False)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(target))
+
+
+def onnx_fp16(source: Path, target: Path) -> None:
+    """As onnxconverter-common and its like do: inputs and outputs too."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    model = convert_float_to_float16(
+        onnx.load(source), keep_io_types=False, disable_shape_infer=True
+    )
+    onnx.save(model, target)
