@@ -124,7 +124,7 @@ def make_probes(checkpoint: Checkpoint, tokenizer: Path) -> Probes:
 
 
 def own_probes(checkpoint: Checkpoint, tokenizer: Path, folder: Path, variant: Variant) -> Probes:
-    """The probe pairs with a ready-made model's own logits: of each pair alone, in exact arithmetic.
+    """The probe pairs with a ready-made model's own logits: of each pair alone, computed exactly.
 
     Raises:
         ConversionError: it does not load or run, or gives no scores.

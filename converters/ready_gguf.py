@@ -41,7 +41,7 @@ def precision(path: Path) -> str:
     gguf, reader = need("gguf"), _read(path)
     if (field := reader.get_field("general.file_type")) is not None:
         known = {kind.value: kind.name for kind in gguf.LlamaFileType}
-        name = known.get(int(field.contents()), "")
+        name: str = known.get(int(field.contents()), "")
         if name.startswith(("MOSTLY_", "ALL_")):
             return name.partition("_")[2].lower()
     numbers: Counter[str] = Counter()
@@ -152,7 +152,9 @@ def _head(
     """The rows that a decoder's score is made of, its labels' in their order, and where from."""
     labels = checkpoint.family.labels
     if _SCORE in tensors:
-        field = reader.get_field(f"{_text(reader, 'general.architecture')}.classifier.output_labels")
+        field = reader.get_field(
+            f"{_text(reader, 'general.architecture')}.classifier.output_labels"
+        )
         listed = [] if field is None else [str(label) for label in field.contents()]
         names = [checkpoint.tokenizer.decode([label]) for label in labels]
         rows = _rows(tensors[_SCORE], range(_count(tensors[_SCORE])))

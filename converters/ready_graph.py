@@ -107,8 +107,8 @@ def gives_vocabulary(shape: Sequence[int | None], family: Family) -> bool:
     if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1):
         return False
     raise ConversionError(
-        f"the graph gives logits of shape {shown(shape)}; one logit a pair, [batch, 1], was expected: "
-        "it is a classifier, or a model without a score head"
+        f"the graph gives logits of shape {shown(shape)}; one logit a pair, [batch, 1], was "
+        "expected: it is a classifier, or a model without a score head"
     )
 
 
@@ -132,8 +132,8 @@ def cache_shape(
     if odd or heads is None or width is None or not set(past) == set(present) == wanted:
         found = sorted({shown(shape) for shape in past.values()})
         raise ConversionError(
-            f"the graph's cache of {len(past)} tensors ({', '.join(found)}) is not understood; keys "
-            "and values of every layer, read and given, all [batch, heads, length, width] of one "
+            f"the graph's cache of {len(past)} tensors ({', '.join(found)}) is not understood; "
+            "keys and values of every layer, read and given, all [batch, heads, length, width] of one "
             "size, were expected"
         )
     return layers, heads, width

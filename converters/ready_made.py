@@ -34,7 +34,7 @@ _WORDS = {
     "int4": ("int4", "q4", "q4f16"),
     "fp16": ("fp16",),
 }
-"""What a precision is called in names of ONNX and OpenVINO files; in GGUF files, by its own name."""
+"""What a precision is called in names of ONNX and OpenVINO files. GGUF files say it itself."""
 
 _PLAIN = ("model", "openvino_model")
 """Names of files whose precision is not in their name."""

@@ -180,8 +180,6 @@ class _Surgery:
         if opset < _OLDEST:
             raise ConversionError(f"the graph is of opset {opset}; {_OLDEST} or later was expected")
         past = {p: i for name, i in self._given.items() if (p := cache_place(name)) is not None}
-        head = Head(self._model, _old(logits))
-        row = head_row(head.rows(labels))
         self._input(IDS, [None, None])
         self._input("last", [None])
         self._give(IDS, IDS)
@@ -194,6 +192,8 @@ class _Surgery:
             self._give(MASK, self._node("Expand", [self._number(1), shape]))
         if POSITIONS in self._given:
             self._give(POSITIONS, self._positions(self._node("Squeeze", [before])))
+        head = Head(self._model, _old(logits))
+        row = head_row(head.rows(labels))
         self._nodes = self._back
         places = self._node("Unsqueeze", ["last", self._constant(np.array([1]))])
         state = self._node("GatherND", [head.states, places], batch_dims=1)

@@ -128,8 +128,8 @@ class Head:
         values = self._columns(node.input[0], labels, axis)
         along = attributes.get("axis", 1) % 2
 
-        def fitting(name: str) -> NDArray[Any]:
-            numbers = self._array(name).astype(np.float32)
+        def fitting(name: str) -> Floats:
+            numbers: Floats = self._array(name).astype(np.float32)
             if numbers.size == 1:
                 return numbers
             numbers = numbers[labels] if along == axis else numbers
@@ -137,7 +137,8 @@ class Head:
 
         if len(node.input) > 2:
             values = values - fitting(node.input[2])
-        return values * fitting(node.input[1])
+        made: NDArray[Any] = values * fitting(node.input[1])
+        return made
 
     def _through(self, name: str) -> onnx.NodeProto:
         """What makes a value, whatever type it is then cast to."""

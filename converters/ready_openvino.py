@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qrank.converters.checkpoint import Checkpoint, read_config
+from qrank.converters.checkpoint import Checkpoint
 from qrank.converters.openvino import bound, check
 from qrank.converters.ready_graph import (
     IDS,

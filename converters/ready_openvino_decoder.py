@@ -100,7 +100,7 @@ class Cut:
         """
         ov, op = need("openvino"), self._op
         ids, last = _parameter(IDS, [-1, -1]), _parameter("last", [-1])
-        parameters, results = [ids, last], [self._score(last, labels)]
+        parameters, results = [ids, last], []
         before = op.constant(np.zeros(1, np.int64))
         if self._cache.past:
             shapes = {place: shape_of(output) for place, output in self._cache.past.items()}
@@ -111,6 +111,7 @@ class Cut:
             before = _size(prefix, 3)
             self._give(prefix, op.concat([_size(ids, 0), np.ones(3, np.int64)], 0))
             results.append(self._kept(op.add(keep, before), layers))
+        results.insert(0, self._score(last, labels))
         total = op.concat([_size(ids, 0), op.add(before, _size(ids, 1))], 0)
         given = {
             IDS: ids,
@@ -231,7 +232,7 @@ def _part(node: Any, labels: Sequence[int], axis: int, count: int) -> NDArray[An
     kind = node.get_type_name()
     if kind == "Constant":
         plain = node.get_element_type().to_string() in _PLAIN
-        values = node.data if plain else node.get_data(dtype=np.float32)
+        values: NDArray[Any] = node.data if plain else node.get_data(dtype=np.float32)
         if values.ndim > axis and values.shape[axis] == count:
             values = values.take(labels, axis)
         return values
@@ -240,7 +241,8 @@ def _part(node: Any, labels: Sequence[int], axis: int, count: int) -> NDArray[An
         return _part(inputs[0], labels, axis, count).astype(np.float32)
     if kind in ("Subtract", "Multiply"):
         a, b = (_part(x, labels, axis, count) for x in inputs)
-        return a - b if kind == "Subtract" else a * b
+        made: NDArray[Any] = a - b if kind == "Subtract" else a * b
+        return made
     if kind == "Transpose":
         return _part(inputs[0], labels, 1 - axis, count).T
     if kind == "Reshape" and axis == 0:

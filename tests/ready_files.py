@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def _load(kind: Any, folder: Path) -> PreTrainedModel:
 def openvino_causal(
     checkpoint: Path, target: Path, *, cache: bool = True, stateful: bool = True, int8: bool = False
 ) -> Path:
-    """As optimum-intel saves a causal model: its keys and values as a state, unless told otherwise."""
+    """As optimum-intel saves a causal model: keys and values as a state, unless told otherwise."""
     model = CausalLM(checkpoint, cache=cache)
     graph = _traced(model, ["input_ids", "attention_mask", "position_ids", *model.past_names])
     if cache and stateful:
@@ -214,9 +214,7 @@ def _make_stateful(graph: ov.Model, past: Sequence[str]) -> None:
     graph.validate_nodes_and_infer_types()
     pairs = {name: name.replace("past_key_values", "present") for name in past}
     apply_make_stateful_transformation(graph, pairs)
-    batch = op.gather(
-        op.shape_of(graph.input("input_ids").get_node()), np.array([0]), np.int64(0)
-    )
+    batch = op.gather(op.shape_of(graph.input("input_ids").get_node()), np.array([0]), np.int64(0))
     for node in graph.get_ordered_ops():
         if node.get_type_name() == "ReadValue":
             heads, width = node.output(0).partial_shape[1], node.output(0).partial_shape[3]
@@ -262,3 +260,73 @@ def onnx_fp16(source: Path, target: Path) -> None:
         onnx.load(source), keep_io_types=False, disable_shape_infer=True
     )
     onnx.save(model, target)
+
+
+def onnx_toy(
+    checkpoint: Path,
+    target: Path,
+    inputs: Sequence[str],
+    width: Sequence[int] = (1,),
+    end: str = "",
+) -> Path:
+    """A graph that a program could have written, and that scores nothing.
+
+    Args:
+        checkpoint: what to describe it with.
+        target: the folder.
+        inputs: their names.
+        width: what stands behind `batch` in the shape of its logits.
+        end: the operation that gives them.
+    """
+    helper, kinds = onnx.helper, onnx.TensorProto
+    described = describe(checkpoint, target)
+    weights = np.ones((1, *width), np.float32)
+    nodes = [
+        helper.make_node("Cast", ["input_ids"], ["numbers"], to=kinds.FLOAT),
+        helper.make_node("ReduceMean", ["numbers"], ["mean"], axes=[1], keepdims=1),
+        helper.make_node("Reshape", ["mean", "shape"], ["shaped"]),
+        helper.make_node("Mul", ["shaped", "weights"], ["product"]),
+        helper.make_node(end or "Identity", ["product"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "toy",
+        [helper.make_tensor_value_info(n, kinds.INT64, ["batch", "length"]) for n in inputs],
+        [helper.make_tensor_value_info("logits", kinds.FLOAT, ["batch", *width])],
+        [
+            onnx.numpy_helper.from_array(weights, "weights"),
+            onnx.numpy_helper.from_array(np.array([-1, *[1] * len(width)]), "shape"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    onnx.save(model, described / "model.onnx")
+    return described
+
+
+def rewrite_gguf(
+    source: Path,
+    target: Path,
+    *,
+    tensors: Mapping[str, Any] | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> None:
+    """The same file with other tensors or metadata; None leaves one out."""
+    gguf = need("gguf")
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, str(reader.get_field("general.architecture").contents()))
+    for name, field in reader.fields.items():
+        value = (fields or {}).get(name, field.contents())
+        if name.startswith("GGUF.") or name == "general.architecture" or value is None:
+            continue
+        kinds = field.types
+        inner = kinds[1] if kinds[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, value, kinds[0], inner)
+    for tensor in reader.tensors:
+        data = (tensors or {}).get(tensor.name, tensor.data)
+        if data is None:
+            continue
+        writer.add_tensor(tensor.name, np.ascontiguousarray(data), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
