@@ -117,6 +117,8 @@ def convert(
             )
         makers = _converters(variants)
     else:
+        if calibration is not None:
+            raise ConversionError(f"--calibration is for quantizing; {source} is ready-made")
         makers = _takers(ready, variants)
     # Never the user's alone: activations are wrong beyond what was seen, and theirs may be all
     # alike, none of them empty or long.

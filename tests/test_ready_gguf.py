@@ -1,4 +1,4 @@
-"""Ready-made GGUF files: with a head of any kind they score as transformers does, or are refused."""
+"""Ready-made GGUF files: with a head of any kind they score as transformers does, or never."""
 
 import shutil
 from collections.abc import Callable

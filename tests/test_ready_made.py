@@ -400,6 +400,8 @@ def test_what_is_missing_or_unclear_is_told(
         convert(str(toy), [("gguf", None)], tmp_path / "out")
     with pytest.raises(ConversionError, match=r"model\.onnx is fp32, and not int8"):
         convert(str(toy), [("onnx", "int8")], tmp_path / "out")
+    with pytest.raises(ConversionError, match="--calibration is for quantizing"):
+        convert(str(toy), None, tmp_path / "out", calibration=tmp_path / "pairs.jsonl")
     shutil.copy(toy / "model.onnx", toy / "other.onnx")
     (toy / "model.onnx").rename(toy / "another.onnx")
     with pytest.raises(ConversionError, match=r"several onnx files: another.onnx, other.onnx; nam"):
