@@ -133,7 +133,7 @@ def cache_shape(
         found = sorted({shown(shape) for shape in past.values()})
         raise ConversionError(
             f"the graph's cache of {len(past)} tensors ({', '.join(found)}) is not understood; "
-            "keys and values of every layer, read and given, all of one size [batch, heads, length, "
+            "keys and values of every layer, read and given, of one size [batch, heads, length, "
             "width], were expected"
         )
     return layers, heads, width

@@ -108,9 +108,9 @@ class ReadyMade:
         """
         if not (self.folder / "config.json").is_file():
             raise ModelNotFoundError(
-                f"{self.folder} holds no config.json, which says what {self._names} is: put the "
-                "original model's config.json, tokenizer.json and tokenizer_config.json there, or "
-                "name it with --reference"
+                f"{self.identity} holds no config.json, which says what {self._names} is: put the "
+                "original model's config.json, tokenizer.json and tokenizer_config.json beside the "
+                "file, or name that model with --reference"
             )
         return describe(self.folder, self.identity, self.commit, family, self._files)
 
