@@ -65,17 +65,17 @@ def check_inputs(names: Iterable[str], family: Family) -> None:
         ConversionError: they are not; with the names.
     """
     found = set(names)
-    known = {IDS, MASK, POSITIONS} | ({BEAMS} if family.decoder else {TYPES})
-    strange = [
-        name
-        for name in sorted(found - known)
-        if not (family.decoder and cache_place(name) is not None)
-    ]
-    if strange:
+    known = {IDS, MASK, POSITIONS} | (set() if family.decoder else {TYPES})
+    caches: set[str] = set()
+    # A graph that pools by itself has nothing to go on from.
+    if family.labels:
+        known |= {BEAMS}
+        caches = {name for name in found if cache_place(name) is not None}
+    if strange := sorted(found - known - caches):
+        more = ", past_key_values.N.key and .value" if family.labels else ""
         raise ConversionError(
             f"the graph takes {', '.join(strange)}, which is not understood; known are: "
-            f"{', '.join(sorted(known))}"
-            + (", past_key_values.N.key and .value" if family.decoder else "")
+            f"{', '.join(sorted(known))}{more}"
         )
     needed = {IDS, MASK} | (set() if family.segments is None else {TYPES})
     if missing := sorted(needed - found):

@@ -74,17 +74,18 @@ def take(path: Path, checkpoint: Checkpoint, folder: Path) -> str:
     check_inputs(inputs, family)
     logits = _logits(graph)
     note = ""
-    if gives_vocabulary(shape_of(logits), family):
-        graph = Cut(inputs, cache, logits).graph(family.labels)
-        note = "" if cache.past else WHOLE_PROMPTS
-    else:
-        graph = _renewed(graph, inputs, logits, checkpoint)
     try:
+        if gives_vocabulary(shape_of(logits), family):
+            graph = Cut(inputs, cache, logits).graph(family.labels)
+            note = "" if cache.past else WHOLE_PROMPTS
+        else:
+            graph = _renewed(inputs, logits, checkpoint)
         bound(graph, family.max_length)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ConversionError(
-            f"{path.name} is made for fixed shapes, and batch and length must be free: {reason}"
+            f"{path.name} cannot be taken over: batch and length must be free, and openvino says "
+            f"{reason}"
         ) from error
     # Weights are in the precision they shall have.
     ov.save_model(graph, folder / "model.xml", compress_to_fp16=False)
@@ -115,9 +116,7 @@ def _logits(graph: openvino.Model) -> Any:
     return source
 
 
-def _renewed(
-    graph: openvino.Model, inputs: dict[str, Any], logits: Any, checkpoint: Checkpoint
-) -> openvino.Model:
+def _renewed(inputs: dict[str, Any], logits: Any, checkpoint: Checkpoint) -> openvino.Model:
     """A graph of one logit a pair with inputs of ours: int64, and no others than the family's."""
     ov = need("openvino")
     op, family = ov.opset13, checkpoint.family

@@ -124,8 +124,12 @@ class Cut:
             elif name == BEAMS:
                 # Every sequence goes on from the same prefix: there is nothing to choose.
                 for target in node.output(0).get_target_inputs():
-                    gather = target.get_node()
-                    replace(gather.output(0), gather.input_value(0).get_node())
+                    if (user := target.get_node()).get_type_name() != "Gather":
+                        raise ConversionError(
+                            f"{user.get_type_name()} {user.get_friendly_name()} reads {BEAMS}, "
+                            "where a Gather of keys or values was expected"
+                        )
+                    replace(user.output(0), user.input_value(0).get_node())
         return ov.Model(results, parameters, "qrank")
 
     def _give(self, prefix: Any, repeats: Any) -> None:

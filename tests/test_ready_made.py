@@ -329,6 +329,7 @@ def test_a_repository_of_the_hub_gives_what_is_needed_and_no_more(
         ("qwen3", TYPES[:2], [1], "", r"shape \[\?, 1\]; .* \[batch, length, vocabulary\]"),
         ("qwen3", TYPES[:2], [7, 1200], "", "come out of Identity"),
         ("qwen3", [*TYPES[:2], "past_key_values.0.key"], [7, 1200], "", "cache of 1 tensors"),
+        ("qwen3-seq-cls", [*TYPES[:2], "past_key_values.0.key"], [1], "", "takes past_key_values"),
         ("qwen3", [*TYPES[:2], "use_cache_branch"], [7, 1200], "", "takes use_cache_branch"),
     ],
 )
