@@ -9,18 +9,21 @@ from __future__ import annotations
 import io
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import openvino as ov
 import torch
+from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from qrank.extras import need
+from qrank.work import Logits
 
 TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
@@ -330,3 +333,53 @@ def rewrite_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def runner(path: Path) -> Callable[[NDArray[np.int64]], Logits]:
+    """A graph as its own runtime computes it for one sequence, in fp32, behind nothing."""
+    if path.suffix == ".xml":
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+        settings["KV_CACHE_PRECISION"] = "f32"
+        compiled = ov.Core().compile_model(path, "CPU", settings)
+        shapes = {
+            node.get_any_name(): [0 if d.is_dynamic else d.get_length() for d in node.partial_shape]
+            for node in compiled.inputs
+        }
+
+        def run(inputs: dict[str, Any]) -> Any:
+            request = compiled.create_infer_request()
+            return request.infer(inputs)["logits"]
+
+    else:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        shapes = {
+            node.name: [d if isinstance(d, int) else 0 for d in node.shape]
+            for node in session.get_inputs()
+        }
+
+        def run(inputs: dict[str, Any]) -> Any:
+            return session.run(["logits"], inputs)[0]
+
+    def logits(ids: NDArray[np.int64]) -> Logits:
+        known = {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids),
+            "position_ids": np.arange(ids.shape[1])[None],
+            "beam_idx": np.zeros(1, np.int32),
+            "last": np.array([ids.shape[1] - 1]),
+            "keep": np.empty(0, np.int64),
+        }
+        found: Logits = run(
+            {
+                name: known.get(
+                    name,
+                    np.zeros(
+                        [1 if n == 0 and i == 0 else n for i, n in enumerate(shape)], np.float32
+                    ),
+                )
+                for name, shape in shapes.items()
+            }
+        )
+        return found
+
+    return logits

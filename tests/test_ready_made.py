@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import openvino as ov
 import pytest
 import ready_files
@@ -16,7 +15,6 @@ import test_conformance
 import test_decoders
 import tiny_decoders
 from click.testing import CliRunner
-from numpy.typing import NDArray
 
 from qrank import Reranker
 from qrank.bundle import TOKENIZER, Manifest
@@ -156,7 +154,7 @@ def test_the_cut_changes_nothing(
     source = layout_of(layout) / file
     target, manifest = convert(str(source), None, tmp_path / "out", family=family_of(layout))
     encoder = Encoder(target / TOKENIZER, manifest.family)
-    run_theirs, run_ours = runner(source), runner(target / variant)
+    run_theirs, run_ours = ready_files.runner(source), ready_files.runner(target / variant)
     labels, ours, theirs = manifest.family.labels, [], []
     for pair in [(q, d) for q, d in test_decoders.PAIRS if len(d) < 200]:
         ids = encoder.whole(*pair)[0][None].astype(np.int64)
@@ -166,56 +164,6 @@ def test_the_cut_changes_nothing(
     # Of int8 activations, which the original meets its head with, no more than a rounding.
     share = 0.02 if "quantized" in file else 1e-5
     np.testing.assert_allclose(ours, theirs, atol=share * max(1.0, np.ptp(theirs)))
-
-
-def runner(path: Path) -> Callable[[NDArray[np.int64]], Logits]:
-    """A graph as its own runtime computes it for one sequence, in fp32, behind nothing."""
-    if path.suffix == ".xml":
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-        settings["KV_CACHE_PRECISION"] = "f32"
-        compiled = ov.Core().compile_model(path, "CPU", settings)
-        shapes = {
-            node.get_any_name(): [0 if d.is_dynamic else d.get_length() for d in node.partial_shape]
-            for node in compiled.inputs
-        }
-
-        def run(inputs: dict[str, Any]) -> Any:
-            request = compiled.create_infer_request()
-            return request.infer(inputs)["logits"]
-
-    else:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        shapes = {
-            node.name: [d if isinstance(d, int) else 0 for d in node.shape]
-            for node in session.get_inputs()
-        }
-
-        def run(inputs: dict[str, Any]) -> Any:
-            return session.run(["logits"], inputs)[0]
-
-    def logits(ids: NDArray[np.int64]) -> Logits:
-        known = {
-            "input_ids": ids,
-            "attention_mask": np.ones_like(ids),
-            "position_ids": np.arange(ids.shape[1])[None],
-            "beam_idx": np.zeros(1, np.int32),
-            "last": np.array([ids.shape[1] - 1]),
-            "keep": np.empty(0, np.int64),
-        }
-        found: Logits = run(
-            {
-                name: known.get(
-                    name,
-                    np.zeros(
-                        [1 if n == 0 and i == 0 else n for i, n in enumerate(shape)], np.float32
-                    ),
-                )
-                for name, shape in shapes.items()
-            }
-        )
-        return found
-
-    return logits
 
 
 def test_nothing_is_as_large_as_the_vocabulary(layout_of: Folders, tmp_path: Path) -> None:
