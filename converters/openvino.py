@@ -77,7 +77,7 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: W
         del model
         gc.collect()  # The exporter leaves cycles, which hold the weights.
         graph = ov.convert_model(path) if whole else ov.Core().read_model(path)
-        _bound(graph, checkpoint.family.max_length)
+        bound(graph, checkpoint.family.max_length)
         head = set() if checkpoint.family.decoder else head_nodes(graph)
         if whole:
             graph = _quantize(graph, head, calibration)
@@ -129,8 +129,12 @@ def check(path: Path) -> None:
         )
 
 
-def _bound(graph: openvino.Model, longest: int) -> None:
-    """Write the limit into the graph's inputs: no runtime may pad beyond it."""
+def bound(graph: openvino.Model, longest: int) -> None:
+    """Write the limit into the graph's inputs: no runtime may pad beyond it.
+
+    Raises:
+        RuntimeError: the graph is made for other shapes.
+    """
     ov = need("openvino")
     shapes = {}
     for node in graph.inputs:

@@ -60,7 +60,8 @@ def choose(manifest: Manifest, backend: str | None, device: str | None) -> Targe
             f"{', '.join(manifest.variants)}; backends are: {', '.join(BACKENDS)}"
         )
     order = PREFERRED.get(device, PREFERRED_ELSEWHERE)
-    return Target(min(wanted, key=lambda v: order.index(v.precision)), device)
+    # What ready-made files alone come in is last.
+    return Target(min(wanted, key=lambda v: (*order, v.precision).index(v.precision)), device)
 
 
 def ready(

@@ -106,7 +106,8 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
         model = core.read_model(path)
         if length is not None:
             model.reshape({i.any_name: _static(i, length) for i in model.inputs})
-        return core.compile_model(model, device.upper(), settings)
+        more = {} if device != "cpu" else {"DYNAMIC_QUANTIZATION_GROUP_SIZE": _group(model)}
+        return core.compile_model(model, device.upper(), settings | more)
 
     try:
         limit = core.read_model(path).input("input_ids").partial_shape[1].max_length
@@ -149,7 +150,6 @@ def _settings(device: str, options: Options) -> dict[str, Any]:
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[options.execution or "fp32"]}
     if device != "cpu":
         return {**settings, "PERFORMANCE_HINT": "THROUGHPUT"}
-    decoder = options.family is not None and options.family.decoder
     return {
         **settings,
         # A stream a thread: a quarter more pairs a second on 2 cores than one stream of both.
@@ -157,8 +157,12 @@ def _settings(device: str, options: Options) -> dict[str, Any]:
         "NUM_STREAMS": options.threads,
         # Pinned, the workers of a web server would all sit on the same cores.
         "ENABLE_CPU_PINNING": False,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": DECODER_GROUP if decoder else GROUP,
     }
+
+
+def _group(model: openvino.Model) -> int:
+    decoder = any("last" in i.names for i in model.inputs)
+    return DECODER_GROUP if decoder else GROUP
 
 
 def _cache(variant: Variant) -> Path | None:
@@ -208,7 +212,7 @@ class OpenvinoBackend:
         model = self._model(None if batch else min(SHORTEST_BUCKET, limit))
         shapes = {i.any_name: i.partial_shape for i in model.inputs}
         self._inputs = list(shapes)
-        # Of encoder families, which have no such input, nothing.
+        # Of graphs that have no such input, nothing.
         self._bare: dict[str, NDArray[Any]] = {}
         if "prefix" in shapes:
             self._bare = no_prefix(
@@ -220,7 +224,7 @@ class OpenvinoBackend:
 
     def logits(self, work: Work) -> Logits:
         """See `qrank.backends.Backend.logits`."""
-        if not self._batch:
+        if not self._batch or not self._bare:
             work = work.whole()
         batches = cut_padded(work.lengths + len(work.prefix), self._batch or 0)
         present = partial(self._call, "present")
