@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,16 +76,12 @@ class Collection:
 
     def __init__(self, files: Files) -> None:
         self.name = files.documents.parent.name
-        self.documents = Texts(files.documents, "document")
-        asked = Texts(files.queries, "query")
-        try:
-            self.qrels = self._judgements(files.qrels, asked)
-            self.queries = {query: asked[query] for query in asked if query in self.qrels}
-        except BaseException:
-            self.documents.close()
-            raise
-        finally:
-            asked.close()
+        with ExitStack() as opened:
+            self.documents = opened.enter_context(closing(Texts(files.documents, "document")))
+            with closing(Texts(files.queries, "query")) as asked:
+                self.qrels = self._judgements(files.qrels, asked)
+                self.queries = {query: asked[query] for query in asked if query in self.qrels}
+            self._opened = opened.pop_all()
 
     @classmethod
     def read(cls, folder: Path) -> Collection:
@@ -93,7 +90,7 @@ class Collection:
 
     def close(self) -> None:
         """Close the documents' file."""
-        self.documents.close()
+        self._opened.close()
 
     def bm25(self, depth: int = 100, limit: int | None = None) -> Run:
         """BM25's best documents of the queries; those that share no word with one are none.

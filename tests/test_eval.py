@@ -1,0 +1,558 @@
+"""`qrank eval`: files in, figures out, held against ir_measures and scipy themselves."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ir_measures
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from qrank import Reranker
+from qrank.bundle import Manifest
+from qrank.cli import main
+from qrank.collection import Collection, Files, Run
+from qrank.errors import InputError
+from qrank.evaluation import Evaluation, evaluate
+from qrank.losses import Loss, losses, remember
+from qrank.measures import MEASURES, Difference, kendall, measure, overlap
+from qrank.scored import Setting
+
+WORDS = ("mars", "bread", "planet", "river", "sugar", "light", "plant", "honey", "stone", "paper")
+
+
+@dataclass
+class Data:
+    """A collection to write: by default a dozen documents, four queries."""
+
+    documents: dict[str, str] = field(
+        default_factory=lambda: {
+            f"d{i}": " ".join(
+                [WORDS[i % 10], WORDS[(3 * i + 1) % 10], WORDS[(i * i) % 10]] * (i + 1)
+            )
+            for i in range(12)
+        }
+    )
+    queries: dict[str, str] = field(
+        default_factory=lambda: (
+            {f"q{i}": f"{WORDS[i]} {WORDS[i + 4]}" for i in range(4)} | {"unjudged": "mars"}
+        )
+    )
+    qrels: list[str] = field(
+        default_factory=lambda: ["q0 0 d0 1", "q0 0 d4 2", "q1 0 d1 1", "q2 0 d9 0", "q3 0 d3 1"]
+    )
+
+    def write(self, folder: Path) -> Path:
+        """In the plain layout."""
+        self._texts(folder / "documents.jsonl", "id", self.documents)
+        self._texts(folder / "queries.jsonl", "id", self.queries)
+        (folder / "qrels.trec").write_text("".join(f"{x}\n" for x in self.qrels), "utf-8")
+        return folder
+
+    def write_beir(self, folder: Path) -> Path:
+        """As BEIR's archives have it, titles beside the texts."""
+        split = {d: text.partition(" ") for d, text in self.documents.items()}
+        lines = [
+            {"_id": d, "title": title, "text": text, "metadata": {}}
+            for d, (title, _, text) in split.items()
+        ]
+        (folder / "corpus.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines), "utf-8")
+        self._texts(folder / "queries.jsonl", "_id", self.queries)
+        (folder / "qrels").mkdir()
+        rows = ["query-id\tcorpus-id\tscore"]
+        rows += ["\t".join((q, d, r)) for q, _, d, r in (line.split() for line in self.qrels)]
+        (folder / "qrels/test.tsv").write_text("".join(f"{x}\n" for x in rows), "utf-8")
+        return folder
+
+    @staticmethod
+    def _texts(path: Path, key: str, texts: dict[str, str]) -> None:
+        lines = [json.dumps({key: name, "text": text}) + "\n" for name, text in texts.items()]
+        path.write_text("".join(lines), "utf-8")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """The default collection in a folder."""
+    return Data().write(tmp_path)
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Collection]:
+    collection = Collection.read(folder)
+    try:
+        yield collection
+    finally:
+        collection.close()
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["eval", *map(str, arguments)])
+
+
+def evaluated(*arguments: str | Path) -> dict[str, Any]:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    content: dict[str, Any] = json.loads(result.stdout)
+    return content
+
+
+def by_hand(folder: Path, bundle: Path, backend: str, candidates: Run) -> dict[str, dict[str, int]]:
+    """What `Reranker.rank` makes of candidates: minus each document's rank."""
+    with opened(folder) as collection, Reranker(bundle, backend=backend) as reranker:
+        return {
+            query: {
+                list(found)[item.index]: -rank
+                for rank, item in enumerate(
+                    reranker.rank(
+                        collection.queries[query], [collection.documents[d] for d in found]
+                    )
+                )
+            }
+            for query, found in candidates.items()
+        }
+
+
+def test_figures_are_those_of_ir_measures_and_scipy(data: Path, bundle: Path) -> None:
+    backends = ("onnx-int8", "onnx-fp32")
+    content = evaluated(bundle, "--data", data, *(x for b in backends for x in ("--backend", b)))
+    with opened(data) as collection:
+        candidates = collection.bm25()
+        qrels = collection.qrels
+    assert list(candidates) == ["q0", "q1", "q2", "q3"]
+    names = ("nDCG@10", "RR@10", "AP", "R@10")
+    values: dict[str, dict[str, list[float]]] = {}
+    for backend in backends:
+        ranked = by_hand(data, bundle, backend, candidates)
+        values[backend] = {name: [0.0] * 4 for name in names}
+        parsed = [ir_measures.parse_measure(name) for name in names]
+        for found in ir_measures.iter_calc(parsed, qrels, ranked):
+            values[backend][str(found.measure)][int(found.query_id[1])] = found.value
+    rows = {row["name"]: row for row in content["rows"]}
+    assert list(rows) == ["BM25", "onnx-fp32", "onnx-int8"]
+    for backend in backends:
+        expected = [np.mean(values[backend][name]) for name in names]
+        assert list(rows[backend]["measures"].values()) == pytest.approx(expected)
+    assert content["reference"] == "onnx-fp32"
+    assert rows["onnx-fp32"]["difference"] is None
+    ours, theirs = (values[b]["nDCG@10"] for b in backends)
+    assert rows["onnx-int8"]["difference"]["mean"] == pytest.approx(np.mean(ours) - np.mean(theirs))
+    top = [set(list(by_hand(data, bundle, b, candidates)["q0"])[:10]) for b in backends]
+    assert 0 < len(top[0] & top[1]) / len(top[0]) <= 1
+
+
+def test_beirs_layout_is_the_same_data(bundle: Path, tmp_path: Path) -> None:
+    """A title is read before its text."""
+    for name in ("plain", "beir"):
+        (tmp_path / name).mkdir()
+    Data().write(tmp_path / "plain")
+    Data().write_beir(tmp_path / "beir")
+    found = []
+    for name in ("plain", "beir"):
+        content = evaluated(bundle, "--data", tmp_path / name, "--backend", "fakes:length")
+        assert content.pop("data") == name
+        found.append(content)
+    assert found[0] == found[1]
+
+
+def test_files_one_by_one_or_in_place_of_a_folders(data: Path, bundle: Path) -> None:
+    named = ("--queries", data / "queries.jsonl", "--documents", data / "documents.jsonl")
+    whole = evaluated(bundle, "--data", data, "--backend", "fakes:length")
+    qrels = ("--qrels", data / "qrels.trec")
+    assert evaluated(bundle, *named, *qrels, "--backend", "fakes:length") == whole
+    (data / "other.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t1\n", "utf-8")
+    other = evaluated(
+        bundle, "--data", data, "--qrels", data / "other.tsv", "--backend", "fakes:length"
+    )
+    assert other["queries"] == 1
+
+
+def test_equal_logits_keep_the_first_stages_order(data: Path, bundle: Path) -> None:
+    content = evaluated(bundle, "--data", data, "--backend", "fakes:ties")
+    rows = {row["name"]: row["measures"] for row in content["rows"]}
+    assert rows["fakes:ties"] == rows["BM25"]
+
+
+def test_a_run_is_the_first_stage_by_its_scores(data: Path, bundle: Path) -> None:
+    lines = ["q0 Q0 d1 1 1.5 x", "unjudged Q0 d1 1 1 x", "q0 Q0 d0 2 9e0 x", "q1 Q0 d3 1 0 x"]
+    (data / "run.trec").write_text("\n".join(lines), "utf-8")
+    options = ("--data", data, "--run", data / "run.trec", "--backend", "fakes:ties")
+    result = run(bundle, *options, "--json")
+    assert "none of 2 judged queries" in result.stderr
+    content = json.loads(result.stdout)
+    assert (content["queries"], content["depth"]) == (2, 2)
+    assert content["rows"][0]["name"] == "first stage"
+    assert content["rows"][0]["measures"]["MRR@10"] == 0.5
+    shallow = evaluated(bundle, *options, "--depth", "1", "--limit", "1")
+    assert (shallow["queries"], shallow["depth"]) == (1, 1)
+    assert shallow["rows"][0]["measures"]["MRR@10"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        ("qrels.trec", "q9 0 d1 1", "line 6: the queries file lacks query 'q9'"),
+        ("qrels.trec", "q0 0 d99 1", "line 6: the documents file lacks 'd99'"),
+        ("qrels.trec", "q0 0 d0 2", "line 6: document 'd0' is judged 2 for query 'q0', and 1"),
+        ("qrels.trec", "q0 0 d0 one", "line 6: expected query, 0, document, relevance"),
+        ("qrels.trec", "q0 1", "line 6: expected query, 0, document, relevance"),
+        ("queries.jsonl", '{"id": "q9"}', 'line 6: expected {"id"'),
+        ("documents.jsonl", "no json", 'line 13: expected {"id"'),
+        ("run.trec", "q0 Q0 d1 1 high x", "line 2: the score 'high' is no finite number"),
+        ("run.trec", "q0 Q0 d1 1 nan x", "line 2: the score 'nan' is no finite number"),
+        ("run.trec", "q0 Q0 d99 1 1 x", "line 2: the documents file lacks 'd99'"),
+        ("run.trec", "q0 Q0 d0 1 1 x", "line 2: document 'd0' stands there twice"),
+        ("run.trec", "q0 d0", "line 2: expected 6 columns"),
+    ],
+)
+def test_a_bad_line_is_refused_with_its_number(
+    data: Path, bundle: Path, name: str, line: str, message: str
+) -> None:
+    (data / "run.trec").write_text("q0 Q0 d0 1 1 x\n", "utf-8")
+    with (data / name).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    result = run(bundle, "--data", data, "--run", data / "run.trec", "--backend", "fakes:length")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"{name}, {message}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("run.trec", "", "names no query that is judged"),
+        ("run.trec", "unjudged Q0 d1 1 1 x\n", "names no query that is judged"),
+        ("qrels.trec", "", "holds no judgement"),
+        ("qrels.trec", None, "no qrels: "),
+        ("documents.jsonl", None, "corpus.jsonl, queries.jsonl, qrels/test.tsv or documents.jsonl"),
+    ],
+)
+def test_nothing_to_evaluate(
+    data: Path, bundle: Path, name: str, content: str | None, message: str
+) -> None:
+    (data / "run.trec").write_text("q0 Q0 d0 1 1 x\n", "utf-8")
+    if content is None:
+        (data / name).unlink()
+    else:
+        (data / name).write_text(content, "utf-8")
+    result = run(bundle, "--data", data, "--run", data / "run.trec", "--backend", "fakes:length")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+def test_a_missing_file_is_named_by_its_option(data: Path, bundle: Path) -> None:
+    result = run(bundle, "--queries", data / "queries.jsonl")
+    assert result.exit_code == 2
+    assert "no documents: give --documents FILE, or all by --data FOLDER" in result.stderr
+
+
+def test_equal_judgements_may_repeat(data: Path) -> None:
+    with (data / "qrels.trec").open("a", encoding="utf-8") as file:
+        file.write("q0 0 d0 1\n")
+    with opened(data) as collection:
+        assert collection.qrels["q0"] == {"d0": 1, "d4": 2}
+        assert list(collection.documents) == [f"d{i}" for i in range(12)]
+        with pytest.raises(KeyError):
+            collection.documents["d99"]
+
+
+@pytest.mark.parametrize("texts", [{}, {"d": ""}, {"d": "the of"}, {"d": "mars"}])
+def test_bm25_of_next_to_nothing(tmp_path: Path, texts: dict[str, str]) -> None:
+    """Documents without a word, or that share none with the query, are no candidates."""
+    data = Data(documents={"d0": "!", **texts}, queries={"q0": "mars"}, qrels=["q0 0 d0 1"])
+    with opened(data.write(tmp_path)) as collection:
+        assert [list(found) for found in collection.bm25().values()] == [
+            ["d"] if texts == {"d": "mars"} else []
+        ]
+
+
+def test_queries_without_candidates_count_as_nothing_found(bundle: Path, tmp_path: Path) -> None:
+    data = Data(queries={"q0": "mars", "q1": "!"}, qrels=["q0 0 d0 1", "q1 0 d0 1"])
+    content = evaluated(bundle, "--data", data.write(tmp_path), "--backend", "fakes:length")
+    assert content["queries"] == 2
+    assert all(row["measures"]["MAP"] <= 0.5 for row in content["rows"])
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, so many queries into the work."""
+
+
+def all_of(bundle: Path, folder: Path, stop_after: int | None = None) -> Evaluation:
+    calls = 0
+
+    def progress(target: str, done: int, total: int) -> None:
+        nonlocal calls
+        calls += done > 0
+        if calls == stop_after:
+            raise Interrupted
+
+    backends = ("onnx-int8", "onnx-fp32")
+    with opened(folder) as collection:
+        found = collection.bm25()
+        setting = Setting()
+        return evaluate(bundle, collection, found, setting, backends=backends, progress=progress)
+
+
+def figures(evaluation: Evaluation) -> list[Any]:
+    return [(r.name, r.measures, r.difference, r.kendall, r.overlap) for r in evaluation.rows]
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache folder that nothing was ever put in."""
+    from qrank.paths import cache_folder
+
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("QRANK_CACHE", str(folder))
+    cache_folder.cache_clear()
+    yield folder
+    cache_folder.cache_clear()
+
+
+def test_interrupted_and_resumed_is_the_same(data: Path, bundle: Path, own_cache: Path) -> None:
+    with pytest.raises(Interrupted):
+        all_of(bundle, data, stop_after=6)
+    resumed = all_of(bundle, data)
+    assert [row.before for row in resumed.rows] == [0, 4, 2]
+    # As if the process had died while it wrote.
+    for file in (own_cache / "scored").iterdir():
+        file.write_text(file.read_text("utf-8")[:-5], "utf-8")
+    torn = all_of(bundle, data)
+    assert [row.before for row in torn.rows] == [0, 3, 3]
+    again = all_of(bundle, data)
+    assert [row.before for row in again.rows] == [0, 4, 4]
+    for file in (own_cache / "scored").iterdir():
+        file.unlink()
+    fresh = all_of(bundle, data)
+    assert [row.before for row in fresh.rows] == [0, 0, 0]
+    assert figures(resumed) == figures(torn) == figures(again) == figures(fresh)
+
+
+def test_what_changes_a_logit_is_scored_again(data: Path, bundle: Path, own_cache: Path) -> None:
+    def before(*more: str) -> list[int]:
+        content = evaluated(bundle, "--data", data, "--backend", "onnx-fp32", *more)
+        return [row["before"] for row in content["rows"][1:]]
+
+    assert before() == [0]
+    assert before("--threads", "1") == [4]
+    assert before("--max-length", "12") == [0]
+    with (data / "qrels.trec").open("a", encoding="utf-8") as file:
+        file.write("q0 0 d7 1\n")
+    assert before() == [4]
+    text = (data / "queries.jsonl").read_text("utf-8").replace("mars sugar", "mars honey")
+    (data / "queries.jsonl").write_text(text, "utf-8")
+    assert before() == [3]
+
+
+def test_ctrl_c_says_how_to_go_on(
+    data: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Reranker, "score", interrupt)
+    result = run(bundle, "--data", data, "--backend", "fakes:length")
+    assert result.exit_code == 1
+    assert "the same command goes on from there" in result.stderr
+
+
+def test_without_a_reference_the_closest_is_one(data: Path, bundle: Path, tmp_path: Path) -> None:
+    import shutil
+    from dataclasses import replace
+
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    manifest = Manifest.load(copy)
+    kept = {n: v for n, v in manifest.variants.items() if n in ("onnx-int8", "onnx-fp16")}
+    replace(manifest, variants=kept).save(copy)
+    content = evaluated(copy, "--data", data)
+    assert content["reference"] == "onnx-fp16"
+    assert "no fp32 at hand" in content["why"]
+    assert losses(Manifest.load(copy)).keys() <= losses(manifest).keys()
+
+
+def test_a_checkpoint_is_the_reference(
+    data: Path, bundle: Path, checkpoint_of: Callable[[str], Path]
+) -> None:
+    options = ("--data", data, "--backend", "onnx-fp32", "--reference")
+    content = evaluated(bundle, *options, checkpoint_of("bert"))
+    rows = {row["name"]: row for row in content["rows"]}
+    assert list(rows) == ["BM25", "torch-fp32", "onnx-fp32"]
+    assert content["reference"] == "torch-fp32"
+    assert rows["onnx-fp32"]["measures"] == rows["torch-fp32"]["measures"]
+    assert rows["onnx-fp32"]["difference"] == {"mean": 0, "margin": 0, "p": 1}
+    assert rows["onnx-fp32"]["kendall"] == pytest.approx(1)
+    assert rows["onnx-fp32"]["overlap"] == 1
+    other = run(bundle, *options, checkpoint_of("xlm-roberta"))
+    assert "is not what" in other.stderr
+
+
+def test_losses_are_remembered_for_whoever_chooses(
+    data: Path, bundle: Path, own_cache: Path
+) -> None:
+    manifest = Manifest.load(bundle)
+    assert losses(manifest) == {}
+    content = evaluated(bundle, "--data", data, "--backend", "onnx-int8")
+    rows = {row["name"]: row for row in content["rows"]}
+    found = losses(manifest)
+    assert found["onnx-fp32"] == Loss(0.0, 0.0, 4, data.name)
+    difference = rows["onnx-int8"]["difference"]
+    assert found["onnx-int8"] == Loss(-difference["mean"], difference["margin"], 4, data.name)
+    # A first look does not replace what more queries told.
+    evaluated(bundle, "--data", data, "--backend", "onnx-int8", "--limit", "2")
+    assert losses(manifest) == found
+    remember(manifest, {"onnx-int8": Loss(1.0, 0.5, 4, "newer")})
+    assert losses(manifest)["onnx-int8"].data == "newer"
+
+
+def test_a_variant_that_cannot_run_is_left_out_or_an_error(
+    data: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    for package in ("openvino", "llama_cpp"):
+        monkeypatch.setitem(sys.modules, package, None)
+    named = run(bundle, "--data", data, "--backend", "openvino")
+    assert (named.exit_code, named.stdout) == (3, "")
+    result = run(bundle, "--data", data, "--limit", "1")
+    assert result.exit_code == 0, result.stderr
+    assert "left out openvino-int8: openvino cannot be imported" in result.stderr
+    assert "openvino" not in result.stdout
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    none = run(bundle, "--data", data, "--limit", "1")
+    assert none.exit_code == 7
+    assert "no variant of" in none.stderr
+    assert none.stderr.count("pip install") == len(Manifest.load(bundle).variants)
+
+
+def test_an_unknown_backend_lists_those_there_are(data: Path, bundle: Path) -> None:
+    result = run(bundle, "--data", data, "--backend", "onnx-int3")
+    assert result.exit_code == 7
+    assert "onnx-int8" in result.stderr
+
+
+def long_list(count: int = 80) -> Data:
+    """Documents that BM25 orders shortest first, all of the same words."""
+    documents = {f"d{i}": "mars " * 2 + "stone " * i for i in range(count)}
+    return Data(documents=documents, queries={"q0": "mars"}, qrels=["q0 0 d0 1"])
+
+
+@pytest.mark.parametrize(("backend", "share"), [("shortness", 1.0), ("length", 0.0)])
+def test_agreement_of_the_first_stage(
+    bundle: Path, tmp_path: Path, backend: str, share: float
+) -> None:
+    folder = long_list().write(tmp_path)
+    result = run(bundle, "--data", folder, "--backend", f"fakes:{backend}", "--max-length", "120")
+    assert f"{share:.0%} of the reranked top 10" in result.stdout
+    assert ("embedder" in result.stderr) == (share < 0.6)
+    content = evaluated(bundle, "--data", folder, "--backend", f"fakes:{backend}", "--depth", "50")
+    assert content["agreement"] is None
+
+
+def test_the_table_has_80_columns(data: Path, bundle: Path) -> None:
+    result = run(bundle, "--data", data)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split()[:5] == ["run", *MEASURES]
+    assert [line.split()[0] for line in lines[1:3]] == ["BM25", "onnx-fp32"]
+    # Nothing is cut off where a name is longest.
+    assert any(line.startswith("openvino-int8-full ") for line in lines)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_plot(data: Path, bundle: Path, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"plot.{suffix}"
+    result = run(bundle, "--data", data, "--backend", "fakes:length", "--plot", path)
+    assert result.exit_code == 0, result.stderr
+    start = {"png": b"\x89PNG", "svg": b"<?xml"}[suffix]
+    assert path.read_bytes().startswith(start)
+    if suffix == "svg":
+        assert path.stat().st_size > 5000
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("name", ["plot.pdf", "plot", "nowhere/plot.png"])
+def test_a_plot_that_cannot_be_drawn_is_refused_first(
+    data: Path, bundle: Path, tmp_path: Path, name: str
+) -> None:
+    result = run(bundle, "--data", data, "--backend", "fakes:length", "--plot", tmp_path / name)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "plot" in result.stderr
+
+
+VALUES = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=30)
+
+
+@given(VALUES)
+def test_a_difference_is_scipys(pairs: list[tuple[float, float]]) -> None:
+    ours, theirs = np.array(pairs).T
+    found = Difference.of(ours, theirs)
+    gains = ours - theirs
+    assert found.mean == pytest.approx(gains.mean())
+    assert found.margin is not None
+    assert found.p is not None
+    assert 0 <= found.p <= 1
+    if np.ptp(gains) < 1e-6:
+        assert found.margin < 1e-5
+        return
+    margin = stats.t.ppf(0.975, len(gains) - 1) * stats.sem(gains)
+    assert found.margin == pytest.approx(margin)
+    assert found.p == pytest.approx(stats.ttest_1samp(gains, 0).pvalue)
+    swapped = Difference.of(theirs, ours)
+    assert (swapped.mean, swapped.p) == pytest.approx((-found.mean, found.p))
+
+
+def test_a_difference_of_one_pair_has_no_interval() -> None:
+    assert Difference.of(np.array([0.5]), np.array([0.25])) == Difference(0.25, None, None)
+
+
+LOGITS = st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=20)
+
+
+@given(LOGITS)
+def test_kendall_is_scipys(pairs: list[tuple[int, int]]) -> None:
+    ours, theirs = np.array(pairs, np.float32).T
+    found = kendall({"q": ours, "one": ours[:1]}, {"q": theirs, "one": theirs[:1]})
+    if np.ptp(ours) and np.ptp(theirs):
+        assert found == pytest.approx(stats.kendalltau(ours, theirs).statistic)
+    else:
+        assert found == 0
+
+
+def test_overlap_by_hand() -> None:
+    ours = {"a": [str(i) for i in range(20)], "b": ["x", "y"], "none": []}
+    theirs = {"a": [str(i) for i in range(5, 25)], "b": ["y", "x"], "none": []}
+    assert overlap(ours, theirs) == pytest.approx((0.5 + 1) / 2)
+    assert overlap(ours, theirs, top=1) == 0
+    assert overlap(ours, theirs, top=1, within=2) == 0.5
+    assert overlap({"none": []}, {"none": []}) is None
+
+
+ORDERS = st.lists(st.permutations([f"d{i}" for i in range(6)]), min_size=1, max_size=4)
+
+
+@given(ORDERS, st.data())
+def test_measures_of_any_order(orders: list[list[str]], draw: st.DataObject) -> None:
+    """Ids decide no tie, and the best order is 1."""
+    relevance = st.dictionaries(
+        st.sampled_from(orders[0]), st.integers(0, 3), min_size=1, max_size=6
+    )
+    order = {f"q{i}": documents for i, documents in enumerate(orders)}
+    qrels = {query: draw.draw(relevance) for query in order}
+    found = measure(qrels, order)
+    assert list(found) == list(MEASURES)
+    assert all(((v >= 0) & (v <= 1)).all() for v in found.values())
+    best = {q: sorted(d, key=lambda x: -qrels[q].get(x, 0)) for q, d in order.items()}
+    ideal = [float(any(qrels[q].values())) for q in order]
+    assert measure(qrels, best)["nDCG@10"].tolist() == pytest.approx(ideal)
+
+
+def test_files_are_those_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no documents: .*nothing\.jsonl is no file"):
+        Files.find(documents=tmp_path / "nothing.jsonl")
