@@ -48,7 +48,12 @@ def plot_evaluation(evaluation: Evaluation, path: Path) -> None:
         if reference:
             axes.axvline(value, color="black", linewidth=0.8, linestyle=":")
         axes.annotate(
-            f"{value:.3f}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center"
+            f"{value:.3f}",
+            (value, place),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            bbox={"color": "white", "pad": 0},
         )
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.set_ylim(-0.6, len(rows) - 0.3)
