@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.optimize import isotonic_regression, minimize
 
 from qrank import Reranker
+from qrank.bundle import Manifest
 from qrank.calibration import METHODS, Calibration, Isotonic, Labels, Platt
 from qrank.cli import main
 from qrank.errors import InputError
@@ -45,12 +47,12 @@ def logits_of(bundle: Path) -> dict[str, dict[str, float]]:
 
 @pytest.fixture
 def data(tmp_path: Path, logits_of: dict[str, dict[str, float]]) -> Path:
-    """Every pair labelled by the model itself, but every fifth wrongly."""
+    """The quarter of pairs that the model likes best is relevant, but every fifth label wrong."""
     for name, texts in (("documents", DOCUMENTS), ("queries", QUERIES)):
         lines = [json.dumps({"id": key, "text": text}) + "\n" for key, text in texts.items()]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines), "utf-8")
-    middle = np.median([list(found.values()) for found in logits_of.values()])
-    pairs = [(q, d, logit > middle) for q, found in logits_of.items() for d, logit in found.items()]
+    least = np.quantile([list(found.values()) for found in logits_of.values()], 0.75)
+    pairs = [(q, d, logit > least) for q, found in logits_of.items() for d, logit in found.items()]
     rows = [f"{q} 0 {d} {int(label ^ (i % 5 == 0))}\n" for i, (q, d, label) in enumerate(pairs)]
     (tmp_path / "qrels.trec").write_text("".join(rows), "utf-8")
     return tmp_path
@@ -197,10 +199,6 @@ def test_without_a_calibration_the_way_to_one_is_told(
 def test_a_bundle_that_gains_a_variant_keeps_its_calibration(
     bundle: Path, data: Path, tmp_path: Path
 ) -> None:
-    from dataclasses import replace
-
-    from qrank.bundle import Manifest
-
     copy = tmp_path / "copy"
     shutil.copytree(bundle, copy)
     manifest = Manifest.load(copy)
@@ -222,7 +220,7 @@ def test_options_that_do_not_go_together(bundle: Path, data: Path) -> None:
     [
         (lambda rows: [f"{r[:-1]}0" for r in rows], "are not relevant; both kinds are needed"),
         (
-            lambda rows: [r[:-1] + {"0": "1", "1": "0"}[r[-1]] for r in rows],
+            lambda rows: [f"{r[:-1]}{1 - int(r[-1])}" for r in rows],
             "no more often relevant",
         ),
         (lambda rows: rows[:12], "1 queries have candidates; 2 or more are needed"),
