@@ -12,6 +12,7 @@ import numpy as np
 from qrank.bundle import Manifest
 from qrank.collection import Collection, Run
 from qrank.errors import InputError, MissingExtraError, TargetError
+from qrank.extras import need
 from qrank.locate import locate
 from qrank.losses import Loss, remember
 from qrank.measures import MAIN, Difference, Order, kendall, measure, overlap
@@ -116,6 +117,8 @@ def evaluate(
     """
     if not candidates:
         raise InputError("there is no query to evaluate")
+    for package in ("ir_measures", "scipy.stats"):
+        need(package)  # before hours of scoring, not after
     manifest = Manifest.load(locate(model))
     named = _named(manifest, backends)
     # The bundle's own reference is scored whether it is named or not.

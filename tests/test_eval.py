@@ -436,6 +436,24 @@ def test_a_variant_that_cannot_run_is_left_out_or_an_error(
     assert all(f"\n  {name}: " in none.stderr for name in names)
 
 
+@pytest.mark.parametrize(
+    ("package", "extra"),
+    [("bm25s", "eval"), ("ir_measures", "eval"), ("scipy.stats", "eval"), ("matplotlib", "plot")],
+)
+def test_without_its_packages_it_says_what_to_install_first(
+    data: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, package: str, extra: str
+) -> None:
+    def score(*arguments: object, **options: object) -> None:
+        raise AssertionError("scored before what is missing was told")
+
+    monkeypatch.setattr(Reranker, "score", score)
+    monkeypatch.setitem(sys.modules, package, None)
+    options = ("--backend", "fakes:length", "--plot", data / "plot.png")
+    result = run(bundle, "--data", data, *options)
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert result.stderr.rstrip().endswith(f'pip install "qrank[{extra}]"')
+
+
 def test_an_unknown_backend_lists_those_there_are(data: Path, bundle: Path) -> None:
     result = run(bundle, "--data", data, "--backend", "onnx-int3")
     assert result.exit_code == 7
