@@ -4,8 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,85 +12,22 @@ import ir_measures
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy import stats
+from judged import Data, opened
 
 from qrank import Reranker
 from qrank.bundle import Manifest
 from qrank.cli import main
-from qrank.collection import Collection, Files, Run
-from qrank.errors import InputError
+from qrank.collection import Run
 from qrank.evaluation import Evaluation, evaluate
 from qrank.losses import Loss, losses, remember
-from qrank.measures import MEASURES, Difference, kendall, measure, overlap
+from qrank.measures import MEASURES
 from qrank.scored import Setting
-
-WORDS = ("mars", "bread", "planet", "river", "sugar", "light", "plant", "honey", "stone", "paper")
-
-
-@dataclass
-class Data:
-    """A collection to write: by default a dozen documents, four queries."""
-
-    documents: dict[str, str] = field(
-        default_factory=lambda: {
-            f"d{i}": " ".join(
-                [WORDS[i % 10], WORDS[(3 * i + 1) % 10], WORDS[(i * i) % 10]] * (i + 1)
-            )
-            for i in range(12)
-        }
-    )
-    queries: dict[str, str] = field(
-        default_factory=lambda: (
-            {f"q{i}": f"{WORDS[i]} {WORDS[i + 4]}" for i in range(4)} | {"unjudged": "mars"}
-        )
-    )
-    qrels: list[str] = field(
-        default_factory=lambda: ["q0 0 d0 1", "q0 0 d4 2", "q1 0 d1 1", "q2 0 d9 0", "q3 0 d3 1"]
-    )
-
-    def write(self, folder: Path) -> Path:
-        """In the plain layout."""
-        self._texts(folder / "documents.jsonl", "id", self.documents)
-        self._texts(folder / "queries.jsonl", "id", self.queries)
-        (folder / "qrels.trec").write_text("".join(f"{x}\n" for x in self.qrels), "utf-8")
-        return folder
-
-    def write_beir(self, folder: Path) -> Path:
-        """As BEIR's archives have it, titles beside the texts."""
-        split = {d: text.partition(" ") for d, text in self.documents.items()}
-        lines = [
-            {"_id": d, "title": title, "text": text, "metadata": {}}
-            for d, (title, _, text) in split.items()
-        ]
-        (folder / "corpus.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines), "utf-8")
-        self._texts(folder / "queries.jsonl", "_id", self.queries)
-        (folder / "qrels").mkdir()
-        rows = ["query-id\tcorpus-id\tscore"]
-        rows += ["\t".join((q, d, r)) for q, _, d, r in (line.split() for line in self.qrels)]
-        (folder / "qrels/test.tsv").write_text("".join(f"{x}\n" for x in rows), "utf-8")
-        return folder
-
-    @staticmethod
-    def _texts(path: Path, key: str, texts: dict[str, str]) -> None:
-        lines = [json.dumps({key: name, "text": text}) + "\n" for name, text in texts.items()]
-        path.write_text("".join(lines), "utf-8")
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """The default collection in a folder."""
     return Data().write(tmp_path)
-
-
-@contextmanager
-def opened(folder: Path) -> Iterator[Collection]:
-    collection = Collection.read(folder)
-    try:
-        yield collection
-    finally:
-        collection.close()
 
 
 def run(*arguments: str | Path) -> Result:
@@ -130,8 +66,10 @@ def test_figures_are_those_of_ir_measures_and_scipy(data: Path, bundle: Path) ->
     assert list(candidates) == ["q0", "q1", "q2", "q3"]
     names = ("nDCG@10", "RR@10", "AP", "R@10")
     values: dict[str, dict[str, list[float]]] = {}
+    best: dict[str, list[set[str]]] = {}
     for backend in backends:
         ranked = by_hand(data, bundle, backend, candidates)
+        best[backend] = [set(list(found)[:10]) for found in ranked.values()]
         values[backend] = {name: [0.0] * 4 for name in names}
         parsed = [ir_measures.parse_measure(name) for name in names]
         for found in ir_measures.iter_calc(parsed, qrels, ranked):
@@ -145,8 +83,8 @@ def test_figures_are_those_of_ir_measures_and_scipy(data: Path, bundle: Path) ->
     assert rows["onnx-fp32"]["difference"] is None
     ours, theirs = (values[b]["nDCG@10"] for b in backends)
     assert rows["onnx-int8"]["difference"]["mean"] == pytest.approx(np.mean(ours) - np.mean(theirs))
-    top = [set(list(by_hand(data, bundle, b, candidates)["q0"])[:10]) for b in backends]
-    assert 0 < len(top[0] & top[1]) / len(top[0]) <= 1
+    shares = [len(a & b) / len(a) for a, b in zip(*best.values(), strict=True)]
+    assert rows["onnx-int8"]["overlap"] == pytest.approx(np.mean(shares))
 
 
 def test_beirs_layout_is_the_same_data(bundle: Path, tmp_path: Path) -> None:
@@ -251,26 +189,6 @@ def test_a_missing_file_is_named_by_its_option(data: Path, bundle: Path) -> None
     result = run(bundle, "--queries", data / "queries.jsonl")
     assert result.exit_code == 2
     assert "no documents: give --documents FILE, or all by --data FOLDER" in result.stderr
-
-
-def test_equal_judgements_may_repeat(data: Path) -> None:
-    with (data / "qrels.trec").open("a", encoding="utf-8") as file:
-        file.write("q0 0 d0 1\n")
-    with opened(data) as collection:
-        assert collection.qrels["q0"] == {"d0": 1, "d4": 2}
-        assert list(collection.documents) == [f"d{i}" for i in range(12)]
-        with pytest.raises(KeyError):
-            collection.documents["d99"]
-
-
-@pytest.mark.parametrize("texts", [{}, {"d": ""}, {"d": "the of"}, {"d": "mars"}])
-def test_bm25_of_next_to_nothing(tmp_path: Path, texts: dict[str, str]) -> None:
-    """Documents without a word, or that share none with the query, are no candidates."""
-    data = Data(documents={"d0": "!", **texts}, queries={"q0": "mars"}, qrels=["q0 0 d0 1"])
-    with opened(data.write(tmp_path)) as collection:
-        assert [list(found) for found in collection.bm25().values()] == [
-            ["d"] if texts == {"d": "mars"} else []
-        ]
 
 
 def test_queries_without_candidates_count_as_nothing_found(bundle: Path, tmp_path: Path) -> None:
@@ -507,75 +425,3 @@ def test_a_plot_that_cannot_be_drawn_is_refused_first(
     result = run(bundle, "--data", data, "--backend", "fakes:length", "--plot", tmp_path / name)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "plot" in result.stderr
-
-
-VALUES = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=30)
-
-
-@given(VALUES)
-def test_a_difference_is_scipys(pairs: list[tuple[float, float]]) -> None:
-    ours, theirs = np.array(pairs).T
-    found = Difference.of(ours, theirs)
-    gains = ours - theirs
-    assert found.mean == pytest.approx(gains.mean())
-    assert found.margin is not None
-    assert found.p is not None
-    assert 0 <= found.p <= 1
-    if np.ptp(gains) < 1e-6:
-        assert found.margin < 1e-5
-        return
-    margin = stats.t.ppf(0.975, len(gains) - 1) * stats.sem(gains)
-    assert found.margin == pytest.approx(margin)
-    assert found.p == pytest.approx(stats.ttest_1samp(gains, 0).pvalue)
-    swapped = Difference.of(theirs, ours)
-    assert (swapped.mean, swapped.p) == pytest.approx((-found.mean, found.p))
-
-
-def test_a_difference_of_one_pair_has_no_interval() -> None:
-    assert Difference.of(np.array([0.5]), np.array([0.25])) == Difference(0.25, None, None)
-
-
-LOGITS = st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=20)
-
-
-@given(LOGITS)
-def test_kendall_is_scipys(pairs: list[tuple[int, int]]) -> None:
-    ours, theirs = np.array(pairs, np.float32).T
-    found = kendall({"q": ours, "one": ours[:1]}, {"q": theirs, "one": theirs[:1]})
-    if np.ptp(ours) and np.ptp(theirs):
-        assert found == pytest.approx(stats.kendalltau(ours, theirs).statistic)
-    else:
-        assert found == 0
-
-
-def test_overlap_by_hand() -> None:
-    ours = {"a": [str(i) for i in range(20)], "b": ["x", "y"], "none": []}
-    theirs = {"a": [str(i) for i in range(5, 25)], "b": ["y", "x"], "none": []}
-    assert overlap(ours, theirs) == pytest.approx((0.5 + 1) / 2)
-    assert overlap(ours, theirs, top=1) == 0
-    assert overlap(ours, theirs, top=1, within=2) == 0.5
-    assert overlap({"none": []}, {"none": []}) is None
-
-
-ORDERS = st.lists(st.permutations([f"d{i}" for i in range(6)]), min_size=1, max_size=4)
-
-
-@given(ORDERS, st.data())
-def test_measures_of_any_order(orders: list[list[str]], draw: st.DataObject) -> None:
-    """Ids decide no tie, and the best order is 1."""
-    relevance = st.dictionaries(
-        st.sampled_from(orders[0]), st.integers(0, 3), min_size=1, max_size=6
-    )
-    order = {f"q{i}": documents for i, documents in enumerate(orders)}
-    qrels = {query: draw.draw(relevance) for query in order}
-    found = measure(qrels, order)
-    assert list(found) == list(MEASURES)
-    assert all(((v >= 0) & (v <= 1)).all() for v in found.values())
-    best = {q: sorted(d, key=lambda x: -qrels[q].get(x, 0)) for q, d in order.items()}
-    ideal = [float(any(qrels[q].values())) for q in order]
-    assert measure(qrels, best)["nDCG@10"].tolist() == pytest.approx(ideal)
-
-
-def test_files_are_those_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no documents: .*nothing\.jsonl is no file"):
-        Files.find(documents=tmp_path / "nothing.jsonl")

@@ -30,7 +30,8 @@ from qrank.plots import check_plot, plot_evaluation
 )
 @click.option(
     "--reference",
-    help="Compare with this checkpoint, run by torch on the CPU.  [default: the bundle's fp32 variant]",
+    help="Compare with this checkpoint, run by torch on the CPU.  [default: the bundle's fp32 "
+    "variant]",
 )
 @click.option("--family", help="With --reference: card that reads the checkpoint.")
 @data_options
