@@ -105,7 +105,7 @@ def evaluate(
         candidates: of the queries to evaluate, in the first stage's order.
         setting: how targets are opened.
         first: what the first stage is called.
-        backends: formats, variants, or a user's own "module:function". None: all variants, of
+        backends: formats, variants, or a user's own "module:function". Empty: all variants, of
             which those that cannot run here are left out.
         reference: the checkpoint, which torch runs in fp32.
         family: card that reads it.
@@ -121,11 +121,20 @@ def evaluate(
         need(package)  # before hours of scoring, not after
     manifest = Manifest.load(locate(model))
     named = _named(manifest, backends)
-    # The bundle's own reference is scored whether it is named or not.
-    exact = [v.name for v in manifest.variants.values() if v.precision == "fp32" and not reference]
+    exact = [v.name for v in manifest.variants.values() if v.precision == "fp32"]
     scored: dict[str, Scored] = {}
     failed: dict[str, str] = {}
-    for name in dict.fromkeys([*exact, *named]):
+    same = True
+    if reference is not None:
+        # Devices and arithmetic are those of the variants' backends.
+        plain = replace(setting, device=None, execution=None)
+        with plain.open(reference, ORIGINAL, family) as reranker:
+            same = reranker.manifest.source.fingerprint == manifest.source.fingerprint
+            if not same:
+                log.warning("%s is not what %s was converted from", reference, manifest.name)
+            scored[ORIGINAL] = score(reranker, plain, collection, candidates, progress=progress)
+    # The bundle's own reference is scored whether it is named or not.
+    for name in dict.fromkeys([*(exact if reference is None else ()), *named]):
         try:
             with setting.open(model, name) as reranker:
                 scored[name] = score(
@@ -140,20 +149,13 @@ def evaluate(
             if backends and name in named:
                 raise
             failed[name] = str(error)
-    if reference is not None:
-        plain = replace(setting, device=None, execution=None)
-        with plain.open(reference, ORIGINAL, family) as reranker:
-            if reranker.manifest.source.fingerprint != manifest.source.fingerprint:
-                log.warning("%s is not what %s was converted from", reference, manifest.name)
-            original = score(reranker, plain, collection, candidates, progress=progress)
-        scored = {ORIGINAL: original, **scored}
-    if not scored:
+    if not scored.keys() - {ORIGINAL}:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
         raise TargetError(f"no variant of {manifest.name} can run here:{reasons}")
     best, why = _reference(manifest, list(scored))
     orders = {name: _orders(candidates, found.logits) for name, found in scored.items()}
     rows = _rows(collection, candidates, first, scored, orders, best)
-    if best in exact or reference is not None:
+    if same and best in (ORIGINAL, *exact):
         remember(manifest, _losses(manifest, rows, len(candidates), collection.name))
     depth = max(map(len, candidates.values()))
     as_found = {query: list(found) for query, found in candidates.items()}

@@ -92,15 +92,15 @@ def score(
     """
     file = None if custom else _file(reranker, setting)
     known = {} if file is None else _read(file)
+    kept = frozenset(known)
     logits: dict[str, Logits] = {}
     before = 0
     progress(reranker.target.name, 0, len(candidates))
     for query, found in candidates.items():
         pairs = [(collection.queries[query], collection.documents[name]) for name in found]
         key = _key(pairs)
-        if key in known:
-            before += 1
-        else:
+        before += key in kept
+        if key not in known:
             known[key] = reranker.score(
                 pairs,
                 raw=True,

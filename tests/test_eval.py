@@ -303,7 +303,7 @@ def test_without_a_reference_the_closest_is_one(
 
 
 def test_a_checkpoint_is_the_reference(
-    data: Path, bundle: Path, checkpoint_of: Callable[[str], Path]
+    data: Path, bundle: Path, checkpoint_of: Callable[[str], Path], own_cache: Path
 ) -> None:
     options = ("--data", data, "--backend", "onnx-fp32", "--reference")
     content = evaluated(bundle, *options, checkpoint_of("bert"))
@@ -314,8 +314,11 @@ def test_a_checkpoint_is_the_reference(
     assert rows["onnx-fp32"]["difference"] == {"mean": 0, "margin": 0, "p": 1}
     assert rows["onnx-fp32"]["kendall"] == pytest.approx(1)
     assert rows["onnx-fp32"]["overlap"] == 1
+    assert losses(Manifest.load(bundle)) == {"onnx-fp32": Loss(0.0, 0.0, 4, data.name)}
     other = run(bundle, *options, checkpoint_of("xlm-roberta"))
     assert "is not what" in other.stderr
+    # Nothing is learnt from what is not the original.
+    assert losses(Manifest.load(bundle)) == {"onnx-fp32": Loss(0.0, 0.0, 4, data.name)}
 
 
 def test_losses_are_remembered_for_whoever_chooses(
