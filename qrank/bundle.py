@@ -124,6 +124,18 @@ class Manifest:
         """The manifest with one more variant."""
         return replace(self, variants={**self.variants, variant.name: variant})
 
+    def identity(self, variant: Variant) -> str:
+        """sha256 over all that decides a variant's logits; other variants may come and go."""
+        files = {**self.files, **variant.files}
+        return _digest(
+            {
+                "fingerprint": self.source.fingerprint,
+                "family": self.family.to_json(),
+                "variant": variant.name,
+                "files": {name: record.sha256 for name, record in files.items()},
+            }
+        )
+
     @property
     def digest(self) -> str:
         """sha256 of the canonical JSON: keys sorted, no spaces, without the digest itself."""

@@ -12,14 +12,18 @@ from typing import cast
 from qrank.errors import MissingExtraError
 
 EXTRA_OF = {
+    "bm25s": "eval",
     "gguf": "convert",
+    "ir_measures": "eval",
     "llama_cpp": "gguf",
+    "matplotlib": "plot",
     "nncf": "convert",
     "onnx": "convert",
     "onnxruntime": "onnx",
     "onnxscript": "convert",
     "openvino": "openvino",
     "safetensors": "convert",
+    "scipy": "eval",
     "torch": "convert",
     "transformers": "convert",
 }

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, overload
 
 import numpy as np
 
-from qrank import activation, backends
+from qrank import activation, backends, calibration
 from qrank.bundle import TOKENIZER, Manifest, check_files
 from qrank.encoding import Encoder
 from qrank.errors import InputError, TargetError
@@ -74,6 +74,7 @@ class Reranker:
         execution: str | None = None,
         max_length: int | None = None,
         family: str | None = None,
+        calibrated: bool = False,
     ) -> None:
         """Load a bundle.
 
@@ -92,6 +93,8 @@ class Reranker:
             max_length: tokens a pair may have. None: what the model reads.
             family: with backend `torch`: the card that reads the checkpoint, by name or file, where
                 nothing in it tells. A bundle knows its own.
+            calibrated: scores are the probabilities that `qrank calibrate` fitted for the variant,
+                on this machine. Order and logits stay what they are.
 
         Raises:
             QrankError: see `qrank.errors`; the message says what to do.
@@ -109,6 +112,9 @@ class Reranker:
             self.manifest, tokenizer = Manifest.load(folder), folder / TOKENIZER
         self.target: Target = choose(self.manifest, backend, device)
         check_files(folder, {**self.manifest.files, **self.target.variant.files})
+        self._calibration = (
+            calibration.load(self.manifest, self.target.variant) if calibrated else None
+        )
         self._options = backends.Options(
             threads or backends.processors(), execution, family=self.manifest.family
         )
@@ -264,6 +270,8 @@ class Reranker:
             return self._backend
 
     def _scores(self, logits: Logits) -> activation.Scores:
+        if self._calibration is not None:
+            return self._calibration.apply(logits)
         family = self.manifest.family
         return activation.activate(logits, family.activation, family.temperature)
 

@@ -6,8 +6,10 @@ import click
 from click.shell_completion import get_completion_class
 
 import qrank
+from qrank.cli.calibrate import calibrate
 from qrank.cli.common import Group, debug_option
 from qrank.cli.convert import convert
+from qrank.cli.evaluate import evaluate
 from qrank.cli.models import inspect, models
 from qrank.cli.score import score
 
@@ -42,5 +44,5 @@ def completion(shell: str) -> None:
     click.echo(script(main, {}, "qrank", "_QRANK_COMPLETE").source())
 
 
-for command in (convert, inspect, models, score):
+for command in (calibrate, convert, evaluate, inspect, models, score):
     main.add_command(command)
