@@ -27,7 +27,7 @@ lint: $(VENV)/.test ## Check format, lint and types
 
 bench: $(VENV)/.test ## Run the benchmarks; DATA=folder with Cranfield (see benchmarks/README.md)
 	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER; see benchmarks/README.md"; exit 2; }
-	for script in startup install latency batching quality budget; do \
+	for script in startup install latency batching budget; do \
 	  $(BIN)/python benchmarks/$$script.py --data $(DATA) || exit 1; \
 	done
 

@@ -14,11 +14,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from common import Collection, alternate, arguments, encode, join, open_onnx, report
+from common import alternate, arguments, encode, join, open_onnx, report
 
 from qrank.backends import processors
 from qrank.backends.onnx import CPU_BATCH, OnnxBackend
 from qrank.bundle import TOKENIZER, Manifest
+from qrank.collection import Collection
 from qrank.encoding import Encoder
 from qrank.locate import DEFAULT, locate
 from qrank.work import Work

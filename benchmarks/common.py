@@ -1,16 +1,14 @@
-"""What the benchmarks share: the collection, alternating rounds, and tables."""
+"""What the benchmarks share: alternating rounds, and tables."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,51 +22,6 @@ from qrank.fidelity import Fidelity
 from qrank.work import Work
 
 Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Collection:
-    """A test collection: texts by id, and relevance by query and document id."""
-
-    documents: dict[str, str]
-    queries: dict[str, str]
-    qrels: dict[str, dict[str, int]]
-
-    @classmethod
-    def read(cls, folder: Path) -> Collection:
-        """Read documents.jsonl, queries.jsonl and qrels.trec; see README.md for the format."""
-        documents = _records(folder / "documents.jsonl")
-        qrels: dict[str, dict[str, int]] = {}
-        for line in (folder / "qrels.trec").read_text("utf-8").splitlines():
-            query, _, document, relevance = line.split()
-            qrels.setdefault(query, {})[document] = int(relevance)
-        return cls(
-            {d["id"]: d["text"] for d in documents},
-            {q["id"]: q["text"] for q in _records(folder / "queries.jsonl")},
-            qrels,
-        )
-
-    def bm25(self, depth: int = 100) -> dict[str, dict[str, float]]:
-        """BM25's best documents of every query with their scores; English stop words left out."""
-        import bm25s
-
-        # Importing bm25s makes every library's logger speak.
-        logging.getLogger().setLevel(logging.WARNING)
-        logging.getLogger("bm25s").setLevel(logging.WARNING)
-        names = np.array(list(self.documents))
-        index = bm25s.BM25()
-        corpus = bm25s.tokenize(list(self.documents.values()), stopwords="en", show_progress=False)
-        index.index(corpus, show_progress=False)
-        queries = bm25s.tokenize(list(self.queries.values()), stopwords="en", show_progress=False)
-        found, scores = index.retrieve(queries, k=depth, show_progress=False)
-        return {
-            query: dict(zip(names[documents].tolist(), values.tolist(), strict=True))
-            for query, documents, values in zip(self.queries, found, scores, strict=True)
-        }
-
-
-def _records(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

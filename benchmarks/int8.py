@@ -16,7 +16,7 @@ from statistics import median
 
 import numpy as np
 import onnx
-from common import Collection, alternate, arguments, encode, join, open_onnx, report
+from common import alternate, arguments, encode, join, open_onnx, report
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import (
     DefaultWeightOnlyQuantConfig,
@@ -26,6 +26,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 from qrank.backends import processors
 from qrank.backends.onnx import OnnxBackend
 from qrank.bundle import TOKENIZER
+from qrank.collection import Collection
 from qrank.converters.convert import convert
 from qrank.converters.onnx import head_nodes
 from qrank.encoding import Encoder

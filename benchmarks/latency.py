@@ -14,13 +14,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import Collection, arguments, encode, peak_bytes, report
+from common import arguments, encode, peak_bytes, report
 
 from qrank import Reranker
 from qrank.backends import processors
 from qrank.backends.onnx import CPU_BATCH
 from qrank.batching import cut_padded
 from qrank.bundle import TOKENIZER, Manifest
+from qrank.collection import Collection
 from qrank.encoding import Encoder
 from qrank.locate import DEFAULT, locate
 

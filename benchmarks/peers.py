@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Collection, alternate, arguments, report
+from common import alternate, arguments, report
 from scipy.stats import kendalltau
 from sentence_transformers import CrossEncoder
 
 from qrank import Reranker
 from qrank.backends import processors
 from qrank.bundle import Manifest
+from qrank.collection import Collection
 
 Pairs = list[tuple[str, str]]
 COLUMNS = {"target": "", "pairs/s": ",.1f", "vs default": ".2f", "vs OpenVINO": ".2f", "tau": ".3f"}

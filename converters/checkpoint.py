@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -22,17 +22,20 @@ from qrank.hub import download, is_hub_id
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_FILES = [
+DESCRIPTION = [
     *logit_score.FILES,
     "config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.txt",
 ]
-"""What is fetched from the hub: by name, as repositories hold other formats in folders beside."""
+"""What a model says of itself in: all but its weights. By name, as repositories hold other formats
+in folders beside."""
+
+WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
+"""What weights lie in."""
+
 _ACTIVATIONS = {
     "torch.nn.modules.linear.Identity": "identity",
     "torch.nn.modules.activation.Sigmoid": "sigmoid",
@@ -48,12 +51,14 @@ class Checkpoint:
         source: where it comes from.
         family: the card that reads it, made concrete.
         tokenizer: transformers' own.
+        card: what the family was made of.
     """
 
     folder: Path
     source: Source
     family: Family
     tokenizer: PreTrainedTokenizerBase
+    card: Card
 
     @property
     def name(self) -> str:
@@ -111,7 +116,7 @@ def load_model(folder: Path, *, dtype: str, attention: str) -> PreTrainedModel:
     transformers = need("transformers")
     transformers.utils.logging.disable_progress_bar()
     with _explained(f"transformers cannot load {folder}"):
-        model, info = auto_class(_config(folder, str(folder))).from_pretrained(
+        model, info = auto_class(read_config(folder)).from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention,
@@ -155,32 +160,72 @@ def read_checkpoint(
         ModelNotFoundError: neither a folder nor a hub id.
         FamilyError: no card reads it; or not one label; or no safetensors.
     """
+    folder, commit = fetch(source, [*DESCRIPTION, *WEIGHTS], revision=revision, offline=offline)
+    identity = source if commit else folder.resolve().name
+    return describe(folder, identity, commit, family, lambda: _weights(folder, source))
+
+
+def fetch(
+    source: str, files: list[str], *, revision: str | None = None, offline: bool = False
+) -> tuple[Path, str | None]:
+    """The folder of a source, and of the hub's the commit.
+
+    Args:
+        source: a folder, or a hub id.
+        files: of the hub's repository; names or patterns.
+        revision: of the hub's repository.
+        offline: use what was downloaded before only.
+
+    Raises:
+        ModelNotFoundError: neither a folder nor a hub id.
+    """
     folder = Path(source)
-    commit = None
     if folder.is_dir():
         if revision is not None:
             raise ModelNotFoundError(f"{source} is a folder; --revision is for hub ids")
-        identity = folder.resolve().name
-    elif is_hub_id(source):
-        folder = download(source, _FILES, revision=revision, offline=offline)
-        identity, commit = source, folder.name
-    else:
-        raise ModelNotFoundError(f"{source} is neither a folder nor a hub id (owner/name)")
-    config = _config(folder, source)
+        return folder, None
+    if is_hub_id(source):
+        folder = download(source, files, revision=revision, offline=offline)
+        return folder, folder.name
+    raise ModelNotFoundError(f"{source} is neither a folder nor a hub id (owner/name)")
+
+
+def describe(
+    folder: Path,
+    identity: str,
+    commit: str | None,
+    family: str | None,
+    weights: Callable[[], list[Path]],
+) -> Checkpoint:
+    """What a folder's configuration and tokenizer come to.
+
+    Args:
+        folder: holds config.json and the tokenizer.
+        identity: hub id, or the name it shall go by.
+        commit: the hub's; None of what is no hub's.
+        family: a card's name or file; None to match by config.json.
+        weights: finds the files that the model is in; asked when all else is understood.
+
+    Raises:
+        FamilyError: no card reads it; or not one label; or there are no weights.
+    """
+    source = identity if commit else str(folder)
+    config = read_config(folder, source)
     read_tokenizer = cache(partial(_tokenizer, folder, source))
     card = None
     if family is None and _is_causal(config):
         card = logit_score.logit_score_card(folder, config, read_tokenizer)
-    card = card or find_card(family, config, source if commit else None)
+    card = card or find_card(family, config, identity if commit else None)
     if not _is_causal(config):
         _check_labels(config, source)
-    weights = _weights(folder, source)
+    files = weights()
     tokenizer = read_tokenizer()
     return Checkpoint(
         folder=folder,
-        source=Source(identity, commit, _fingerprint(config, tokenizer, weights)),
+        source=Source(identity, commit, _fingerprint(config, tokenizer, files)),
         family=_concrete(card, config, tokenizer),
         tokenizer=tokenizer,
+        card=card,
     )
 
 
@@ -207,7 +252,18 @@ def _explained(what: str) -> Iterator[None]:
         raise ConversionError(f"{what}: {reason}") from error
 
 
-def _config(folder: Path, source: str) -> dict[str, Any]:
+def read_config(folder: Path, source: str | None = None) -> dict[str, Any]:
+    """The config.json of a folder.
+
+    Args:
+        folder: a checkpoint's.
+        source: what to call it in an error; None: as the folder.
+
+    Raises:
+        ModelNotFoundError: there is none.
+        ConversionError: it is no JSON object.
+    """
+    source = source or str(folder)
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except FileNotFoundError:

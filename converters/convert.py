@@ -1,29 +1,51 @@
-"""A checkpoint -> a bundle, or one more variant of a bundle: whole or not at all."""
+"""A model -> a bundle, or one more variant of a bundle: whole or not at all."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Protocol, cast
 
 from qrank.backends import FORMATS
 from qrank.bundle import MANIFEST, TOKENIZER, FileRecord, Manifest, Variant
 from qrank.converters.checkpoint import Checkpoint, read_checkpoint
-from qrank.converters.fidelity import encode_pairs, make_probes, measure
+from qrank.converters.fidelity import encode_pairs, make_probes, measure, own_probes
 from qrank.converters.probes import calibration_pairs, read_pairs
+from qrank.converters.ready_made import SUFFIXES, ReadyMade, find
 from qrank.converters.tokenizer import text_tokenizer
 from qrank.errors import ConversionError, FidelityError
-from qrank.extras import DISTRIBUTION, EXTRA_OF, installed, need
-from qrank.fidelity import Fidelity
+from qrank.extras import DISTRIBUTION, EXTRA_OF, installed, need, pip_line
+from qrank.fidelity import TOLERANCES, Fidelity
+from qrank.work import Work
 
 Progress = Callable[[str], None]
 """Called with what is being done, each time that changes."""
+
+Name = tuple[str, str]
+"""A variant's format and precision."""
+
+log = logging.getLogger("qrank")
+
+
+class Maker(Protocol):
+    """Fills a variant's folder: a converter, or what takes over a ready-made file."""
+
+    @property
+    def MODULES(self) -> Sequence[str]:  # noqa: N802 (a converter's constant)
+        """What making and running the variant takes."""
+
+    def convert(
+        self, checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work
+    ) -> str:
+        """Write the variant's files; gives a note for the manifest, "" mostly."""
 
 
 def converter(format: str) -> ModuleType:
@@ -49,9 +71,10 @@ def formats_at_hand() -> list[str]:
 
 def convert(
     source: str,
-    variants: Sequence[tuple[str, str]],
+    variants: Sequence[tuple[str, str | None]] | None = None,
     output: Path | None = None,
     *,
+    reference: str | None = None,
     family: str | None = None,
     revision: str | None = None,
     offline: bool = False,
@@ -59,13 +82,17 @@ def convert(
     calibration: Path | None = None,
     progress: Progress = lambda step: None,
 ) -> tuple[Path, Manifest]:
-    """Convert a checkpoint and prove every variant.
+    """Convert a checkpoint, or take over ready-made files, and prove every variant.
 
     Args:
-        source: a checkpoint's folder, or a hub id.
-        variants: (format, precision) pairs to make; those the bundle has already are kept.
+        source: a checkpoint's folder or hub id; or those of ready-made files, or one such file.
+        variants: (format, precision) pairs to make, a precision of None being the default; those
+            the bundle has already are kept. None: every format whose packages are installed, or
+            of which there is a ready-made file.
         output: the bundle's folder; None: `NAME-qrank` in the working directory. A bundle of the
             same checkpoint gains the variants.
+        reference: the checkpoint that ready-made files were made of, to prove them against: the
+            bundle is then the checkpoint's. None: they are held against themselves.
         family: a card's name or file; None to match by config.json.
         revision: of the hub's repository.
         offline: do not ask the hub.
@@ -80,29 +107,44 @@ def convert(
     Raises:
         QrankError: see `qrank.errors`. What was at `output` is then as it was.
     """
-    for format, precision in variants:
-        known = converter(format).PRECISIONS
-        if precision not in known:
-            raise ConversionError(f"{format} has no {precision}; it has: {', '.join(known)}")
-        for name in converter(format).MODULES:
-            if not installed(name):
-                need(name)
+    progress("reading the model")
+    ready = find(source, variants, revision=revision, offline=offline)
+    if ready is None:
+        if reference is not None:
+            raise ConversionError(
+                f"--reference is what ready-made files are proven against; {source} is none of "
+                f"them: {', '.join(f'*{suffix}' for suffix in SUFFIXES.values())}"
+            )
+        makers = _converters(variants)
+    else:
+        if calibration is not None:
+            raise ConversionError(f"--calibration is for quantizing; {source} is ready-made")
+        makers = _takers(ready, variants)
     # Never the user's alone: activations are wrong beyond what was seen, and theirs may be all
     # alike, none of them empty or long.
     pairs = calibration_pairs() + ([] if calibration is None else read_pairs(calibration))
-    progress("reading the checkpoint")
-    checkpoint = read_checkpoint(source, family=family, revision=revision, offline=offline)
+    if ready is None:
+        checkpoint = read_checkpoint(source, family=family, revision=revision, offline=offline)
+    elif reference is None:
+        checkpoint = ready.describe(family)
+    else:
+        checkpoint = read_checkpoint(reference, family=family, offline=offline)
     target = (output or Path(f"{checkpoint.name}-qrank")).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(target)
     old = None if force else _existing(target, checkpoint)
-    wanted = [v for v in variants if old is None or f"{v[0]}-{v[1]}" not in old.variants]
+    wanted = {
+        name: maker
+        for name, maker in makers.items()
+        if old is None or "-".join(name) not in old.variants
+    }
     if old is not None and not wanted:
         return target, old
     work = target.with_name(f".{target.name}.partial-{os.getpid()}")
     work.mkdir()
     try:
-        manifest = _build(checkpoint, wanted, pairs, work, old, progress)
+        verified = ready is None or reference is not None
+        manifest = _build(checkpoint, wanted, pairs, work, old, verified, progress)
         if old is None:
             _replace(work, target)
         else:
@@ -112,12 +154,54 @@ def convert(
     return target, manifest
 
 
+def _converters(variants: Sequence[tuple[str, str | None]] | None) -> dict[Name, Maker]:
+    """What makes each variant of a checkpoint."""
+    if variants is None:
+        # With none at hand, the first says what is missing.
+        formats = formats_at_hand() or FORMATS
+        for absent in sorted(set(FORMATS) - set(formats)):
+            log.warning("leaving out %s: %s", absent, pip_line(extras_for(absent)))
+        variants = [(format, None) for format in formats]
+    makers: dict[Name, Maker] = {}
+    for format, named in variants:
+        module, precision = converter(format), named or default_precision(format)
+        if precision not in module.PRECISIONS:
+            raise ConversionError(
+                f"{format} has no {precision}; it has: {', '.join(module.PRECISIONS)}"
+            )
+        _require(module)
+        makers[format, precision] = cast(Maker, module)
+    return makers
+
+
+def _takers(
+    ready: ReadyMade, variants: Sequence[tuple[str, str | None]] | None
+) -> dict[Name, Maker]:
+    """What makes each variant of ready-made files, the most exact one first."""
+    makers: dict[Name, Maker] = {}
+    asked = dict(variants or ())
+    for taker in ready.takers:
+        _require(taker)
+        precision = taker.precision
+        if (wanted := asked.get(taker.format)) not in (None, precision):
+            raise ConversionError(f"{taker.path.name} is {precision}, and not {wanted}")
+        makers[taker.format, precision] = taker
+    return dict(sorted(makers.items(), key=lambda item: TOLERANCES[item[0][1]].share))
+
+
+def _require(maker: Maker) -> None:
+    for name in maker.MODULES:
+        if not installed(name):
+            need(name)
+
+
 def _build(
     checkpoint: Checkpoint,
-    wanted: Sequence[tuple[str, str]],
+    wanted: Mapping[Name, Maker],
     pairs: list[tuple[str, str]],
     folder: Path,
     old: Manifest | None,
+    verified: bool,
     progress: Progress,
 ) -> Manifest:
     """Fill a folder with a bundle of the wanted variants, all proven."""
@@ -125,25 +209,19 @@ def _build(
     original = json.loads(checkpoint.tokenizer.backend_tokenizer.to_str())
     text = json.dumps(text_tokenizer(original), ensure_ascii=False, separators=(",", ":"))
     tokenizer.write_text(text, "utf-8")
-    manifest = old
-    if manifest is None:
+    probes = None if old is None else old.probes
+    if probes is None and verified:
         progress("running the fp32 reference")
-        manifest = Manifest(
-            name=checkpoint.name,
-            family=checkpoint.family,
-            source=checkpoint.source,
-            files={TOKENIZER: FileRecord.of(tokenizer)},
-            probes=make_probes(checkpoint, tokenizer),
-        )
+        probes = make_probes(checkpoint, tokenizer)
     calibration = encode_pairs(pairs, tokenizer, checkpoint.family)
-    for format, precision in wanted:
-        module = converter(format)
+    variants = []
+    for (format, precision), maker in wanted.items():
         blank = Fidelity(0.0, 0.0, 0.0, 0.0)
-        variant = Variant(format, precision, {}, blank, _versions(module))
+        variant = Variant(format, precision, {}, blank, _versions(maker))
         progress(f"converting to {variant.name}")
         part = folder / variant.name
         part.mkdir()
-        note = module.convert(checkpoint, precision, part, calibration)
+        note = maker.convert(checkpoint, precision, part, calibration)
         progress(f"proving {variant.name}")
         files = {
             path.relative_to(folder).as_posix(): FileRecord.of(path)
@@ -152,15 +230,26 @@ def _build(
         }
         if not files or min(record.bytes for record in files.values()) == 0:
             raise FidelityError(f"the converter of {variant.name} wrote an empty file")
-        fidelity = measure(folder, variant, manifest.probes)
-        variant = replace(variant, files=files, fidelity=fidelity, note=note)
+        if probes is None:
+            probes = own_probes(checkpoint, tokenizer, folder, variant)
+        fidelity = measure(folder, variant, probes)
+        variants.append(replace(variant, files=files, fidelity=fidelity, note=note))
+    assert probes is not None  # something was wanted
+    manifest = old or Manifest(
+        name=checkpoint.name,
+        family=checkpoint.family,
+        source=checkpoint.source,
+        files={TOKENIZER: FileRecord.of(tokenizer)},
+        probes=probes,
+    )
+    for variant in variants:
         manifest = manifest.with_variant(variant)
     manifest.save(folder)
     return manifest
 
 
-def _versions(module: ModuleType) -> dict[str, str]:
-    packages = (DISTRIBUTION.get(name, name) for name in ("qrank", *module.MODULES))
+def _versions(maker: Maker) -> dict[str, str]:
+    packages = (DISTRIBUTION.get(name, name) for name in ("qrank", *maker.MODULES))
     return {name: metadata.version(name) for name in packages}
 
 
@@ -204,7 +293,7 @@ def _replace(work: Path, target: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _add(work: Path, target: Path, manifest: Manifest, wanted: Sequence[tuple[str, str]]) -> None:
+def _add(work: Path, target: Path, manifest: Manifest, wanted: Iterable[Name]) -> None:
     """Move new variants into a bundle. The manifest, replaced last, is what makes them count."""
     for format, precision in wanted:
         part = target / f"{format}-{precision}"

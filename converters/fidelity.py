@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qrank.backends import Options, opener, processors
+from qrank.backends import Options, module, opener, processors
 from qrank.bundle import Probes, Variant
 from qrank.converters.checkpoint import Checkpoint
 from qrank.converters.probes import probe_pairs
@@ -123,6 +123,27 @@ def make_probes(checkpoint: Checkpoint, tokenizer: Path) -> Probes:
     )
 
 
+def own_probes(checkpoint: Checkpoint, tokenizer: Path, folder: Path, variant: Variant) -> Probes:
+    """The probe pairs with a ready-made model's own logits: of each pair alone, computed exactly.
+
+    Raises:
+        ConversionError: it does not load or run, or gives no scores.
+    """
+    pairs = probe_pairs()
+    work = encode_pairs(pairs, tokenizer, checkpoint.family)
+    check_ids(pairs, work, checkpoint)
+    singles = [work.take(np.array([i])) for i in range(len(work))]
+    logits = np.concatenate(_run(folder, variant, singles))
+    if not np.isfinite(logits).all() or not np.ptp(logits):
+        raise ConversionError(
+            f"the ready-made {variant.name} does not tell pairs apart: its logits run from "
+            f"{logits.min():.4g} to {logits.max():.4g}. It lacks its score head, or is another "
+            "family's (--family)"
+        )
+    runtime = module(variant.format).version()
+    return Probes(work, logits, f"the ready-made {variant.name} itself, {runtime}", verified=False)
+
+
 def measure(folder: Path, variant: Variant, probes: Probes) -> Fidelity:
     """Run a variant on the probes with the backend that will run it.
 
@@ -130,18 +151,24 @@ def measure(folder: Path, variant: Variant, probes: Probes) -> Fidelity:
         FidelityError: it is further from the reference than its precision may be.
         ConversionError: it does not load or run at all.
     """
+    (logits,) = _run(folder, variant, [probes.work])
+    fidelity = Fidelity.of(logits, probes.logits)
+    if missed := TOLERANCES[variant.precision].shortfall(fidelity):
+        like = "the original" if probes.verified else probes.reference
+        raise FidelityError(
+            f"{variant.name} does not rank like {like}: {missed} "
+            f"(spread of the reference {fidelity.spread:.4g}); nothing was written"
+        )
+    return fidelity
+
+
+def _run(folder: Path, variant: Variant, works: list[Work]) -> list[Logits]:
+    """Logits of each work by the backend of a variant, in its most exact arithmetic."""
     try:
         backend = opener(variant.format)(folder, variant, "cpu", Options(processors()))
         try:
-            logits = backend.logits(probes.work)
+            return [backend.logits(work) for work in works]
         finally:
             backend.close()
     except TargetError as error:
         raise ConversionError(f"{variant.name} was made but does not run: {error}") from error
-    fidelity = Fidelity.of(logits, probes.logits)
-    if missed := TOLERANCES[variant.precision].shortfall(fidelity):
-        raise FidelityError(
-            f"{variant.name} does not rank like the original: {missed} "
-            f"(spread of the reference {fidelity.spread:.4g}); nothing was written"
-        )
-    return fidelity

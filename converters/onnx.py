@@ -51,15 +51,16 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: W
     export(checkpoint.load(), checkpoint.family, path, in_one_file=precision == "fp32")
     if precision == "fp32":
         return ""
-    maxima = channel_maxima(path, calibration) if precision == "int8" else {}
-    graph = need("onnx").load(path)
+    onnx = need("onnx")
+    if precision == "fp16":
+        graph = onnx.load(path)
+        graph = _half(graph, head_nodes(graph))
+    else:
+        maxima = channel_maxima(path, calibration)
+        graph = onnx.load(path, load_external_data=False)
+        quantize(graph, folder, keep=head_nodes(graph), maxima=maxima)
     for file in folder.iterdir():
         file.unlink()
-    head = head_nodes(graph)
-    if precision == "fp16":
-        graph = _half(graph, head)
-    else:
-        quantize(graph, keep=head, maxima=maxima)
     save_graph(graph, path)
     return ""
 

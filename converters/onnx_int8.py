@@ -32,15 +32,19 @@ _LARGE_TABLE = 2**16
 Floats = NDArray[np.float32]
 
 
-def quantize(model: onnx.ModelProto, *, keep: set[str], maxima: dict[str, Floats]) -> None:
+def quantize(
+    model: onnx.ModelProto, folder: Path, *, keep: set[str], maxima: dict[str, Floats]
+) -> None:
     """Quantize a graph's matrix products and large tables in place.
 
     Args:
-        model: fp32.
+        model: fp32; weights that lie beside it are read one by one. Afterwards it has all of its
+            weights in it.
+        folder: of the model's file.
         keep: names of nodes to leave as they are: the score head's.
         maxima: of `channel_maxima`.
     """
-    _Quantizer(model, keep, maxima).run()
+    _Quantizer(model, folder, keep, maxima).run()
 
 
 def channel_maxima(path: Path, calibration: Work) -> dict[str, Floats]:
@@ -86,9 +90,12 @@ def _normalized(model: onnx.ModelProto) -> list[str]:
 class _Quantizer:
     """Rewrites one graph; holds what its nodes share."""
 
-    def __init__(self, model: onnx.ModelProto, keep: set[str], maxima: dict[str, Floats]) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, folder: Path, keep: set[str], maxima: dict[str, Floats]
+    ) -> None:
         self._onnx = need("onnx")
         self._model = model
+        self._folder = folder
         self._keep = keep
         self._maxima = maxima
         self._weights = {i.name: i for i in model.graph.initializer}
@@ -116,9 +123,9 @@ class _Quantizer:
         del graph.node[:]
         graph.node.extend(self._nodes)
         used = {name for node in graph.node for name in node.input}
-        weights = [w for w in (*self._weights.values(), *self._added.values()) if w.name in used]
+        kept = [self._whole(name) for name in self._weights if name in used]
         del graph.initializer[:]
-        graph.initializer.extend(weights)
+        graph.initializer.extend([*kept, *(w for w in self._added.values() if w.name in used)])
         self._model.opset_import.append(self._onnx.helper.make_opsetid("com.microsoft", 1))
 
     def _quantizable(self, node: onnx.NodeProto) -> bool:
@@ -154,13 +161,12 @@ class _Quantizer:
         """x @ W -> (int8 x @ int8 W) * column scale * row scale."""
         weights = self._array(node.input[1]).astype(np.float32)
         if smoothing is not None:
-            weights = weights * smoothing[:, None]
-        scale = np.abs(weights).max(axis=0) / 127
-        scale[scale == 0] = 1
+            weights *= smoothing[:, None]
+        quantized, scale = _int8(weights, axis=0)
         integers, row_scale = self._quantized_rows(node.input[0], smoothing)
         out = node.output[0]
-        self._constant(f"{out}.weight", np.rint(weights / scale).astype(np.int8))
-        self._constant(f"{out}.scale", scale.astype(np.float32))
+        self._constant(f"{out}.weight", quantized)
+        self._constant(f"{out}.scale", scale[0])
         self._node(
             "MatMulIntegerToFloat",
             [integers, f"{out}.weight", "qrank.step", f"{out}.scale", "qrank.zero"],
@@ -187,20 +193,31 @@ class _Quantizer:
 
     def _table(self, node: onnx.NodeProto) -> None:
         """table[ids] -> int8 table[ids] * scale[ids]."""
-        table = self._array(node.input[0]).astype(np.float32)
-        scale = np.abs(table).max(axis=1, keepdims=True) / 127
-        scale[scale == 0] = 1
+        quantized, scale = _int8(self._array(node.input[0]).astype(np.float32), axis=1)
         out, ids = node.output[0], node.input[1]
-        self._constant(f"{out}.table", np.rint(table / scale).astype(np.int8))
-        self._constant(f"{out}.scales", scale.astype(np.float32))
+        self._constant(f"{out}.table", quantized)
+        self._constant(f"{out}.scales", scale)
         self._node("Gather", [f"{out}.table", ids], f"{out}.int")
         self._node("Gather", [f"{out}.scales", ids], f"{out}.scale")
         self._node("Cast", [f"{out}.int"], f"{out}.float", to=self._onnx.TensorProto.FLOAT)
         self._node("Mul", [f"{out}.float", f"{out}.scale"], out)
 
     def _array(self, name: str) -> NDArray[np.generic]:
-        array: NDArray[np.generic] = self._onnx.numpy_helper.to_array(self._weights[name])
+        array: NDArray[np.generic] = self._onnx.numpy_helper.to_array(self._whole(name))
         return array
+
+    def _whole(self, name: str) -> onnx.TensorProto:
+        """A weight with its numbers, read anew each time where they lie beside the graph."""
+        weight = self._weights[name]
+        helper = self._onnx.external_data_helper
+        if not helper.uses_external_data(weight):
+            return weight
+        whole = self._onnx.TensorProto()
+        whole.CopyFrom(weight)
+        helper.load_external_data_for_tensor(whole, str(self._folder))
+        whole.data_location = self._onnx.TensorProto.DEFAULT
+        del whole.external_data[:]
+        return whole
 
     def _constant(self, name: str, value: NDArray[np.generic] | np.generic) -> None:
         self._added[name] = self._onnx.numpy_helper.from_array(np.asarray(value), name)
@@ -213,3 +230,11 @@ class _Quantizer:
                 kind, inputs, [output], name=f"{output}/{kind}", domain=domain, **attributes
             )
         )
+
+
+def _int8(values: Floats, axis: int) -> tuple[NDArray[np.int8], Floats]:
+    """values, which are used up, as int8 and a scale for all along an axis, which is kept as 1."""
+    scale = np.maximum(values.max(axis, keepdims=True), -values.min(axis, keepdims=True)) / 127
+    scale[scale == 0] = 1
+    values /= scale
+    return np.rint(values, out=values).astype(np.int8), scale

@@ -7,6 +7,7 @@ optimum-intel's way.
 
 from __future__ import annotations
 
+import gc
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -69,20 +70,19 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: W
         )
     with TemporaryDirectory(dir=folder.parent) as temporary:
         path = Path(temporary) / "model.onnx"
+        # What folding does to weights takes memory, and is done here one by one.
+        whole = precision == "int8-full"
         model = checkpoint.load(lean=True)
-        decoder = checkpoint.family.decoder
-        export(model, checkpoint.family, path, in_one_file=False, optimize=not decoder)
+        export(model, checkpoint.family, path, in_one_file=False, optimize=False)
         del model
-        graph = ov.Core().read_model(path) if decoder else ov.convert_model(path)
-        _bound(graph, checkpoint.family.max_length)
-        if decoder:
-            shrink(graph, precision)
-        elif precision == "fp16":
-            _half(graph, head_nodes(graph))
-        elif precision == "int8":
-            graph = _compress(graph, head_nodes(graph))
+        gc.collect()  # The exporter leaves cycles, which hold the weights.
+        graph = ov.convert_model(path) if whole else ov.Core().read_model(path)
+        bound(graph, checkpoint.family.max_length)
+        head = set() if checkpoint.family.decoder else head_nodes(graph)
+        if whole:
+            graph = _quantize(graph, head, calibration)
         else:
-            graph = _quantize(graph, head_nodes(graph), calibration)
+            shrink(graph, precision, keep=head)
         # Weights are in the precision they shall have: nothing else, like the head's, shrinks.
         ov.save_model(graph, folder / "model.xml", compress_to_fp16=False)
     check(folder / "model.xml")
@@ -129,8 +129,12 @@ def check(path: Path) -> None:
         )
 
 
-def _bound(graph: openvino.Model, longest: int) -> None:
-    """Write the limit into the graph's inputs: no runtime may pad beyond it."""
+def bound(graph: openvino.Model, longest: int) -> None:
+    """Write the limit into the graph's inputs: no runtime may pad beyond it.
+
+    Raises:
+        RuntimeError: the graph is made for other shapes.
+    """
     ov = need("openvino")
     shapes = {}
     for node in graph.inputs:
@@ -140,35 +144,6 @@ def _bound(graph: openvino.Model, longest: int) -> None:
             shape[place] = ov.Dimension(least, longest)
         shapes[node.any_name] = shape
     graph.reshape(shapes)
-
-
-def _half(graph: openvino.Model, head: set[str]) -> None:
-    """Weights in fp16, widened where they are used; the head's stay as they are."""
-    ov = need("openvino")
-    for node in graph.get_ordered_ops():
-        if node.get_type_name() != "Constant" or node.get_element_type() != ov.Type.f32:
-            continue
-        users = node.output(0).get_target_inputs()
-        if node.data.ndim < 2 or any(u.get_node().get_friendly_name() in head for u in users):
-            continue
-        # What is too small or too large for fp16: the probes decide whether that matters.
-        with np.errstate(all="ignore"):
-            half = ov.opset13.constant(node.data.astype(np.float16))
-        wide = ov.opset13.convert(half, "f32")
-        for user in users:
-            user.replace_source_output(wide.output(0))
-
-
-def _compress(graph: openvino.Model, head: set[str]) -> openvino.Model:
-    """Weights and embedding tables in int8, each channel with a scale and a zero point."""
-    nncf = need("nncf")
-    with _quiet():
-        compressed: openvino.Model = nncf.compress_weights(
-            graph,
-            mode=nncf.CompressWeightsMode.INT8_ASYM,
-            ignored_scope=nncf.IgnoredScope(names=sorted(head)),
-        )
-    return compressed
 
 
 def _quantize(graph: openvino.Model, head: set[str], calibration: Work) -> openvino.Model:

@@ -23,19 +23,20 @@ _LARGE = 2**12
 Floats = NDArray[np.float32]
 
 
-def shrink(graph: openvino.Model, precision: str) -> None:
+def shrink(graph: openvino.Model, precision: str, *, keep: set[str]) -> None:
     """Put every matrix and embedding table of a graph, as ONNX gives it, into a precision.
 
     Args:
-        graph: changed in place. The score head is neither, so it stays as it is.
+        graph: changed in place.
         precision: `int8` or `fp16`.
+        keep: names of nodes to leave as they are: the score head's.
     """
     ov = need("openvino")
     make = _half if precision == "fp16" else _int8
     # One table may serve several nodes, and is shrunk once.
     made: dict[str, Any] = {}
     for node in graph.get_ordered_ops():
-        if node.get_type_name() not in ("MatMul", "Gather"):
+        if node.get_type_name() not in ("MatMul", "Gather") or node.get_friendly_name() in keep:
             continue
         place = 1 if node.get_type_name() == "MatMul" else 0
         constant, turned = _constant(node.input(place).get_source_output().get_node())

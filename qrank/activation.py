@@ -24,6 +24,6 @@ def _sigmoid(x: Scores) -> Scores:
 _FUNCTIONS = {"identity": _identity, "sigmoid": _sigmoid}
 
 
-def activate(logits: Logits, activation: str, temperature: float = 1.0) -> Scores:
+def activate(logits: Logits | Scores, activation: str, temperature: float = 1.0) -> Scores:
     """Apply a family's activation, one of `qrank.family.ACTIVATIONS`, to logits / temperature."""
     return _FUNCTIONS[activation](logits.astype(np.float64) / temperature)

@@ -99,11 +99,14 @@ class Probes:
         work: the pairs.
         logits: of the reference, shape [n].
         reference: the class and versions that gave them.
+        verified: whether that was the original. False: a ready-made model itself, of which nobody
+            knows how close to the original it is; it is self-consistent, no more.
     """
 
     work: Work
     logits: Logits
     reference: str
+    verified: bool = True
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,18 @@ class Manifest:
     def with_variant(self, variant: Variant) -> Manifest:
         """The manifest with one more variant."""
         return replace(self, variants={**self.variants, variant.name: variant})
+
+    def identity(self, variant: Variant) -> str:
+        """sha256 over all that decides a variant's logits; other variants may come and go."""
+        files = {**self.files, **variant.files}
+        return _digest(
+            {
+                "fingerprint": self.source.fingerprint,
+                "family": self.family.to_json(),
+                "variant": variant.name,
+                "files": {name: record.sha256 for name, record in files.items()},
+            }
+        )
 
     @property
     def digest(self) -> str:
@@ -176,6 +191,8 @@ def _digest(content: dict[str, Any]) -> str:
 def _to_json(manifest: Manifest) -> dict[str, Any]:
     probes = manifest.probes
     segments = probes.work.segments
+    # Only where it is not: manifests that never knew of it stay what they are.
+    standing = {} if probes.verified else {"verified": False}
     return {
         "schema": SCHEMA,
         "name": manifest.name,
@@ -185,6 +202,7 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
         "variants": {name: _variant(variant) for name, variant in manifest.variants.items()},
         "probes": {
             "reference": probes.reference,
+            **standing,
             "logits": [float(x) for x in probes.logits],
             "sequences": [s.tolist() for s in probes.work.sequences],
             "segments": None if segments is None else [s.tolist() for s in segments],
@@ -216,7 +234,12 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         family=Family.from_json(content["family"]),
         source=Source(**content["source"]),
         files=_records(content["files"]),
-        probes=Probes(work, np.asarray(probes["logits"], np.float32), probes["reference"]),
+        probes=Probes(
+            work,
+            np.asarray(probes["logits"], np.float32),
+            probes["reference"],
+            probes.get("verified", True),
+        ),
         variants=variants,
     )
 

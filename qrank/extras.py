@@ -12,7 +12,9 @@ from typing import cast
 from qrank.errors import MissingExtraError
 
 EXTRA_OF = {
+    "bm25s": "eval",
     "gguf": "convert",
+    "ir_measures": "eval",
     "llama_cpp": "gguf",
     "matplotlib": "plot",
     "nncf": "convert",
@@ -21,6 +23,7 @@ EXTRA_OF = {
     "onnxscript": "convert",
     "openvino": "openvino",
     "safetensors": "convert",
+    "scipy": "eval",
     "torch": "convert",
     "transformers": "convert",
 }

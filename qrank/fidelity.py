@@ -66,6 +66,12 @@ TOLERANCES = {
     "f16": Tolerance(1e-2),
     "q8_0": Tolerance(0.15, 0.9),
     "q4_k_m": Tolerance(0.3, 0.8),
+    # Of ready-made files alone.
+    "bf16": Tolerance(5e-2),
+    "int4": Tolerance(0.3, 0.8),
+    "f32": Tolerance(1e-4),
+    **dict.fromkeys(("q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0"), Tolerance(0.15, 0.9)),
+    **dict.fromkeys(("q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs"), Tolerance(0.3, 0.8)),
 }
 """By precision. They scale with the model: a share of max(1, spread of the reference logits)."""
 

@@ -45,3 +45,21 @@ def download(
         raise ModelNotFoundError(
             f"{repository} is no folder here, and the hub did not give it: {reason}"
         ) from error
+
+
+def listing(repository: str, revision: str) -> list[str]:
+    """Names of all files of a repository at a commit.
+
+    Raises:
+        ModelNotFoundError: the hub does not say.
+    """
+    import huggingface_hub as hub
+
+    try:
+        return hub.list_repo_files(repository, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelNotFoundError(
+            f"the hub does not say what {repository} holds: {reason}. Name the file, as in "
+            f"{repository}/onnx/model.onnx, or say --offline"
+        ) from error

@@ -1,4 +1,4 @@
-"""The one folder qrank writes to by itself, and small files in it."""
+"""The folders qrank writes to by itself, and small files in them."""
 
 from __future__ import annotations
 
@@ -38,6 +38,14 @@ def cache_folder() -> Path | None:
     except OSError as error:
         log.warning("no cache: %s; set QRANK_CACHE to a writable folder to start faster", error)
         return None
+
+
+def data_folder() -> Path:
+    """Where what the user made is kept: $QRANK_DATA, or the platform's. It need not exist."""
+    import platformdirs
+
+    named = os.environ.get("QRANK_DATA")
+    return Path(named).absolute() if named else platformdirs.user_data_path("qrank")
 
 
 def recall(name: str) -> dict[str, Any]:

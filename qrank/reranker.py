@@ -16,7 +16,7 @@ from typing import Literal, overload
 
 import numpy as np
 
-from qrank import activation, backends
+from qrank import activation, backends, calibration
 from qrank.budget import Pace, spend
 from qrank.bundle import TOKENIZER, Manifest, check_files
 from qrank.encoding import Encoder, Prompt
@@ -88,6 +88,7 @@ class Reranker:
         policy: Policy = "fastest",
         min_kendall: float | None = None,
         profile: Profile = "passages",
+        calibrated: bool = False,
     ) -> None:
         """Load a bundle.
 
@@ -116,6 +117,8 @@ class Reranker:
             min_kendall: least Kendall's tau against the original, by the bundle's manifest.
             profile: what the work is like, if it was measured: `short` (single short pairs),
                 `passages` (20 documents of 128 tokens) or `long` (100 of 512).
+            calibrated: scores are the probabilities that `qrank calibrate` fitted for the variant,
+                on this machine. Order and logits stay what they are.
 
         Raises:
             QrankError: see `qrank.errors`; the message says what to do.
@@ -132,6 +135,7 @@ class Reranker:
             folder = locate(model)
             self.manifest, tokenizer = Manifest.load(folder), folder / TOKENIZER
         self._folder = folder
+        self._calibrated = calibrated
         check_files(folder, self.manifest.files)
         options = backends.Options(
             threads or processors(), execution, batch, family=self.manifest.family
@@ -149,7 +153,9 @@ class Reranker:
     def _take(self, choice: Choice) -> None:
         """Open a target, for good if it works."""
         self.choice = choice
-        check_files(self._folder, self.target.variant.files)
+        variant = self.target.variant
+        check_files(self._folder, variant.files)
+        self._calibration = calibration.load(self.manifest, variant) if self._calibrated else None
         self._ready()
 
     @property
@@ -324,6 +330,8 @@ class Reranker:
             return self._backend
 
     def _scores(self, logits: Logits) -> activation.Scores:
+        if self._calibration is not None:
+            return self._calibration.apply(logits)
         family = self.manifest.family
         return activation.activate(logits, family.activation, family.temperature)
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from qrank.errors import InputError
+from qrank.records import Texts, run_lines
 from qrank.reranker import LongDocuments, Reranker
 
 TAG = "qrank"
@@ -23,72 +22,6 @@ def falling(logits: Sequence[float]) -> list[float]:
     scored = [logit for logit in logits if not math.isnan(logit)]
     lowest = scored[-1] if scored else 0.0
     return scored + [lowest - number for number in range(1, len(logits) - len(scored) + 1)]
-
-
-@dataclass(frozen=True)
-class _Line:
-    number: int
-    query: str
-    document: str
-
-
-class _Texts:
-    """Texts of a JSONL file by id. Only places in the file are kept, and those on disk."""
-
-    def __init__(self, path: Path, kind: str) -> None:
-        self._path = path
-        self._kind = kind
-        self._file = path.open("rb")
-        # A temporary database of SQLite's own, which it spills to disk as it grows.
-        self._places = sqlite3.connect("")
-        try:
-            self._index()
-        except BaseException:
-            self.close()
-            raise
-
-    def _index(self) -> None:
-        self._places.execute("CREATE TABLE place (id TEXT PRIMARY KEY, start INTEGER)")
-        start = 0
-        for number, line in enumerate(self._file, 1):
-            if line.strip():
-                identity = self._parse(line, number)[0]
-                try:
-                    self._places.execute("INSERT INTO place VALUES (?, ?)", (identity, start))
-                except sqlite3.IntegrityError:
-                    raise InputError(
-                        f"{self._path}, line {number}: {self._kind} {identity!r} stands there twice"
-                    ) from None
-            start += len(line)
-
-    def __contains__(self, identity: str) -> bool:
-        return self._start(identity) is not None
-
-    def __getitem__(self, identity: str) -> str:
-        self._file.seek(self._start(identity) or 0)
-        return self._parse(self._file.readline(), None)[1]
-
-    def close(self) -> None:
-        self._file.close()
-        self._places.close()
-
-    def _start(self, identity: str) -> int | None:
-        found = self._places.execute("SELECT start FROM place WHERE id = ?", (identity,)).fetchone()
-        return None if found is None else int(found[0])
-
-    def _parse(self, line: bytes, number: int | None) -> tuple[str, str]:
-        try:
-            record = json.loads(line)
-            identity = record["id"] if "id" in record else record["_id"]
-            text = record["text"]
-        except (ValueError, TypeError, KeyError):
-            identity = text = None
-        if not isinstance(identity, str | int) or not isinstance(text, str):
-            raise InputError(
-                f'{self._path}, line {number}: expected {{"id": …, "text": "…"}}, '
-                f"found {line[:60].decode('utf-8', 'replace').strip()!r}"
-            )
-        return str(identity), text
 
 
 class RunReranker:
@@ -107,8 +40,8 @@ class RunReranker:
     def __init__(self, run: Path, queries: Path, documents: Path) -> None:
         self._run = run
         with ExitStack() as opened:
-            self._queries = opened.enter_context(closing(_Texts(queries, "query")))
-            self._documents = opened.enter_context(closing(_Texts(documents, "document")))
+            self._queries = opened.enter_context(closing(Texts(queries, "query")))
+            self._documents = opened.enter_context(closing(Texts(documents, "document")))
             with closing(sqlite3.connect("")) as seen:
                 self.count = self._check(seen)
                 """Queries in the run."""
@@ -127,7 +60,7 @@ class RunReranker:
 
         Scores are logits: an evaluator sorts by them, and an activation may tie what they order.
         """
-        for query, lines in groupby(self._lines(), key=lambda line: line.query):
+        for query, lines in groupby(run_lines(self._run), key=lambda line: line.query):
             identities = [line.document for line in lines]
             texts = [self._documents[identity] for identity in identities]
             ranking = reranker.rank(
@@ -148,25 +81,12 @@ class RunReranker:
         """Close the files."""
         self._opened.close()
 
-    def _lines(self) -> Iterator[_Line]:
-        with self._run.open(encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, 1):
-                fields = line.split()
-                if not fields:
-                    continue
-                if len(fields) != 6:
-                    raise InputError(
-                        f"{self._run}, line {number}: expected 6 columns (query Q0 document rank "
-                        f"score tag), found {len(fields)}"
-                    )
-                yield _Line(number, fields[0], fields[2])
-
     def _check(self, seen: sqlite3.Connection) -> int:
         seen.execute("CREATE TABLE query (id TEXT PRIMARY KEY)")
         count = 0
         current = None
         documents: set[str] = set()
-        for line in self._lines():
+        for line in run_lines(self._run):
             where = f"{self._run}, line {line.number}"
             if line.query != current:
                 current = line.query

@@ -1,4 +1,4 @@
-"""What tests share: a cache of their own, no network, and tiny models converted once a run."""
+"""What tests share: folders of their own, no network, and tiny models converted once a run."""
 
 import os
 import shutil
@@ -12,6 +12,7 @@ import pytest
 # Before anything imports huggingface_hub or asks qrank for its cache: both read these once.
 os.environ["HF_HUB_OFFLINE"] = "0" if os.environ.get("QRANK_TEST_HUB") == "1" else "1"
 os.environ["QRANK_CACHE"] = tempfile.mkdtemp(prefix="qrank-tests-")
+os.environ["QRANK_DATA"] = tempfile.mkdtemp(prefix="qrank-tests-")
 os.environ.pop("TOKENIZERS_PARALLELISM", None)
 
 import tiny
@@ -28,8 +29,9 @@ settings.load_profile("qrank")
 
 
 def pytest_unconfigure() -> None:
-    """Remove the run's cache."""
-    shutil.rmtree(os.environ["QRANK_CACHE"], ignore_errors=True)
+    """Remove the run's folders."""
+    for name in ("QRANK_CACHE", "QRANK_DATA"):
+        shutil.rmtree(os.environ[name], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

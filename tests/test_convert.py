@@ -244,7 +244,7 @@ def test_the_same_variant_again_changes_nothing(copy: Path, bert: str) -> None:
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     steps: list[str] = []
     convert(bert, tiny.VARIANTS, copy, progress=steps.append)
-    assert steps == ["reading the checkpoint"]
+    assert steps == ["reading the model"]
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
 
 

@@ -10,7 +10,7 @@ import pytest
 
 HEAVY = [
     *("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "llama_cpp", "gguf"),
-    *("huggingface_hub", "scipy"),
+    *("huggingface_hub", "scipy", "bm25s", "ir_measures", "matplotlib"),
 ]
 
 

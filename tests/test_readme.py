@@ -19,6 +19,7 @@ NOT_RUN = {
     "make test": "this very test run",
     'pip install ".[cpu]"': "the environment is there already",
     'pip install ".[cpu,convert]"': "the environment is there already",
+    'pip install ".[cpu,eval]"': "the environment is there already",
     'pip install ".[openvino]"': "the environment is there already",
     'pip install ".[gguf]"': "the environment is there already",
     'CMAKE_ARGS="-DGGML_CUDA=on" pip install ".[gguf]"': "compiles for a GPU",
@@ -62,10 +63,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "queries.jsonl").write_text('{"id": "q1", "text": "what colour is Mars?"}', "utf-8")
     pairs = [json.dumps({"query": "how do plants make food?", "document": x}) for x in lines]
     (folder / "pairs.jsonl").write_text("\n".join(pairs), "utf-8")
+    _write_scifact(folder / "scifact", lines)
     (folder / "first.trec").write_text(
         "".join(f"q1 Q0 d{i} {i + 1} {-i} bm25\n" for i in range(len(lines))), "utf-8"
     )
     return folder
+
+
+def _write_scifact(folder: Path, documents: list[str]) -> None:
+    """A collection in BEIR's layout: six questions that one passage each answers."""
+    asked = {
+        "how do plants make food?": 1,
+        "what colour is the planet Mars?": 8,
+        "how is fresh pasta made?": 2,
+        "why do bees carry pollen between flowers?": 7,
+        "what do rabbits eat?": 19,
+        "how do solar panels make electricity from sunlight?": 10,
+    }
+    (folder / "qrels").mkdir(parents=True)
+    for name, texts in (("corpus", documents), ("queries", list(asked))):
+        records = [
+            json.dumps({"_id": f"{name}{i}", "title": "", "text": text})
+            for i, text in enumerate(texts)
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(records), "utf-8")
+    rows = [f"queries{i}\tcorpus{place}\t1" for i, place in enumerate(asked.values())]
+    text = "\n".join(["query-id\tcorpus-id\tscore", *rows])
+    (folder / "qrels/test.tsv").write_text(text, "utf-8")
 
 
 def test_shell_commands(folder: Path) -> None:

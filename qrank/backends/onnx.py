@@ -112,13 +112,15 @@ class OnnxBackend:
         self._session = session
         shapes = {i.name: i.shape for i in session.get_inputs()}
         self._names = list(shapes)
-        # Of encoder families, which have no such input, nothing.
+        # Of graphs that have no such input, nothing.
         self._bare = no_prefix(shapes["prefix"]) if "prefix" in shapes else {}
         self._batch = batch
         self._streams = ThreadPoolExecutor(streams, "qrank-onnx")
 
     def logits(self, work: Work) -> Logits:
         """See `qrank.backends.Backend.logits`."""
+        if not self._bare:
+            work = work.whole()
         batches = cut_padded(work.lengths + len(work.prefix), self._batch)
         prefix = read_prefix(work.prefix, self._bare, partial(self._call, "present"))
         if len(batches) == 1:

@@ -46,6 +46,9 @@ GROUP = 128
 """Activations in so many channels of one token share a scale, where int8 weights meet them: twice
 as fast as fp32 activations, and closer to them than larger groups."""
 
+DECODER_GROUP = 32
+"""The same for causal language models, a few of whose channels are far larger than the rest."""
+
 EXECUTIONS = {"bf16": "BF16", "fp16": "FP16", "fp32": "FP32"}
 """What arithmetic may be, fastest first -> OpenVINO's name of the capability."""
 
@@ -123,7 +126,8 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
         model = core.read_model(path)
         if length is not None:
             model.reshape({i.any_name: _static(i, length) for i in model.inputs})
-        return core.compile_model(model, device.upper(), settings)
+        more = {} if device != "cpu" else {"DYNAMIC_QUANTIZATION_GROUP_SIZE": _group(model)}
+        return core.compile_model(model, device.upper(), settings | more)
 
     try:
         limit = core.read_model(path).input("input_ids").partial_shape[1].max_length
@@ -151,6 +155,9 @@ def _core() -> openvino.Core:
             "openvino cannot run in a process forked from one that had opened a model with it: "
             "make the Reranker after the fork (no --preload), or take backend onnx"
         )
+    # The bindings make tables at their first use, behind a lock that knows nothing of Python's: two
+    # streams that want one at the same moment wait for each other for ever. So it is done here.
+    need("openvino").Tensor(np.zeros(1, np.int64)).element_type.to_dtype()
     return core()
 
 
@@ -173,8 +180,12 @@ def _settings(device: str, options: Options) -> dict[str, Any]:
         "NUM_STREAMS": options.threads,
         # Pinned, the workers of a web server would all sit on the same cores.
         "ENABLE_CPU_PINNING": False,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP,
     }
+
+
+def _group(model: openvino.Model) -> int:
+    decoder = any("last" in i.names for i in model.inputs)
+    return DECODER_GROUP if decoder else GROUP
 
 
 def _cache(variant: Variant) -> Path | None:
@@ -224,7 +235,7 @@ class OpenvinoBackend:
         model = self._model(None if batch else min(SHORTEST_BUCKET, limit))
         shapes = {i.any_name: i.partial_shape for i in model.inputs}
         self._inputs = list(shapes)
-        # Of encoder families, which have no such input, nothing.
+        # Of graphs that have no such input, nothing.
         self._bare: dict[str, NDArray[Any]] = {}
         if "prefix" in shapes:
             self._bare = no_prefix(
@@ -236,7 +247,7 @@ class OpenvinoBackend:
 
     def logits(self, work: Work) -> Logits:
         """See `qrank.backends.Backend.logits`."""
-        if not self._batch:
+        if not self._batch or not self._bare:
             work = work.whole()
         batches = cut_padded(work.lengths + len(work.prefix), self._batch or 0)
         present = partial(self._call, "present")

@@ -7,9 +7,11 @@ from click.shell_completion import get_completion_class
 
 import qrank
 from qrank.cli.bench import bench
+from qrank.cli.calibrate import calibrate
 from qrank.cli.common import Group, debug_option
 from qrank.cli.convert import convert
 from qrank.cli.doctor import doctor
+from qrank.cli.evaluate import evaluate
 from qrank.cli.models import inspect, models
 from qrank.cli.score import score
 from qrank.cli.tune import tune
@@ -45,5 +47,5 @@ def completion(shell: str) -> None:
     click.echo(script(main, {}, "qrank", "_QRANK_COMPLETE").source())
 
 
-for command in (bench, convert, doctor, inspect, models, score, tune):
+for command in (bench, calibrate, convert, doctor, evaluate, inspect, models, score, tune):
     main.add_command(command)

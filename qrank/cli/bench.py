@@ -15,8 +15,7 @@ from qrank.bench import COUNTS, Row, chosen
 from qrank.bench import bench as run
 from qrank.cli.common import debug_option, policy_options
 from qrank.machine import cpu_name, processors
-from qrank.plot import check
-from qrank.plot import plot as draw
+from qrank.plots import check_plot, plot_bench
 from qrank.selection import Policy, Wish
 
 
@@ -68,7 +67,7 @@ def bench(
       qrank bench my-bundle --only openvino --plot speed.svg
     """
     if plot is not None:
-        check(plot)
+        check_plot(plot)
     console = Console(stderr=True)
     with console.status("starting") as status:
         rows = run(
@@ -90,7 +89,7 @@ def bench(
             click.echo(line)
     if plot is not None:
         title = f"{Path(bundle).name}: {cpu_name()}, {threads or processors()} threads"
-        draw(rows, best, title, plot)
+        plot_bench(rows, best, title, plot)
 
 
 def _lines(rows: Sequence[Row], best: Row | None) -> Iterator[str]:

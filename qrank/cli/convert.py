@@ -8,9 +8,8 @@ import click
 from rich.console import Console
 
 from qrank.backends import FORMATS
-from qrank.cli.common import debug_option, notice
-from qrank.cli.models import fidelity_lines
-from qrank.extras import pip_line
+from qrank.cli.common import debug_option
+from qrank.cli.models import fidelity_lines, standing
 
 
 @click.command()
@@ -20,7 +19,8 @@ from qrank.extras import pip_line
     "formats",
     multiple=True,
     type=click.Choice(FORMATS),
-    help="Format to make; repeat for more.  [default: all whose packages are installed]",
+    help="Format to make; repeat for more.  [default: all whose packages are installed, or all "
+    "that there are ready-made files of]",
 )
 @click.option(
     "--precision",
@@ -38,6 +38,11 @@ from qrank.extras import pip_line
     type=click.Path(path_type=Path),
     help="The bundle's folder.  [default: ./NAME-qrank]",
 )
+@click.option(
+    "--reference",
+    metavar="CHECKPOINT",
+    help="What ready-made files were made of, folder or hub id: proves them against it.",
+)
 @click.option("--family", help="Card that reads the checkpoint: a name (qrank models) or *.toml.")
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
 @click.option("--offline", is_flag=True, help="Use what was downloaded from the hub before only.")
@@ -49,6 +54,7 @@ def convert(
     precision: str | None,
     calibration: Path | None,
     output: Path | None,
+    reference: str | None,
     family: str | None,
     revision: str | None,
     offline: bool,
@@ -60,29 +66,26 @@ def convert(
     bundle of the same checkpoint gains what it lacks. Every variant is run on probe pairs against
     the original in fp32; one that is not faithful is refused, and nothing is written.
 
+    SOURCE may also be what somebody converted already: an OpenVINO, ONNX or GGUF file, or a folder
+    or hub repository of such files, with config.json and the tokenizer. Without --reference the
+    bundle is self-consistent, not verified.
+
     \b
       qrank convert cross-encoder/ms-marco-MiniLM-L6-v2
       qrank convert ./my-reranker --to onnx --precision fp16 -o ./my-bundle
+      qrank convert ./their-int8-ov --family qwen3-reranker
     """
     from qrank.converters.convert import convert as run
-    from qrank.converters.convert import default_precision, extras_for, formats_at_hand
 
     if precision is not None and len(formats) != 1:
         raise click.UsageError("--precision goes with exactly one --to")
-    if not formats:
-        # With none at hand, the conversion says what is missing.
-        formats = tuple(formats_at_hand()) or FORMATS
-        for absent in sorted(set(FORMATS) - set(formats)):
-            notice(f"leaving out {absent}: {pip_line(extras_for(absent))}")
-    variants = [
-        (format, precision or default_precision(format)) for format in dict.fromkeys(formats)
-    ]
     console = Console(stderr=True)
     with console.status("starting") as status:
         folder, manifest = run(
             source,
-            variants,
+            [(format, precision) for format in dict.fromkeys(formats)] or None,
             output,
+            reference=reference,
             family=family,
             revision=revision,
             offline=offline,
@@ -90,8 +93,10 @@ def convert(
             calibration=calibration,
             progress=status.update if console.is_terminal else lambda step: None,
         )
-    made = {f"{format}-{precision}" for format, precision in variants}
-    for line in fidelity_lines(v for v in manifest.variants.values() if v.name in made):
+    wanted = [v for v in manifest.variants.values() if not formats or v.format in formats]
+    for line in fidelity_lines(v for v in wanted if precision in (None, v.precision)):
+        click.echo(line)
+    for line in standing(manifest):
         click.echo(line)
     click.echo(f"{_shown(folder)} is ready: qrank score -m {_shown(folder)} -q QUERY FILE")
 

@@ -55,7 +55,7 @@ def inspect(bundle: str, verify: bool) -> None:
     for name, value in facts.items():
         click.echo(f"{name:12} {value}")
     click.echo()
-    for line in fidelity_lines(manifest.variants.values()):
+    for line in (*fidelity_lines(manifest.variants.values()), *standing(manifest)):
         click.echo(line)
     if verify:
         files = dict(manifest.files)
@@ -83,3 +83,10 @@ def fidelity_lines(variants: Iterable[Variant]) -> Iterator[str]:
     for variant in variants:
         if variant.note:
             yield f"{variant.name}: {variant.note}"
+
+
+def standing(manifest: Manifest) -> Iterator[str]:
+    """What has to be said of a bundle that was not held against the original."""
+    if not manifest.probes.verified:
+        yield "self-consistent, not verified: the figures compare a ready-made model with itself."
+        yield "What it is to the original, --reference CHECKPOINT tells when it is converted."

@@ -39,6 +39,13 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("-k", "--top-k", type=click.IntRange(min=0), help="Print only the first so many.")
 @click.option("--min-score", type=float, help="Leave out what scores below this.")
+@click.option(
+    "--scores",
+    type=click.Choice(["model", "calibrated"]),
+    default="model",
+    show_default=True,
+    help="The model's own, or the probabilities that qrank calibrate fitted.",
+)
 @click.option("--raw", is_flag=True, help="Print logits, before the model's activation.")
 @click.option("--backend", help="onnx, openvino-int8, ..., or torch for a checkpoint.")
 @click.option("--device", help="cpu, cuda, gpu, npu, ...  [default: as measured, or cpu]")
@@ -79,6 +86,7 @@ def score(
     format: str | None,
     top_k: int | None,
     min_score: float | None,
+    scores: str,
     raw: bool,
     backend: str | None,
     device: str | None,
@@ -121,6 +129,7 @@ def score(
             policy=policy,
             min_kendall=min_kendall,
             profile=profile,
+            calibrated=scores == "calibrated",
         )
 
     def load() -> Reranker:
@@ -139,11 +148,15 @@ def score(
             )
         return reranker
 
+    if raw and scores == "calibrated":
+        raise click.UsageError("--raw prints logits: give --scores calibrated or --raw")
     if run is not None:
         if queries is None or documents is None:
             raise click.UsageError("--run goes with --queries and --documents")
         if query is not None or files or jsonl or min_score is not None or raw:
             raise click.UsageError("--run takes no -q, FILES, --jsonl, --min-score or --raw")
+        if scores == "calibrated":
+            raise click.UsageError("--run writes logits: it takes no --scores")
         if format not in (None, "trec"):
             raise click.UsageError("--run writes a TREC run: --format trec")
         reader = RunReranker(run, queries, documents)

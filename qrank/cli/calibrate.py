@@ -1,0 +1,105 @@
+"""`qrank calibrate`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from qrank.calibration import METHODS
+from qrank.cli.common import debug_option
+from qrank.cli.data import candidates, collection, data_options, progress_bars, setting
+from qrank.reliability import Part, Report
+from qrank.reliability import calibrate as run
+
+
+@click.command()
+@click.argument("bundle")
+@click.option(
+    "--method",
+    type=click.Choice(list(METHODS)),
+    default="platt",
+    show_default=True,
+    help="Two numbers, or a curve, which wants many relevant pairs.",
+)
+@click.option("--backend", help="onnx, openvino-int8, ...  [default: what qrank score runs]")
+@click.option(
+    "--relevant",
+    type=int,
+    default=1,
+    show_default=True,
+    help="The least judgement that counts as relevant.",
+)
+@click.option(
+    "--judged", is_flag=True, help="The pairs are those that --qrels name, found by no first stage."
+)
+@data_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@debug_option
+def calibrate(
+    bundle: str,
+    method: str,
+    backend: str | None,
+    relevant: int,
+    judged: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Fit scores of a bundle to labelled pairs, so that 0.8 means relevant in 8 of 10 cases.
+
+    BUNDLE is a bundled name, a folder or a hub id. The pairs are the judged queries' candidates,
+    BM25's 100 best or those of --run; one without a judgement counts as not relevant. Half of the
+    queries are fitted on, the other half tells how good the fit is. It is kept in your own data
+    folder, for this variant: qrank score --scores calibrated.
+
+    \b
+      qrank calibrate my-bundle --data beir/scifact
+      qrank score -m my-bundle --scores calibrated --min-score 0.3 -q QUERY FILE
+    """
+    if judged and options["run"] is not None:
+        raise click.UsageError("--judged takes no --run")
+    with collection(options) as opened, progress_bars() as progress:
+        pairs = opened.judged(options["limit"]) if judged else candidates(opened, options)[1]
+        report = run(
+            bundle,
+            opened,
+            pairs,
+            setting(options),
+            backend=backend,
+            method=method,
+            relevant=relevant,
+            progress=progress,
+        )
+    if as_json:
+        click.echo(json.dumps(asdict(report), ensure_ascii=False, indent=2))
+        return
+    for line in _lines(report):
+        click.echo(line)
+
+
+def _lines(report: Report) -> list[str]:
+    before, after = report.before, report.after
+    return [
+        f"{report.model}, {report.target}, {report.method}, on {report.data}",
+        f"fitted on {_part(report.fit)}",
+        f"held out  {_part(report.held_out)}",
+        "",
+        "held out            before   after",
+        f"Brier score         {before.brier:6.4f}  {after.brier:6.4f}",
+        f"calibration error   {before.error:6.4f}  {after.error:6.4f}",
+        "",
+        "min-score    kept  precision  recall",
+        *(
+            f"{row.score:9.2f}  {row.kept:6}  "
+            f"{'' if row.precision is None else f'{row.precision:.1%}':>9}  {row.recall:6.1%}"
+            for row in report.thresholds
+        ),
+        "",
+        f"kept in {report.file}",
+    ]
+
+
+def _part(part: Part) -> str:
+    return f"{part.pairs} pairs of {part.queries} queries, {part.relevant} of them relevant"

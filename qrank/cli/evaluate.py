@@ -1,0 +1,135 @@
+"""`qrank eval`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qrank.cli.common import debug_option, notice
+from qrank.cli.data import candidates, collection, data_options, progress_bars, setting
+from qrank.evaluation import AGREEMENT, WITHIN, Evaluation
+from qrank.evaluation import evaluate as run
+from qrank.measures import MEASURES, Difference
+from qrank.plots import check_plot, plot_evaluation
+
+
+@click.command("eval")
+@click.argument("bundle")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    help="onnx, openvino-int8, ...; repeat for more.  [default: every variant]",
+)
+@click.option(
+    "--reference",
+    help="Compare with this checkpoint, run by torch on the CPU.  [default: the bundle's fp32 "
+    "variant]",
+)
+@click.option("--family", help="With --reference: card that reads the checkpoint.")
+@data_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw it too, as *.png or *.svg.",
+)
+@debug_option
+def evaluate(
+    bundle: str,
+    backends: tuple[str, ...],
+    reference: str | None,
+    family: str | None,
+    as_json: bool,
+    plot: Path | None,
+    **options: Any,
+) -> None:
+    """Measure how well each variant of a bundle ranks, and what it loses to fp32.
+
+    BUNDLE is a bundled name, a folder or a hub id. Candidates of every judged query, BM25's 100
+    best or those of --run, are reranked by every variant. What was scored is kept: the same
+    command goes on where Ctrl-C stopped it.
+
+    \b
+      qrank eval my-bundle --data beir/scifact
+      qrank eval my-bundle --queries q.jsonl --documents d.jsonl --qrels qrels.trec
+    """
+    if family is not None and reference is None:
+        raise click.UsageError("--family goes with --reference")
+    if plot is not None:
+        check_plot(plot)
+    with collection(options) as opened, progress_bars() as progress:
+        first, found = candidates(opened, options)
+        result = run(
+            bundle,
+            opened,
+            found,
+            setting(options),
+            first=first,
+            backends=backends,
+            reference=reference,
+            family=family,
+            progress=progress,
+        )
+    for name, reason in result.failed.items():
+        notice(f"left out {name}: {reason}")
+    if plot is not None:
+        plot_evaluation(result, plot)
+    if as_json:
+        click.echo(json.dumps(asdict(result), ensure_ascii=False, indent=2))
+    else:
+        _table(result)
+    if result.agreement is not None and result.agreement < AGREEMENT:
+        notice(
+            f"warning: only {result.agreement:.0%} of the reranked top 10 are in the first "
+            f"stage's top {WITHIN}: it finds other things than the reranker wants; is its "
+            "embedder made for this work?"
+        )
+
+
+def _table(result: Evaluation) -> None:
+    """A row a run, in 80 columns: names of variants have 18 letters at most."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("run", overflow="ellipsis", no_wrap=True)
+    for name in (*MEASURES, "Δ nDCG@10", "p", "tau", "top10"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in result.rows:
+        difference = row.difference
+        table.add_row(
+            Text(row.name),
+            *(f"{value:.3f}" for value in row.measures.values()),
+            *_difference(difference),
+            "" if row.kendall is None else f"{row.kendall:.3f}",
+            "" if row.overlap is None else f"{row.overlap:.0%}",
+        )
+    console = Console()
+    console.print(table)
+    notes = [
+        f"{result.model}: {result.queries} queries of {result.data}, at most {result.depth} "
+        f"candidates each, with {result.recall:.1%} of what is relevant.",
+        f"Δ (± half its 95% interval, paired t-test), tau and top10 (shared) are against "
+        f"{result.reference}: {result.why}.",
+    ]
+    if result.agreement is not None:
+        notes.append(
+            f"{result.agreement:.0%} of the reranked top 10 are in the first stage's top {WITHIN}."
+        )
+    if before := sum(row.before for row in result.rows):
+        notes.append(f"{before} rankings were scored before and kept.")
+    for note in notes:
+        console.print(Text(note, style="dim"))
+
+
+def _difference(difference: Difference | None) -> tuple[str, str]:
+    if difference is None:
+        return "", ""
+    margin = "" if difference.margin is None else f" ±{difference.margin:.3f}"
+    p = "" if difference.p is None else f"{difference.p:.2g}"
+    return f"{difference.mean:+.3f}{margin}", p
