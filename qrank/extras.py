@@ -12,6 +12,7 @@ from typing import cast
 from qrank.errors import MissingExtraError
 
 EXTRA_OF = {
+    "fastapi": "serve",
     "gguf": "convert",
     "llama_cpp": "gguf",
     "nncf": "convert",
@@ -19,9 +20,11 @@ EXTRA_OF = {
     "onnxruntime": "onnx",
     "onnxscript": "convert",
     "openvino": "openvino",
+    "prometheus_client": "serve",
     "safetensors": "convert",
     "torch": "convert",
     "transformers": "convert",
+    "uvicorn": "serve",
 }
 """Which extra of qrank brings a module."""
 

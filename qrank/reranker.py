@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, get_args, overload
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from qrank.locate import DEFAULT, locate
 from qrank.selection import Target, choose, ready
 from qrank.work import Ids, Logits, Segments, Work
 
-LongDocuments = Literal["truncate", "chunk"]
+LongDocuments = Literal["truncate", "tail", "chunk"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Ranking:
         score: relevance, after the family's activation.
         logit: relevance as the model gives it; order and ties are decided on it.
         text: the document.
-        truncated: whether the model read its beginning only.
+        truncated: whether the model read its beginning, or its end, only.
         part: the characters [start, end) that scored best, where it was cut into chunks.
     """
 
@@ -46,7 +46,7 @@ class Ranking:
     part: tuple[int, int] | None = None
 
 
-class _Item(NamedTuple):
+class Item(NamedTuple):
     """One model input: (a part of) a document beside its query; `ids` follow the prefix."""
 
     owner: int
@@ -55,6 +55,11 @@ class _Item(NamedTuple):
     segments: Segments | None
     truncated: bool
     part: tuple[int, int] | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the model reads for it, those of the prefix included."""
+        return len(self.prefix) + len(self.ids)
 
 
 class Reranker:
@@ -131,6 +136,11 @@ class Reranker:
         """The format that runs, which names its backend."""
         return self.target.variant.format
 
+    @property
+    def max_length(self) -> int:
+        """Tokens that a pair may have, the template's included."""
+        return self._encoder.limit
+
     def rank(
         self,
         query: str,
@@ -149,7 +159,7 @@ class Reranker:
             instruction: what "relevant" means here, for families that take one (Qwen3-Reranker,
                 zerank, mxbai-rerank-v2). None: the family's own, or none.
             long_documents: what becomes of a document that does not fit: `truncate` reads its
-                beginning, `chunk` scores overlapping parts and keeps the best.
+                beginning, `tail` its end, `chunk` scores overlapping parts and keeps the best.
 
         Raises:
             InputError: an argument is out of its range, a document is no string, or the family
@@ -164,10 +174,10 @@ class Reranker:
         if not documents:
             return []
         pairs = [(query, document) for document in documents]
-        items = self._items(pairs, instruction, long_documents)
-        logits = self._logits(items)
-        best = _best_items([item.owner for item in items], logits)
-        scores = self._scores(logits)
+        items = self.prepare(pairs, instruction, long_documents)
+        logits = self.logits(items)
+        best = best_items([item.owner for item in items], logits)
+        scores = self.scores(logits)
         # Stable, and on logits: scores may tie where an activation saturates.
         order = sorted(best, key=lambda i: -logits[i])[:top_k]
         return [
@@ -224,12 +234,12 @@ class Reranker:
         Raises:
             InputError, TargetError: as for `rank`.
         """
-        items = self._items(list(pairs), instruction, long_documents)
+        items = self.prepare(list(pairs), instruction, long_documents)
         if not items:
             return np.empty(0, np.float32) if raw else np.empty(0, np.float64)
-        logits = self._logits(items)
-        logits = logits[_best_items([item.owner for item in items], logits)]
-        return logits if raw else self._scores(logits)
+        logits = self.logits(items)
+        logits = logits[best_items([item.owner for item in items], logits)]
+        return logits if raw else self.scores(logits)
 
     def close(self) -> None:
         """Free the model; using the reranker again loads it again."""
@@ -263,15 +273,33 @@ class Reranker:
                 )
             return self._backend
 
-    def _scores(self, logits: Logits) -> activation.Scores:
+    def scores(self, logits: Logits) -> activation.Scores:
+        """Logits after the family's activation, shape [n]."""
         family = self.manifest.family
         return activation.activate(logits, family.activation, family.temperature)
 
-    def _items(
-        self, pairs: list[tuple[str, str]], instruction: str | None, long_documents: str
-    ) -> list[_Item]:
-        if long_documents not in ("truncate", "chunk"):
-            raise InputError(f"long_documents is {long_documents!r}; give 'truncate' or 'chunk'")
+    def prepare(
+        self,
+        pairs: list[tuple[str, str]],
+        instruction: str | None = None,
+        long_documents: str = "truncate",
+        document_tokens: int | None = None,
+    ) -> list[Item]:
+        """Encode pairs for `logits`: one item each, or with `chunk` one a part.
+
+        Args:
+            pairs: queries may differ.
+            instruction: as for `rank`.
+            long_documents: as for `rank`.
+            document_tokens: most tokens that are read of a document. None: what fits.
+
+        Raises:
+            InputError: as for `rank`.
+        """
+        if long_documents not in get_args(LongDocuments):
+            raise InputError(
+                f"long_documents is {long_documents!r}; give 'truncate', 'tail' or 'chunk'"
+            )
         for i, item in enumerate(pairs):
             if not isinstance(item, tuple | list) or len(item) != 2:
                 raise InputError(f"pair {i} is no (query, document) pair")
@@ -287,20 +315,26 @@ class Reranker:
         items = []
         for owner, (query, document) in enumerate(pairs):
             prompt, ids = prompts[query], documents[document]
-            room = prompt.room
-            if len(ids) <= room or long_documents == "truncate":
+            room = encoder.room(prompt, document_tokens)
+            if len(ids) <= room or long_documents != "chunk":
+                truncated = len(ids) > room
+                if truncated and long_documents == "tail":
+                    ids = encoder.end(document, prompt, room)
                 pair = encoder.pair(prompt, ids[:room])
-                items.append(
-                    _Item(owner, prompt.prefix, *pair, truncated=len(ids) > room, part=None)
-                )
+                items.append(Item(owner, prompt.prefix, *pair, truncated=truncated, part=None))
             else:
-                for chunk in encoder.chunks(document, prompt):
+                for chunk in encoder.chunks(document, prompt, document_tokens):
                     pair = encoder.pair(prompt, chunk.ids)
                     part = (chunk.start, chunk.end)
-                    items.append(_Item(owner, prompt.prefix, *pair, truncated=False, part=part))
+                    items.append(Item(owner, prompt.prefix, *pair, truncated=False, part=part))
         return items
 
-    def _logits(self, items: list[_Item]) -> Logits:
+    def logits(self, items: list[Item]) -> Logits:
+        """One logit an item of `prepare`, shape [n]; items of several calls may be mixed.
+
+        Raises:
+            TargetError: as for `rank`; a document is named by its place in its own call.
+        """
         backend = self._ready()
         logits = np.empty(len(items), np.float32)
         for places, work in _works(items):
@@ -319,7 +353,7 @@ class Reranker:
         return logits
 
 
-def _works(items: list[_Item]) -> list[tuple[list[int], Work]]:
+def _works(items: list[Item]) -> list[tuple[list[int], Work]]:
     """Items as work, with their places: those of a prefix together, if there are several.
 
     A prefix of one item's own is no gain, and works run one after the other.
@@ -363,7 +397,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_backends)
 
 
-def _best_items(owners: list[int], logits: Logits) -> list[int]:
+def best_items(owners: list[int], logits: Logits) -> list[int]:
     """For each owner, in order, which of its items has the highest logit (the first of equals)."""
     best: dict[int, int] = {}
     for i, owner in enumerate(owners):

@@ -24,7 +24,19 @@ FLOORS = [
     {"selection"},
     {"reranker"},
     {"", "runs"},
-    {"cli", "cli.common", "cli.convert", "cli.models", "cli.output", "cli.score"},
+    {
+        "serve",
+        "serve.app",
+        "serve.batcher",
+        "serve.dialects",
+        "serve.guard",
+        "serve.metrics",
+        "serve.request",
+        "serve.schemas",
+        "serve.server",
+        "serve.service",
+    },
+    {"cli", "cli.common", "cli.convert", "cli.models", "cli.output", "cli.score", "cli.serve"},
 ]
 FLOOR = {
     f"qrank.{name}".rstrip("."): number for number, names in enumerate(FLOORS) for name in names

@@ -10,6 +10,7 @@ from qrank.cli.common import Group, debug_option
 from qrank.cli.convert import convert
 from qrank.cli.models import inspect, models
 from qrank.cli.score import score
+from qrank.cli.serve import serve
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,5 +43,5 @@ def completion(shell: str) -> None:
     click.echo(script(main, {}, "qrank", "_QRANK_COMPLETE").source())
 
 
-for command in (convert, inspect, models, score):
+for command in (convert, inspect, models, score, serve):
     main.add_command(command)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any, TextIO, get_args
 
 import click
 from rich.console import Console
@@ -46,10 +46,10 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--max-length", type=int, help="Tokens of a pair.  [default: the model's limit]")
 @click.option(
     "--long-documents",
-    type=click.Choice(["truncate", "chunk"]),
+    type=click.Choice(get_args(LongDocuments)),
     default="truncate",
     show_default=True,
-    help="Read the beginning of a document that does not fit, or its best part.",
+    help="Read a document that does not fit at its beginning, at its end, or at its best part.",
 )
 @click.option("--run", type=_EXISTING, help="Rerank this TREC run, grouped by query.")
 @click.option("--queries", type=_EXISTING, help="With --run: JSONL with id and text.")
