@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
@@ -83,8 +84,7 @@ def build(
 
 
 def _add_reranking(app: FastAPI, service: Service) -> None:
-    def post(path: str) -> Any:
-        return app.post(path, response_model_exclude_none=True)
+    post = partial(app.post, response_model_exclude_none=True)
 
     @post("/rerank")
     async def rerank(request: Request, body: TeiOrRerank) -> list[TeiRank] | RerankResponse:

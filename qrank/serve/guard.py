@@ -151,7 +151,8 @@ class Guard:
         What is too large is read to its end and let go, for the time a body has: a client that
         still sends would not see the answer.
         """
-        limit, parts, size, held = self._limits.body, [], 0, 0
+        limit, size, held = self._limits.body, 0, 0
+        parts: list[bytes] = []
         length = headers.get("content-length", "")
         large = length.isdigit() and int(length) > limit
         too_large = RefusedError(

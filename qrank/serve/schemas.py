@@ -15,8 +15,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import to_json
 
+
+def _sound(text: str) -> str:
+    """JSON can escape half a character, which no answer could hold."""
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair, which is no unicode") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_sound)]
+Texts = Annotated[list[Text], Field(min_length=1)]
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -44,8 +57,8 @@ class Extended(BaseModel):
 class TeiRequest(Extended):
     """As text-embeddings-inference's POST /rerank."""
 
-    query: str
-    texts: list[str] = Field(min_length=1)
+    query: Text
+    texts: Texts
     raw_scores: bool | None = Field(False, description="Logits instead of scores.")
     return_text: bool | None = False
     truncate: bool | None = Field(
@@ -69,12 +82,18 @@ class Document(BaseModel):
 
     text: str | None = None
 
+    @model_validator(mode="after")
+    def _returnable(self) -> Document:
+        # In as many lists as an answer may be around it: there is a deepest that can be written.
+        to_json([[[[[[self.model_dump()]]]]]])
+        return self
+
 
 class RerankRequest(Extended):
     """As Jina's, Cohere's, vLLM's, llama.cpp's and Ollama's."""
 
-    query: str
-    documents: list[str | Document] = Field(min_length=1)
+    query: Text
+    documents: list[Text | Document] = Field(min_length=1)
     top_n: Count | None = Field(None, description="Return only so many; 0 and null: all.")
     return_documents: bool | None = Field(
         None, description="Default: true, but false at /v2/rerank, as Cohere has it."
@@ -172,10 +191,8 @@ class OllamaResponse(BaseModel):
 class ScoreRequest(Extended):
     """As vLLM's POST /score: one query for all documents, or one for each."""
 
-    text_1: str | Annotated[list[str], Field(min_length=1)] = Field(
-        validation_alias=AliasChoices("text_1", "queries", "data_1")
-    )
-    text_2: str | Annotated[list[str], Field(min_length=1)] = Field(
+    text_1: Text | Texts = Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))
+    text_2: Text | Texts = Field(
         validation_alias=AliasChoices("text_2", "documents", "items", "data_2")
     )
     max_tokens_per_doc: Count | None = None
