@@ -137,6 +137,11 @@ class Reranker:
         return self.target.variant.format
 
     @property
+    def threads(self) -> int:
+        """CPU threads it may use."""
+        return self._options.threads
+
+    @property
     def max_length(self) -> int:
         """Tokens that a pair may have, the template's included."""
         return self._encoder.limit

@@ -32,8 +32,8 @@ log = logging.getLogger("qrank.serve")
 SLICE_SECONDS = 0.05
 """How long a slice should take: what a short request waits, mostly, and a budget's grain."""
 
-SLICE_TOKENS = (256, 65_536)
-"""Fewest and most tokens of a slice. It starts with the fewest, and follows what is measured."""
+SLICE_TOKENS = 65_536
+"""Most tokens of a slice, however fast the engine."""
 
 PREFIX_TURNS = 4
 """A prefix is read once a turn, so a turn is at least as many times as long as it."""
@@ -98,12 +98,13 @@ class Turn:
         return self.job.items[self.start : self.stop]
 
 
-def cut(jobs: Iterable[Job], tokens: int, now: float, rate: float) -> list[Turn]:
+def cut(jobs: Iterable[Job], tokens: float, least: int, now: float, rate: float) -> list[Turn]:
     """The next slice; `handed` and `had` of the jobs in it are moved on.
 
     Args:
         jobs: whose turn it is first comes first.
-        tokens: that the slice may hold; an item of more is a slice of its own.
+        tokens: that the slice may hold.
+        least: items that it holds whatever their length, so that every thread has one.
         now: by `time.perf_counter`.
         rate: tokens a second.
 
@@ -111,19 +112,20 @@ def cut(jobs: Iterable[Job], tokens: int, now: float, rate: float) -> list[Turn]
         Nothing where nothing waits.
     """
     turns: list[Turn] = []
-    left = float(tokens)
+    left, count = tokens, 0
     for job in jobs:
         room = left if job.ends is None else min(left, rate * (job.ends - now))
-        least = PREFIX_TURNS * len(job.items[0].prefix)
-        if turns and room < least:
+        worth = PREFIX_TURNS * len(job.items[0].prefix)
+        if turns and room < worth:
             continue
         start, given = job.handed, 0
         while job.waiting:
             item = job.items[job.handed]
             cost = len(item.ids) if given else item.tokens
-            if given + cost > room and (turns or given > least):
+            if given + cost > room and count >= least and (turns or given > worth):
                 break
             given += cost
+            count += 1
             job.handed += 1
         if given:
             turns.append(Turn(job, start, job.handed))
@@ -155,8 +157,7 @@ class Batcher:
         self._jobs: list[Job] = []
         self._least_first = False
         self._wake = asyncio.Event()
-        self._slice = SLICE_TOKENS[0]
-        self._rate = SLICE_TOKENS[0] / SLICE_SECONDS
+        self._rate = 0.0
         self._engine = ThreadPoolExecutor(1, f"qrank-engine-{name}")
         self._encoders = ThreadPoolExecutor(ENCODERS, f"qrank-encode-{name}")
         self._feeders = [asyncio.create_task(self._feed()) for _ in range(IN_FLIGHT)]
@@ -193,7 +194,7 @@ class Batcher:
                 429,
                 f"{self.queued:,} tokens wait for {self._name}, and about {guess:,} more would be "
                 f"beyond its limit of {self._limit:,}; try again later",
-                retry_after=min(max(math.ceil(self.queued / self._rate), 1), 600),
+                retry_after=min(max(math.ceil(self.queued / max(self._rate, 1)), 1), 600),
             )
         held = guess
         self._hold(held)
@@ -254,7 +255,8 @@ class Batcher:
             waiting = [job for job in self._jobs if job.waiting]
             if self._least_first:
                 waiting.sort(key=lambda job: job.had)
-            turns = cut(waiting, self._slice, now, self._rate)
+            tokens = min(self._rate * SLICE_SECONDS, SLICE_TOKENS)
+            turns = cut(waiting, tokens, self.reranker.threads, now, self._rate)
             if not turns:
                 self._wake.clear()
                 await self._wake.wait()
@@ -300,9 +302,8 @@ class Batcher:
 
     def _measure(self, tokens: int, seconds: float) -> None:
         """Follow the engine's speed."""
-        self._rate += 0.2 * (tokens / max(seconds, 1e-6) - self._rate)
-        least, most = SLICE_TOKENS
-        self._slice = int(min(max(self._rate * SLICE_SECONDS, least), most))
+        found = tokens / max(seconds, 1e-6)
+        self._rate = self._rate + 0.2 * (found - self._rate) if self._rate else found
 
     def _hold(self, tokens: int) -> None:
         """Count so many more tokens, or fewer, as waiting."""
