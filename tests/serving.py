@@ -46,7 +46,10 @@ def serving(
 
 @contextmanager
 def process(*arguments: str | Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Run `qrank serve` on a free port; gives its URL, once it serves, and the process."""
+    """Run `qrank serve` on a free port; gives its URL, once it serves, and the process.
+
+    What it logs is read and forgotten: a full pipe would stop it.
+    """
     command = [str(Path(sys.executable).parent / "qrank"), "serve", "--port", "0"]
     here = str(Path(__file__).parent)
     started = subprocess.Popen(
@@ -62,7 +65,13 @@ def process(*arguments: str | Path) -> Iterator[tuple[str, subprocess.Popen[str]
                 break
         else:
             raise AssertionError("it did not start")
-        yield found[1], started
+        reader = threading.Thread(target=started.stderr.read)
+        reader.start()
+        try:
+            yield found[1], started
+        finally:
+            started.kill()
+            reader.join(SECONDS)
     finally:
         started.kill()
         started.wait(SECONDS)

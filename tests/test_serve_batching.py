@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -80,7 +80,7 @@ def asked(count: int, *, text: str = "a", budget: float | None = None) -> Asked:
 
 
 @asynccontextmanager
-async def queue(reranker: Reranker, tokens: int = 100_000) -> Any:
+async def queue(reranker: Reranker, tokens: int = 100_000) -> AsyncIterator[Batcher]:
     batcher = Batcher("m", reranker, Metrics(), queue_tokens=tokens)
     try:
         yield batcher
@@ -120,7 +120,7 @@ def test_the_oldest_moves_on_beside_a_stream_of_short_ones(plodding: Reranker) -
                     await batcher.score(asked(4), 30)
 
             await asyncio.gather(*(stream() for _ in range(4)))
-            outcome: Outcome = await long
+            outcome = await long
             return outcome.seconds
 
     # 0.6 s alone, and half of the machine is its own.
@@ -152,7 +152,7 @@ def test_a_budget_is_kept_and_the_rest_stays_in_order(plodding: Reranker) -> Non
     async def scene() -> Outcome:
         async with queue(plodding) as batcher:
             await batcher.score(asked(20), 30)  # the engine's speed is known then
-            outcome: Outcome = await batcher.score(asked(100, budget=0.4), 30)
+            outcome = await batcher.score(asked(100, budget=0.4), 30)
             return outcome
 
     outcome = run(scene())
@@ -169,7 +169,7 @@ def test_a_budget_that_is_used_before_its_turn() -> None:
         async with queue(reranker) as batcher:
             first = asyncio.create_task(batcher.score(asked(40), 30))
             await asyncio.sleep(0.05)
-            outcome: Outcome = await batcher.score(asked(3, budget=1e-6), 30)
+            outcome = await batcher.score(asked(3, budget=1e-6), 30)
             await first
             return outcome
 

@@ -71,7 +71,7 @@ def test_cohere_v1(url: str, expected: list[Ranking]) -> None:
     found = client.rerank(
         model="mini",
         query=QUERY,
-        documents=documents,  # type: ignore[arg-type]
+        documents=documents,
         rank_fields=["title"],
         return_documents=True,
     )

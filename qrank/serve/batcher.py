@@ -29,7 +29,7 @@ from qrank.work import Logits
 
 log = logging.getLogger("qrank.serve")
 
-SLICE_SECONDS = 0.05
+SLICE_SECONDS = 0.1
 """How long a slice should take: what a short request waits, mostly, and a budget's grain."""
 
 SLICE_TOKENS = 65_536
