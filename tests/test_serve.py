@@ -33,7 +33,7 @@ def client(mini: Reranker) -> Iterator[httpx.Client]:
     with (
         Reranker("mini", backend="fakes:length") as length,
         serving({"mini": mini, "length": length}) as url,
-        httpx.Client(base_url=url) as opened,
+        httpx.Client(base_url=url, timeout=60) as opened,
     ):
         yield opened
 

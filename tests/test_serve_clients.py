@@ -122,7 +122,7 @@ def test_litellm(url: str, expected: list[Ranking], provider: str, base: str) ->
 
 def post(url: str, path: str, content: dict[str, Any]) -> Any:
     headers = {"Authorization": f"Bearer {KEY}", "Content-type": "application/json"}
-    response = httpx.post(url + path, json=content, headers=headers)
+    response = httpx.post(url + path, json=content, headers=headers, timeout=60)
     response.raise_for_status()
     return response.json()
 

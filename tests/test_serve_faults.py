@@ -25,7 +25,7 @@ from qrank.cli import main
 from qrank.serve import server
 from qrank.serve.guard import Limits
 
-LIMITS = Limits(body=1_000_000, body_seconds=1.0, queue_tokens=2_000)
+LIMITS = Limits(body=1_000_000, body_seconds=2.0, queue_tokens=2_000)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def connect(url: str) -> socket.socket:
     parts = urlsplit(url)
     assert parts.hostname is not None
     assert parts.port is not None
-    return socket.create_connection((parts.hostname, parts.port), timeout=20)
+    return socket.create_connection((parts.hostname, parts.port), timeout=60)
 
 
 def head(length: int | None, path: str = "/v1/rerank") -> bytes:
@@ -56,18 +56,26 @@ def request(count: int) -> bytes:
     return head(len(content)) + content
 
 
+def everything(client: socket.socket) -> bytes:
+    """What the server sends until it closes the connection."""
+    found = b""
+    while block := client.recv(4096):
+        found += block
+    return found
+
+
 def sample(url: str, name: str) -> float:
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
     return float(next(x.rpartition(" ")[2] for x in lines if x.startswith(f"{name}{{")))
 
 
 def lives(url: str) -> None:
     """A request is answered as ever."""
-    answer = httpx.post(f"{url}/v1/rerank", json=body("/v1/rerank", ["a"]), timeout=20)
+    answer = httpx.post(f"{url}/v1/rerank", json=body("/v1/rerank", ["a"]), timeout=60)
     assert answer.status_code == 200, answer.text
 
 
-def wait_for(condition: Any, seconds: float = 10) -> None:
+def wait_for(condition: Any, seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -78,7 +86,7 @@ def test_what_a_client_that_hangs_up_asked_for_is_dropped(plodding: str) -> None
     with connect(plodding) as client:
         client.sendall(request(300))  # 6 s of work
         wait_for(lambda: sample(plodding, "qrank_queue_tokens") > 0)
-    wait_for(lambda: sample(plodding, "qrank_queue_tokens") == 0, seconds=2)
+    wait_for(lambda: sample(plodding, "qrank_queue_tokens") == 0, seconds=4)
     lives(plodding)
     lines = httpx.get(f"{plodding}/metrics").text
     assert 'qrank_dropped_total{model="mini",reason="disconnect"} 1.0' in lines
@@ -97,7 +105,7 @@ def test_a_body_of_50_mb_is_refused(plodding: str, path: str, chunked: bool) -> 
     block = b"x" * 1_000_000
     content: Any = (block for _ in range(50)) if chunked else block * 50
     headers = {"content-type": "application/json"}
-    answer = httpx.post(plodding + path, content=content, headers=headers, timeout=20)
+    answer = httpx.post(plodding + path, content=content, headers=headers, timeout=60)
     assert answer.status_code == 413
     assert "1,000,000 bytes" in message(path, answer.json())
     assert answer.headers["connection"] == "close"
@@ -131,10 +139,10 @@ def test_a_body_that_dawdles_is_given_up(plodding: str) -> None:
         for _ in range(5):
             client.sendall(b" ")
             lives(plodding)
-        answer = client.recv(4096)
+        answer = everything(client)
     assert answer.startswith(b"HTTP/1.1 408")
-    assert b"did not come within 1 s" in answer
-    assert time.monotonic() - started < 5
+    assert b"did not come within 2 s" in answer
+    assert time.monotonic() - started < 10
 
 
 def test_a_head_that_dawdles_is_given_up(plodding: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,12 +155,9 @@ def test_a_head_that_dawdles_is_given_up(plodding: str, monkeypatch: pytest.Monk
         client.sendall(request(1))
         assert client.recv(100).startswith(b"HTTP/1.1 200")
         client.sendall(b"POST /rer")
-        rest = b""
-        while block := client.recv(4096):
-            rest += block
-        assert b"HTTP/1.1" not in rest
+        assert b"HTTP/1.1" not in everything(client)
     # The time is for the head: what is asked may take longer.
-    answer = httpx.post(f"{plodding}/v1/rerank", json=body("/v1/rerank", ["a"] * 40), timeout=20)
+    answer = httpx.post(f"{plodding}/v1/rerank", json=body("/v1/rerank", ["a"] * 40), timeout=60)
     assert answer.status_code == 200
 
 
@@ -170,7 +175,7 @@ def test_a_full_queue(plodding: str, path: str) -> None:
     with connect(plodding) as client:
         client.sendall(request(400))
         wait_for(lambda: sample(plodding, "qrank_queue_tokens") > 1_900)
-        answer = httpx.post(plodding + path, json=body(path, ["a " * 200] * 10))
+        answer = httpx.post(plodding + path, json=body(path, ["a " * 200] * 10), timeout=60)
     assert answer.status_code == 429
     assert 1 <= int(answer.headers["retry-after"]) <= 600
     assert "limit of 2,000" in message(path, answer.json())
@@ -182,7 +187,7 @@ def test_nan_fails_the_request_and_says_so(path: str) -> None:
         Reranker("mini", backend="fakes:nan_when_long") as reranker,
         serving({"mini": reranker}) as url,
     ):
-        answer = httpx.post(url + path, json=body(path, ["mars", "mars " * 50]))
+        answer = httpx.post(url + path, json=body(path, ["mars", "mars " * 50]), timeout=60)
         assert answer.status_code == (424 if path == "/rerank" else 500)
         assert "gave nan for document 1" in message(path, answer.json())
         lives(url)
@@ -193,7 +198,7 @@ def test_a_backend_that_raises_on_every_tenth_batch() -> None:
     with (
         Reranker("mini", backend="fakes:failing") as reranker,
         serving({"mini": reranker}) as url,
-        httpx.Client(base_url=url, timeout=20) as client,
+        httpx.Client(base_url=url, timeout=60) as client,
     ):
 
         def ask(number: int) -> httpx.Response:
@@ -214,7 +219,7 @@ def test_a_backend_that_raises_on_every_tenth_batch() -> None:
 
 def load(url: str, stop: threading.Event, answers: list[int], lost: list[Exception]) -> None:
     """Ask over one connection, again and again, until the server takes none any more."""
-    with httpx.Client(base_url=url, timeout=20) as client:
+    with httpx.Client(base_url=url, timeout=60) as client:
         while not stop.is_set():
             try:
                 answer = client.post("/v1/rerank", json=body("/v1/rerank", ["a", "b"]))
@@ -276,7 +281,7 @@ def test_500_requests_of_random_shapes() -> None:
 
     with (
         process("--backend", "fakes:length") as (url, server_process),
-        httpx.Client(base_url=url, timeout=20) as client,
+        httpx.Client(base_url=url, timeout=60) as client,
         ThreadPoolExecutor(4) as threads,
     ):
         list(threads.map(lambda number: ask(client, number), range(200)))
@@ -296,7 +301,7 @@ def test_tls(tmp_path: Path) -> None:
     arguments = ("--backend", "fakes:length", "--tls-cert", certificate, "--tls-key", key)
     with process(*arguments) as (url, _):
         assert url.startswith("https://")
-        answer = httpx.post(f"{url}/rerank", json=body("/rerank", ["a"]), verify=False)
+        answer = httpx.post(f"{url}/rerank", json=body("/rerank", ["a"]), verify=False, timeout=60)
         assert answer.status_code == 200
 
 

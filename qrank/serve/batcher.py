@@ -86,16 +86,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Turn:
-    """Items `start` to `stop` of a job, in one slice."""
+    """Items `start` to `stop` of a job, in one slice: so many tokens to read."""
 
     job: Job
     start: int
     stop: int
+    tokens: int
 
     @property
     def items(self) -> list[Item]:
         """The items themselves."""
         return self.job.items[self.start : self.stop]
+
+
+def reading(item: Item, before: Item | None) -> int:
+    """Tokens that are read for an item after another: a prefix they share is read once."""
+    shared = before is not None and item.prefix is before.prefix
+    return len(item.ids) if shared else item.tokens
 
 
 def cut(jobs: Iterable[Job], tokens: float, least: int, now: float, rate: float) -> list[Turn]:
@@ -120,15 +127,14 @@ def cut(jobs: Iterable[Job], tokens: float, least: int, now: float, rate: float)
             continue
         start, given = job.handed, 0
         while job.waiting:
-            item = job.items[job.handed]
-            cost = len(item.ids) if given else item.tokens
+            cost = reading(job.items[job.handed], job.items[job.handed - 1] if given else None)
             if given + cost > room and count >= least and (turns or given > worth):
                 break
             given += cost
             count += 1
             job.handed += 1
         if given:
-            turns.append(Turn(job, start, job.handed))
+            turns.append(Turn(job, start, job.handed, given))
             job.had += given
             left -= given
     return turns
@@ -198,10 +204,11 @@ class Batcher:
             )
         held = guess
         self._hold(held)
+        self._metrics.queue_requests.inc()
         try:
             async with asyncio.timeout(timeout):
                 items = await self._encode(asked)
-                tokens = sum(item.tokens for item in items)
+                tokens = sum(map(reading, items, [None, *items]))
                 self._hold(tokens - held)
                 held = tokens
                 ends = None if asked.budget is None else arrived + asked.budget
@@ -227,6 +234,7 @@ class Batcher:
             raise RefusedError(500, str(error)) from error
         finally:
             self._hold(-held)
+            self._metrics.queue_requests.dec()
         return self._outcome(job)
 
     async def _encode(self, asked: Asked) -> list[Item]:
@@ -286,7 +294,7 @@ class Batcher:
                 return
             self._fail(turns[0], error)
             return
-        tokens = sum(item.tokens for item in items)
+        tokens = sum(turn.tokens for turn in turns)
         self._measure(tokens, seconds)
         self._metrics.batch(len(items), tokens, seconds)
         ends = np.cumsum([turn.stop - turn.start for turn in turns])[:-1]
@@ -309,7 +317,6 @@ class Batcher:
         """Count so many more tokens, or fewer, as waiting."""
         self.queued += tokens
         self._metrics.queue_tokens.set(self.queued)
-        self._metrics.queue_requests.set(len(self._jobs))
 
     def _fail(self, turn: Turn, error: Exception) -> None:
         job = turn.job
