@@ -42,14 +42,17 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--queries", type=int, default=32, help="requests of a round")
     parser.add_argument("--documents", type=int, default=20, help="of a request")
+    parser.add_argument("--long", type=int, default=400, help="documents of a long request")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=processors())
+    parser.add_argument("--backend", help="of the server  [default: the preferred variant]")
     parser.add_argument("--soak", type=int, metavar="N", help="requests of random shapes")
     parser.add_argument("--peer-python", help="with sentence-transformers, fastapi and uvicorn")
     parser.add_argument("--peer-model", default="models/mini", help="its checkpoint")
     options = parser.parse_args()
     serve = [str(Path(sys.executable).parent / "qrank"), "serve", options.model]
     serve += ["--threads", str(options.threads), "--queue-tokens", "100000000"]
+    serve += ["--backend", options.backend] if options.backend else []
     if options.soak:
         with server(serve) as (port, process):
             rows = soak(port, process.pid, options.soak)
@@ -70,11 +73,14 @@ def main() -> None:
         if options.peer_python:
             peer = [options.peer_python, str(HERE / "plain_app.py"), options.peer_model]
             ports[PEER] = stack.enter_context(server(peer))[0]
-        engine = stack.enter_context(Reranker(options.model, threads=options.threads))
+        engine = stack.enter_context(
+            Reranker(options.model, backend=options.backend, threads=options.threads)
+        )
         rows = throughput(engine, ports, tasks, options.clients, options.rounds)
         title = f"{options.model}: {options.documents} documents a request"
         report(f"{title}, {options.threads} threads", THROUGHPUT, rows, as_json=options.json)
-        long = (candidates[0][0], candidates[0][1][:200] * 2)
+        query, best = candidates[0]
+        long = (query, [best[place % len(best)] for place in range(options.long)])
         rows = [
             {"system": name, "short requests": what, **figures}
             for name, port in ports.items()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fakes
 import numpy as np
 import pytest
+import tiny_decoders
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -244,3 +247,33 @@ def test_one_bad_document_fails_its_own_request_alone() -> None:
     assert isinstance(bad, RefusedError)
     assert bad.status == 500
     assert "gave nan for document 0" in bad.message
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "zerank"])
+def test_decoders_in_slices_score_as_they_do_at_once(
+    checkpoint_of: Callable[[str], Path], kind: str
+) -> None:
+    """Prefixes of several requests, each read again in every slice."""
+
+    async def scene(reranker: Reranker) -> list[Outcome]:
+        async with queue(reranker) as batcher:
+            return await asyncio.gather(
+                *(batcher.score(replace(asked(9), pairs=each), 60) for each in requests)
+            )
+
+    texts = ["mars is red " * (n % 5 + 1) for n in range(9)]
+    requests = [[(query, text) for text in texts] for query in ("which planet?", "bread")]
+    family = tiny_decoders.FAMILIES[kind]
+    with Reranker(checkpoint_of(kind), backend="torch", family=family) as reranker:
+        for outcome, pairs in zip(run(scene(reranker)), requests, strict=True):
+            expected = reranker.score(pairs, raw=True)
+            assert outcome.logits == pytest.approx(expected.tolist(), abs=1e-4)
+        (head,) = reranker.prepare([("q", "one two " * 5000)], None, "truncate", 8)
+        (tail,) = reranker.prepare([("q", "one two " * 5000)], None, "tail", 8)
+        whole = reranker.prepare([("q", "one")])[0]
+    # What leads to the document stays in front of its end, and what follows it behind.
+    assert len(head.ids) == len(tail.ids)
+    assert head.truncated
+    assert tail.truncated
+    assert head.ids[0] == tail.ids[0] == whole.ids[0]
+    assert head.ids[-1] == tail.ids[-1] == whole.ids[-1]
