@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import subprocess
@@ -23,7 +24,8 @@ from test_serve import EVERY, body, message
 from qrank import Reranker
 from qrank.cli import main
 from qrank.serve import server
-from qrank.serve.guard import Limits
+from qrank.serve.app import build
+from qrank.serve.guard import Guard, Limits
 
 LIMITS = Limits(body=1_000_000, body_seconds=2.0, queue_tokens=2_000)
 
@@ -251,6 +253,32 @@ def test_sigterm_under_load_loses_nothing() -> None:
             client.join(20)
     assert lost == []
     assert set(answers) == {200}
+
+
+def test_a_server_that_drains_says_so() -> None:
+    async def scene(guard: Guard) -> httpx.Response:
+        transport = httpx.ASGITransport(guard)
+        async with httpx.AsyncClient(transport=transport, base_url="http://a") as client:
+            assert (await client.get("/ready")).status_code == 200
+            guard.draining = True
+            assert (await client.get("/health")).status_code == 200
+            return await client.get("/ready")
+
+    with Reranker("mini", backend="fakes:length") as reranker:
+        answer = asyncio.run(scene(build({"mini": reranker})))
+    assert answer.status_code == 503
+    assert answer.headers["connection"] == "close"
+
+
+def test_a_budget_is_kept(plodding: str) -> None:
+    """40 pairs take 0.8 s."""
+    asked = {**body("/v1/rerank", ["a"] * 40), "budget_ms": 200}
+    results = httpx.post(f"{plodding}/v1/rerank", json=asked, timeout=60).json()["results"]
+    left = [item for item in results if item.get("scored") is False]
+    assert 0 < len(left) < 40
+    assert results[-len(left) :] == left
+    assert [item["index"] for item in left] == sorted(item["index"] for item in left)
+    assert {item["relevance_score"] for item in left} == {results[0]["relevance_score"]}
 
 
 def resident(number: int) -> int:
