@@ -91,11 +91,11 @@ class Encoder:
             raise BundleError(f"{tokenizer} cannot be read: {error}") from error
         self._family = family
         self._threads = threads
-        self._limit = family.max_length if max_length is None else max_length
+        self.limit = family.max_length if max_length is None else max_length
         least = self._template_length(None) + 2
-        if not least <= self._limit <= family.max_length:
+        if not least <= self.limit <= family.max_length:
             raise InputError(
-                f"max_length is {self._limit}; this model reads {least} to "
+                f"max_length is {self.limit}; this model reads {least} to "
                 f"{family.max_length} tokens"
             )
 
@@ -121,10 +121,10 @@ class Encoder:
             InputError: the family takes no instruction, or it leaves no room for text.
         """
         template_length = self._template_length(instruction)
-        room = self._limit - template_length
+        room = self.limit - template_length
         if room < 2:
             raise InputError(
-                f"the instruction leaves {max(room, 0)} of {self._limit} tokens for query and "
+                f"the instruction leaves {max(room, 0)} of {self.limit} tokens for query and "
                 "document"
             )
         items = self._fill(query, instruction)
@@ -145,7 +145,7 @@ class Encoder:
             prefix=_joined(items[:shared]),
             items=tuple(items[shared:]),
             lead=self._lead(instruction),
-            room=self._limit - _length(items),
+            room=self.limit - _length(items),
         )
 
     def documents(self, texts: Sequence[str], instruction: str | None = None) -> list[Ids]:
@@ -171,17 +171,28 @@ class Encoder:
         sequence, types = self.pair(prompt, ids[: prompt.room])
         return np.concatenate((prompt.prefix, sequence)), types
 
-    def chunks(self, text: str, prompt: Prompt) -> list[Part]:
+    def room(self, prompt: Prompt, tokens: int | None) -> int:
+        """Tokens that a document may have with its lead, where at most `tokens` of it are read."""
+        if tokens is None:
+            return prompt.room
+        lead = len(self.ids([prompt.lead])[0]) if prompt.lead else 0
+        return min(prompt.room, lead + tokens)
+
+    def end(self, text: str, prompt: Prompt, room: int) -> Ids:
+        """Token ids of what leads to a document and of its end, `room` tokens in all."""
+        ids, _, leading = self._led(text, prompt)
+        return np.concatenate((ids[:leading], ids[leading:][max(len(ids) - room, 0) :]))
+
+    def chunks(self, text: str, prompt: Prompt, limit: int | None = None) -> list[Part]:
         """Cut a document into overlapping parts of at most `prompt.room` (or CHUNK_TOKENS) tokens.
 
         Neighbours share an eighth, so that no sentence is only ever seen cut. What leads to the
-        document stands in front of each.
+        document stands in front of each. Of the document at most `limit` tokens are read.
         """
         lead = len(prompt.lead)
-        encoding = self._tokenizer.encode(_clean(prompt.lead + text), add_special_tokens=False)
-        ids, offsets = np.array(encoding.ids, np.int32), encoding.offsets
-        # A token of the lead and the document's beginning is the document's.
-        leading = sum(end <= lead for _, end in offsets) if lead else 0
+        ids, offsets, leading = self._led(text, prompt)
+        if limit is not None:
+            ids = ids[: leading + limit]
         size = max(min(prompt.room, CHUNK_TOKENS) - leading, 1)
         step = size - size // 8
         starts = range(leading, max(len(ids) - size, leading) + step, step)
@@ -193,6 +204,14 @@ class Encoder:
             )
             for start in starts
         ]
+
+    def _led(self, text: str, prompt: Prompt) -> tuple[Ids, list[tuple[int, int]], int]:
+        """Ids and offsets of a document behind its lead, and how many are the lead's alone."""
+        encoding = self._tokenizer.encode(_clean(prompt.lead + text), add_special_tokens=False)
+        # A token of the lead and the document's beginning is the document's.
+        lead = len(prompt.lead)
+        leading = sum(end <= lead for _, end in encoding.offsets) if lead else 0
+        return np.array(encoding.ids, np.int32), encoding.offsets, leading
 
     def _fill(self, query: str, instruction: str | None) -> list[Ids | None]:
         """The template's items as token ids; None for the document's."""

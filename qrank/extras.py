@@ -13,6 +13,7 @@ from qrank.errors import MissingExtraError
 
 EXTRA_OF = {
     "bm25s": "eval",
+    "fastapi": "serve",
     "gguf": "convert",
     "ir_measures": "eval",
     "llama_cpp": "gguf",
@@ -22,10 +23,12 @@ EXTRA_OF = {
     "onnxruntime": "onnx",
     "onnxscript": "convert",
     "openvino": "openvino",
+    "prometheus_client": "serve",
     "safetensors": "convert",
     "scipy": "eval",
     "torch": "convert",
     "transformers": "convert",
+    "uvicorn": "serve",
 }
 """Which extra of qrank brings a module."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from qrank.errors import InputError
 from qrank.work import Ids, Logits, Segments, Work
+
+LongDocuments = Literal["truncate", "tail", "chunk"]
 
 
 class Item(NamedTuple):
@@ -19,6 +21,11 @@ class Item(NamedTuple):
     segments: Segments | None
     truncated: bool
     part: tuple[int, int] | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the model reads for it, those of the prefix included."""
+        return len(self.prefix) + len(self.ids)
 
 
 def works(items: list[Item]) -> list[tuple[list[int], Work]]:
@@ -55,8 +62,10 @@ def best_items(owners: list[int], logits: Logits) -> list[int]:
 
 def check(pairs: list[tuple[str, str]], long_documents: str) -> None:
     """Refuse what is no pair of strings, and no way to treat long ones."""
-    if long_documents not in ("truncate", "chunk"):
-        raise InputError(f"long_documents is {long_documents!r}; give 'truncate' or 'chunk'")
+    if long_documents not in get_args(LongDocuments):
+        raise InputError(
+            f"long_documents is {long_documents!r}; give 'truncate', 'tail' or 'chunk'"
+        )
     for i, item in enumerate(pairs):
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise InputError(f"pair {i} is no (query, document) pair")

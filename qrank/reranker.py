@@ -21,15 +21,13 @@ from qrank.budget import Pace, spend
 from qrank.bundle import TOKENIZER, Manifest, check_files
 from qrank.encoding import Encoder, Prompt
 from qrank.errors import InputError, TargetError
-from qrank.items import Item, best_items, check, works
+from qrank.items import Item, LongDocuments, best_items, check, works
 from qrank.locate import DEFAULT, locate
 from qrank.machine import processors
 from qrank.proof import ready
 from qrank.selection import Choice, Policy, Profile, Wish, choices, first_that_works
 from qrank.targets import Target
 from qrank.work import Logits
-
-LongDocuments = Literal["truncate", "chunk"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Ranking:
         score: relevance, after the family's activation.
         logit: relevance as the model gives it; order and ties are decided on it.
         text: the document.
-        truncated: whether the model read its beginning only.
+        truncated: whether the model read its beginning, or its end, only.
         part: the characters [start, end) that scored best, where it was cut into chunks.
         scored: whether the time sufficed; if not, score and logit are NaN.
     """
@@ -168,6 +166,16 @@ class Reranker:
         """The format that runs, which names its backend."""
         return self.target.variant.format
 
+    @property
+    def threads(self) -> int:
+        """CPU threads it may use."""
+        return self.choice.options.threads
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a pair may have, the template's included."""
+        return self._encoder.limit
+
     def rank(
         self,
         query: str,
@@ -187,7 +195,7 @@ class Reranker:
             instruction: what "relevant" means here, for families that take one (Qwen3-Reranker,
                 zerank, mxbai-rerank-v2). None: the family's own, or none.
             long_documents: what becomes of a document that does not fit: `truncate` reads its
-                beginning, `chunk` scores overlapping parts and keeps the best.
+                beginning, `tail` its end, `chunk` scores overlapping parts and keeps the best.
             budget_ms: milliseconds this may take. As many of the first documents as fit are
                 scored, the first always; the others follow in their order, `scored` False. How
                 fast the model is is learnt from call to call, so the first few are less exact.
@@ -216,13 +224,13 @@ class Reranker:
             """Make items of some documents, and return how many tokens each has."""
             tokens = [0] * (end - start)
             for item in self._items(pairs[start:end], prompts, instruction, long_documents):
-                tokens[item.owner] += len(item.prefix) + len(item.ids)
+                tokens[item.owner] += item.tokens
                 items.append(item._replace(owner=start + item.owner))
             return tokens
 
         def score(start: int, end: int) -> None:
             known = sum(map(len, found))
-            found.append(self._logits([i for i in items[known:] if i.owner < end]))
+            found.append(self.logits([i for i in items[known:] if i.owner < end]))
 
         if budget_ms is None:
             encode(0, len(documents))
@@ -233,7 +241,7 @@ class Reranker:
             )
         logits = np.concatenate(found)
         best = best_items([item.owner for item in items[: len(logits)]], logits)
-        scores = self._scores(logits)
+        scores = self.scores(logits)
         # Stable, and on logits: scores may tie where an activation saturates.
         order = sorted(best, key=lambda i: -logits[i])
         ranked = [
@@ -293,16 +301,12 @@ class Reranker:
         Raises:
             InputError, TargetError: as for `rank`.
         """
-        pairs = list(pairs)
-        check(pairs, long_documents)
-        queries = dict.fromkeys(query for query, _ in pairs)
-        prompts = {query: self._encoder.prompt(query, instruction) for query in queries}
-        items = self._items(pairs, prompts, instruction, long_documents)
+        items = self.prepare(list(pairs), instruction, long_documents)
         if not items:
             return np.empty(0, np.float32) if raw else np.empty(0, np.float64)
-        logits = self._logits(items)
+        logits = self.logits(items)
         logits = logits[best_items([item.owner for item in items], logits)]
-        return logits if raw else self._scores(logits)
+        return logits if raw else self.scores(logits)
 
     def close(self) -> None:
         """Free the model; using the reranker again loads it again."""
@@ -329,11 +333,35 @@ class Reranker:
                 self._backend = ready(self._folder, self.target, self.manifest, self.choice.options)
             return self._backend
 
-    def _scores(self, logits: Logits) -> activation.Scores:
+    def scores(self, logits: Logits) -> activation.Scores:
+        """Logits after the family's activation, or the calibration; shape [n]."""
         if self._calibration is not None:
             return self._calibration.apply(logits)
         family = self.manifest.family
         return activation.activate(logits, family.activation, family.temperature)
+
+    def prepare(
+        self,
+        pairs: list[tuple[str, str]],
+        instruction: str | None = None,
+        long_documents: LongDocuments = "truncate",
+        document_tokens: int | None = None,
+    ) -> list[Item]:
+        """Encode pairs for `logits`: one item each, or with `chunk` one a part.
+
+        Args:
+            pairs: queries may differ.
+            instruction: as for `rank`.
+            long_documents: as for `rank`.
+            document_tokens: most tokens that are read of a document. None: what fits.
+
+        Raises:
+            InputError: as for `rank`.
+        """
+        check(pairs, long_documents)
+        queries = dict.fromkeys(query for query, _ in pairs)
+        prompts = {query: self._encoder.prompt(query, instruction) for query in queries}
+        return self._items(pairs, prompts, instruction, long_documents, document_tokens)
 
     def _items(
         self,
@@ -341,6 +369,7 @@ class Reranker:
         prompts: dict[str, Prompt],
         instruction: str | None,
         long_documents: LongDocuments,
+        document_tokens: int | None = None,
     ) -> list[Item]:
         """Model inputs of pairs; `owner` is a pair's place."""
         encoder = self._encoder
@@ -350,20 +379,26 @@ class Reranker:
         items = []
         for owner, (query, document) in enumerate(pairs):
             prompt, ids = prompts[query], documents[document]
-            room = prompt.room
-            if len(ids) <= room or long_documents == "truncate":
+            room = encoder.room(prompt, document_tokens)
+            if len(ids) <= room or long_documents != "chunk":
+                truncated = len(ids) > room
+                if truncated and long_documents == "tail":
+                    ids = encoder.end(document, prompt, room)
                 pair = encoder.pair(prompt, ids[:room])
-                items.append(
-                    Item(owner, prompt.prefix, *pair, truncated=len(ids) > room, part=None)
-                )
+                items.append(Item(owner, prompt.prefix, *pair, truncated=truncated, part=None))
             else:
-                for chunk in encoder.chunks(document, prompt):
+                for chunk in encoder.chunks(document, prompt, document_tokens):
                     pair = encoder.pair(prompt, chunk.ids)
                     part = (chunk.start, chunk.end)
                     items.append(Item(owner, prompt.prefix, *pair, truncated=False, part=part))
         return items
 
-    def _logits(self, items: list[Item]) -> Logits:
+    def logits(self, items: list[Item]) -> Logits:
+        """One logit an item of `prepare`, shape [n]; items of several calls may be mixed.
+
+        Raises:
+            TargetError: as for `rank`; a document is named by its place in its own call.
+        """
         backend = self._ready()
         logits = np.empty(len(items), np.float32)
         for places, work in works(items):

@@ -10,8 +10,9 @@ from itertools import groupby
 from pathlib import Path
 
 from qrank.errors import InputError
+from qrank.items import LongDocuments
 from qrank.records import Texts, run_lines
-from qrank.reranker import LongDocuments, Reranker
+from qrank.reranker import Reranker
 
 TAG = "qrank"
 """The last column of a run qrank writes."""

@@ -14,7 +14,8 @@ import numpy as np
 from qrank import machine, paths
 from qrank.backends import module
 from qrank.collection import Collection, Run
-from qrank.reranker import LongDocuments, Reranker
+from qrank.items import LongDocuments
+from qrank.reranker import Reranker
 from qrank.targets import Target
 from qrank.work import Logits
 

@@ -136,3 +136,35 @@ def shifted(folder: Path, variant: Variant, device: str, options: Options) -> Ba
     """The true logits and 3 more: a backend that ranks rightly and computes wrongly."""
     variant = Manifest.load(folder).variants["onnx-int8"]
     return _Shifted(onnx.open(folder, variant, device, options))
+
+
+SLOW_SECONDS = 0.02
+"""That `plodding` takes for a pair."""
+
+
+class _Plodding(Fake):
+    def logits(self, work: Work) -> Logits:
+        time.sleep(SLOW_SECONDS * len(work))
+        return super().logits(work)
+
+
+def plodding(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """As `length`; takes SLOW_SECONDS for a pair."""
+    return _Plodding(folder, len)
+
+
+class _Failing(Fake):
+    def __init__(self, folder: Path, rule: Callable[[Ids], float]) -> None:
+        super().__init__(folder, rule)
+        self._calls = 0
+
+    def logits(self, work: Work) -> Logits:
+        self._calls += 1
+        if self._calls % 10 == 0:
+            raise RuntimeError("every tenth call fails")
+        return super().logits(work)
+
+
+def failing(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """As `length`; every tenth call raises what is no QrankError."""
+    return _Failing(folder, len)

@@ -26,8 +26,28 @@ FLOORS = [
     {"reranker"},
     {"", "bench", "doctor", "plots", "runs", "survey", "trial", "tuning"}
     | {"scored", "evaluation", "reliability"},
+    {
+        "serve",
+        "serve.app",
+        "serve.batcher",
+        "serve.dialects",
+        "serve.guard",
+        "serve.metrics",
+        "serve.request",
+        "serve.schemas",
+        "serve.server",
+        "serve.service",
+    },
     {"cli", "cli.common", "cli.convert", "cli.models", "cli.output", "cli.score"}
-    | {"cli.bench", "cli.calibrate", "cli.data", "cli.doctor", "cli.evaluate", "cli.tune"},
+    | {
+        "cli.bench",
+        "cli.calibrate",
+        "cli.data",
+        "cli.doctor",
+        "cli.evaluate",
+        "cli.serve",
+        "cli.tune",
+    },
 ]
 FLOOR = {
     f"qrank.{name}".rstrip("."): number for number, names in enumerate(FLOORS) for name in names

@@ -14,6 +14,7 @@ from qrank.cli.doctor import doctor
 from qrank.cli.evaluate import evaluate
 from qrank.cli.models import inspect, models
 from qrank.cli.score import score
+from qrank.cli.serve import serve
 from qrank.cli.tune import tune
 
 
@@ -47,5 +48,16 @@ def completion(shell: str) -> None:
     click.echo(script(main, {}, "qrank", "_QRANK_COMPLETE").source())
 
 
-for command in (bench, calibrate, convert, doctor, evaluate, inspect, models, score, tune):
+for command in (
+    bench,
+    calibrate,
+    convert,
+    doctor,
+    evaluate,
+    inspect,
+    models,
+    score,
+    serve,
+    tune,
+):
     main.add_command(command)

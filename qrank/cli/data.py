@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.progress import Progress as Bars
 
 from qrank.cli.common import notice
 from qrank.collection import Collection, Files, Run
+from qrank.items import LongDocuments
 from qrank.scored import Progress, Setting, no_progress
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -48,10 +49,10 @@ _OPTIONS = (
     click.option("--instruction", help="What relevant means, where the model's family takes that."),
     click.option(
         "--long-documents",
-        type=click.Choice(["truncate", "chunk"]),
+        type=click.Choice(get_args(LongDocuments)),
         default="truncate",
         show_default=True,
-        help="Read the beginning of a document that does not fit, or its best part.",
+        help="Read the beginning of a document that does not fit, its end, or its best part.",
     ),
 )
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any, TextIO, get_args
 
 import click
 from rich.console import Console
@@ -17,8 +17,9 @@ from qrank.cli.common import debug_option, notice, wish_options
 from qrank.cli.output import WRITERS, Result
 from qrank.cli.tune import measure as measure_targets
 from qrank.errors import InputError
+from qrank.items import LongDocuments
 from qrank.locate import DEFAULT
-from qrank.reranker import LongDocuments, Reranker
+from qrank.reranker import Reranker
 from qrank.runs import RunReranker
 from qrank.selection import Policy, Profile
 
@@ -62,10 +63,10 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--max-length", type=int, help="Tokens of a pair.  [default: the model's limit]")
 @click.option(
     "--long-documents",
-    type=click.Choice(["truncate", "chunk"]),
+    type=click.Choice(get_args(LongDocuments)),
     default="truncate",
     show_default=True,
-    help="Read the beginning of a document that does not fit, or its best part.",
+    help="Read a document that does not fit at its beginning, at its end, or at its best part.",
 )
 @click.option(
     "--budget-ms",

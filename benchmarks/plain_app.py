@@ -1,0 +1,45 @@
+"""sentence-transformers behind a FastAPI app as one writes it in a minute: `serve.py`'s peer.
+
+python plain_app.py CHECKPOINT PORT
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from pydantic import BaseModel
+from sentence_transformers import CrossEncoder
+
+app = FastAPI()
+model = CrossEncoder(sys.argv[1], device="cpu", local_files_only=True)
+
+
+class Asked(BaseModel):
+    """A query and its candidates."""
+
+    query: str
+    documents: list[str]
+
+
+@app.post("/v1/rerank")
+def rerank(asked: Asked) -> dict[str, Any]:
+    """FastAPI runs what is not async in a pool of threads: requests run beside each other."""
+    found = model.rank(asked.query, asked.documents, show_progress_bar=False)
+    return {
+        "results": [
+            {"index": int(x["corpus_id"]), "relevance_score": float(x["score"])} for x in found
+        ]
+    }
+
+
+@app.get("/health")
+def health() -> dict[str, str]:
+    """It answers."""
+    return {"status": "ok"}
+
+
+if __name__ == "__main__":
+    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="warning")

@@ -1,0 +1,240 @@
+"""`qrank serve` under load: throughput beside the engine's own, short requests beside long ones.
+
+Clients are threads of this process, over loopback; each asks for BM25's best documents of one query
+after the other. All systems take turns. With `--soak N` instead: N requests of random shapes, and
+the server's memory after each tenth of them.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from common import Collection, alternate, arguments, report
+
+from qrank import Reranker
+from qrank.backends import processors
+from qrank.locate import DEFAULT
+
+Task = tuple[str, list[str]]
+HERE = Path(__file__).parent
+PEER = "sentence-transformers, plain FastAPI"
+THROUGHPUT = {"system": "", "clients": "d", "pairs/s": ",.1f", "of the engine": ".0%"}
+LATENCY = {"system": "", "short requests": "", "p50 ms": ",.0f", "p99 ms": ",.0f", "n": "d"}
+MEMORY = {"requests": ",d", "MB": ",.1f", "requests/s": ",.1f"}
+
+
+def main() -> None:
+    """Start the servers, and measure."""
+    parser = arguments(__doc__)
+    parser.add_argument("--model", default=DEFAULT, help="bundle  [default: %(default)s]")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--queries", type=int, default=32, help="requests of a round")
+    parser.add_argument("--documents", type=int, default=20, help="of a request")
+    parser.add_argument("--long", type=int, default=400, help="documents of a long request")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=processors())
+    parser.add_argument("--backend", help="of the server  [default: the preferred variant]")
+    parser.add_argument("--soak", type=int, metavar="N", help="requests of random shapes")
+    parser.add_argument("--peer-python", help="with sentence-transformers, fastapi and uvicorn")
+    parser.add_argument("--peer-model", default="models/mini", help="its checkpoint")
+    options = parser.parse_args()
+    serve = [str(Path(sys.executable).parent / "qrank"), "serve", options.model]
+    serve += ["--threads", str(options.threads), "--queue-tokens", "100000000"]
+    serve += ["--backend", options.backend] if options.backend else []
+    if options.soak:
+        with server(serve) as (port, process):
+            rows = soak(port, process.pid, options.soak)
+        title = f"{options.soak:,} requests of random shapes to {options.model}"
+        report(title, MEMORY, rows, as_json=options.json)
+        return
+    if options.data is None:
+        parser.error("--data FOLDER is needed")
+    collection = Collection.read(options.data)
+    found = collection.bm25(max(options.documents, 200))
+    candidates = [
+        (collection.queries[query], [collection.documents[d] for d in found[query]])
+        for query in list(collection.queries)[: options.queries]
+    ]
+    tasks = [(query, documents[: options.documents]) for query, documents in candidates]
+    with ExitStack() as stack:
+        ports = {"qrank serve": stack.enter_context(server(serve))[0]}
+        if options.peer_python:
+            peer = [options.peer_python, str(HERE / "plain_app.py"), options.peer_model]
+            ports[PEER] = stack.enter_context(server(peer))[0]
+        engine = stack.enter_context(
+            Reranker(options.model, backend=options.backend, threads=options.threads)
+        )
+        rows = throughput(engine, ports, tasks, options.clients, options.rounds)
+        title = f"{options.model}: {options.documents} documents a request"
+        report(f"{title}, {options.threads} threads", THROUGHPUT, rows, as_json=options.json)
+        query, best = candidates[0]
+        long = (query, [best[place % len(best)] for place in range(options.long)])
+        rows = [
+            {"system": name, "short requests": what, **figures}
+            for name, port in ports.items()
+            for what, figures in beside(port, [(q, d[:5]) for q, d in tasks], long).items()
+        ]
+        title = f"{options.model}: 5 documents a request, beside requests of {len(long[1])}"
+        report(title, LATENCY, rows, as_json=options.json)
+
+
+def throughput(
+    engine: Reranker,
+    ports: dict[str, int],
+    tasks: Sequence[Task],
+    clients: Sequence[int],
+    rounds: int,
+) -> list[dict[str, object]]:
+    """Every system with every number of clients, and the engine called directly."""
+    name = "the engine, called directly"
+    cases: dict[tuple[str, int], Callable[[], object]] = {
+        (name, 1): lambda: [engine.rank(query, documents) for query, documents in tasks]
+    }
+    for system, port in ports.items():
+        for count in clients:
+            cases[system, count] = partial(load, port, tasks, count)
+    seconds = {case: statistics.median(s) for case, s in alternate(cases, rounds).items()}
+    pairs = sum(len(documents) for _, documents in tasks)
+    return [
+        {
+            "system": system,
+            "clients": count,
+            "pairs/s": pairs / taken,
+            "of the engine": seconds[name, 1] / taken,
+        }
+        for (system, count), taken in seconds.items()
+    ]
+
+
+def beside(port: int, tasks: Sequence[Task], long: Task) -> dict[str, dict[str, float | int]]:
+    """Seconds of short requests, one after the other: alone, and beside two clients' long ones."""
+    alone = [seconds for _ in range(3) for seconds in load(port, tasks, 1)]
+    over = threading.Event()
+
+    def press() -> None:
+        while not over.is_set():
+            load(port, [long], 1)
+
+    presses = [threading.Thread(target=press) for _ in range(2)]
+    for thread in presses:
+        thread.start()
+    time.sleep(0.5)
+    pressed = [seconds for _ in range(3) for seconds in load(port, tasks, 1)]
+    over.set()
+    for thread in presses:
+        thread.join()
+
+    def figures(seconds: list[float]) -> dict[str, float | int]:
+        p50, p99 = np.percentile(seconds, [50, 99]) * 1000
+        return {"p50 ms": float(p50), "p99 ms": float(p99), "n": len(seconds)}
+
+    return {"alone": figures(alone), "beside long ones": figures(pressed)}
+
+
+def soak(port: int, process: int, count: int) -> list[dict[str, object]]:
+    """Ask for random shapes, with eight clients; the server's memory at the start of each tenth."""
+    random = np.random.default_rng(0)
+    words = "mars red planet bread wine venus stone light water field".split()
+
+    def task() -> Task:
+        # Few are long, as in life.
+        lengths = np.minimum(random.geometric(0.03, int(random.geometric(0.2))), 400)
+        return "which planet is red?", [" ".join(random.choice(words, n)) for n in lengths]
+
+    rows: list[dict[str, object]] = []
+    step = max(count // 10, 1)
+    for start in range(0, count, step):
+        tasks = [task() for _ in range(min(step, count - start))]
+        began = time.perf_counter()
+        load(port, tasks, 8)
+        status = Path(f"/proc/{process}/status").read_text("utf-8").splitlines()
+        resident = int(next(x for x in status if x.startswith("VmRSS")).split()[1]) * 1024
+        rows.append(
+            {
+                "requests": start + len(tasks),
+                "MB": resident / 1e6,
+                "requests/s": len(tasks) / (time.perf_counter() - began),
+            }
+        )
+    return rows
+
+
+def load(port: int, tasks: Sequence[Task], clients: int) -> list[float]:
+    """Send every task once, from so many clients; seconds of each.
+
+    Raises:
+        RuntimeError: an answer is not 200.
+    """
+    waiting: Iterator[Task] = iter(tasks)
+    lock, seconds, wrong = threading.Lock(), [], []
+
+    def client() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+        headers = {"content-type": "application/json"}
+        while True:
+            with lock:
+                task = next(waiting, None)
+            if task is None:
+                break
+            body = json.dumps({"query": task[0], "documents": task[1]})
+            began = time.perf_counter()
+            connection.request("POST", "/v1/rerank", body, headers)
+            answer = connection.getresponse()
+            content = answer.read()
+            seconds.append(time.perf_counter() - began)
+            if answer.status != 200:
+                wrong.append(content)
+                break
+        connection.close()
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if wrong or len(seconds) != len(tasks):
+        raise RuntimeError(f"{len(seconds)} of {len(tasks)} answered; {wrong[:1]}")
+    return seconds
+
+
+@contextmanager
+def server(command: list[str]) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """Run a server; gives its port, once it answers, and its process."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    where = ["--port", str(port)] if "serve" in command else [str(port)]
+    process = subprocess.Popen([*command, *where], stderr=subprocess.DEVNULL)
+    try:
+        while True:
+            if process.poll() is not None:
+                raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                # Ours listens before its model is there.
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+                connection.request("GET", "/health")
+                connection.getresponse().read()
+                connection.close()
+                break
+            except ConnectionError:
+                time.sleep(0.2)
+        yield port, process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+if __name__ == "__main__":
+    main()

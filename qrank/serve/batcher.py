@@ -1,0 +1,361 @@
+"""One model's queue: the pairs of all requests, cut into slices that its engine scores.
+
+A slice is so many tokens as take about SLICE_SECONDS. Every other one is filled from the oldest
+request on, those between from the request that has had least so far. So the oldest moves on at half
+the speed of the machine or more, and a short request waits for a few slices, however many documents
+the others have.
+
+All state is the event loop's: there are no locks. The engine runs in threads of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrank.errors import InputError, QrankError
+from qrank.items import Item, best_items
+from qrank.reranker import Reranker
+from qrank.serve.metrics import Metrics
+from qrank.serve.request import Asked, Outcome, RefusedError
+from qrank.work import Logits
+
+log = logging.getLogger("qrank.serve")
+
+SLICE_SECONDS = 0.1
+"""How long a slice should take: what a short request waits, mostly, and a budget's grain."""
+
+SLICE_TOKENS = 65_536
+"""Most tokens of a slice, however fast the engine."""
+
+PREFIX_TURNS = 4
+"""A prefix is read once a turn, so a turn is at least as many times as long as it."""
+
+IN_FLIGHT = 2
+"""Slices handed to the engine's thread at a time: the next is there when one is done."""
+
+ENCODERS = 2
+"""Threads that turn text into tokens, beside the engine's."""
+
+CHARACTERS_A_TOKEN = 4
+"""To judge a request by before it is encoded."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A request in the queue.
+
+    Attributes:
+        items: its model inputs, in the order of its pairs.
+        arrived: by `time.perf_counter`.
+        ends: when its budget is used; None: never.
+        logits: of its items; shape [n].
+        scored: which of them are; shape [n].
+        handed: items given to the engine, from the first.
+        flying: slices with items of it that are not back yet.
+        had: tokens given to the engine.
+        done: resolves when nothing more is to come.
+    """
+
+    items: list[Item]
+    arrived: float
+    ends: float | None
+    done: asyncio.Future[None]
+    logits: Logits = field(init=False)
+    scored: NDArray[np.bool_] = field(init=False)
+    handed: int = 0
+    flying: int = 0
+    had: int = 0
+
+    def __post_init__(self) -> None:
+        self.logits = np.zeros(len(self.items), np.float32)
+        self.scored = np.zeros(len(self.items), np.bool_)
+
+    @property
+    def waiting(self) -> int:
+        """Items the engine has not been given."""
+        return len(self.items) - self.handed
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Items `start` to `stop` of a job, in one slice: so many tokens to read."""
+
+    job: Job
+    start: int
+    stop: int
+    tokens: int
+
+    @property
+    def items(self) -> list[Item]:
+        """The items themselves."""
+        return self.job.items[self.start : self.stop]
+
+
+def reading(item: Item, before: Item | None) -> int:
+    """Tokens that are read for an item after another: a prefix they share is read once."""
+    shared = before is not None and item.prefix is before.prefix
+    return len(item.ids) if shared else item.tokens
+
+
+def cut(jobs: Iterable[Job], tokens: float, least: int, now: float, rate: float) -> list[Turn]:
+    """The next slice; `handed` and `had` of the jobs in it are moved on.
+
+    Args:
+        jobs: whose turn it is first comes first.
+        tokens: that the slice may hold.
+        least: items that it holds whatever their length, so that every thread has one.
+        now: by `time.perf_counter`.
+        rate: tokens a second.
+
+    Returns:
+        Nothing where nothing waits.
+    """
+    turns: list[Turn] = []
+    left, count = tokens, 0
+    for job in jobs:
+        room = left if job.ends is None else min(left, rate * (job.ends - now))
+        worth = PREFIX_TURNS * len(job.items[0].prefix)
+        if turns and room < worth:
+            continue
+        start, given = job.handed, 0
+        while job.waiting:
+            cost = reading(job.items[job.handed], job.items[job.handed - 1] if given else None)
+            if given + cost > room and count >= least and (turns or given > worth):
+                break
+            given += cost
+            count += 1
+            job.handed += 1
+        if given:
+            turns.append(Turn(job, start, job.handed, given))
+            job.had += given
+            left -= given
+    return turns
+
+
+class Batcher:
+    """Scores requests with one reranker. Made and used on one event loop."""
+
+    def __init__(
+        self, name: str, reranker: Reranker, metrics: Metrics, *, queue_tokens: int
+    ) -> None:
+        """Start.
+
+        Args:
+            name: the model's, for people.
+            reranker: ready.
+            metrics: where to count.
+            queue_tokens: how many may wait; a request that would be more is refused, but for one
+                that finds the queue empty.
+        """
+        self.reranker = reranker
+        self.queued = 0
+        self._name = name
+        self._metrics = metrics.of(name, reranker.target.name)
+        self._limit = queue_tokens
+        self._jobs: list[Job] = []
+        self._least_first = False
+        self._wake = asyncio.Event()
+        self._rate = 0.0
+        self._engine = ThreadPoolExecutor(1, f"qrank-engine-{name}")
+        self._encoders = ThreadPoolExecutor(ENCODERS, f"qrank-encode-{name}")
+        self._feeders = [asyncio.create_task(self._feed()) for _ in range(IN_FLIGHT)]
+
+    async def close(self) -> None:
+        """Stop; what still waits is cancelled."""
+        for feeder in self._feeders:
+            feeder.cancel()
+        await asyncio.gather(*self._feeders, return_exceptions=True)
+        for job in self._jobs:
+            job.done.cancel()
+        self._engine.shutdown()
+        self._encoders.shutdown()
+
+    async def score(self, asked: Asked, timeout: float) -> Outcome:
+        """Score a request's pairs, among those of others.
+
+        To cancel it is to take it out of the queue.
+
+        Args:
+            asked: what.
+            timeout: seconds it may take in all.
+
+        Raises:
+            RefusedError: 413 for a pair that does not fit, 422 for what the model does not take,
+                429 where too much waits, 500 where the engine fails, 503 where the time is up.
+        """
+        arrived = time.perf_counter()
+        texts = {text for pair in asked.pairs for text in pair}
+        guess = sum(map(len, texts)) // CHARACTERS_A_TOKEN + len(asked.pairs)
+        if self.queued and self.queued + guess > self._limit:
+            self._metrics.dropped["overflow"].inc()
+            raise RefusedError(
+                429,
+                f"{self.queued:,} tokens wait for {self._name}, and about {guess:,} more would be "
+                f"beyond its limit of {self._limit:,}; try again later",
+                retry_after=min(max(math.ceil(self.queued / max(self._rate, 1)), 1), 600),
+            )
+        held = guess
+        self._hold(held)
+        self._metrics.queue_requests.inc()
+        try:
+            async with asyncio.timeout(timeout):
+                items = await self._encode(asked)
+                tokens = sum(map(reading, items, [None, *items]))
+                self._hold(tokens - held)
+                held = tokens
+                ends = None if asked.budget is None else arrived + asked.budget
+                job = Job(items, arrived, ends, asyncio.get_running_loop().create_future())
+                self._jobs.append(job)
+                self._wake.set()
+                try:
+                    await job.done
+                finally:
+                    self._jobs.remove(job)
+        except TimeoutError:
+            self._metrics.dropped["timeout"].inc()
+            raise RefusedError(
+                503, f"not scored within {timeout:g} s; send less, or try again later"
+            ) from None
+        except asyncio.CancelledError:
+            self._metrics.dropped["disconnect"].inc()
+            raise
+        except InputError as error:
+            raise RefusedError(422, str(error)) from error
+        except QrankError as error:
+            log.error("%s: %s", self._name, error)
+            raise RefusedError(500, str(error)) from error
+        finally:
+            self._hold(-held)
+            self._metrics.queue_requests.dec()
+        return self._outcome(job)
+
+    async def _encode(self, asked: Asked) -> list[Item]:
+        prepare = self.reranker.prepare
+        items = await asyncio.get_running_loop().run_in_executor(
+            self._encoders,
+            prepare,
+            asked.pairs,
+            asked.instruction,
+            asked.long_documents,
+            asked.document_tokens,
+        )
+        long = next((item.owner for item in items if item.truncated), None)
+        if asked.whole and long is not None:
+            raise RefusedError(
+                413, f"text {long} does not fit the model with the query; ask for truncate"
+            )
+        return items
+
+    async def _feed(self) -> None:
+        """Hand slices to the engine, one after the other."""
+        while True:
+            now = time.perf_counter()
+            for job in self._jobs:
+                self._settle(job, now)
+            waiting = [job for job in self._jobs if job.waiting]
+            if self._least_first:
+                waiting.sort(key=lambda job: job.had)
+            tokens = min(self._rate * SLICE_SECONDS, SLICE_TOKENS)
+            turns = cut(waiting, tokens, self.reranker.threads, now, self._rate)
+            if not turns:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            self._least_first = not self._least_first
+            for turn in turns:
+                turn.job.flying += 1
+            await self._run(turns)
+
+    async def _run(self, turns: list[Turn]) -> None:
+        """Score a slice; where it fails, each request's part by itself, so that one fails alone."""
+        items = [item for turn in turns for item in turn.items]
+        started = time.perf_counter()
+        for turn in turns:
+            if turn.start == 0:
+                self._metrics.wait.observe(started - turn.job.arrived)
+        try:
+            logits, seconds = await asyncio.get_running_loop().run_in_executor(
+                self._engine, self._timed, items
+            )
+        except Exception as error:  # a backend may raise anything
+            if len(turns) > 1:
+                log.warning("%s: a batch failed, so its requests run one by one", self._name)
+                for turn in turns:
+                    if not turn.job.done.done():
+                        await self._run([turn])
+                return
+            self._fail(turns[0], error)
+            return
+        tokens = sum(turn.tokens for turn in turns)
+        self._measure(tokens, seconds)
+        self._metrics.batch(len(items), tokens, seconds)
+        ends = np.cumsum([turn.stop - turn.start for turn in turns])[:-1]
+        for turn, found in zip(turns, np.split(logits, ends), strict=True):
+            turn.job.logits[turn.start : turn.stop] = found
+            turn.job.scored[turn.start : turn.stop] = True
+            turn.job.flying -= 1
+            self._settle(turn.job, time.perf_counter())
+
+    def _timed(self, items: list[Item]) -> tuple[Logits, float]:
+        start = time.perf_counter()
+        return self.reranker.logits(items), time.perf_counter() - start
+
+    def _measure(self, tokens: int, seconds: float) -> None:
+        """Follow the engine's speed."""
+        found = tokens / max(seconds, 1e-6)
+        self._rate = self._rate + 0.2 * (found - self._rate) if self._rate else found
+
+    def _hold(self, tokens: int) -> None:
+        """Count so many more tokens, or fewer, as waiting."""
+        self.queued += tokens
+        self._metrics.queue_tokens.set(self.queued)
+
+    def _fail(self, turn: Turn, error: Exception) -> None:
+        job = turn.job
+        job.flying -= 1
+        job.handed = len(job.items)
+        if not job.done.done():
+            if not isinstance(error, QrankError):
+                log.error("%s: the backend failed", self._name, exc_info=error)
+                error = QrankError(f"the backend failed: {type(error).__name__}: {error}")
+            job.done.set_exception(error)
+
+    def _settle(self, job: Job, now: float) -> None:
+        """Let a job go whose items are all scored, or whose budget is used."""
+        if job.ends is not None and now >= job.ends:
+            job.handed = len(job.items)
+        if not job.waiting and not job.flying and not job.done.done():
+            job.done.set_result(None)
+
+    def _outcome(self, job: Job) -> Outcome:
+        """By pair: of a document's parts the best, if all of them were scored."""
+        owners = [item.owner for item in job.items]
+        whole = np.ones(owners[-1] + 1, np.bool_)
+        np.logical_and.at(whole, owners, job.scored)
+        logits = job.logits[best_items(owners, job.logits)]
+        logits[~whole] = logits[whole].min() if whole.any() else 0
+        # Of what was not scored at all there is no logit to activate.
+        scores = self.reranker.scores(logits) if whole.any() else np.zeros(len(logits))
+        cut = np.zeros(len(whole), np.bool_)
+        np.logical_or.at(cut, owners, [item.truncated for item in job.items])
+        tokens = sum(
+            item.tokens for item, scored in zip(job.items, job.scored, strict=True) if scored
+        )
+        return Outcome(
+            self._name,
+            [float(x) for x in logits],
+            [float(x) for x in scores],
+            cut.tolist(),
+            whole.tolist(),
+            tokens,
+            time.perf_counter() - job.arrived,
+        )

@@ -1,0 +1,107 @@
+"""What GET /metrics tells Prometheus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class Metrics:
+    """A server's counters, in a registry of their own."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "qrank_requests", "Requests answered.", ["path", "status"], registry=registry
+        )
+        self.seconds = Histogram(
+            "qrank_request_seconds",
+            "From a request's first byte to its answer's last.",
+            ["path"],
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self._target = Gauge(
+            "qrank_target_info", "1 for what runs.", ["model", "target"], registry=registry
+        )
+        self._pairs = Counter("qrank_pairs", "Pairs scored.", ["model"], registry=registry)
+        self._tokens = Counter("qrank_tokens", "Tokens read.", ["model"], registry=registry)
+        self._queue_tokens = Gauge(
+            "qrank_queue_tokens", "Tokens waiting or running.", ["model"], registry=registry
+        )
+        self._queue_requests = Gauge(
+            "qrank_queue_requests", "Requests waiting or running.", ["model"], registry=registry
+        )
+        self._dropped = Counter(
+            "qrank_dropped",
+            "Requests not scored: overflow, timeout, disconnect.",
+            ["model", "reason"],
+            registry=registry,
+        )
+        self._batch_pairs = Histogram(
+            "qrank_batch_pairs",
+            "Pairs scored in one call of the engine.",
+            ["model"],
+            registry=registry,
+            buckets=_SIZES,
+        )
+        self._batch_seconds = Histogram(
+            "qrank_batch_seconds",
+            "One call of the engine.",
+            ["model"],
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self._wait = Histogram(
+            "qrank_queue_seconds",
+            "From a request's coming to its first pair's turn.",
+            ["model"],
+            registry=registry,
+            buckets=_SECONDS,
+        )
+
+    def of(self, model: str, target: str) -> ModelMetrics:
+        """Those of one model."""
+        self._target.labels(model, target).set(1)
+        return ModelMetrics(
+            self._pairs.labels(model),
+            self._tokens.labels(model),
+            self._queue_tokens.labels(model),
+            self._queue_requests.labels(model),
+            {
+                reason: self._dropped.labels(model, reason)
+                for reason in ("overflow", "timeout", "disconnect")
+            },
+            self._batch_pairs.labels(model),
+            self._batch_seconds.labels(model),
+            self._wait.labels(model),
+        )
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+@dataclass(frozen=True)
+class ModelMetrics:
+    """The counters of one model; `dropped` by reason."""
+
+    pairs: Counter
+    tokens: Counter
+    queue_tokens: Gauge
+    queue_requests: Gauge
+    dropped: dict[str, Counter]
+    batch_pairs: Histogram
+    batch_seconds: Histogram
+    wait: Histogram
+
+    def batch(self, pairs: int, tokens: int, seconds: float) -> None:
+        """Count one call of the engine."""
+        self.pairs.inc(pairs)
+        self.tokens.inc(tokens)
+        self.batch_pairs.observe(pairs)
+        self.batch_seconds.observe(seconds)

@@ -1,0 +1,68 @@
+"""What a request of any dialect comes to, and what comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qrank.items import LongDocuments
+
+
+class RefusedError(Exception):
+    """A request that gets an error: a status, and a message that says what to do."""
+
+    def __init__(self, status: int, message: str, *, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What any request comes to.
+
+    Attributes:
+        model: name of a served model; None: the first.
+        pairs: (query, document), in the order they were sent.
+        instruction: as for `Reranker.rank`.
+        long_documents: as for `Reranker.rank`.
+        document_tokens: most tokens that are read of a document; None: what fits.
+        budget: seconds after which what is not scored yet is left as it is; None: no end.
+        whole: refuse a pair that does not fit.
+    """
+
+    model: str | None
+    pairs: list[tuple[str, str]]
+    instruction: str | None
+    long_documents: LongDocuments
+    document_tokens: int | None
+    budget: float | None
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it, in the order of the pairs.
+
+    Attributes:
+        model: that scored them.
+        logits: floats; of pairs that were not scored the lowest of the others', or 0.
+        scores: after the family's activation, likewise.
+        truncated: whether only a part was read.
+        scored: False where the time was up.
+        tokens: that the model read.
+        seconds: from the request's coming to its last score.
+    """
+
+    model: str
+    logits: list[float]
+    scores: list[float]
+    truncated: list[bool]
+    scored: list[bool]
+    tokens: int
+    seconds: float
+
+    @property
+    def order(self) -> list[int]:
+        """Best first; equals, and then what was not scored, in the order they were sent."""
+        return sorted(range(len(self.logits)), key=lambda i: (not self.scored[i], -self.logits[i]))

@@ -1,0 +1,78 @@
+"""A server on a free port: in a thread of this process, or as `qrank serve` runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from qrank import Reranker
+from qrank.serve.app import build
+from qrank.serve.guard import Limits
+from qrank.serve.server import listen, server
+
+SECONDS = 30
+
+
+@contextmanager
+def serving(
+    models: Mapping[str, Reranker],
+    *,
+    limits: Limits | None = None,
+    keys: tuple[bytes, ...] = (),
+    cors: Sequence[str] = (),
+) -> Iterator[str]:
+    """Serve models from a thread; gives the URL."""
+    listening = listen("127.0.0.1", 0)
+    started = threading.Event()
+    guard = build(models, limits=limits, keys=keys)
+    made = server(guard, ready=started.set, drain_seconds=5, cors=cors)
+    thread = threading.Thread(target=lambda: asyncio.run(made.serve(sockets=[listening])))
+    thread.start()
+    try:
+        assert started.wait(SECONDS)
+        yield "http://{}:{}".format(*listening.getsockname())
+    finally:
+        made.should_exit = True
+        thread.join(SECONDS)
+        assert not thread.is_alive()
+
+
+@contextmanager
+def process(*arguments: str | Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Run `qrank serve` on a free port; gives its URL, once it serves, and the process.
+
+    What it logs is read and forgotten: a full pipe would stop it.
+    """
+    command = [str(Path(sys.executable).parent / "qrank"), "serve", "--port", "0"]
+    here = str(Path(__file__).parent)
+    started = subprocess.Popen(
+        [*command, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": here},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert started.stderr is not None
+    try:
+        for line in started.stderr:
+            if found := re.search(r"serving at (\S+)", line):
+                break
+        else:
+            raise AssertionError("it did not start")
+        reader = threading.Thread(target=started.stderr.read)
+        reader.start()
+        try:
+            yield found[1], started
+        finally:
+            started.kill()
+            reader.join(SECONDS)
+    finally:
+        started.kill()
+        started.wait(SECONDS)
+        started.stderr.close()

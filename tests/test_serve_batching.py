@@ -1,0 +1,279 @@
+"""The queue: fair slices, budgets, deadlines, back-pressure, and who pays for a failure."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fakes
+import numpy as np
+import pytest
+import tiny_decoders
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qrank import Reranker
+from qrank.items import Item
+from qrank.serve.batcher import PREFIX_TURNS, Batcher, Job, cut
+from qrank.serve.metrics import Metrics
+from qrank.serve.request import Asked, Outcome, RefusedError
+
+Result = TypeVar("Result")
+
+NO_LOOP = asyncio.new_event_loop()
+NO_LOOP.close()
+
+
+def job(lengths: list[int], *, prefix: int = 0, ends: float | None = None) -> Job:
+    before = np.zeros(prefix, np.int32)
+    items = [
+        Item(owner, before, np.zeros(length, np.int32), None, truncated=False, part=None)
+        for owner, length in enumerate(lengths)
+    ]
+    return Job(items, 0.0, ends, asyncio.Future(loop=NO_LOOP))
+
+
+lists = st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=20), min_size=1, max_size=6)
+
+
+@given(lists, st.integers(0, 500), st.integers(1, 4), st.integers(0, 30))
+def test_every_item_has_its_turn_once_and_slices_are_bounded(
+    lengths: list[list[int]], tokens: int, least: int, prefix: int
+) -> None:
+    jobs = [job(each, prefix=prefix) for each in lengths]
+    seen: list[tuple[int, int]] = []
+    while turns := cut([j for j in jobs if j.waiting], tokens, least, 0.0, 1.0):
+        costs = [len(i.ids) for turn in turns for i in turn.items]
+        read = sum(costs) + prefix * len(turns)
+        assert read == sum(turn.tokens for turn in turns)
+        # More is read only to give every thread an item, or that a prefix be worth reading.
+        worth = (PREFIX_TURNS + 1) * prefix + max(costs)
+        assert read <= max(tokens, worth) or len(costs) <= least
+        for turn in turns:
+            seen += [(jobs.index(turn.job), place) for place in range(turn.start, turn.stop)]
+    assert sorted(seen) == [(j, i) for j, each in enumerate(lengths) for i in range(len(each))]
+
+
+def test_the_first_job_fills_the_slice_and_the_next_what_is_left() -> None:
+    jobs = [job([100] * 3), job([100] * 9)]
+    turns = cut(jobs, 500, 1, 0.0, 1.0)
+    assert [(jobs.index(t.job), t.start, t.stop) for t in turns] == [(0, 0, 3), (1, 0, 2)]
+    assert [j.had for j in jobs] == [300, 200]
+
+
+def test_a_budget_gets_no_more_than_it_has_time_for() -> None:
+    turns = cut([job([100] * 9, ends=2.0), job([100] * 9)], 1000, 1, 1.0, 300.0)
+    assert [(t.start, t.stop) for t in turns] == [(0, 3), (0, 7)]
+
+
+@pytest.fixture(scope="module")
+def plodding() -> Iterator[Reranker]:
+    with Reranker("mini", backend="fakes:plodding", threads=1) as opened:
+        yield opened
+
+
+def asked(count: int, *, text: str = "a", budget: float | None = None) -> Asked:
+    pairs = [("q", f"{text} {i}") for i in range(count)]
+    return Asked(None, pairs, None, "truncate", None, budget)
+
+
+@asynccontextmanager
+async def queue(reranker: Reranker, tokens: int = 100_000) -> AsyncIterator[Batcher]:
+    batcher = Batcher("m", reranker, Metrics(), queue_tokens=tokens)
+    try:
+        yield batcher
+    finally:
+        await batcher.close()
+
+
+def run(work: Coroutine[Any, Any, Result]) -> Result:
+    return asyncio.run(work)
+
+
+def test_short_requests_do_not_wait_for_a_long_one(plodding: Reranker) -> None:
+    """100 pairs take 2 s; those of 5 short requests, sent after it, a tenth of a second each."""
+
+    async def scene() -> tuple[float, list[float]]:
+        async with queue(plodding) as batcher:
+            long = asyncio.create_task(batcher.score(asked(100), 30))
+            await asyncio.sleep(0.1)
+            waits = []
+            for _ in range(5):
+                outcome = await batcher.score(asked(1), 30)
+                waits.append(outcome.seconds)
+            assert not long.done()
+            return (await long).seconds, waits
+
+    took, waits = run(scene())
+    assert max(waits) < took / 3
+
+
+def test_the_oldest_moves_on_beside_a_stream_of_short_ones(plodding: Reranker) -> None:
+    async def scene() -> float:
+        async with queue(plodding) as batcher:
+            long = asyncio.create_task(batcher.score(asked(30), 30))
+
+            async def stream() -> None:
+                while not long.done():
+                    await batcher.score(asked(4), 30)
+
+            await asyncio.gather(*(stream() for _ in range(4)))
+            outcome = await long
+            return outcome.seconds
+
+    # 0.6 s alone, and half of the machine is its own.
+    assert run(scene()) < 10 * 0.6
+
+
+def test_scores_of_mixed_requests_are_those_of_each() -> None:
+    async def scene(reranker: Reranker) -> list[Outcome]:
+        async with queue(reranker) as batcher:
+            words = ["a b c", "d", "e f g h i j"]
+            return await asyncio.gather(
+                *(batcher.score(asked(n + 1, text=words[n % 3]), 30) for n in range(12))
+            )
+
+    fakes.recorded.clear()
+    with Reranker("mini", backend="fakes:recording") as recording:
+        outcomes = run(scene(recording))
+        for number, outcome in enumerate(outcomes):
+            pairs = asked(number + 1, text=["a b c", "d", "e f g h i j"][number % 3]).pairs
+            expected = recording.score(pairs, raw=True)
+            assert outcome.logits == expected.tolist()
+            assert all(outcome.scored)
+    # 12 requests of 1 to 12 pairs: some calls held several requests'.
+    sizes = [len(work) for work in fakes.recorded[: -len(outcomes)]]
+    assert max(sizes) > 12
+
+
+def test_a_budget_is_kept_and_the_rest_stays_in_order(plodding: Reranker) -> None:
+    async def scene() -> Outcome:
+        async with queue(plodding) as batcher:
+            await batcher.score(asked(20), 30)  # the engine's speed is known then
+            outcome = await batcher.score(asked(100, budget=0.4), 30)
+            return outcome
+
+    outcome = run(scene())
+    known = sum(outcome.scored)
+    assert 0 < known < 75
+    assert outcome.seconds < 1.5
+    assert outcome.scored == [True] * known + [False] * (100 - known)
+    assert outcome.order[known:] == list(range(known, 100))
+    assert set(outcome.logits[known:]) == {min(outcome.logits[:known])}
+
+
+def test_a_budget_that_is_used_before_its_turn() -> None:
+    async def scene(reranker: Reranker) -> Outcome:
+        async with queue(reranker) as batcher:
+            first = asyncio.create_task(batcher.score(asked(40), 30))
+            await asyncio.sleep(0.05)
+            outcome = await batcher.score(asked(3, budget=1e-6), 30)
+            await first
+            return outcome
+
+    with Reranker("mini", backend="fakes:plodding", threads=1) as reranker:
+        outcome = run(scene(reranker))
+    assert outcome.scored == [False] * 3
+    assert outcome.order == [0, 1, 2]
+    assert outcome.scores == outcome.logits == [0.0] * 3
+
+
+def test_what_takes_too_long_is_given_up(plodding: Reranker) -> None:
+    async def scene() -> None:
+        async with queue(plodding) as batcher:
+            start = time.perf_counter()
+            with pytest.raises(RefusedError, match=r"not scored within 0\.2 s") as refused:
+                await batcher.score(asked(100), 0.2)
+            assert refused.value.status == 503
+            assert time.perf_counter() - start < 1.8
+            # Its items are gone with it: the next one is served at once.
+            outcome = await batcher.score(asked(1), 30)
+            assert outcome.seconds < 1.5
+            assert batcher.queued == 0
+
+    run(scene())
+
+
+def test_a_full_queue_refuses_and_says_when(plodding: Reranker) -> None:
+    async def scene() -> None:
+        async with queue(plodding, tokens=200) as batcher:
+            # More than the limit, but it finds the queue empty.
+            long = asyncio.create_task(batcher.score(asked(50), 30))
+            await asyncio.sleep(0.2)
+            with pytest.raises(RefusedError, match="beyond its limit of 200") as refused:
+                await batcher.score(asked(1), 30)
+            assert refused.value.status == 429
+            assert 1 <= (refused.value.retry_after or 0) <= 600
+            await long
+            await batcher.score(asked(1), 30)
+
+    run(scene())
+
+
+def test_a_cancelled_request_leaves_the_queue(plodding: Reranker) -> None:
+    async def scene() -> None:
+        async with queue(plodding) as batcher:
+            gone = asyncio.create_task(batcher.score(asked(200), 30))
+            await asyncio.sleep(0.1)
+            gone.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await gone
+            assert batcher.queued == 0
+            outcome = await batcher.score(asked(1), 30)
+            assert outcome.seconds < 2  # of the 4 s that it would have taken
+
+    run(scene())
+
+
+def test_one_bad_document_fails_its_own_request_alone() -> None:
+    """NaN for pairs of more than 40 tokens, in a call that holds several requests."""
+
+    async def scene(reranker: Reranker) -> list[Outcome | BaseException]:
+        async with queue(reranker) as batcher:
+            requests = [asked(3), asked(1, text="long " * 50), asked(2)]
+            return await asyncio.gather(
+                *(batcher.score(each, 30) for each in requests), return_exceptions=True
+            )
+
+    with Reranker("mini", backend="fakes:nan_when_long") as reranker:
+        first, bad, last = run(scene(reranker))
+    assert isinstance(first, Outcome)
+    assert isinstance(last, Outcome)
+    assert isinstance(bad, RefusedError)
+    assert bad.status == 500
+    assert "gave nan for document 0" in bad.message
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "zerank"])
+def test_decoders_in_slices_score_as_they_do_at_once(
+    checkpoint_of: Callable[[str], Path], kind: str
+) -> None:
+    """Prefixes of several requests, each read again in every slice."""
+
+    async def scene(reranker: Reranker) -> list[Outcome]:
+        async with queue(reranker) as batcher:
+            return await asyncio.gather(
+                *(batcher.score(replace(asked(9), pairs=each), 60) for each in requests)
+            )
+
+    texts = ["mars is red " * (n % 5 + 1) for n in range(9)]
+    requests = [[(query, text) for text in texts] for query in ("which planet?", "bread")]
+    family = tiny_decoders.FAMILIES[kind]
+    with Reranker(checkpoint_of(kind), backend="torch", family=family) as reranker:
+        for outcome, pairs in zip(run(scene(reranker)), requests, strict=True):
+            expected = reranker.score(pairs, raw=True)
+            assert outcome.logits == pytest.approx(expected.tolist(), abs=1e-4)
+        (head,) = reranker.prepare([("q", "one two " * 5000)], None, "truncate", 8)
+        (tail,) = reranker.prepare([("q", "one two " * 5000)], None, "tail", 8)
+        whole = reranker.prepare([("q", "one")])[0]
+    # What leads to the document stays in front of its end, and what follows it behind.
+    assert len(head.ids) == len(tail.ids)
+    assert head.truncated
+    assert tail.truncated
+    assert head.ids[0] == tail.ids[0] == whole.ids[0]
+    assert head.ids[-1] == tail.ids[-1] == whole.ids[-1]

@@ -1,0 +1,181 @@
+"""Clients as people have them, pointed at a running server: SDKs, and others' HTTP as they send it.
+
+Where a client cannot be installed beside the rest (langchain-cohere wants an older cohere), its
+requests are written out here, with what it reads of the answer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from serving import serving
+
+from qrank import Ranking, Reranker
+
+# Before litellm is imported: it would look for prices on the net.
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+
+# Clients leave their sockets to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+QUERY = "which planet is red?"
+TEXTS = ["bread is baked", "mars is the red planet", "venus is a planet"]
+KEY = "some-key"
+
+
+@pytest.fixture(scope="module")
+def mini() -> Iterator[Reranker]:
+    with Reranker("mini") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def url(mini: Reranker) -> Iterator[str]:
+    with serving({"mini": mini}, keys=(KEY.encode(),)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def expected(mini: Reranker) -> list[Ranking]:
+    return mini.rank(QUERY, TEXTS)
+
+
+def check(found: list[tuple[int, float]], expected: list[Ranking]) -> None:
+    assert [index for index, _ in found] == [item.index for item in expected]
+    assert [s for _, s in found] == pytest.approx([x.score for x in expected], abs=1e-6)
+
+
+def test_cohere_v2(url: str, expected: list[Ranking]) -> None:
+    import cohere
+
+    client = cohere.ClientV2(api_key=KEY, base_url=url)
+    found = client.rerank(model="mini", query=QUERY, documents=TEXTS, top_n=2)
+    check([(x.index, x.relevance_score) for x in found.results], expected[:2])
+    assert found.id
+    assert found.meta is not None
+    assert found.meta.billed_units is not None
+    assert found.meta.billed_units.search_units == 1
+    found = client.rerank(model="mini", query=QUERY, documents=TEXTS, max_tokens_per_doc=4096)
+    check([(x.index, x.relevance_score) for x in found.results], expected)
+
+
+def test_cohere_v1(url: str, expected: list[Ranking]) -> None:
+    import cohere
+
+    client = cohere.Client(api_key=KEY, base_url=url)
+    documents = [{"title": text} for text in TEXTS]
+    found = client.rerank(
+        model="mini",
+        query=QUERY,
+        documents=documents,
+        rank_fields=["title"],
+        return_documents=True,
+    )
+    check([(x.index, x.relevance_score) for x in found.results], expected)
+    plain = client.rerank(model="mini", query=QUERY, documents=TEXTS, return_documents=True)
+    for item in plain.results:
+        assert item.document is not None
+        assert item.document.text == TEXTS[item.index]
+
+
+def test_coheres_errors_are_told_apart(url: str) -> None:
+    import cohere
+
+    client = cohere.ClientV2(api_key=KEY, base_url=url)
+    with pytest.raises(cohere.NotFoundError, match="there are: mini"):
+        client.rerank(model="rerank-v3.5", query=QUERY, documents=TEXTS)
+    with pytest.raises(cohere.UnprocessableEntityError):
+        client.rerank(model="mini", query=QUERY, documents=[])
+    with pytest.raises(cohere.UnauthorizedError):
+        cohere.ClientV2(api_key="wrong", base_url=url).rerank(
+            model="mini", query=QUERY, documents=TEXTS
+        )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("provider", "base"),
+    [
+        ("cohere", ""),
+        ("jina_ai", "/v1/rerank"),
+        ("hosted_vllm", ""),
+        ("huggingface", ""),
+    ],
+)
+def test_litellm(url: str, expected: list[Ranking], provider: str, base: str) -> None:
+    litellm = pytest.importorskip("litellm")
+    found = litellm.rerank(
+        model=f"{provider}/mini",
+        query=QUERY,
+        documents=TEXTS,
+        top_n=3,
+        api_base=url + base,
+        api_key=KEY,
+    )
+    results = [(x["index"], x["relevance_score"]) for x in found.results]
+    check(results, expected)
+
+
+def post(url: str, path: str, content: dict[str, Any]) -> Any:
+    headers = {"Authorization": f"Bearer {KEY}", "Content-type": "application/json"}
+    response = httpx.post(url + path, json=content, headers=headers, timeout=60)
+    response.raise_for_status()
+    return response.json()
+
+
+def test_langchains_jina_rerank(url: str, expected: list[Ranking]) -> None:
+    """JinaRerank.rerank of langchain-community."""
+    asked = {"query": QUERY, "documents": TEXTS, "model": "mini", "top_n": 3}
+    answer = post(url, "/v1/rerank", asked)
+    assert "results" in answer
+    check([(x["index"], x["relevance_score"]) for x in answer["results"]], expected)
+
+
+def test_langchains_cohere_rerank(url: str, expected: list[Ranking]) -> None:
+    """CohereRerank.rerank of langchain-cohere: nulls for what is unset."""
+    asked = {"query": QUERY, "documents": TEXTS, "model": "mini", "top_n": 3}
+    answer = post(url, "/v2/rerank", {**asked, "max_tokens_per_doc": None})
+    check([(x["index"], x["relevance_score"]) for x in answer["results"]], expected)
+
+
+def test_haystacks_tei_ranker(url: str, expected: list[Ranking]) -> None:
+    """HuggingFaceTEIRanker of haystack: a list, or a dict with an error in it."""
+    asked = {"query": QUERY, "texts": TEXTS, "raw_scores": False, "truncation_direction": "Right"}
+    answer = post(url, "/rerank", asked)
+    assert isinstance(answer, list)
+    check([(x["index"], x["score"]) for x in answer], expected)
+
+
+def test_huggingface_hubs_client(url: str, expected: list[Ranking]) -> None:
+    """InferenceClient has no rerank; people post through its session, with its token."""
+    from huggingface_hub import InferenceClient
+
+    client = InferenceClient(model=f"{url}/rerank", token=KEY)
+    asked = httpx.post(
+        str(client.model),
+        json={"query": QUERY, "texts": TEXTS, "return_text": True, "truncate": True},
+        headers={"Authorization": f"Bearer {client.token}"},
+    )
+    check([(x["index"], x["score"]) for x in asked.json()], expected)
+    assert [x["text"] for x in asked.json()] == [x.text for x in expected]
+
+
+def test_llama_cpps_tei_and_jina_forms(url: str, expected: list[Ranking]) -> None:
+    """tools/server/tests/unit/test_rerank.py of llama.cpp."""
+    jina = post(url, "/rerank", {"query": QUERY, "documents": TEXTS})
+    check([(x["index"], x["relevance_score"]) for x in jina["results"]], expected)
+    assert jina["usage"]["prompt_tokens"] == jina["usage"]["total_tokens"] > 0
+    tei = post(url, "/rerank", {"query": QUERY, "texts": TEXTS, "return_text": True})
+    check([(x["index"], x["score"]) for x in tei], expected)
+
+
+def test_vllms_score_client(url: str, expected: list[Ranking]) -> None:
+    """examples/online_serving/.../cross_encoder_score.py of vLLM."""
+    answer = post(url, "/score", {"model": "mini", "queries": QUERY, "documents": TEXTS})
+    found = [(x["index"], x["score"]) for x in answer["data"]]
+    assert [index for index, _ in found] == [0, 1, 2]
+    check(sorted(found, key=lambda item: -item[1]), expected)
