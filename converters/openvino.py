@@ -1,8 +1,8 @@
 """A checkpoint -> an OpenVINO graph that gives one logit a pair.
 
-The ONNX graph of `converters/onnx.py`, read by OpenVINO, compressed or quantized by NNCF; of
-decoder families by `converters/openvino_weights.py`. docs/benchmarks.md holds it against
-optimum-intel's way.
+The ONNX graph of `converters/onnx.py`, read by OpenVINO; its weights are shrunk by
+`converters/openvino_weights.py`, or weights and activations quantized by NNCF. docs/benchmarks.md
+holds it against optimum-intel's way.
 """
 
 from __future__ import annotations

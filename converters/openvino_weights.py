@@ -1,4 +1,4 @@
-"""A decoder's weights in OpenVINO's graph: shrunk one by one, as they come off the disk.
+"""Weights in OpenVINO's graph: shrunk one by one, as they come off the disk.
 
 NNCF holds a whole model in fp32 before it compresses it, 16 GB of 4 billion parameters. Here each
 weight is read, quantized and let go, into the very nodes that NNCF makes: int8 with a scale and a
