@@ -85,6 +85,7 @@ class Reranker:
         family: str | None = None,
         policy: Policy = "fastest",
         min_kendall: float | None = None,
+        max_loss: float | None = None,
         profile: Profile = "passages",
         calibrated: bool = False,
     ) -> None:
@@ -113,6 +114,8 @@ class Reranker:
                 nothing in it tells. A bundle knows its own.
             policy: `fastest`, `smallest` or `most-faithful`.
             min_kendall: least Kendall's tau against the original, by the bundle's manifest.
+            max_loss: most nDCG@10 that `qrank eval` may have found a variant to lose against fp32,
+                on your data; what it has not measured is not taken.
             profile: what the work is like, if it was measured: `short` (single short pairs),
                 `passages` (20 documents of 128 tokens) or `long` (100 of 512).
             calibrated: scores are the probabilities that `qrank calibrate` fitted for the variant,
@@ -145,7 +148,7 @@ class Reranker:
         self._lock = threading.Lock()
         self._backend: backends.Backend | None = None
         _living.add(self)
-        wish = Wish(backend, device, policy, min_kendall, profile)
+        wish = Wish(backend, device, policy, min_kendall, max_loss, profile)
         first_that_works(choices(self.manifest, wish, options), self._take)
 
     def _take(self, choice: Choice) -> None:

@@ -13,6 +13,7 @@ from qrank import machine, paths
 from qrank.backends import RUNTIMES, Options
 from qrank.bundle import Manifest
 from qrank.errors import InputError, MissingExtraError, TargetError
+from qrank.losses import losses
 from qrank.targets import Target, guesses
 
 Policy = Literal["fastest", "smallest", "most-faithful"]
@@ -97,6 +98,8 @@ class Wish:
         device: likewise; None: the CPU, or any that was measured.
         policy: `fastest`; `smallest`; or `most-faithful`, by Kendall's tau on the probes.
         min_kendall: least Kendall's tau against the original, of the manifest.
+        max_loss: most nDCG@10 that `qrank eval` may have found a variant to lose against fp32; what
+            it has not measured is not taken.
         profile: what the work is like.
     """
 
@@ -104,6 +107,7 @@ class Wish:
     device: str | None = None
     policy: Policy = "fastest"
     min_kendall: float | None = None
+    max_loss: float | None = None
     profile: Profile = "passages"
 
     def __post_init__(self) -> None:
@@ -128,13 +132,37 @@ def choices(manifest: Manifest, wish: Wish, options: Options) -> list[Choice]:
     Raises:
         TargetError: the bundle has no such target, or none so faithful.
     """
-    known = recalled(manifest, options.threads)
+    kept = _within_loss(manifest, wish)
+    known = [m for m in recalled(manifest, options.threads) if _variant(m) in kept]
     fitting = [m for m in known if _named(m, wish) and options.execution in (None, m.execution)]
     ordered = [_choice(manifest, m, options, len(fitting)) for m in order(fitting, wish)]
     if not ordered:
-        targets = _guessed(manifest, wish)
+        targets = [t for t in _guessed(manifest, wish) if t.variant.name in kept]
         ordered = [Choice(target, options, False, len(targets)) for target in targets]
     return ordered if wish.backend is None else [replace(ordered[0], among=1)]
+
+
+def _within_loss(manifest: Manifest, wish: Wish) -> set[str]:
+    """Names of variants that lose no more than may be lost: all, where nothing is said of that.
+
+    Raises:
+        TargetError: none of those that may be taken is known to; with what is known.
+    """
+    if wish.max_loss is None:
+        return set(manifest.variants)
+    wanted = {target.variant.name for target in guesses(manifest, wish.backend, wish.device)}
+    known = {name: loss for name, loss in losses(manifest).items() if name in wanted}
+    kept = {name for name, loss in known.items() if loss.mean <= wish.max_loss}
+    if not kept:
+        measured = ", ".join(
+            f"{name} {loss.mean:.4f} (±{loss.margin:.4f}, {loss.queries} queries of {loss.data})"
+            for name, loss in known.items()
+        )
+        raise TargetError(
+            f"no variant of {manifest.name} is known to lose {wish.max_loss} nDCG@10 or less; "
+            f"measured here: {measured or 'none'}. Measure them: qrank eval BUNDLE --data FOLDER"
+        )
+    return kept
 
 
 def _guessed(manifest: Manifest, wish: Wish) -> list[Target]:
@@ -226,14 +254,18 @@ def _faithful(kendall: float, wish: Wish) -> bool:
 
 
 def _named(found: Measurement, wish: Wish) -> bool:
-    runner, _, variant = found.selector.rpartition("/")
-    names = (found.selector, runner or variant.partition("-")[0])
+    runner = found.selector.rpartition("/")[0]
+    names = (found.selector, runner or _variant(found).partition("-")[0])
     return wish.backend in (None, *names) and wish.device in (None, found.device)
 
 
+def _variant(found: Measurement) -> str:
+    return found.selector.rpartition("/")[2]
+
+
 def _choice(manifest: Manifest, found: Measurement, options: Options, among: int) -> Choice:
-    runner, _, name = found.selector.rpartition("/")
-    variant = manifest.variants[name]
+    runner = found.selector.rpartition("/")[0]
+    variant = manifest.variants[_variant(found)]
     target = Target(variant, found.device, runner or variant.format)
     options = replace(
         options,

@@ -16,11 +16,12 @@ from conftest import subset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrank import Reranker, machine, paths, tuning
+from qrank import Reranker, losses, machine, paths, tuning
 from qrank.backends import FORMATS, module
 from qrank.bundle import Manifest
 from qrank.cli import main
 from qrank.errors import InputError, MissingExtraError, TargetError
+from qrank.losses import Loss
 from qrank.selection import ALIKE, PROFILES, Measurement, Wish, order, recalled, remember
 from qrank.targets import ELSEWHERE, ON_CPU, guesses
 
@@ -361,6 +362,25 @@ def test_policies_hold_for_guesses_too(bundle: Path) -> None:
         TargetError, match=r"no target has a Kendall tau of 0.99 or more.*onnx-int8"
     ):
         Reranker(bundle, min_kendall=0.99, backend="onnx-int8")
+
+
+def test_a_bound_on_the_loss_keeps_what_was_measured_to_lose_no_more(bundle: Path) -> None:
+    manifest = Manifest.load(bundle)
+    first, *others = guesses(manifest, None, None)
+    with pytest.raises(TargetError, match=r"measured here: none.*qrank eval"):
+        Reranker(bundle, max_loss=0.005)
+    (second, *_) = others
+    losses.remember(
+        manifest,
+        {
+            first.variant.name: Loss(0.02, 0.01, 100, "cranfield"),
+            second.variant.name: Loss(0.004, 0.01, 100, "cranfield"),
+        },
+    )
+    with Reranker(bundle, max_loss=0.005) as reranker:
+        assert reranker.target == second
+    with pytest.raises(TargetError, match=r"0\.0200 \(±0\.0100, 100 queries of cranfield\)"):
+        Reranker(bundle, max_loss=0.005, backend=first.variant.name)
 
 
 @pytest.mark.parametrize(

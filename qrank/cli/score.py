@@ -53,6 +53,11 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--execution", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]")
 @wish_options
 @click.option(
+    "--max-loss",
+    type=float,
+    help="Most nDCG@10 that qrank eval may have found a variant to lose against fp32.",
+)
+@click.option(
     "--measure/--no-measure",
     default=None,
     help="Measure the targets first if that was not done yet (qrank tune), or go by a guess "
@@ -94,6 +99,7 @@ def score(
     execution: str | None,
     policy: Policy,
     min_kendall: float | None,
+    max_loss: float | None,
     profile: Profile,
     measure: bool | None,
     family: str | None,
@@ -129,6 +135,7 @@ def score(
             family=family,
             policy=policy,
             min_kendall=min_kendall,
+            max_loss=max_loss,
             profile=profile,
             calibrated=scores == "calibrated",
         )
