@@ -32,7 +32,10 @@ EXTRA_OF = {
 }
 """Which extra of qrank brings a module."""
 
-DISTRIBUTION = {"llama_cpp": "llama-cpp-python"}
+DISTRIBUTION = {
+    "llama_cpp": "llama-cpp-python",
+    "prometheus_client": "prometheus-client",
+}
 """What pip calls a module, where it is not the module's own name."""
 
 _SILENCE = {"onnxruntime": "ORT_DISABLE_TELEMETRY"}

@@ -23,7 +23,7 @@ def check_plot(path: Path) -> None:
         MissingExtraError: matplotlib is not installed.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"a plot is *.png or *.svg, not {path.name}")
+        raise InputError(f"a plot's name must end in .png or .svg, found {path.name}")
     if not path.parent.is_dir():
         raise InputError(f"no folder {path.parent} for the plot")
     need("matplotlib")

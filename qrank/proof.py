@@ -17,6 +17,10 @@ from qrank.targets import Target
 
 _PROBE_TOKENS = 1024
 
+_MARGIN = 0.5
+"""The share of the tolerance that arithmetic may use that a conversion was not proven in: few
+probes are looked at here, and they are short."""
+
 log = logging.getLogger("qrank")
 
 
@@ -34,6 +38,7 @@ def ready(folder: Path, target: Target, manifest: Manifest, options: Options) ->
     """
     own = ":" in target.backend
     choices = () if own else executions(target.backend, target.device)
+    converted_in = choices[-1] if choices else options.execution
     if options.execution is not None and not own:
         if options.execution not in choices:
             raise TargetError(
@@ -46,7 +51,8 @@ def ready(folder: Path, target: Target, manifest: Manifest, options: Options) ->
         chosen = replace(options, execution=execution)
         backend = opener(target.backend)(folder, target.variant, target.device, chosen)
         try:
-            prove(backend, target, manifest, execution)
+            share = 1.0 if execution == converted_in else _MARGIN
+            prove(backend, target, manifest, execution, share)
         except BaseException:
             backend.close()
             raise
@@ -62,7 +68,11 @@ def ready(folder: Path, target: Target, manifest: Manifest, options: Options) ->
 
 
 def prove(
-    backend: Backend, target: Target, manifest: Manifest, execution: str | None = None
+    backend: Backend,
+    target: Target,
+    manifest: Manifest,
+    execution: str | None = None,
+    share: float = 1.0,
 ) -> None:
     """Make sure a target reproduces the bundle's probes on this very machine.
 
@@ -74,6 +84,7 @@ def prove(
         target: what it was opened for.
         manifest: the bundle's.
         execution: arithmetic it was opened in.
+        share: of the tolerance that may be used.
 
     Raises:
         TargetError: it does not; with the figures.
@@ -89,7 +100,8 @@ def prove(
     fidelity = Fidelity.of(backend.logits(probes.work), probes.logits)
     # A rank correlation of so few pairs says little: hold the differences alone, on the scale of
     # all probes.
-    tolerance = replace(TOLERANCES[target.variant.precision], kendall=-1.0)
+    tolerance = TOLERANCES[target.variant.precision]
+    tolerance = replace(tolerance, share=tolerance.share * share, kendall=-1.0)
     fidelity = replace(fidelity, spread=float(np.ptp(manifest.probes.logits)))
     if missed := tolerance.shortfall(fidelity):
         raise TargetError(

@@ -226,9 +226,11 @@ class Reranker:
         def encode(start: int, end: int) -> list[int]:
             """Make items of some documents, and return how many tokens each has."""
             tokens = [0] * (end - start)
-            for item in self._items(pairs[start:end], prompts, instruction, long_documents):
-                tokens[item.owner] += item.tokens
-                items.append(item._replace(owner=start + item.owner))
+            some = pairs[start:end]
+            new = self._items(some, prompts, instruction, long_documents, first=start)
+            for item in new:
+                tokens[item.owner - start] += item.tokens
+            items.extend(new)
             return tokens
 
         def score(start: int, end: int) -> None:
@@ -373,14 +375,15 @@ class Reranker:
         instruction: str | None,
         long_documents: LongDocuments,
         document_tokens: int | None = None,
+        first: int = 0,
     ) -> list[Item]:
-        """Model inputs of pairs; `owner` is a pair's place."""
+        """Model inputs of pairs; `owner` is a pair's place, counted from `first`."""
         encoder = self._encoder
         texts = dict.fromkeys(document for _, document in pairs)
         found = encoder.documents(list(texts), instruction)
         documents = dict(zip(texts, found, strict=True))
         items = []
-        for owner, (query, document) in enumerate(pairs):
+        for owner, (query, document) in enumerate(pairs, first):
             prompt, ids = prompts[query], documents[document]
             room = encoder.room(prompt, document_tokens)
             if len(ids) <= room or long_documents != "chunk":

@@ -41,23 +41,23 @@ def flip(path: Path, place: float = 0.5) -> None:
 def test_one_flipped_byte_is_refused(copy: Path, name: str, place: float) -> None:
     flip(copy / name, place)
     with pytest.raises(BundleError, match="convert the model again"):
-        Reranker(copy)
+        Reranker(copy, backend="onnx-int8")
 
 
 @pytest.mark.parametrize("name", [MODEL, TOKENIZER, MANIFEST])
 def test_a_flipped_byte_is_noticed_after_a_good_start_too(copy: Path, name: str) -> None:
     """The second start trusts what the first one hashed, but not a file written since."""
-    Reranker(copy).close()
-    Reranker(copy).close()
+    Reranker(copy, backend="onnx-int8").close()
+    Reranker(copy, backend="onnx-int8").close()
     flip(copy / name)
     os.utime(copy / name)
     with pytest.raises(BundleError):
-        Reranker(copy)
+        Reranker(copy, backend="onnx-int8")
 
 
 def test_verify_hashes_what_is_remembered_as_good(copy: Path) -> None:
     """Same size, same time, same inode: only reading the file can tell."""
-    Reranker(copy).close()
+    Reranker(copy, backend="onnx-int8").close()
     runner = CliRunner()
     assert runner.invoke(main, ["inspect", str(copy), "--verify"]).exit_code == 0
     flip(copy / MODEL)
@@ -79,7 +79,7 @@ def test_verify_looks_at_every_variant(copy: Path) -> None:
 def test_a_missing_file_is_named(copy: Path, name: str) -> None:
     (copy / name).unlink()
     with pytest.raises(BundleError, match=name):
-        Reranker(copy)
+        Reranker(copy, backend="onnx-int8")
 
 
 @pytest.mark.parametrize("name", [MODEL, TOKENIZER])
@@ -87,7 +87,7 @@ def test_a_cut_file_is_refused(copy: Path, name: str) -> None:
     content = (copy / name).read_bytes()
     (copy / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(BundleError, match="bytes"):
-        Reranker(copy)
+        Reranker(copy, backend="onnx-int8")
 
 
 def edit(folder: Path, **values: Any) -> None:

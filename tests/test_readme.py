@@ -22,6 +22,8 @@ NOT_RUN = {
     'pip install ".[cpu,eval]"': "the environment is there already",
     'pip install ".[openvino]"': "the environment is there already",
     'pip install ".[gguf]"': "the environment is there already",
+    'pip install ".[cpu,serve]"': "the environment is there already",
+    "qrank serve mini": "runs until it is stopped; tests/test_serve.py does",
     'CMAKE_ARGS="-DGGML_CUDA=on" pip install ".[gguf]"': "compiles for a GPU",
 }
 

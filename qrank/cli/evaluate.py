@@ -59,7 +59,7 @@ def evaluate(
 
     \b
       qrank eval my-bundle --data beir/scifact
-      qrank eval my-bundle --queries q.jsonl --documents d.jsonl --qrels qrels.trec
+      qrank eval my-bundle --queries q.jsonl --documents d.jsonl --qrels q.trec
     """
     if family is not None and reference is None:
         raise click.UsageError("--family goes with --reference")
