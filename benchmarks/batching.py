@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from common import alternate, arguments, encode, join, open_onnx, report
 
-from qrank.backends import processors
 from qrank.backends.onnx import CPU_BATCH, OnnxBackend
 from qrank.bundle import TOKENIZER, Manifest
 from qrank.collection import Collection
 from qrank.encoding import Encoder
 from qrank.locate import DEFAULT, locate
+from qrank.machine import processors
 from qrank.work import Work
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from common import Collection, arguments, report
+from common import arguments, report
 
 from qrank import Reranker
+from qrank.collection import Collection
 from qrank.locate import DEFAULT
 
 COLUMNS = {

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from qrank.backends import Options, onnx, processors
+from qrank.backends import Options, onnx
 from qrank.bundle import Variant
 from qrank.encoding import Encoder
 from qrank.fidelity import Fidelity
+from qrank.machine import cpu_name, processors
 from qrank.work import Work
 
 Row = Mapping[str, Any]
@@ -111,29 +112,9 @@ def report(title: str, formats: Mapping[str, str], rows: Sequence[Row], *, as_js
     sys.stdout.write(f"**{title}**\\\n{machine()}\n\n{text}\n\n")
 
 
-def peak_bytes() -> int:
-    """Most memory this process held.
-
-    On Linux not getrusage's ru_maxrss, which a child starts with its parent's size in.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def machine() -> str:
     """The CPU, how many of them this process may use, and the versions that matter."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        named = [x for x in info.read_text("utf-8").splitlines() if x.startswith("model name")]
-        cpu = named[0].partition(": ")[2] if named else cpu
     versions = [f"{p} {metadata.version(p)}" for p in ("onnxruntime", "numpy")]
     return ", ".join(
-        [cpu, f"{processors()} CPUs", f"Python {platform.python_version()}", *versions]
+        [cpu_name(), f"{processors()} CPUs", f"Python {platform.python_version()}", *versions]
     )

@@ -23,12 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import alternate, arguments, peak_bytes, report
+from common import alternate, arguments, report
 from real_size import convert, make
 
 from qrank import Reranker
-from qrank.backends import Options, llama, module, opener, processors
+from qrank.backends import Options, llama, module, opener
 from qrank.bundle import Manifest
+from qrank.machine import peak_memory, processors
 from qrank.work import Work
 
 SHAPE = "Qwen3-Reranker-0.6B"
@@ -203,7 +204,7 @@ def _first_score(bundle: str, variant: str) -> tuple[float, int]:
     start = time.perf_counter()
     with Reranker(bundle, backend=variant) as reranker:
         reranker.rank("which planet is red?", ["mars", "bread"])
-        return time.perf_counter() - start, peak_bytes()
+        return time.perf_counter() - start, peak_memory()
 
 
 if __name__ == "__main__":

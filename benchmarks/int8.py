@@ -23,7 +23,6 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     MatMulNBitsQuantizer,
 )
 
-from qrank.backends import processors
 from qrank.backends.onnx import OnnxBackend
 from qrank.bundle import TOKENIZER
 from qrank.collection import Collection
@@ -31,6 +30,7 @@ from qrank.converters.convert import convert
 from qrank.converters.onnx import head_nodes
 from qrank.encoding import Encoder
 from qrank.fidelity import Fidelity
+from qrank.machine import processors
 from qrank.work import Logits, Work
 
 COLUMNS = {

@@ -14,16 +14,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import arguments, encode, peak_bytes, report
+from common import arguments, encode, report
 
 from qrank import Reranker
-from qrank.backends import processors
 from qrank.backends.onnx import CPU_BATCH
 from qrank.batching import cut_padded
 from qrank.bundle import TOKENIZER, Manifest
 from qrank.collection import Collection
 from qrank.encoding import Encoder
 from qrank.locate import DEFAULT, locate
+from qrank.machine import peak_memory, processors
 
 COLUMNS = {
     "variant": "",
@@ -108,7 +108,7 @@ def measure(model: str, variant: str, tasks: Path, count: int, threads: int) -> 
         "tokens/s": tokens / total,
         "padding": 1 - tokens / padded,
         "encoding": encoding / total,
-        "peak MB": peak_bytes() / 1e6,
+        "peak MB": peak_memory() / 1e6,
     }
 
 

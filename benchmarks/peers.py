@@ -21,9 +21,9 @@ from scipy.stats import kendalltau
 from sentence_transformers import CrossEncoder
 
 from qrank import Reranker
-from qrank.backends import processors
 from qrank.bundle import Manifest
 from qrank.collection import Collection
+from qrank.machine import processors
 
 Pairs = list[tuple[str, str]]
 COLUMNS = {"target": "", "pairs/s": ",.1f", "vs default": ".2f", "vs OpenVINO": ".2f", "tau": ".3f"}

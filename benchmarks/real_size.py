@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import alternate, arguments, peak_bytes, report
+from common import alternate, arguments, report
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,6 +33,7 @@ from qrank import Reranker
 from qrank.bundle import Manifest
 from qrank.converters.convert import convert as make_bundle
 from qrank.fidelity import TOLERANCES, Tolerance
+from qrank.machine import peak_memory
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import tiny
@@ -144,7 +145,7 @@ def main() -> None:
         format, _, precision = variant.partition("-")
         family = tiny_decoders.FAMILIES.get(SHAPES[Path(checkpoint).name][0])
         make_bundle(checkpoint, [(format, precision)], Path(bundle), family=family)
-        sys.stdout.write(json.dumps(peak_bytes()))
+        sys.stdout.write(json.dumps(peak_memory()))
         return
     for shape in options.shapes:
         with tempfile.TemporaryDirectory() as work:

@@ -21,11 +21,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from common import Collection, alternate, arguments, report
+from common import alternate, arguments, report
 
 from qrank import Reranker
-from qrank.backends import processors
+from qrank.collection import Collection
 from qrank.locate import DEFAULT
+from qrank.machine import processors
 
 Task = tuple[str, list[str]]
 HERE = Path(__file__).parent

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qrank.backends import Options, module, opener, processors
+from qrank.backends import Options, module, opener
 from qrank.bundle import Probes, Variant
 from qrank.converters.checkpoint import Checkpoint
 from qrank.converters.probes import probe_pairs
@@ -16,6 +16,7 @@ from qrank.errors import ConversionError, FidelityError, TargetError
 from qrank.extras import need
 from qrank.family import Family, fill
 from qrank.fidelity import TOLERANCES, Fidelity
+from qrank.machine import processors
 from qrank.work import Logits, Work
 
 if TYPE_CHECKING:

@@ -22,7 +22,6 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qrank.backends import processors
 from qrank.backends.gguf import FILE, TYPE_STRIDE
 from qrank.backends.gguf_decoder import HEAD
 from qrank.backends.llama import complaint, library
@@ -33,6 +32,7 @@ from qrank.converters.probes import probe_pairs
 from qrank.errors import ConversionError
 from qrank.extras import need
 from qrank.family import Family
+from qrank.machine import processors
 from qrank.work import Work
 
 if TYPE_CHECKING:

@@ -70,16 +70,16 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: W
         )
     with TemporaryDirectory(dir=folder.parent) as temporary:
         path = Path(temporary) / "model.onnx"
-        # What folding does to weights takes memory, and is done here one by one.
-        whole = precision == "int8-full"
+        activations = precision == "int8-full"
         model = checkpoint.load(lean=True)
+        # What folding does to weights takes memory, and is done here one by one.
         export(model, checkpoint.family, path, in_one_file=False, optimize=False)
         del model
         gc.collect()  # The exporter leaves cycles, which hold the weights.
-        graph = ov.convert_model(path) if whole else ov.Core().read_model(path)
+        graph = ov.convert_model(path) if activations else ov.Core().read_model(path)
         bound(graph, checkpoint.family.max_length)
         head = set() if checkpoint.family.decoder else head_nodes(graph)
-        if whole:
+        if activations:
             graph = _quantize(graph, head, calibration)
         else:
             shrink(graph, precision, keep=head)

@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from qrank import machine
-from qrank.backends import FORMATS, others
 from qrank.bundle import TOKENIZER, Manifest
 from qrank.encoding import Encoder
 from qrank.errors import InputError, TargetError
 from qrank.locate import DEFAULT, locate
 from qrank.selection import Measurement, Wish, order
-from qrank.survey import Asked, survey
+from qrank.survey import Asked, surveys
 from qrank.tuning import QUERY, Candidate, Contest, candidates, documents, in_turns
 
 COUNTS = (1, 20, 100)
@@ -101,11 +100,7 @@ def bench(
         raise InputError("no documents: give at least one")
     work = [given[place % len(given)] for place in range(COUNTS[-1])]
     rows: list[Row] = []
-    found = []
-    for backend in [f for f in FORMATS if any(v.format == f for v in manifest.variants.values())]:
-        progress(f"looking for {backend}")
-        found.append(survey(backend, 60.0))
-    found += [survey(backend, 60.0) for backend in others()]
+    found = surveys(manifest, 60.0, progress)
     rows += [Row(f.backend, "", f.reason) for f in found if f.reason]
     chosen = [c for c in candidates(manifest, found, threads) if _named(c, only)]
     if not chosen:

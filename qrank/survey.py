@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from qrank import trial
+from qrank.backends import FORMATS, others
+from qrank.bundle import Manifest
 from qrank.child import Child
 from qrank.errors import TargetError
 
@@ -72,6 +75,22 @@ class Found:
     formats: list[str] = field(default_factory=list)
     devices: list[Device] = field(default_factory=list)
     reason: str | None = None
+
+
+def surveys(manifest: Manifest, limit: float, progress: Callable[[str], object]) -> list[Found]:
+    """Look at the backends of a bundle's formats, and at other packages'.
+
+    Args:
+        manifest: the bundle's.
+        limit: seconds that each may take.
+        progress: told which is looked at.
+    """
+    formats = {variant.format for variant in manifest.variants.values()}
+    found = []
+    for backend in [f for f in FORMATS if f in formats] + others():
+        progress(f"looking for {backend}")
+        found.append(survey(backend, limit))
+    return found
 
 
 def survey(backend: str, limit: float) -> Found:

@@ -15,13 +15,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from qrank import machine, selection
-from qrank.backends import FORMATS, others
 from qrank.bundle import TOKENIZER, Manifest
 from qrank.encoding import Encoder
 from qrank.errors import TargetError
 from qrank.locate import DEFAULT, locate
 from qrank.selection import PROFILES, Measurement, Profile
-from qrank.survey import Asked, Found, start, survey
+from qrank.survey import Asked, Found, start, surveys
 from qrank.targets import Target, expected
 
 LOOK = 0.5
@@ -147,11 +146,7 @@ def tune(
     folder = locate(model)
     manifest = Manifest.load(folder)
     threads = threads or machine.processors()
-    formats = {variant.format for variant in manifest.variants.values()}
-    found = []
-    for backend in [f for f in FORMATS if f in formats] + others():
-        progress(f"looking for {backend}")
-        found.append(survey(backend, limit or 60.0))
+    found = surveys(manifest, limit or 60.0, progress)
     contest = Contest(
         folder, {profile: documents(folder, manifest, profile) for profile in PROFILES}, limit
     )

@@ -28,7 +28,6 @@ from typing import Any, Protocol, cast
 from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.family import Family
-from qrank.machine import processors as processors
 from qrank.work import Logits, Work
 
 FORMATS = ("onnx", "openvino", "gguf")
