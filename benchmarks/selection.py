@@ -2,7 +2,8 @@
 
 "behind" is by how much the chosen target's median speed is below that of the best one. "bar met":
 by 5 % or less, or less than the rounds stray (the 95 % interval of the ratio of the two medians,
-by resampling rounds).
+by resampling rounds). Variants that are taken last whatever their speed (`selection.doubtful`) do
+not take part.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from qrank import machine
 from qrank.backends import FORMATS
 from qrank.bundle import Manifest
 from qrank.locate import locate
-from qrank.selection import ALIKE, PROFILES, Measurement, Wish, order
+from qrank.selection import ALIKE, PROFILES, Measurement, Wish, doubtful, order
 from qrank.survey import survey
 from qrank.tuning import Candidate, Contest, candidates, documents, in_turns, tune
 
@@ -52,10 +53,11 @@ def examined(bundle: str, options: Any) -> list[dict[str, object]]:
     manifest = Manifest.load(folder)
     threads = machine.processors()
     measured = tune(bundle)
+    last = doubtful(manifest, Wish())
     found = [survey(f, 60.0) for f in FORMATS]
-    every = candidates(manifest, found, threads)
+    every = [c for c in candidates(manifest, found, threads) if c.target.variant.name not in last]
     for profile in PROFILES:
-        best = order(measured, Wish(profile=profile))[0]
+        best = order(measured, Wish(profile=profile), last)[0]
         if not any(_is(candidate, best) for candidate in every):
             base = next(c for c in every if c.target.name == best.target)
             setting = (best.execution, best.threads, best.batch)
@@ -65,7 +67,7 @@ def examined(bundle: str, options: Any) -> list[dict[str, object]]:
     with ExitStack() as stack:
         children = [stack.enter_context(contest.opened(candidate))[0] for candidate in every]
         for profile in PROFILES:
-            best = order(measured, Wish(profile=profile))[0]
+            best = order(measured, Wish(profile=profile), last)[0]
             texts = documents(folder, manifest, profile)[: options.pairs]
             cases = {
                 number: partial(contest.rank, child, candidate, texts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -159,8 +159,14 @@ def bench(
     return sorted(rows, key=lambda row: (row.reason is not None, -row.pairs))
 
 
-def chosen(rows: Sequence[Row], wish: Wish) -> Row | None:
-    """The row of the target that would be taken; None where none can be."""
+def chosen(rows: Sequence[Row], wish: Wish, last: Collection[str] = ()) -> Row | None:
+    """The row of the target that would be taken; None where none can be.
+
+    Args:
+        rows: of `bench`.
+        wish: what decides.
+        last: names of variants to take after all others, of `selection.doubtful`.
+    """
     usable = [row for row in rows if row.reason is None]
     measured = [
         Measurement(
@@ -173,7 +179,7 @@ def chosen(rows: Sequence[Row], wish: Wish) -> Row | None:
         )
         for number, row in enumerate(usable)
     ]
-    best = next(iter(order(measured, wish)), None)
+    best = next(iter(order(measured, wish, last)), None)
     return None if best is None else usable[int(best.selector)]
 
 

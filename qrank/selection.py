@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -31,6 +31,13 @@ PROFILES: dict[Profile, tuple[int, int]] = {
 ALIKE = 0.05
 """Targets that differ by less than this share of their speed are equally fast: the more faithful
 of them is taken."""
+
+UNTOLD = ("int8-full",)
+"""Precisions whose loss probes cannot tell: activations are scaled by what calibration saw, and one
+passed its probes that lost 0.048 nDCG@10 (docs/benchmarks.md)."""
+
+LOSS = 0.01
+"""nDCG@10 that a variant may have been found to lose, and be taken like any other."""
 
 log = logging.getLogger("qrank")
 
@@ -64,6 +71,11 @@ class Measurement:
     load: float = 0.0
     kendall: float = -1.0
     bytes: int = 0
+
+    @property
+    def variant(self) -> str:
+        """Its name, in the bundle: `onnx-int8`."""
+        return self.target.partition("@")[0].rpartition("/")[2]
 
     @property
     def setting(self) -> str:
@@ -133,13 +145,30 @@ def choices(manifest: Manifest, wish: Wish, options: Options) -> list[Choice]:
         TargetError: the bundle has no such target, or none so faithful.
     """
     kept = _within_loss(manifest, wish)
-    known = [m for m in recalled(manifest, options.threads) if _variant(m) in kept]
+    known = [m for m in recalled(manifest, options.threads) if m.variant in kept]
     fitting = [m for m in known if _named(m, wish) and options.execution in (None, m.execution)]
-    ordered = [_choice(manifest, m, options, len(fitting)) for m in order(fitting, wish)]
+    last = doubtful(manifest, wish)
+    ordered = [_choice(manifest, m, options, len(fitting)) for m in order(fitting, wish, last)]
     if not ordered:
         targets = [t for t in _guessed(manifest, wish) if t.variant.name in kept]
+        targets.sort(key=lambda target: target.variant.name in last)
         ordered = [Choice(target, options, False, len(targets)) for target in targets]
     return ordered if wish.backend is None else [replace(ordered[0], among=1)]
+
+
+def doubtful(manifest: Manifest, wish: Wish) -> set[str]:
+    """Names of variants to take last: found to lose more than LOSS, or UNTOLD and not measured.
+
+    None where a backend is named, or a bound on the loss: then that decides.
+    """
+    if wish.backend is not None or wish.max_loss is not None:
+        return set()
+    known = losses(manifest)
+    return {
+        name
+        for name, variant in manifest.variants.items()
+        if (known[name].mean > LOSS if name in known else variant.precision in UNTOLD)
+    }
 
 
 def _within_loss(manifest: Manifest, wish: Wish) -> set[str]:
@@ -200,8 +229,21 @@ def first_that_works(ordered: list[Choice], take: Callable[[Choice], None]) -> N
     raise TargetError("no target works here:\n  " + "\n  ".join(reasons))
 
 
-def order(measured: Iterable[Measurement], wish: Wish) -> list[Measurement]:
-    """Usable targets, the one to take first; see `Wish` and ALIKE."""
+def order(
+    measured: Iterable[Measurement], wish: Wish, last: Collection[str] = ()
+) -> list[Measurement]:
+    """Usable targets, the one to take first; see `Wish` and ALIKE.
+
+    Args:
+        measured: in any order.
+        wish: what decides.
+        last: names of variants to take after all others, of `doubtful`.
+    """
+    ordered = _by_policy(measured, wish)
+    return sorted(ordered, key=lambda m: m.variant in last)
+
+
+def _by_policy(measured: Iterable[Measurement], wish: Wish) -> list[Measurement]:
     rest = [m for m in measured if m.reason is None and _faithful(m.kendall, wish)]
     rest.sort(key=lambda m: -m.speeds[wish.profile])
     if wish.policy == "smallest":
@@ -255,17 +297,13 @@ def _faithful(kendall: float, wish: Wish) -> bool:
 
 def _named(found: Measurement, wish: Wish) -> bool:
     runner = found.selector.rpartition("/")[0]
-    names = (found.selector, runner or _variant(found).partition("-")[0])
+    names = (found.selector, runner or found.variant.partition("-")[0])
     return wish.backend in (None, *names) and wish.device in (None, found.device)
-
-
-def _variant(found: Measurement) -> str:
-    return found.selector.rpartition("/")[2]
 
 
 def _choice(manifest: Manifest, found: Measurement, options: Options, among: int) -> Choice:
     runner = found.selector.rpartition("/")[0]
-    variant = manifest.variants[_variant(found)]
+    variant = manifest.variants[found.variant]
     target = Target(variant, found.device, runner or variant.format)
     options = replace(
         options,

@@ -383,6 +383,31 @@ def test_a_bound_on_the_loss_keeps_what_was_measured_to_lose_no_more(bundle: Pat
         Reranker(bundle, max_loss=0.005, backend=first.variant.name)
 
 
+def test_what_loses_much_or_nobody_knows_what_is_taken_last(bundle: Path) -> None:
+    manifest = Manifest.load(bundle)
+    speeds = {"openvino-int8-full": 9.0, "openvino-int8": 8.0, "onnx-int8": 5.0}
+    remember(
+        manifest, THREADS, [measurement(f"{name}@cpu", speed) for name, speed in speeds.items()]
+    )
+
+    def chosen(**wish: Any) -> str:
+        with Reranker(bundle, **wish) as reranker:
+            return reranker.target.variant.name
+
+    def lost(variant: str, mean: float) -> None:
+        losses.remember(manifest, {variant: Loss(mean, 0.001, 100, "cranfield")})
+
+    assert chosen() == "openvino-int8"
+    assert chosen(backend="openvino") == "openvino-int8-full"
+    lost("openvino-int8", 0.02)
+    assert chosen() == "onnx-int8"
+    lost("openvino-int8-full", 0.002)
+    assert chosen() == "openvino-int8-full"
+    shown = qrank_("tune", bundle, "--limit", "30").stdout
+    assert "taken last: openvino-int8, which loses" in shown
+    assert "taken last: openvino-int8-full" not in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -13,10 +13,12 @@ from rich.console import Console
 
 from qrank.bench import COUNTS, Row, chosen
 from qrank.bench import bench as run
+from qrank.bundle import Manifest
 from qrank.cli.common import debug_option, policy_options
+from qrank.locate import locate
 from qrank.machine import cpu_name, processors
 from qrank.plots import check_plot, plot_bench
-from qrank.selection import Policy, Wish
+from qrank.selection import Policy, Wish, doubtful
 
 
 @click.command()
@@ -79,7 +81,8 @@ def bench(
             seconds=seconds,
             progress=status.update if console.is_terminal else lambda step: None,
         )
-    best = chosen(rows, Wish(policy=policy, min_kendall=min_kendall))
+    wish = Wish(policy=policy, min_kendall=min_kendall)
+    best = chosen(rows, wish, doubtful(Manifest.load(locate(bundle)), wish))
     if as_json:
         content = [{**asdict(row), "chosen": row is best} for row in rows]
         machine = {"cpu": cpu_name(), "processors": processors()}

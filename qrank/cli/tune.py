@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 from rich.console import Console
 
+from qrank.bundle import Manifest
 from qrank.cli.common import debug_option, megabytes, wish_options
-from qrank.selection import PROFILES, Measurement, Policy, Profile, Wish, order
+from qrank.locate import locate
+from qrank.selection import PROFILES, Measurement, Policy, Profile, Wish, doubtful, order
 
 
 @click.command()
@@ -47,12 +49,13 @@ def tune(
     """
     wish = Wish(policy=policy, min_kendall=min_kendall, profile=profile)
     measured = measure(bundle, threads, limit)
-    usable = order(measured, wish)
+    last = doubtful(Manifest.load(locate(bundle)), wish)
+    usable = order(measured, wish, last)
     rest = [m for m in measured if m not in usable]
     if as_json:
         click.echo(json.dumps([asdict(m) for m in usable + rest], indent=2))
     else:
-        for line in _lines(usable, rest):
+        for line in _lines(usable, rest, last):
             click.echo(line)
 
 
@@ -66,7 +69,9 @@ def measure(bundle: str | Path, threads: int | None, limit: float | None) -> lis
         return run(bundle, threads=threads, limit=limit, progress=progress)
 
 
-def _lines(usable: Sequence[Measurement], rest: Sequence[Measurement]) -> Iterator[str]:
+def _lines(
+    usable: Sequence[Measurement], rest: Sequence[Measurement], last: Set[str]
+) -> Iterator[str]:
     """A table of 80 columns or fewer."""
     width = max([len(m.target) for m in usable] + [6])
     yield (
@@ -84,6 +89,8 @@ def _lines(usable: Sequence[Measurement], rest: Sequence[Measurement]) -> Iterat
             yield f"  {m.setting}"
     if usable:
         yield f"chosen: {usable[0].target}" + (usable[0].setting and f" ({usable[0].setting})")
+    for name in sorted(last & {m.variant for m in usable}):
+        yield f"taken last: {name}, which loses much, or nobody knows what (qrank eval)"
     for m in rest:
         why = m.reason or "less faithful than asked for"
         yield f"not used: {m.target}{m.setting and f' ({m.setting})'}: {why}"

@@ -1,0 +1,250 @@
+"""One reranker that users might pick, in a process of its own: run by `vs_peers.py`.
+
+    PYTHON peer.py SYSTEM MODEL WORK THREADS
+
+It answers lines of `{"query": ..., "documents": [...]}` by `{"scores": [...], "seconds": ...}`.
+The Python may be that of another environment, so only the systems that are qrank's own import it.
+Every peer has the settings that its own documentation recommends for a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Score = Callable[[str, list[str]], Sequence[float]]
+"""A query and its documents -> a score each, in their order."""
+
+NAME = "peers/model"
+FLASHRANK = ("ms-marco-MiniLM-L-12-v2", "flashrank-MiniLM-L-12-v2_Q.onnx")
+"""The model that FlashRank is to take ours for: it knows its own by name, and their file's name."""
+
+TOKENS = 512
+"""Tokens a pair may have; llama.cpp's default for what it computes at once, too."""
+
+
+def sentence_transformers(model: str, work: Path, threads: int, **settings: Any) -> Score:
+    """CrossEncoder as it comes: fp32 in torch, batches of 32."""
+    import torch
+    from sentence_transformers import CrossEncoder
+
+    torch.set_num_threads(threads)
+    encoder = CrossEncoder(model, device="cpu", local_files_only=True, **settings)
+
+    def score(query: str, documents: list[str]) -> Sequence[float]:
+        pairs = [(query, document) for document in documents]
+        return [float(x) for x in encoder.predict(pairs, show_progress_bar=False)]
+
+    return score
+
+
+def sentence_transformers_bf16(model: str, work: Path, threads: int) -> Score:
+    """The same in bf16."""
+    import torch
+
+    return sentence_transformers(model, work, threads, model_kwargs={"torch_dtype": torch.bfloat16})
+
+
+def sentence_transformers_openvino(model: str, work: Path, threads: int) -> Score:
+    """Its OpenVINO backend, as its documentation recommends for CPUs."""
+    return sentence_transformers(model, work, threads, backend="openvino")
+
+
+def _exported(model: str, work: Path) -> Path:
+    """A folder of the ONNX graphs that sentence-transformers writes: fp32, and int8 for VNNI."""
+    folder = work / "onnx-peer"
+    if not folder.exists():
+        from sentence_transformers import CrossEncoder, export_dynamic_quantized_onnx_model
+
+        encoder = CrossEncoder(model, backend="onnx", device="cpu", local_files_only=True)
+        encoder.save_pretrained(str(folder))
+        export_dynamic_quantized_onnx_model(encoder, "avx512_vnni", str(folder))
+    return folder
+
+
+def sentence_transformers_onnx(model: str, work: Path, threads: int) -> Score:
+    """Its ONNX backend."""
+    folder = str(_exported(model, work))
+    options = {"file_name": "onnx/model.onnx", "provider": "CPUExecutionProvider"}
+    return sentence_transformers(folder, work, threads, backend="onnx", model_kwargs=options)
+
+
+def sentence_transformers_onnx_int8(model: str, work: Path, threads: int) -> Score:
+    """The same, quantized by its own function for this instruction set."""
+    folder = str(_exported(model, work))
+    options = {
+        "file_name": "onnx/model_qint8_avx512_vnni.onnx",
+        "provider": "CPUExecutionProvider",
+    }
+    return sentence_transformers(folder, work, threads, backend="onnx", model_kwargs=options)
+
+
+def fastembed(model: str, work: Path, threads: int) -> Score:
+    """fastembed's custom cross-encoder: fp32, as most of its own are; batches of 64."""
+    from fastembed.common.model_description import ModelSource
+    from fastembed.rerank.cross_encoder import TextCrossEncoder
+
+    folder = _exported(model, work)
+    TextCrossEncoder.add_custom_model(
+        model=NAME, model_file="onnx/model.onnx", sources=ModelSource(hf=NAME)
+    )
+    encoder = TextCrossEncoder(NAME, threads=threads, specific_model_path=str(folder))
+    return lambda query, documents: [float(x) for x in encoder.rerank(query, documents)]
+
+
+def flashrank(model: str, work: Path, threads: int) -> Score:
+    """FlashRank: int8, as its own models of this kind are; all documents in one batch."""
+    from flashrank import Ranker, RerankRequest
+
+    name, file = FLASHRANK
+    exported, folder = _exported(model, work), work / "flashrank" / name
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        for path in exported.glob("*.json"):
+            shutil.copy(path, folder)
+        shutil.copy(exported / "onnx" / "model_qint8_avx512_vnni.onnx", folder / file)
+    ranker = Ranker(name, cache_dir=str(folder.parent), max_length=TOKENS, log_level="ERROR")
+
+    def score(query: str, documents: list[str]) -> Sequence[float]:
+        passages = [{"id": i, "text": text} for i, text in enumerate(documents)]
+        found = ranker.rerank(RerankRequest(query=query, passages=passages))
+        return [float(p["score"]) for p in sorted(found, key=lambda p: p["id"])]
+
+    return score
+
+
+def optimum_intel(model: str, work: Path, threads: int) -> Score:
+    """optimum-intel's own model with int8 weights; sorted by length, batches of 32."""
+    from optimum.intel import OVModelForSequenceClassification, OVWeightQuantizationConfig
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    runner = OVModelForSequenceClassification.from_pretrained(
+        model,
+        export=True,
+        quantization_config=OVWeightQuantizationConfig(bits=8),
+        ov_config={"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads},
+        local_files_only=True,
+    )
+
+    def score(query: str, documents: list[str]) -> Sequence[float]:
+        order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
+        scores = [0.0] * len(documents)
+        for start in range(0, len(order), 32):
+            some = order[start : start + 32]
+            texts = [documents[i] for i in some]
+            inputs = tokenizer(
+                [query] * len(texts),
+                texts,
+                truncation=True,
+                padding=True,
+                max_length=TOKENS,
+                return_tensors="pt",
+            )
+            for i, logit in zip(some, runner(**inputs).logits[:, 0].tolist(), strict=True):
+                scores[i] = logit
+        return scores
+
+    return score
+
+
+def llama_cpp(model: str, work: Path, threads: int) -> Score:
+    """llama.cpp's RANK pooling, batches of what it computes at once; every token of type 0.
+
+    The file is qrank's `gguf-q8_0`, as llama.cpp has no converter of its own in a package; ids are
+    those of the bundle's tokenizer.
+    """
+    import numpy as np
+
+    from qrank.backends import llama
+    from qrank.batching import cut_ragged, in_order
+    from qrank.bundle import TOKENIZER, Manifest
+    from qrank.encoding import Encoder
+
+    folder = Path(model)
+    encoder = Encoder(folder / TOKENIZER, Manifest.load(folder).family, max_length=TOKENS)
+    library = llama.library()
+    context = llama.new_context(
+        llama.load(folder / "gguf-q8_0" / "model.gguf", "cpu"),
+        TOKENS,
+        64,
+        n_ubatch=TOKENS,
+        n_threads=threads,
+        n_threads_batch=threads,
+        embeddings=True,
+        pooling_type=library.LLAMA_POOLING_TYPE_RANK,
+    )
+
+    def score(query: str, documents: list[str]) -> Sequence[float]:
+        sequences = [encoder.whole(query, document)[0] for document in documents]
+        lengths = np.array([len(ids) for ids in sequences])
+        batches = cut_ragged(lengths, TOKENS, 64)
+        found = []
+        for batch in batches:
+            sizes = lengths[batch]
+            ids = np.concatenate([sequences[i] for i in batch]).astype(np.int32)
+            owners = np.repeat(np.arange(len(batch), dtype=np.int32), sizes)
+            positions = np.concatenate([np.arange(size) for size in sizes]).astype(np.int32)
+            llama.run(library.llama_encode, context, ids, positions, owners)
+            pointers = [library.llama_get_embeddings_seq(context, i) for i in range(len(batch))]
+            found.append(np.array([pointer[0] for pointer in pointers], np.float32))
+        return [float(x) for x in in_order(batches, found)]
+
+    return score
+
+
+def qrank(model: str, work: Path, threads: int, backend: str | None = None) -> Score:
+    """What `qrank score` does; with no backend named, on the target that `qrank tune` chose."""
+    from qrank import Reranker
+
+    reranker = Reranker(model, backend=backend, threads=threads)
+    return lambda query, documents: [
+        float(x) for x in reranker.score([(query, document) for document in documents])
+    ]
+
+
+PEERS: dict[str, Callable[[str, Path, int], Score]] = {
+    "sentence-transformers, fp32": sentence_transformers,
+    "sentence-transformers, bf16": sentence_transformers_bf16,
+    "sentence-transformers, OpenVINO": sentence_transformers_openvino,
+    "sentence-transformers, ONNX": sentence_transformers_onnx,
+    "sentence-transformers, ONNX int8": sentence_transformers_onnx_int8,
+    "fastembed": fastembed,
+    "FlashRank, int8": flashrank,
+    "optimum-intel, int8": optimum_intel,
+    "llama.cpp RANK, q8_0": llama_cpp,
+}
+"""By the name they have in the table; all but the last take the checkpoint."""
+
+OURS = "qrank"
+"""Of a bundle: the chosen target; and with a variant behind it (`qrank onnx-int8`), that one."""
+
+
+def main() -> None:
+    """Open a system, and answer."""
+    system, model, work, threads = sys.argv[1:]
+    # What libraries print to stdout as they like would be an answer there.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    if system in PEERS:
+        score = PEERS[system](model, Path(work), int(threads))
+    else:
+        variant = system.removeprefix(OURS).strip()
+        score = qrank(model, Path(work), int(threads), variant or None)
+    for line in sys.stdin:
+        question = json.loads(line)
+        start = time.perf_counter()
+        scores = score(question["query"], question["documents"])
+        seconds = time.perf_counter() - start
+        answers.write(json.dumps({"scores": list(scores), "seconds": seconds}) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""qrank beside what users would pick instead: the same checkpoint, the same pairs, all in turns.
+
+Text goes in and scores come out, BM25's best documents of one query after the other; every system
+in a process of its own (`peer.py`), with the same number of threads. nDCG@10 of what each returns
+stands beside its speed, and so does its share of the machine's own limit: matrix products in the
+precision that the system computes in, measured in the same run.
+
+A peer is left out where no Python that has it is named. Their versions conflict: two environments
+hold all of them (benchmarks/README.md).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import alternate, arguments, report
+from peer import OURS, PEERS
+
+from qrank import Reranker
+from qrank.bundle import TOKENIZER, Manifest
+from qrank.collection import Collection
+from qrank.encoding import Encoder
+from qrank.machine import processors
+from qrank.measures import MAIN, measure
+
+DEFAULT = "sentence-transformers, fp32"
+ONNX_PEERS = (
+    "sentence-transformers, ONNX",
+    "sentence-transformers, ONNX int8",
+    "fastembed",
+    "FlashRank, int8",
+)
+"""Those that want the environment of optimum-onnx; llama.cpp runs in this one."""
+
+COLUMNS = {
+    "system": "",
+    "pairs/s": ",.1f",
+    "vs default": ".2f",
+    "vs fastest peer": ".2f",
+    MAIN: ".3f",
+    "of limit": ".0%",
+}
+LIMITS = {"matrix products in": "", "GFLOP/s": ",.0f"}
+SIDE = 2048
+"""Of the square matrices whose products are the machine's limit."""
+
+Ask = Callable[[str, list[str]], dict[str, Any]]
+
+
+def main() -> None:
+    """Open every system, judge what it returns, and time all in turns."""
+    parser = arguments(__doc__)
+    parser.add_argument("checkpoint", type=Path, help="folder of the original")
+    parser.add_argument("bundle", type=Path, help="what qrank converted it to, and tuned")
+    parser.add_argument("--onnx-python", type=Path, help=f"that has {', '.join(ONNX_PEERS)}")
+    parser.add_argument("--openvino-python", type=Path, help="that has the other peers")
+    parser.add_argument("--variants", nargs="*", help="beside the chosen one  [default: all]")
+    parser.add_argument("--queries", type=int, default=16, help="judged  [default: %(default)s]")
+    parser.add_argument("--timed", type=int, default=1, help="of these  [default: %(default)s]")
+    parser.add_argument("--documents", type=int, default=100, help="[default: %(default)s]")
+    parser.add_argument("--rounds", type=int, default=5, help="[default: %(default)s]")
+    parser.add_argument("--threads", type=int, default=processors())
+    options = parser.parse_args()
+    if options.data is None:
+        parser.error("--data FOLDER is needed")
+    collection = Collection.read(options.data)
+    found = collection.bm25(options.documents)
+    queries = list(collection.qrels)[: options.queries]
+    tasks = {
+        query: (collection.queries[query], [collection.documents[d] for d in found[query]])
+        for query in queries
+    }
+    qrels = {query: collection.qrels[query] for query in queries}
+    with Reranker(options.bundle, threads=options.threads) as reranker:
+        chosen = f"{OURS}, chosen: {reranker.target.name}"
+        execution = reranker.choice.options.execution
+    with tempfile.TemporaryDirectory() as work, ExitStack() as stack:
+        systems: dict[str, Ask] = {}
+        for label, system, python, model in _systems(options, chosen):
+            command = [str(python), str(Path(__file__).with_name("peer.py")), system, str(model)]
+            opened = _opened([*command, work, str(options.threads)], options.threads)
+            systems[label] = stack.enter_context(opened)
+        ndcg = {}
+        for label, ask in systems.items():
+            order = {}
+            for query, (text, documents) in tasks.items():
+                scores = np.array(ask(text, documents)["scores"])
+                ids = list(found[query])
+                order[query] = [ids[i] for i in np.argsort(-scores, kind="stable")]
+            ndcg[label] = float(measure(qrels, order, [MAIN])[MAIN].mean())
+        timed = list(tasks.values())[: options.timed]
+        cases: dict[str, Callable[[], object]] = {
+            label: partial(_through, ask, timed) for label, ask in systems.items()
+        }
+        limits = {name: partial(_product, name, options.threads) for name in ("fp32", "bf16")}
+        limits["int8"] = partial(_product, "int8", options.threads)
+        seconds = alternate(cases | limits, options.rounds)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    limit = {name: 2 * SIDE**3 / median[name] for name in limits}
+    pairs = sum(len(documents) for _, documents in timed)
+    operations = _operations(options, timed)
+    peers = [name for name in systems if not name.startswith(OURS)]
+    fastest = min((median[name] for name in peers), default=None)
+    default = median.get(DEFAULT)
+    rows = [
+        {
+            "system": name,
+            "pairs/s": pairs / median[name],
+            "vs default": default and default / median[name],
+            "vs fastest peer": fastest and fastest / median[name],
+            MAIN: ndcg[name],
+            "of limit": operations / median[name] / limit[_arithmetic(name)],
+        }
+        for name in systems
+    ]
+    title = (
+        f"{options.checkpoint.name}: {pairs} pairs of {options.data.name} timed, "
+        f"{len(queries)} queries judged, {options.threads} threads"
+    )
+    report(title, COLUMNS, rows, as_json=options.json)
+    table = [{"matrix products in": n, "GFLOP/s": found / 1e9} for n, found in limit.items()]
+    report(f"The machine's limit ({SIDE} x {SIDE}, torch)", LIMITS, table, as_json=options.json)
+    if execution:
+        sys.stdout.write(f"The chosen target computes in {execution}.\n")
+
+
+def _systems(options: Any, chosen: str) -> Iterator[tuple[str, str, Path, Path]]:
+    """Label, `peer.py`'s name, the Python that runs it, and the model it is given."""
+    mine = Path(sys.executable)
+    for name in PEERS:
+        python = options.onnx_python if name in ONNX_PEERS else options.openvino_python
+        if name.startswith("llama.cpp"):
+            yield name, name, mine, options.bundle
+        elif python is not None:
+            yield name, name, python, options.checkpoint
+        else:
+            sys.stderr.write(f"left out, no Python named that has it: {name}\n")
+    yield chosen, OURS, mine, options.bundle
+    named = options.variants
+    for variant in Manifest.load(options.bundle).variants if named is None else named:
+        yield f"{OURS} {variant}", f"{OURS} {variant}", mine, options.bundle
+
+
+@contextmanager
+def _opened(command: list[str], threads: int) -> Iterator[Ask]:
+    """A system that answers; it ends with the context."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def ask(query: str, documents: list[str]) -> dict[str, Any]:
+        process.stdin.write(json.dumps({"query": query, "documents": documents}) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{command[2]} ended: run it by hand: {' '.join(command)}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    try:
+        yield ask
+    finally:
+        process.stdin.close()
+        process.wait(30)
+
+
+def _through(ask: Ask, tasks: list[tuple[str, list[str]]]) -> None:
+    for query, documents in tasks:
+        ask(query, documents)
+
+
+def _operations(options: Any, tasks: list[tuple[str, list[str]]]) -> float:
+    """Floating-point operations of the matrix products that tasks take, unpadded."""
+    config = json.loads((options.checkpoint / "config.json").read_text("utf-8"))
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    encoder = Encoder(options.bundle / TOKENIZER, Manifest.load(options.bundle).family)
+    lengths = np.array(
+        [len(encoder.whole(query, d)[0]) for query, documents in tasks for d in documents]
+    )
+    layer = 2 * lengths * (4 * width**2 + 2 * width * inner) + 4 * lengths**2 * width
+    return float(config["num_hidden_layers"] * layer.sum())
+
+
+def _arithmetic(system: str) -> str:
+    """What a system's weights meet activations in: the limit it is held against."""
+    name = system.rpartition(":")[2]
+    if "OpenVINO" in name or "optimum-intel" in name or "bf16" in name:
+        return "bf16"  # what OpenVINO takes on this CPU, unasked
+    return "int8" if "int8" in name or "q8_0" in name or "q4_k" in name else "fp32"
+
+
+_made: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+def _product(precision: str, threads: int) -> None:
+    """One product of square matrices, by torch's own kernels."""
+    torch.set_num_threads(threads)
+    if precision not in _made:
+        made = torch.randn(2, SIDE, SIDE)
+        if precision == "int8":
+            made = (made * 30).clamp(-127, 127).to(torch.int8)
+        elif precision == "bf16":
+            made = made.to(torch.bfloat16)
+        _made[precision] = (made[0], made[1])
+    a, b = _made[precision]
+    if precision == "int8":
+        torch._int_mm(a, b)
+    else:
+        torch.mm(a, b)
+
+
+if __name__ == "__main__":
+    main()
