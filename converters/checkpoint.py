@@ -18,6 +18,7 @@ from qrank.errors import ConversionError, FamilyError, ModelNotFoundError
 from qrank.extras import need
 from qrank.family import POOLINGS, ROLES, Card, Family, find_card
 from qrank.hub import download, is_hub_id
+from qrank.memory import Dimensions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +53,7 @@ class Checkpoint:
         family: the card that reads it, made concrete.
         tokenizer: transformers' own.
         card: what the family was made of.
+        dimensions: what decides the memory that batches take.
     """
 
     folder: Path
@@ -59,6 +61,7 @@ class Checkpoint:
     family: Family
     tokenizer: PreTrainedTokenizerBase
     card: Card
+    dimensions: Dimensions
 
     @property
     def name(self) -> str:
@@ -226,6 +229,7 @@ def describe(
         family=_concrete(card, config, tokenizer),
         tokenizer=tokenizer,
         card=card,
+        dimensions=Dimensions.of(config, _is_causal(config)),
     )
 
 

@@ -242,6 +242,8 @@ def _build(
         files={TOKENIZER: FileRecord.of(tokenizer)},
         probes=probes,
     )
+    # Bundles of before did not say.
+    manifest = replace(manifest, dimensions=checkpoint.dimensions)
     for variant in variants:
         manifest = manifest.with_variant(variant)
     manifest.save(folder)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qrank.work import Logits
+from qrank.memory import Memory
+from qrank.work import Logits, Work
+
+Most = Callable[[int], int | None]
+"""Tokens of the longest sequence -> how many a batch may hold; None: any number."""
 
 
-def cut_padded(lengths: ArrayLike, limit: int) -> list[NDArray[np.intp]]:
+def cut(work: Work, limit: int, memory: Memory) -> list[NDArray[np.intp]]:
+    """`cut_padded`, the prefix counted in every sequence, into batches that find memory."""
+    before = len(work.prefix)
+    return cut_padded(work.lengths + before, limit, lambda n: memory.most(n - before, before))
+
+
+def cut_padded(
+    lengths: ArrayLike, limit: int, most: Most = lambda longest: None
+) -> list[NDArray[np.intp]]:
     """Cut sequences into batches that cost at most `limit` tokens, padding included.
 
     A batch pays its longest length times its size, so neighbours in length go together. The
@@ -19,6 +31,7 @@ def cut_padded(lengths: ArrayLike, limit: int) -> list[NDArray[np.intp]]:
     Args:
         lengths: tokens of each sequence, shape [n].
         limit: padded tokens a batch may hold; a longer sequence gets a batch of its own.
+        most: how many sequences a batch may hold.
 
     Returns:
         Indices into `lengths`; every index stands in exactly one batch.
@@ -29,19 +42,22 @@ def cut_padded(lengths: ArrayLike, limit: int) -> list[NDArray[np.intp]]:
     start = 0
     while start < len(order):
         longest = max(int(lengths[order[start]]), 1)
-        end = start + max(limit // longest, 1)
+        end = start + _at_most(max(limit // longest, 1), most(longest))
         batches.append(order[start:end])
         start = end
     return batches
 
 
-def cut_ragged(lengths: ArrayLike, limit: int, count: int) -> list[NDArray[np.intp]]:
+def cut_ragged(
+    lengths: ArrayLike, limit: int, count: int, most: Most = lambda longest: None
+) -> list[NDArray[np.intp]]:
     """Cut sequences into batches of at most `limit` tokens and `count` sequences, unpadded.
 
     Args:
         lengths: tokens of each sequence, shape [n].
         limit: tokens a batch may hold; a longer sequence gets a batch of its own.
         count: sequences a batch may hold.
+        most: likewise, by the longest of them.
 
     Returns:
         As `cut_padded`, the longest first too.
@@ -51,11 +67,16 @@ def cut_ragged(lengths: ArrayLike, limit: int, count: int) -> list[NDArray[np.in
     batches = []
     start = 0
     while start < len(order):
-        fitting = np.cumsum(lengths[order[start : start + count]]) <= limit
+        some = _at_most(count, most(int(lengths[order[start]])))
+        fitting = np.cumsum(lengths[order[start : start + some]]) <= limit
         end = start + max(int(fitting.sum()), 1)
         batches.append(order[start:end])
         start = end
     return batches
+
+
+def _at_most(count: int, most: int | None) -> int:
+    return count if most is None else min(count, most)
 
 
 def in_order(batches: Sequence[NDArray[np.intp]], results: Iterable[Logits]) -> Logits:

@@ -24,6 +24,7 @@ from qrank import paths
 from qrank.errors import BundleError
 from qrank.family import Family
 from qrank.fidelity import Fidelity
+from qrank.memory import Dimensions
 from qrank.work import Logits, Work
 
 MANIFEST = "qrank.json"
@@ -111,7 +112,7 @@ class Probes:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a bundle says about itself."""
+    """Everything a bundle says about itself; `dimensions` where the model's are known."""
 
     name: str
     family: Family
@@ -119,6 +120,7 @@ class Manifest:
     files: dict[str, FileRecord]
     probes: Probes
     variants: dict[str, Variant] = field(default_factory=dict)
+    dimensions: Dimensions | None = None
 
     def with_variant(self, variant: Variant) -> Manifest:
         """The manifest with one more variant."""
@@ -193,11 +195,13 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
     segments = probes.work.segments
     # Only where it is not: manifests that never knew of it stay what they are.
     standing = {} if probes.verified else {"verified": False}
+    size = {} if manifest.dimensions is None else {"dimensions": asdict(manifest.dimensions)}
     return {
         "schema": SCHEMA,
         "name": manifest.name,
         "family": manifest.family.to_json(),
         "source": asdict(manifest.source),
+        **size,
         "files": {name: asdict(record) for name, record in manifest.files.items()},
         "variants": {name: _variant(variant) for name, variant in manifest.variants.items()},
         "probes": {
@@ -225,6 +229,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         [np.asarray(s, np.int32) for s in probes["sequences"]],
         None if segments is None else [np.asarray(s, np.int8) for s in segments],
     )
+    dimensions = content.get("dimensions")
     variants = {}
     for name, item in content["variants"].items():
         fidelity = Fidelity(**item["fidelity"])
@@ -241,6 +246,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
             probes.get("verified", True),
         ),
         variants=variants,
+        dimensions=None if dimensions is None else Dimensions(**dimensions),
     )
 
 

@@ -21,6 +21,8 @@ _MARGIN = 0.5
 """The share of the tolerance that arithmetic may use that a conversion was not proven in: few
 probes are looked at here, and they are short."""
 
+_PROVEN = "proven"
+
 log = logging.getLogger("qrank")
 
 
@@ -60,6 +62,9 @@ def ready(folder: Path, target: Target, manifest: Manifest, options: Options) ->
 
     *faster, exact = choices or (options.execution,)
     for execution in faster:
+        if _recalled(_key(target, manifest, execution)) is False:
+            log.info("%s does not compute in %s: it did not before", target.name, execution)
+            continue
         try:
             return proven(execution)
         except TargetError as error:
@@ -76,8 +81,9 @@ def prove(
 ) -> None:
     """Make sure a target reproduces the bundle's probes on this very machine.
 
-    Done once: a success is remembered by bundle, target, arithmetic, runtime version and CPU. A
-    user's own backend is proven each time: nothing tells when its code changes.
+    Done once: what came of it is remembered by bundle, target, arithmetic, runtime version and CPU,
+    a failure so that faster arithmetic is not tried at every start. A user's own backend is proven
+    each time: nothing tells when its code changes.
 
     Args:
         backend: opened.
@@ -91,10 +97,8 @@ def prove(
     """
     if len(manifest.probes.work) == 0:
         return  # the original itself: `qrank.backends.torch.as_bundle`
-    own = ":" in target.backend
-    runtime = target.backend if own else module(target.backend).version()
-    key = f"{manifest.digest} {target.name} {execution} {runtime} {machine.cpu()}"
-    if not own and key in paths.recall("proven"):
+    key = _key(target, manifest, execution)
+    if _recalled(key):
         return
     probes = _some(manifest.probes)
     fidelity = Fidelity.of(backend.logits(probes.work), probes.logits)
@@ -103,13 +107,33 @@ def prove(
     tolerance = TOLERANCES[target.variant.precision]
     tolerance = replace(tolerance, share=tolerance.share * share, kendall=-1.0)
     fidelity = replace(fidelity, spread=float(np.ptp(manifest.probes.logits)))
-    if missed := tolerance.shortfall(fidelity):
+    missed = tolerance.shortfall(fidelity)
+    if key is not None:
+        paths.remember(_PROVEN, {**paths.recall(_PROVEN), key: not missed})
+    if missed:
         raise TargetError(
-            f"{target.name} computes wrongly on this machine ({runtime}): {missed} against the "
-            "probes of the bundle. Name another variant or device"
+            f"{target.name} computes wrongly on this machine ({_runtime(target)}): {missed} "
+            "against the probes of the bundle. Name another variant or device"
         )
-    if not own:
-        paths.remember("proven", {**paths.recall("proven"), key: True})
+
+
+def _key(target: Target, manifest: Manifest, execution: str | None) -> str | None:
+    """What a proof holds for; None where nothing tells."""
+    if ":" in target.backend:
+        return None
+    runtime = _runtime(target)
+    return f"{manifest.digest} {target.name} {execution} {runtime} {machine.cpu()}"
+
+
+def _recalled(key: str | None) -> bool | None:
+    """Whether a proof held; None where nobody knows."""
+    held: bool | None = None if key is None else paths.recall(_PROVEN).get(key)
+    return held
+
+
+def _runtime(target: Target) -> str:
+    own = ":" in target.backend
+    return target.backend if own else str(module(target.backend).version())
 
 
 def _some(probes: Probes) -> Probes:

@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, overload
@@ -24,6 +24,7 @@ from qrank.errors import InputError, TargetError
 from qrank.items import Item, LongDocuments, best_items, check, works
 from qrank.locate import DEFAULT, locate
 from qrank.machine import processors
+from qrank.memory import Memory
 from qrank.proof import ready
 from qrank.selection import Choice, Policy, Profile, Wish, choices, first_that_works
 from qrank.targets import Target
@@ -81,6 +82,7 @@ class Reranker:
         threads: int | None = None,
         execution: str | None = None,
         batch: int | None = None,
+        max_memory: int | None = None,
         max_length: int | None = None,
         family: str | None = None,
         policy: Policy = "fastest",
@@ -109,6 +111,10 @@ class Reranker:
             execution: arithmetic to compute in where the backend leaves a choice (openvino):
                 `fp32`, `bf16` or `fp16`. None: the fastest that reproduces the probes here.
             batch: padded tokens a batch, for onnx and openvino. None: as measured, or their own.
+            max_memory: bytes that the model's files and what is computed at once may take, by an
+                estimate: batches are cut and wait for each other accordingly, and a document that
+                takes more is an error. None: half of what the machine has beside the model, and a
+                document that takes more is computed by itself.
             max_length: tokens a pair may have. None: what the model reads.
             family: with backend `torch`: the card that reads the checkpoint, by name or file, where
                 nothing in it tells. A bundle knows its own.
@@ -135,7 +141,10 @@ class Reranker:
                 raise InputError("family is for checkpoints (backend torch); a bundle has its own")
             folder = locate(model)
             self.manifest, tokenizer = Manifest.load(folder), folder / TOKENIZER
+        if max_memory is not None and max_memory < 1:
+            raise InputError(f"max_memory is {max_memory}; it must be 1 byte or more")
         self._folder = folder
+        self._max_memory = max_memory
         self._calibrated = calibrated
         check_files(folder, self.manifest.files)
         options = backends.Options(
@@ -204,8 +213,8 @@ class Reranker:
                 fast the model is is learnt from call to call, so the first few are less exact.
 
         Raises:
-            InputError: an argument is out of its range, a document is no string, or the family
-                takes no instruction.
+            InputError: an argument is out of its range, a document is no string, one takes more
+                memory than there is, or the family takes no instruction.
             TargetError: the backend failed, or gave a number that is not finite.
         """
         if top_k is not None and top_k < 0:
@@ -335,7 +344,11 @@ class Reranker:
         """The backend of this process, opened and proven if need be."""
         with self._lock:
             if self._backend is None:
-                self._backend = ready(self._folder, self.target, self.manifest, self.choice.options)
+                self._memory = Memory.beside(
+                    self.target.variant.bytes, self._max_memory, self.manifest.dimensions
+                )
+                options = replace(self.choice.options, memory=self._memory)
+                self._backend = ready(self._folder, self.target, self.manifest, options)
             return self._backend
 
     def scores(self, logits: Logits) -> activation.Scores:
@@ -397,6 +410,9 @@ class Reranker:
                     pair = encoder.pair(prompt, chunk.ids)
                     part = (chunk.start, chunk.end)
                     items.append(Item(owner, prompt.prefix, *pair, truncated=False, part=part))
+        if items:
+            longest = max(items, key=lambda item: item.tokens)
+            self._memory.check(longest.tokens, f"document {longest.owner}")
         return items
 
     def logits(self, items: list[Item]) -> Logits:

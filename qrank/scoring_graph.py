@@ -147,7 +147,8 @@ class _Cache:
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Both of shape [batch, heads, length, width]; the prefix's come in front."""
-        self.kept.append(torch.stack((keys[0], values[0])).index_select(2, self._keep))
+        kept = [x[0].index_select(1, self._keep) for x in (keys, values)]
+        self.kept.append(torch.stack(kept))
         before = self._prefix[layer][:, None].expand(2, keys.shape[0], -1, -1, -1)
         return torch.cat((before[0], keys), 2), torch.cat((before[1], values), 2)
 

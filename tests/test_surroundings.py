@@ -146,7 +146,8 @@ def test_the_proof_is_remembered(cache: Path, copy: Path) -> None:
     wrong.save(copy)
     with pytest.raises(TargetError, match="computes wrongly"):
         Reranker(copy)
-    assert (cache / "proven.json").read_text("utf-8") == proven
+    now = json.loads((cache / "proven.json").read_text("utf-8"))
+    assert not any(held for key, held in now.items() if key.startswith(wrong.digest))
     (cache / "proven.json").write_text(proven.replace(right.digest, wrong.digest), "utf-8")
     Reranker(copy).close()
 

@@ -21,13 +21,14 @@ a function of the user's own with `open`'s signature.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.family import Family
+from qrank.memory import Memory
 from qrank.work import Logits, Work
 
 FORMATS = ("onnx", "openvino", "gguf")
@@ -58,6 +59,7 @@ class Options:
         batch: padded tokens a batch; None: the backend's own choice. Not every backend cuts so.
         static_shapes: compile for fixed lengths, as an NPU needs it, where a backend compiles.
         family: of the model; None where a bundle's own files say what is to be known.
+        memory: for batches. The backend cuts them so that they fit, and waits for it.
     """
 
     threads: int
@@ -65,6 +67,7 @@ class Options:
     batch: int | None = None
     static_shapes: bool = False
     family: Family | None = None
+    memory: Memory = field(default_factory=Memory)
 
 
 class Backend(Protocol):

@@ -15,6 +15,7 @@ from qrank.backends.gguf_decoder import HEAD, GgufDecoder
 from qrank.batching import cut_ragged, in_order
 from qrank.bundle import Variant
 from qrank.errors import TargetError
+from qrank.memory import Memory
 from qrank.work import Logits, Work
 
 FILE = "model.gguf"
@@ -64,8 +65,9 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Backe
     model = llama.load(files / FILE, device)
     sequences = MAX_SEQUENCES.get(device, MAX_SEQUENCES_ELSEWHERE)
     if (files / HEAD).is_file():
-        return GgufDecoder(model, np.load(files / HEAD), sequences, threads=options.threads)
-    return GgufBackend(model, sequences, threads=options.threads if device == "cpu" else 1)
+        return GgufDecoder(model, np.load(files / HEAD), sequences, options)
+    threads = options.threads if device == "cpu" else 1
+    return GgufBackend(model, sequences, threads=threads, memory=options.memory)
 
 
 class GgufBackend:
@@ -75,8 +77,9 @@ class GgufBackend:
     contexts along and runs on their threads.
     """
 
-    def __init__(self, model: object, sequences: int, *, threads: int) -> None:
+    def __init__(self, model: object, sequences: int, *, threads: int, memory: Memory) -> None:
         self._model = model
+        self._memory = memory
         self._sequences = sequences
         self._threads = threads
         self._stride = _type_stride(model)
@@ -89,7 +92,7 @@ class GgufBackend:
 
     def logits(self, work: Work) -> Logits:
         """See `qrank.backends.Backend.logits`."""
-        batches = cut_ragged(work.lengths, BATCH, self._sequences)
+        batches = cut_ragged(work.lengths, BATCH, self._sequences, self._memory.most)
         width = max(self._threads // len(batches), 1)
         results = self._workers.map(lambda b: self._run(work.take(b), width), batches)
         return in_order(batches, results)
@@ -106,7 +109,8 @@ class GgufBackend:
         try:
             while len(held) < width and not self._idle.empty():
                 held.append(self._idle.get_nowait())
-            return held[0].run(self._ids(batch), batch.lengths, threads=len(held))
+            with self._memory.share(len(batch), int(batch.lengths.max())):
+                return held[0].run(self._ids(batch), batch.lengths, threads=len(held))
         finally:
             for context in held:
                 self._idle.put(context)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qrank.backends import llama
+from qrank.backends import Options, llama
 from qrank.batching import cut_ragged, in_order
 from qrank.work import Ids, Logits, Work
 
@@ -37,7 +38,7 @@ class GgufDecoder:
     """A model and its one context, on a thread of its own, batch by batch."""
 
     def __init__(
-        self, model: object, head: NDArray[np.float32], sequences: int, *, threads: int
+        self, model: object, head: NDArray[np.float32], sequences: int, options: Options
     ) -> None:
         """Take over a model.
 
@@ -45,12 +46,13 @@ class GgufDecoder:
             model: of `llama.load`.
             head: the score's row, float32 [hidden].
             sequences: that a batch may have.
-            threads: that llama.cpp computes on.
+            options: threads that llama.cpp computes on, and memory for batches.
         """
         self._model = model
         self._head = head
         self._sequences = sequences
-        self._threads = threads
+        self._threads = options.threads
+        self._memory = options.memory
         self._size = 0
         self._pointer: object = None
         self._states: list[NDArray[np.float32]] = []
@@ -70,8 +72,9 @@ class GgufDecoder:
         llama.library().llama_model_free(self._model)
 
     def _run(self, work: Work) -> Logits:
-        batches = cut_ragged(work.lengths, BATCH, self._sequences)
         before = len(work.prefix)
+        most = partial(self._memory.most, before=before)
+        batches = cut_ragged(work.lengths, BATCH, self._sequences, most)
         self._fit(before + max(int(work.lengths[batch].sum()) for batch in batches))
         memory = llama.library().llama_get_memory(self._pointer)
         llama.library().llama_memory_clear(memory, False)

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrank.backends import Options
-from qrank.batching import cut_padded, in_order
+from qrank.batching import cut, in_order
 from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.extras import need
+from qrank.memory import Memory
 from qrank.work import Floats, Logits, Work, feed, no_prefix, read_prefix
 
 if TYPE_CHECKING:
@@ -102,14 +103,18 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> OnnxB
             f"the libraries of {device} are missing or do not match"
         )
     batch = options.batch or batches(device)[0]
-    return OnnxBackend(session, batch=batch, streams=options.threads if device == "cpu" else 1)
+    streams = options.threads if device == "cpu" else 1
+    return OnnxBackend(session, batch=batch, streams=streams, memory=options.memory)
 
 
 class OnnxBackend:
     """A session, fed by parallel streams of small batches on the CPU, of large ones elsewhere."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, *, batch: int, streams: int) -> None:
+    def __init__(
+        self, session: onnxruntime.InferenceSession, *, batch: int, streams: int, memory: Memory
+    ) -> None:
         self._session = session
+        self._memory = memory
         shapes = {i.name: i.shape for i in session.get_inputs()}
         self._names = list(shapes)
         # Of graphs that have no such input, nothing.
@@ -121,7 +126,7 @@ class OnnxBackend:
         """See `qrank.backends.Backend.logits`."""
         if not self._bare:
             work = work.whole()
-        batches = cut_padded(work.lengths + len(work.prefix), self._batch)
+        batches = cut(work, self._batch, self._memory)
         prefix = read_prefix(work.prefix, self._bare, partial(self._call, "present"))
         if len(batches) == 1:
             results = [self._run(work.take(batches[0]), prefix)]
@@ -135,7 +140,9 @@ class OnnxBackend:
         del self._session
 
     def _run(self, batch: Work, prefix: dict[str, NDArray[Any]]) -> Logits:
-        return np.asarray(self._call("logits", batch, prefix), np.float32).reshape(len(batch))
+        with self._memory.share(len(batch), int(batch.lengths.max()), len(batch.prefix)):
+            logits = self._call("logits", batch, prefix)
+        return np.asarray(logits, np.float32).reshape(len(batch))
 
     def _call(self, output: str, batch: Work, more: dict[str, NDArray[Any]]) -> NDArray[Any]:
         inputs = feed(self._names, batch, more=more)

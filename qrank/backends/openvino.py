@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from qrank import paths
 from qrank.backends import Options
-from qrank.batching import cut_padded, in_order
+from qrank.batching import cut, in_order
 from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.extras import need
+from qrank.memory import Memory
 from qrank.work import Floats, Logits, Work, feed, no_prefix, read_prefix
 
 if TYPE_CHECKING:
@@ -134,10 +135,10 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
         if not options.static_shapes and not device.startswith("npu"):
             try:
                 batch = options.batch or batches(device)[0]
-                return OpenvinoBackend(compiled, limit, batch)
+                return OpenvinoBackend(compiled, limit, batch, options.memory)
             except RuntimeError as error:
                 log.info("%s takes no dynamic shapes (%s): using static ones", device, error)
-        return OpenvinoBackend(compiled, limit, None)
+        return OpenvinoBackend(compiled, limit, None, options.memory)
     except RuntimeError as error:
         raise TargetError(f"openvino cannot load {path} on {device}: {error}") from error
 
@@ -219,6 +220,7 @@ class OpenvinoBackend:
         compiled: Callable[[int | None], openvino.CompiledModel],
         limit: int,
         batch: int | None,
+        memory: Memory,
     ) -> None:
         """Compile.
 
@@ -226,10 +228,12 @@ class OpenvinoBackend:
             compiled: makes the graph for one pair of a length; given None, for every shape.
             limit: tokens the model reads.
             batch: padded tokens a batch. None: static shapes, one pair at a time.
+            memory: for batches.
         """
         self._compile = compiled
         self._limit = limit
         self._batch = batch
+        self._memory = memory
         self._lock = threading.Lock()
         self._models: dict[int | None, openvino.CompiledModel] = {}
         model = self._model(None if batch else min(SHORTEST_BUCKET, limit))
@@ -249,7 +253,7 @@ class OpenvinoBackend:
         """See `qrank.backends.Backend.logits`."""
         if not self._batch or not self._bare:
             work = work.whole()
-        batches = cut_padded(work.lengths + len(work.prefix), self._batch or 0)
+        batches = cut(work, self._batch or 0, self._memory)
         present = partial(self._call, "present")
         prefix = self._streams.submit(read_prefix, work.prefix, self._bare, present).result()
         results = self._streams.map(lambda batch: self._run(work.take(batch), prefix), batches)
@@ -261,7 +265,10 @@ class OpenvinoBackend:
         self._models.clear()
 
     def _run(self, batch: Work, prefix: dict[str, NDArray[Any]]) -> Logits:
-        return self._call("logits", batch, prefix).astype(np.float32).reshape(len(batch))
+        length = self._length(int(batch.lengths.max()))
+        with self._memory.share(len(batch), length, len(batch.prefix)):
+            logits = self._call("logits", batch, prefix)
+        return logits.astype(np.float32).reshape(len(batch))
 
     def _call(self, output: str, batch: Work, more: dict[str, NDArray[Any]]) -> NDArray[Any]:
         length = self._length(int(batch.lengths.max()))

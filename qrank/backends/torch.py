@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from qrank.backends import Options
-from qrank.batching import cut_padded, in_order
+from qrank.batching import cut, in_order
 from qrank.bundle import Manifest, Probes, Variant
 from qrank.errors import TargetError
 from qrank.extras import need
@@ -63,6 +63,7 @@ def as_bundle(model: str, family: str | None = None) -> tuple[Path, Manifest, st
         files={},
         probes=Probes(Work([]), np.empty(0, np.float32), "itself"),
         variants={variant.name: variant for variant in variants},
+        dimensions=checkpoint.dimensions,
     )
     original = json.loads(checkpoint.tokenizer.backend_tokenizer.to_str())
     return checkpoint.folder, manifest, json.dumps(text_tokenizer(original))
@@ -106,27 +107,28 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Torch
     assert options.family is not None  # `Reranker` gives it where it runs a checkpoint
     model = load_model(folder, dtype=DTYPES[variant.precision], attention="sdpa")
     return TorchBackend(
-        scorer(model, options.family).to(device).eval(), options.family, device, options.threads
+        scorer(model, options.family).to(device).eval(), options.family, device, options
     )
 
 
 class TorchBackend:
     """A model and the one thread that runs it, batch by batch."""
 
-    def __init__(self, scorer: Any, family: Family, device: str, threads: int) -> None:
+    def __init__(self, scorer: Any, family: Family, device: str, options: Options) -> None:
         self._scorer = scorer
         self._family = family
         self._device = device
+        self._memory = options.memory
         # Never the caller's thread: OpenMP's helpers of a thread do not survive a fork, and it
         # would wait for them. Nor would its number of threads be ours to set.
         self._worker = ThreadPoolExecutor(
-            1, "qrank-torch", initializer=need("torch").set_num_threads, initargs=(threads,)
+            1, "qrank-torch", initializer=need("torch").set_num_threads, initargs=(options.threads,)
         )
 
     def logits(self, work: Work) -> Logits:
         """See `qrank.backends.Backend.logits`."""
         limit = CPU_BATCH if self._device == "cpu" else DEVICE_BATCH
-        batches = cut_padded(work.lengths + len(work.prefix), limit)
+        batches = cut(work, limit, self._memory)
         prefix = self._worker.submit(self._read, work).result()
         results = self._worker.map(lambda batch: self._run(work.take(batch), prefix), batches)
         return in_order(batches, results)

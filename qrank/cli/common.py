@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -96,6 +97,27 @@ def wish_options(command: Command) -> Command:
         help="What the work is like: single short pairs, 20 passages, 100 long documents.",
     )
     return policy_options(profile(command))
+
+
+def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """Sizes as people write them: 4G, 512M, 1.5GiB; powers of 1024."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(?:I?B)?", value.upper())
+    if found is None:
+        raise click.BadParameter(f"{value!r} is no size; give one like 512M or 4G")
+    return int(float(found[1]) * 1024 ** ("KMGT".find(found[2] or " ") + 1))
+
+
+def memory_option(command: Command) -> Command:
+    """`--max-memory`: what the model and its batches may take."""
+    return click.option(
+        "--max-memory",
+        metavar="SIZE",
+        callback=_bytes,
+        help="Memory for the model and what it computes at once, estimated: 512M, 4G.  "
+        "[default: the model's and half of the rest]",
+    )(command)
 
 
 def megabytes(size: int) -> str:

@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 from rich.progress import track
 
-from qrank.cli.common import debug_option, notice, wish_options
+from qrank.cli.common import debug_option, memory_option, notice, wish_options
 from qrank.cli.output import WRITERS, Result
 from qrank.cli.tune import measure as measure_targets
 from qrank.errors import InputError
@@ -66,6 +66,7 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--family", help="With --backend torch: card that reads the checkpoint.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option("--max-length", type=int, help="Tokens of a pair.  [default: the model's limit]")
+@memory_option
 @click.option(
     "--long-documents",
     type=click.Choice(get_args(LongDocuments)),
@@ -105,6 +106,7 @@ def score(
     family: str | None,
     threads: int | None,
     max_length: int | None,
+    max_memory: int | None,
     long_documents: LongDocuments,
     budget_ms: float | None,
     run: Path | None,
@@ -132,6 +134,7 @@ def score(
             threads=threads,
             execution=execution,
             max_length=max_length,
+            max_memory=max_memory,
             family=family,
             policy=policy,
             min_kendall=min_kendall,

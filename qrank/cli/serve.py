@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from qrank.cli.common import debug_option, notice
+from qrank.cli.common import debug_option, memory_option, notice
 from qrank.extras import need
 from qrank.locate import DEFAULT
 from qrank.reranker import Reranker
@@ -31,6 +31,7 @@ _SECONDS = click.FloatRange(min=0, min_open=True)
 @click.option("--device", help="cpu, cuda, gpu, npu, metal, ...  [default: cpu]")
 @click.option("--threads", type=_COUNT, help="CPU threads of each model.  [default: all]")
 @click.option("--max-length", type=int, help="Tokens of a pair.  [default: the model's limit]")
+@memory_option
 @click.option(
     "--api-key-file", type=_FILE, help="Keys, one a line; a request must send one as Bearer."
 )
@@ -95,6 +96,7 @@ def serve(
     device: str | None,
     threads: int | None,
     max_length: int | None,
+    max_memory: int | None,
     api_key_file: Path | None,
     cors_origin: tuple[str, ...],
     tls_cert: Path | None,
@@ -143,7 +145,12 @@ def serve(
             name, _, source = model.rpartition("=")
             reranker = opened.enter_context(
                 Reranker(
-                    source, backend=backend, device=device, threads=threads, max_length=max_length
+                    source,
+                    backend=backend,
+                    device=device,
+                    threads=threads,
+                    max_length=max_length,
+                    max_memory=max_memory,
                 )
             )
             # A folder is no name to ask for.

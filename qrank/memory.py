@@ -1,0 +1,168 @@
+"""The memory that a model's batches share: what each takes, and what there is."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from qrank import machine
+from qrank.errors import InputError, TargetError
+
+_FLOAT = 4
+"""Bytes of a number in fp32: what batches are computed in, at most."""
+
+
+HELD = 0.4
+"""The share of a causal model's layers whose numbers OpenVINO holds at once: 28 of Qwen3-0.6B's
+size took 0.87 MB a token. Of encoders, one layer's."""
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What decides how much memory a model's batches take.
+
+    Attributes:
+        held: layers whose numbers live at once.
+        hidden: numbers a token is between layers.
+        intermediate: numbers it is inside a layer's feed-forward part.
+        heads: of attention.
+        key_heads: of its keys and values; fewer than `heads` where several share one.
+        width: of a head.
+    """
+
+    held: int
+    hidden: int
+    intermediate: int
+    heads: int
+    key_heads: int
+    width: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], decoder: bool) -> Dimensions:
+        """Read a config.json of transformers."""
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        return cls(
+            held=math.ceil(HELD * config["num_hidden_layers"]) if decoder else 1,
+            hidden=hidden,
+            intermediate=config["intermediate_size"],
+            heads=heads,
+            key_heads=config.get("num_key_value_heads") or heads,
+            width=config.get("head_dim") or hidden // heads,
+        )
+
+    def taken(self, length: int, before: int = 0) -> int:
+        """Bytes that a sequence of a batch takes, about.
+
+        Args:
+            length: its tokens, padding included.
+            before: tokens of the shared prefix, whose keys and values each sequence sees.
+        """
+        seen = before + length
+        states = 6 * self.hidden + 3 * self.intermediate
+        states += 2 * (self.heads + self.key_heads) * self.width
+        scores = 2 * self.heads * seen * length
+        keys = 2 * self.heads * self.width * seen
+        return _FLOAT * (self.held * states * length + scores + keys)
+
+
+class Memory:
+    """Memory for batches. Those that run side by side share it; one that finds too little waits."""
+
+    def __init__(
+        self,
+        size: int | None = None,
+        dimensions: Dimensions | None = None,
+        *,
+        strict: bool = True,
+    ) -> None:
+        """Say how much there is.
+
+        Args:
+            size: bytes. None: enough for everything.
+            dimensions: of the model; None where nobody knows: then everything fits, too.
+            strict: refuse what takes more, instead of computing it by itself.
+        """
+        self._dimensions = dimensions
+        self._strict = strict
+        self._size = None if dimensions is None else size
+        self._free = self._size or 0
+        self._changed = threading.Condition()
+
+    @classmethod
+    def beside(cls, files: int, most: int | None, dimensions: Dimensions | None) -> Memory:
+        """What is left beside a model.
+
+        Args:
+            files: bytes of the model.
+            most: bytes that both may take, strictly. None: half of what the machine has beside the
+                model, and what takes more has it for itself.
+            dimensions: of the model; None where its bundle does not say.
+
+        Raises:
+            TargetError: nothing is left, or nobody knows what batches take.
+        """
+        if most is None:
+            whole = machine.memory()
+            return cls(whole and max(whole - files, 0) // 2, dimensions, strict=False)
+        if dimensions is None:
+            raise TargetError(
+                "the bundle does not say its model's dimensions, so its memory cannot be bounded: "
+                "convert it again, or leave out --max-memory"
+            )
+        if most <= files:
+            raise TargetError(
+                f"its files alone take {files / 1e6:,.0f} MB, and --max-memory is "
+                f"{most / 1e6:,.0f} MB"
+            )
+        return cls(most - files, dimensions)
+
+    def check(self, length: int, what: str) -> None:
+        """Refuse a sequence that no batch may hold.
+
+        Args:
+            length: its tokens.
+            what: to call it in the error.
+
+        Raises:
+            InputError: it takes more than there is.
+        """
+        if self._size is None or not self._strict:
+            return
+        if (taken := self._taken(1, length, 0)) > self._size:
+            raise InputError(
+                f"{what} has {length:,} tokens with its query, which take about "
+                f"{taken / 1e6:,.0f} MB beside the model; {self._size / 1e6:,.0f} MB are left: "
+                "allow more (--max-memory), or fewer tokens (--max-length)"
+            )
+
+    def most(self, length: int, before: int = 0) -> int | None:
+        """Sequences of a length that fit at once, at least one. None: any number."""
+        if self._size is None:
+            return None
+        return max(self._size // self._taken(1, length, before), 1)
+
+    @contextmanager
+    def share(self, count: int, length: int, before: int = 0) -> Iterator[None]:
+        """A batch's share, once there is as much."""
+        if self._size is None:
+            yield
+            return
+        # Never more than there is at all: that would wait for ever.
+        taken = min(self._taken(count, length, before), self._size)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= taken)
+            self._free -= taken
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += taken
+                self._changed.notify_all()
+
+    def _taken(self, count: int, length: int, before: int) -> int:
+        assert self._dimensions is not None  # or there would be no size
+        return count * self._dimensions.taken(length, before)

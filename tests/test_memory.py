@@ -1,0 +1,144 @@
+"""Memory for batches: what they take, how they share it, and what does not fit."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import subset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qrank import Reranker
+from qrank.batching import cut, cut_ragged
+from qrank.bundle import Manifest
+from qrank.cli import main
+from qrank.errors import InputError, TargetError
+from qrank.memory import Dimensions, Memory
+from qrank.work import Work
+
+QWEN3 = Dimensions(held=12, hidden=1024, intermediate=3072, heads=16, key_heads=8, width=128)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 500), min_size=1, max_size=40),
+    before=st.integers(0, 300),
+    size=st.integers(1, 10**9),
+    limit=st.integers(1, 4000),
+)
+def test_batches_hold_everything_once_and_find_memory(
+    lengths: list[int], before: int, size: int, limit: int
+) -> None:
+    memory = Memory(size, QWEN3)
+    work = Work([np.zeros(n, np.int32) for n in lengths], prefix=np.zeros(before, np.int32))
+    padded = cut(work, limit, memory)
+    ragged = cut_ragged(lengths, limit, 16, lambda n: memory.most(n, before))
+    for batches in (padded, ragged):
+        assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+        for batch in batches:
+            longest = max(lengths[i] for i in batch)
+            assert len(batch) == 1 or len(batch) * QWEN3.taken(longest, before) <= size
+
+
+@given(st.integers(1, 4000), st.integers(0, 500))
+def test_more_tokens_take_more(length: int, before: int) -> None:
+    taken = QWEN3.taken(length, before)
+    assert QWEN3.taken(length + 1, before) > taken
+    assert QWEN3.taken(length, before + 1) > taken
+
+
+def test_batches_side_by_side_share_what_there_is() -> None:
+    one = QWEN3.taken(100)
+    memory = Memory(2 * one, QWEN3)
+    lock = threading.Lock()
+    running, most = 0, 0
+    both = threading.Barrier(2, timeout=30)
+
+    def run(count: int, meet: bool) -> None:
+        nonlocal running, most
+        with memory.share(count, 100):
+            with lock:
+                running += count
+                most = max(most, running)
+            if meet:
+                both.wait()
+            with lock:
+                running -= count
+
+    # Two of one find memory at once, or the barrier would break; of more, no two do.
+    for counts, meet in (([1, 1], True), ([2, 1, 2, 9, 2, 1], False)):
+        threads = [threading.Thread(target=run, args=(min(c, 2), meet)) for c in counts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert running == 0
+    assert most == 2
+
+
+@pytest.mark.parametrize("kind", ["bert", "qwen3"])
+def test_bounded_it_ranks_the_same(bundle_of: object, kind: str) -> None:
+    bundle = bundle_of(kind)  # type: ignore[operator]
+    manifest = Manifest.load(bundle)
+    documents = ["a " * n for n in (1, 40, 3, 25, 60, 60, 60)]
+    dimensions = manifest.dimensions
+    assert dimensions is not None
+    for variant in manifest.variants.values():
+        with Reranker(bundle, backend=variant.name) as free:
+            expected = {r.index: r.logit for r in free.rank("a b c", documents)}
+        most = variant.bytes + dimensions.taken(210)
+        with Reranker(bundle, backend=variant.name, max_memory=most) as bounded:
+            found = {r.index: r.logit for r in bounded.rank("a b c", documents)}
+        spread = np.ptp(list(expected.values()))
+        for index, logit in expected.items():
+            assert found[index] == pytest.approx(logit, abs=0.01 * spread), variant.name
+
+
+def test_a_document_that_cannot_fit_is_named(bundle: Path) -> None:
+    manifest = Manifest.load(bundle)
+    variant, dimensions = manifest.variants["onnx-int8"], manifest.dimensions
+    assert dimensions is not None
+    most = variant.bytes + dimensions.taken(20)
+    with Reranker(bundle, backend="onnx-int8", max_memory=most) as reranker:
+        assert len(reranker.rank("a", ["b", "c d"])) == 2
+        with pytest.raises(InputError, match=r"document 1 has \d+ tokens.*--max-memory.*--max-len"):
+            reranker.rank("a", ["b", "c d " * 30, "e"])
+        assert len(reranker.rank("a", ["b"])) == 1
+
+
+def test_where_the_files_alone_take_more_the_next_target_is_taken(bundle: Path) -> None:
+    variants = Manifest.load(bundle).variants
+    smallest = min(variants.values(), key=lambda v: v.bytes)
+    with pytest.raises(TargetError, match=r"its files alone take [\d,]+ MB, and --max-memory is"):
+        Reranker(bundle, backend=smallest.name, max_memory=smallest.bytes)
+    with pytest.raises(TargetError, match="no target works here"):
+        Reranker(bundle, max_memory=1000)
+    with Reranker(bundle, max_memory=2 * smallest.bytes) as reranker:
+        assert reranker.target.variant.bytes < 2 * smallest.bytes
+    with pytest.raises(InputError, match="max_memory is 0"):
+        Reranker(bundle, max_memory=0)
+
+
+def test_a_bundle_of_before_says_nothing_and_cannot_be_bounded(
+    bundle: Path, tmp_path: Path
+) -> None:
+    old = subset(bundle, tmp_path / "old", ["onnx-int8"])
+    replace(Manifest.load(old), dimensions=None).save(old)
+    assert "dimensions" not in (old / "qrank.json").read_text("utf-8")
+    with Reranker(old) as reranker:
+        assert len(reranker.rank("a", ["b", "c"])) == 2
+    with pytest.raises(TargetError, match=r"does not say its model's dimensions.*convert it again"):
+        Reranker(old, max_memory=10**9)
+
+
+@pytest.mark.parametrize(
+    ("size", "code"), [("1G", 0), ("512 MiB", 0), ("1k", 3), ("much", 2), ("-1", 2)]
+)
+def test_sizes_on_the_command_line(bundle: Path, size: str, code: int) -> None:
+    arguments = ["score", "-m", str(bundle), "-q", "a", "--max-memory", size]
+    result = CliRunner().invoke(main, arguments, input="b\nc\n")
+    assert (result.exit_code == 0) == (code == 0), result.output
+    if code == 2:
+        assert "is no size; give one like 512M or 4G" in result.output
