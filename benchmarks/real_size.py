@@ -4,7 +4,8 @@ Needs no hub: a tiny checkpoint of the tests is given a real model's dimensions.
 are those of the real one; fidelity is that of random weights, for which no variant is refused here:
 24 layers of them magnify rounding as trained ones do not. Every variant is converted in a
 process of its own. Then all of them, and the checkpoint itself in torch, score the same pairs of
-128 and of 512 tokens in turns.
+128 and of 512 tokens in turns. The speed of decoders is `decoders.py`'s to tell; here it is the
+memory of a process that ranks 20 documents of 128 tokens: all of it, and what is no file's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import torch
 from common import alternate, arguments, report
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -122,6 +125,19 @@ CONVERSION = {
     "Kendall": ".3f",
 }
 
+SCORING = {
+    "variant": "",
+    "size MB": ",.0f",
+    "peak MB": ",.0f",
+    "anonymous MB": ",.0f",
+    "bar MB": ",.0f",
+    "first score s": ",.1f",
+    "rank s": ",.1f",
+}
+DOCUMENTS = 20
+BAR = (1.25, 1e9)
+"""What scoring may take: so many times the size of the files, and so many bytes."""
+
 
 def main() -> None:
     """Make, convert and time every shape."""
@@ -138,6 +154,8 @@ def main() -> None:
     parser.add_argument(
         "--child", nargs=3, metavar=("CHECKPOINT", "BUNDLE", "VARIANT"), help="(internal)"
     )
+    parser.add_argument("--scoring", nargs=2, metavar=("BUNDLE", "VARIANT"), help="(internal)")
+    parser.add_argument("--work", type=Path, help="folder to keep checkpoints and bundles in")
     options = parser.parse_args()
     TOLERANCES.update(dict.fromkeys(TOLERANCES, Tolerance(math.inf)))
     if options.child:
@@ -147,28 +165,37 @@ def main() -> None:
         make_bundle(checkpoint, [(format, precision)], Path(bundle), family=family)
         sys.stdout.write(json.dumps(peak_memory()))
         return
+    if options.scoring:
+        sys.stdout.write(json.dumps(_scoring(*options.scoring)))
+        return
     for shape in options.shapes:
-        with tempfile.TemporaryDirectory() as work:
-            checkpoint, bundle = Path(work) / shape, Path(work) / "bundle"
-            parameters = make(shape, checkpoint)
-            title = f"{shape}, {parameters / 1e6:,.0f}M random parameters"
+        with tempfile.TemporaryDirectory() as temporary:
+            work = options.work or Path(temporary)
+            checkpoint, bundle = work / shape, work / f"{shape}-bundle"
+            if not checkpoint.exists():
+                make(shape, checkpoint)
+            title = f"{shape}, {_parameters(checkpoint) / 1e6:,.0f}M random parameters"
             decoder = SHAPES[shape][0] in tiny_decoders.CHECKPOINTS
             variants = options.variants or list(DECODER_VARIANTS if decoder else VARIANTS)
-            rows = [convert(checkpoint, bundle, variant) for variant in variants]
+            made = Manifest.load(bundle).variants if bundle.exists() else {}
+            rows = [convert(checkpoint, bundle, v) for v in variants if v not in made]
             report(f"Converting {title}", CONVERSION, rows, as_json=options.json)
             if decoder:
-                continue  # their speed: decoders.py
+                rows = [scoring(bundle, variant) for variant in variants]
+                report(f"Memory of scoring, {title}", SCORING, rows, as_json=options.json)
+                continue
             rows = speed(checkpoint, bundle, variants, options.pairs, options.rounds)
             columns = {"target": "", **{f"pairs/s at {length}": ",.1f" for length in LENGTHS}}
             report(f"Scoring with {title}", columns, rows, as_json=options.json)
 
 
-def make(shape: str, folder: Path) -> int:
-    """Write a random checkpoint of a shape in fp32; return its number of parameters."""
+def make(shape: str, folder: Path) -> None:
+    """Write a random checkpoint of a shape in fp32."""
     name, sizes = SHAPES[shape]
     (tiny.CHECKPOINTS | tiny_decoders.CHECKPOINTS)[name](folder)
     if name in tiny_decoders.CHECKPOINTS:
-        return _make_decoder(folder, sizes)
+        _make_decoder(folder, sizes)
+        return
     settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
     settings["model_max_length"] = 512 if "MiniLM" in shape else 8192
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
@@ -185,10 +212,9 @@ def make(shape: str, folder: Path) -> int:
             if parameter_name.endswith(INTO_RESIDUAL):
                 parameter.mul_(RESIDUAL)
     model.save_pretrained(folder)
-    return int(model.num_parameters())
 
 
-def _make_decoder(folder: Path, sizes: dict[str, int]) -> int:
+def _make_decoder(folder: Path, sizes: dict[str, int]) -> None:
     """Give a tiny decoder its real size, in bf16 as the real ones are stored."""
     tiny.edit_config(folder, **sizes, layer_types=None)
     set_seed(0)
@@ -200,7 +226,15 @@ def _make_decoder(folder: Path, sizes: dict[str, int]) -> int:
             if parameter_name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter.mul_(RESIDUAL)
     model.save_pretrained(folder)
-    return int(model.num_parameters())
+
+
+def _parameters(checkpoint: Path) -> int:
+    total = 0
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    return total
 
 
 def convert(checkpoint: Path, bundle: Path, variant: str) -> dict[str, object]:
@@ -218,6 +252,49 @@ def convert(checkpoint: Path, bundle: Path, variant: str) -> dict[str, object]:
         "max Δ": made.fidelity.max_abs / made.fidelity.spread,
         "Kendall": made.fidelity.kendall,
     }
+
+
+def scoring(bundle: Path, variant: str) -> dict[str, object]:
+    """The memory that ranking takes in a process of its own, beside what it may."""
+    command = [sys.executable, __file__, "--scoring", str(bundle), variant]
+    found = json.loads(subprocess.check_output(command))
+    size = Manifest.load(bundle).variants[variant].bytes
+    return {
+        "variant": variant,
+        "size MB": size / 1e6,
+        "peak MB": found["peak"] / 1e6,
+        "anonymous MB": found["anonymous"] / 1e6,
+        "bar MB": (BAR[0] * size + BAR[1]) / 1e6,
+        "first score s": found["first"],
+        "rank s": found["rank"],
+    }
+
+
+def _scoring(bundle: str, variant: str) -> dict[str, float | None]:
+    """Rank; the most memory held, what of it is no file's, and the seconds."""
+    most, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.02):
+            status = Path("/proc/self/status").read_text("utf-8")
+            most = max(most, int(status.partition("RssAnon:")[2].split()[0]) * 1024)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.perf_counter()
+    with Reranker(bundle, backend=variant) as reranker:
+        reranker.rank("what is it", ["a b"])
+        first = time.perf_counter() - start
+        texts = [
+            " ".join("abcdefgh"[(i + j) % 8] for j in range(LENGTHS[0])) for i in range(DOCUMENTS)
+        ]
+        start = time.perf_counter()
+        reranker.rank("what is it", texts)
+        seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    return {"peak": peak_memory(), "anonymous": most, "first": first, "rank": seconds}
 
 
 def speed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,6 +68,16 @@ class Checkpoint:
     def name(self) -> str:
         """The last part of its id: `bge-reranker-base`."""
         return self.source.id.rpartition("/")[2]
+
+    def parameters(self) -> int:
+        """How many numbers its weights are, by the headers of their files."""
+        safetensors = need("safetensors")
+        total = 0
+        for path in _weights(self.folder, self.source.id):
+            with safetensors.safe_open(path, "pt") as file:
+                names = list(file.keys())
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+        return total
 
     def load(self, *, lean: bool = False) -> PreTrainedModel:
         """transformers' own model: the fp32 reference, and what is exported.

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol, cast
 
+from qrank import machine
 from qrank.backends import FORMATS
 from qrank.bundle import MANIFEST, TOKENIZER, FileRecord, Manifest, Variant
 from qrank.converters.checkpoint import Checkpoint, read_checkpoint
@@ -41,6 +42,10 @@ class Maker(Protocol):
     @property
     def MODULES(self) -> Sequence[str]:  # noqa: N802 (a converter's constant)
         """What making and running the variant takes."""
+
+    @property
+    def MEMORY(self) -> float:  # noqa: N802
+        """The least memory it takes, in times of the model's size in fp32."""
 
     def convert(
         self, checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work
@@ -140,6 +145,7 @@ def convert(
     }
     if old is not None and not wanted:
         return target, old
+    _check_memory(checkpoint, wanted)
     work = target.with_name(f".{target.name}.partial-{os.getpid()}")
     work.mkdir()
     try:
@@ -193,6 +199,29 @@ def _require(maker: Maker) -> None:
     for name in maker.MODULES:
         if not installed(name):
             need(name)
+
+
+def _check_memory(checkpoint: Checkpoint, wanted: Mapping[Name, Maker]) -> None:
+    """Refuse, before any work, what this machine's memory cannot suffice for.
+
+    Raises:
+        ConversionError: with how much it takes, how much there is, and what takes less.
+    """
+    there = machine.memory()
+    most = max(maker.MEMORY for maker in wanted.values())
+    if there is None or not most:
+        return
+    whole = 4 * checkpoint.parameters()
+    for (format, precision), maker in wanted.items():
+        if (takes := whole * maker.MEMORY) > there:
+            least = {name: whole * converter(name).MEMORY for name in FORMATS}
+            fitting = [f"{name} ({n / 1e9:,.1f} GB)" for name, n in least.items() if n <= there]
+            raise ConversionError(
+                f"converting {checkpoint.name} to {format}-{precision} takes {takes / 1e9:,.1f} GB "
+                f"of memory or more, and this machine has {there / 1e9:,.1f} GB: take "
+                + (f"--to {' or '.join(fitting)}, or " if fitting else "")
+                + "a larger machine; the bundle runs here where its files fit"
+            )
 
 
 def _build(

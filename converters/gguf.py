@@ -43,6 +43,9 @@ PRECISIONS = ("q4_k_m", "q8_0", "f16")
 MODULES = ("torch", "transformers", "safetensors", "gguf", "llama_cpp")
 """What converting and verifying takes."""
 
+MEMORY = 0.5
+"""The least memory converting takes, in times of the model's size in fp32 (docs/benchmarks.md)."""
+
 _FTYPES = {"f16": 1, "q8_0": 7, "q4_k_m": 15}
 """llama.cpp's enum llama_ftype."""
 

@@ -25,6 +25,9 @@ PRECISIONS = ("int8", "fp16", "fp32")
 MODULES = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime")
 """What converting and verifying takes."""
 
+MEMORY = 1.8
+"""The least memory converting takes, in times of the model's size in fp32 (docs/benchmarks.md)."""
+
 OPSET = 20
 """The first with Gelu, and old enough for every runtime in use."""
 

@@ -33,6 +33,9 @@ PRECISIONS = ("int8", "int8-full", "fp16")
 MODULES = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "openvino", "nncf")
 """What converting and verifying takes."""
 
+MEMORY = 1.0
+"""The least memory converting takes, in times of the model's size in fp32 (docs/benchmarks.md)."""
+
 
 _LENGTHS = {
     "input_ids": (1, 1),

@@ -60,6 +60,8 @@ class Taker:
         modules: Sequence[str] = self._module.MODULES
         return modules
 
+    MEMORY = 0.0  # It is read as it lies on disk.
+
     @property
     def precision(self) -> str:
         """As its weights are stored."""

@@ -1,6 +1,7 @@
 """Memory for batches: what they take, how they share it, and what does not fit."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from conftest import subset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrank import Reranker
+from qrank import Reranker, machine
 from qrank.batching import cut, cut_ragged
 from qrank.bundle import Manifest
 from qrank.cli import main
-from qrank.errors import InputError, TargetError
+from qrank.converters.checkpoint import read_checkpoint
+from qrank.converters.convert import convert
+from qrank.errors import ConversionError, InputError, TargetError
 from qrank.memory import Dimensions, Memory
 from qrank.work import Work
 
@@ -79,8 +82,8 @@ def test_batches_side_by_side_share_what_there_is() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bert", "qwen3"])
-def test_bounded_it_ranks_the_same(bundle_of: object, kind: str) -> None:
-    bundle = bundle_of(kind)  # type: ignore[operator]
+def test_bounded_it_ranks_the_same(bundle_of: Callable[[str], Path], kind: str) -> None:
+    bundle = bundle_of(kind)
     manifest = Manifest.load(bundle)
     documents = ["a " * n for n in (1, 40, 3, 25, 60, 60, 60)]
     dimensions = manifest.dimensions
@@ -131,6 +134,20 @@ def test_a_bundle_of_before_says_nothing_and_cannot_be_bounded(
         assert len(reranker.rank("a", ["b", "c"])) == 2
     with pytest.raises(TargetError, match=r"does not say its model's dimensions.*convert it again"):
         Reranker(old, max_memory=10**9)
+
+
+def test_a_conversion_that_memory_cannot_suffice_for_is_refused_before_any_work(
+    checkpoint_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = checkpoint_of("bert")
+    whole = 4 * read_checkpoint(str(source)).parameters()
+    monkeypatch.setattr(machine, "memory", lambda: int(0.7 * whole))
+    with pytest.raises(ConversionError, match=r"to openvino-int8 takes .* has .*: take --to gguf "):
+        convert(str(source), [("openvino", "int8")], tmp_path / "bundle")
+    monkeypatch.setattr(machine, "memory", lambda: int(0.3 * whole))
+    with pytest.raises(ConversionError, match=r"gguf-q8_0 takes .*: take a larger machine"):
+        convert(str(source), [("gguf", "q8_0")], tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
