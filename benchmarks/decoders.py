@@ -55,6 +55,11 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--work", type=Path, help="folder to keep checkpoint and bundle in")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    parser.add_argument(
+        "--ready",
+        type=Path,
+        help="bundle of optimum-intel's int8 export, as qrank convert takes it",
+    )
     parser.add_argument("--lengths", nargs="+", type=int, default=[32, 64, 128, 512])
     parser.add_argument("--documents", type=int, default=8, help="a round; fewer of long ones")
     parser.add_argument("--rounds", type=int, default=3)
@@ -75,6 +80,8 @@ def main() -> None:
         torch.set_num_threads(processors())
         rows: dict[str, dict[str, object]] = {}
         targets = _ours(bundle, options.variants) | _theirs(checkpoint, bundle)
+        if options.ready:
+            targets |= _ours(options.ready, ["openvino-int8"], "optimum-intel's graph, ")
         for length in options.lengths:
             count = max(2, min(options.documents, options.documents * 128 // length))
             cases = {name: prepare(length, count) for name, prepare in targets.items()}
@@ -95,7 +102,9 @@ def _pairs(length: int, count: int) -> Work:
     return Work(list(ids[PREFIX:].reshape(count, length)), prefix=ids[:PREFIX])
 
 
-def _ours(bundle: Path, variants: list[str]) -> dict[str, Callable[[int, int], Run]]:
+def _ours(
+    bundle: Path, variants: list[str], label: str = ""
+) -> dict[str, Callable[[int, int], Run]]:
     manifest = Manifest.load(bundle)
     prepared: dict[str, Callable[[int, int], Run]] = {}
     for name in variants:
@@ -110,9 +119,9 @@ def _ours(bundle: Path, variants: list[str]) -> dict[str, Callable[[int, int], R
         def unshared(length: int, count: int, backend: Any = backend) -> Run:
             return partial(backend.logits, _pairs(length, count).whole())
 
-        label = f"{name} ({choices[0]})" if choices[0] else name
-        prepared[f"{label}, shared"] = shared
-        prepared[f"{label}, unshared"] = unshared
+        row = label + (f"{name} ({choices[0]})" if choices[0] else name)
+        prepared[f"{row}, shared"] = shared
+        prepared[f"{row}, unshared"] = unshared
     return prepared
 
 
