@@ -30,11 +30,13 @@ TOKENS = 512
 
 
 def sentence_transformers(model: str, work: Path, threads: int, **settings: Any) -> Score:
-    """CrossEncoder as it comes: fp32 in torch, batches of 32."""
+    """CrossEncoder in torch, in fp32 whatever the checkpoint is stored in; batches of 32."""
     import torch
     from sentence_transformers import CrossEncoder
 
     torch.set_num_threads(threads)
+    if settings.get("backend", "torch") == "torch":
+        settings.setdefault("model_kwargs", {"torch_dtype": torch.float32})
     encoder = CrossEncoder(model, device="cpu", local_files_only=True, **settings)
 
     def score(query: str, documents: list[str]) -> Sequence[float]:

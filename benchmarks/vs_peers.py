@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--onnx-python", type=Path, help=f"that has {', '.join(ONNX_PEERS)}")
     parser.add_argument("--openvino-python", type=Path, help="that has the other peers")
     parser.add_argument("--variants", nargs="*", help="beside the chosen one  [default: all]")
+    parser.add_argument("--only", nargs="+", help="systems, by the beginnings of their names")
     parser.add_argument("--queries", type=int, default=16, help="judged  [default: %(default)s]")
     parser.add_argument("--timed", type=int, default=1, help="of these  [default: %(default)s]")
     parser.add_argument("--documents", type=int, default=100, help="[default: %(default)s]")
@@ -140,6 +141,8 @@ def _systems(options: Any, chosen: str) -> Iterator[tuple[str, str, Path, Path]]
     """Label, `peer.py`'s name, the Python that runs it, and the model it is given."""
     mine = Path(sys.executable)
     for name in PEERS:
+        if options.only and not name.startswith(tuple(options.only)):
+            continue
         python = options.onnx_python if name in ONNX_PEERS else options.openvino_python
         if name.startswith("llama.cpp"):
             yield name, name, mine, options.bundle

@@ -72,7 +72,9 @@ def as_bundle(model: str, family: str | None = None) -> tuple[Path, Manifest, st
 def version() -> str:
     """The runtime's name and version."""
     transformers = need("transformers", extra="torch")
-    return f"torch {need('torch', extra='torch').__version__}, transformers {transformers.__version__}"
+    return (
+        f"torch {need('torch', extra='torch').__version__}, transformers {transformers.__version__}"
+    )
 
 
 def devices() -> list[str]:
