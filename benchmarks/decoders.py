@@ -190,14 +190,13 @@ def _llama(path: Path) -> Callable[[int, int], Run]:
             embeddings=True,
             pooling_type=library.LLAMA_POOLING_TYPE_LAST,
         )
-        ids = np.concatenate(_pairs(length, count).whole().sequences)
-        owners = np.repeat(np.arange(count, dtype=np.int32), PREFIX + length)
-        positions = np.tile(np.arange(PREFIX + length, dtype=np.int32), count)
+        whole = _pairs(length, count).whole()
+        ids, placed = np.concatenate(whole.sequences), llama.places(whole.lengths)
         outputs = np.ones(tokens, np.int8)
 
         def run() -> Any:
             library.llama_memory_clear(library.llama_get_memory(context), False)
-            llama.run(library.llama_decode, context, ids, positions, owners, outputs)
+            llama.run(library.llama_decode, context, ids, *placed, outputs)
             return ctypes.cast(library.llama_get_embeddings_seq(context, 0), ctypes.c_void_p)
 
         return run

@@ -189,11 +189,8 @@ def llama_cpp(model: str, work: Path, threads: int) -> Score:
         batches = cut_ragged(lengths, TOKENS, 64)
         found = []
         for batch in batches:
-            sizes = lengths[batch]
             ids = np.concatenate([sequences[i] for i in batch]).astype(np.int32)
-            owners = np.repeat(np.arange(len(batch), dtype=np.int32), sizes)
-            positions = np.concatenate([np.arange(size) for size in sizes]).astype(np.int32)
-            llama.run(library.llama_encode, context, ids, positions, owners)
+            llama.run(library.llama_encode, context, ids, *llama.places(lengths[batch]))
             pointers = [library.llama_get_embeddings_seq(context, i) for i in range(len(batch))]
             found.append(np.array([pointer[0] for pointer in pointers], np.float32))
         return [float(x) for x in in_order(batches, found)]

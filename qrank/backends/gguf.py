@@ -137,10 +137,7 @@ class _Context:
         library = llama.library()
         self._fit(len(ids))
         library.llama_set_n_threads(self._pointer, threads, threads)
-        owners = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
-        positions = (np.arange(len(ids)) - starts).astype(np.int32)
-        llama.run(library.llama_encode, self._pointer, ids, positions, owners)
+        llama.run(library.llama_encode, self._pointer, ids, *llama.places(lengths))
         values = [library.llama_get_embeddings_seq(self._pointer, i) for i in range(len(lengths))]
         return np.array([value[0] for value in values], np.float32)
 

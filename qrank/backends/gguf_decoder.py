@@ -104,13 +104,11 @@ class GgufDecoder:
         """
         lengths = np.array([len(ids) for ids in sequences])
         ids = np.concatenate(sequences).astype(np.int32)
-        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
-        positions = (np.arange(len(ids)) - starts + before).astype(np.int32)
-        owners = np.repeat(np.arange(first, first + len(lengths), dtype=np.int32), lengths)
         outputs = np.zeros(len(ids), np.int8)
         if wanted:
             outputs[np.cumsum(lengths) - 1] = 1
-        llama.run(llama.library().llama_decode, self._pointer, ids, positions, owners, outputs)
+        placed = llama.places(lengths, before, first)
+        llama.run(llama.library().llama_decode, self._pointer, ids, *placed, outputs)
 
     def _look(self, tensor: int, asking: bool, _: object) -> bool:
         """llama.cpp asks about each result whether it is to be seen, and then shows it."""

@@ -193,6 +193,25 @@ def new_context(model: object, tokens: int, sequences: int, **settings: object) 
     return pointer
 
 
+def places(
+    lengths: NDArray[np.int64], before: int = 0, first: int = 0
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Position and sequence number of each token, for sequences that lie one after the other.
+
+    Args:
+        lengths: tokens of each sequence, shape [n].
+        before: their first token's position.
+        first: the first sequence's number.
+
+    Returns:
+        Two arrays of shape [sum of lengths].
+    """
+    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    positions = np.arange(int(lengths.sum())) - starts + before
+    owners = np.repeat(np.arange(first, first + len(lengths)), lengths)
+    return positions.astype(np.int32), owners.astype(np.int32)
+
+
 def run(
     function: Any,
     context: object,
