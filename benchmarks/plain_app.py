@@ -8,13 +8,16 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 from sentence_transformers import CrossEncoder
 
 app = FastAPI()
-model = CrossEncoder(sys.argv[1], device="cpu", local_files_only=True)
+# In fp32, its default, whatever the checkpoint is stored in.
+dtype = {"torch_dtype": torch.float32}
+model = CrossEncoder(sys.argv[1], device="cpu", local_files_only=True, model_kwargs=dtype)
 
 
 class Asked(BaseModel):

@@ -19,6 +19,7 @@ FLOORS = [
         "backends.gguf",
         "backends.gguf_decoder",
         "backends.llama",
+        "backends.mapped",
         "backends.onnx",
         "backends.openvino",
         "backends.torch",

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from qrank import paths
 from qrank.backends import Options
+from qrank.backends.mapped import given_back
 from qrank.batching import cut, in_order
 from qrank.bundle import Variant
 from qrank.errors import TargetError
@@ -121,6 +123,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
     if folder_of_cache := _cache(variant):
         settings |= {"CACHE_DIR": str(folder_of_cache), "CACHE_MODE": "OPTIMIZE_SIZE"}
     path = folder / variant.name / "model.xml"
+    weights = path.with_suffix(".bin")
 
     def compiled(length: int | None) -> openvino.CompiledModel:
         """The graph for one pair of this length; None: for any batch of any length."""
@@ -128,17 +131,18 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
         if length is not None:
             model.reshape({i.any_name: _static(i, length) for i in model.inputs})
         more = {} if device != "cpu" else {"DYNAMIC_QUANTIZATION_GROUP_SIZE": _group(model)}
-        return core.compile_model(model, device.upper(), settings | more)
+        with given_back(weights):
+            return core.compile_model(model, device.upper(), settings | more)
 
     try:
         limit = core.read_model(path).input("input_ids").partial_shape[1].max_length
         if not options.static_shapes and not device.startswith("npu"):
             try:
                 batch = options.batch or batches(device)[0]
-                return OpenvinoBackend(compiled, limit, batch, options.memory)
+                return OpenvinoBackend(compiled, limit, batch, weights, options.memory)
             except RuntimeError as error:
                 log.info("%s takes no dynamic shapes (%s): using static ones", device, error)
-        return OpenvinoBackend(compiled, limit, None, options.memory)
+        return OpenvinoBackend(compiled, limit, None, weights, options.memory)
     except RuntimeError as error:
         raise TargetError(f"openvino cannot load {path} on {device}: {error}") from error
 
@@ -220,6 +224,7 @@ class OpenvinoBackend:
         compiled: Callable[[int | None], openvino.CompiledModel],
         limit: int,
         batch: int | None,
+        weights: Path,
         memory: Memory,
     ) -> None:
         """Compile.
@@ -228,11 +233,14 @@ class OpenvinoBackend:
             compiled: makes the graph for one pair of a length; given None, for every shape.
             limit: tokens the model reads.
             batch: padded tokens a batch. None: static shapes, one pair at a time.
+            weights: the file they lie in.
             memory: for batches.
         """
         self._compile = compiled
         self._limit = limit
         self._batch = batch
+        self._weights = weights
+        self._arranged: set[int | None] = set()
         self._memory = memory
         self._lock = threading.Lock()
         self._models: dict[int | None, openvino.CompiledModel] = {}
@@ -273,10 +281,16 @@ class OpenvinoBackend:
     def _call(self, output: str, batch: Work, more: dict[str, NDArray[Any]]) -> NDArray[Any]:
         length = self._length(int(batch.lengths.max()))
         inputs = feed(self._inputs, batch, length, more)
+        graph = None if self._batch else length
+        # A graph's weights are arranged for the device as it first runs.
+        once = nullcontext() if graph in self._arranged else given_back(self._weights)
         try:
-            request = self._request(None if self._batch else length)
-            # A copy: the request's own memory is the next batch's.
-            return np.array(request.infer(inputs, share_inputs=True)[output])
+            with once:
+                request = self._request(graph)
+                # A copy: the request's own memory is the next batch's.
+                found = np.array(request.infer(inputs, share_inputs=True)[output])
+            self._arranged.add(graph)
+            return found
         except RuntimeError as error:
             raise TargetError(f"openvino failed: {error}") from error
 
