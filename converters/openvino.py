@@ -33,7 +33,7 @@ PRECISIONS = ("int8", "int8-full", "fp16")
 MODULES = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "openvino", "nncf")
 """What converting and verifying takes."""
 
-MEMORY = 1.0
+MEMORY = 0.8
 """The least memory converting takes, in times of the model's size in fp32 (docs/benchmarks.md)."""
 
 

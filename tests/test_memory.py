@@ -141,7 +141,7 @@ def test_a_conversion_that_memory_cannot_suffice_for_is_refused_before_any_work(
 ) -> None:
     source = checkpoint_of("bert")
     whole = 4 * read_checkpoint(str(source)).parameters()
-    monkeypatch.setattr(machine, "memory", lambda: int(0.7 * whole))
+    monkeypatch.setattr(machine, "memory", lambda: int(0.6 * whole))
     with pytest.raises(ConversionError, match=r"to openvino-int8 takes .* has .*: take --to gguf "):
         convert(str(source), [("openvino", "int8")], tmp_path / "bundle")
     monkeypatch.setattr(machine, "memory", lambda: int(0.3 * whole))
