@@ -27,7 +27,7 @@ from qrank.work import Work
 
 def main() -> None:
     """Run every cell in turns, and print medians."""
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, on_data=True)
     parser.add_argument("--model", default=DEFAULT, help="bundle  [default: %(default)s]")
     parser.add_argument("--precision", default="int8", help="[default: %(default)s]")
     parser.add_argument("--rounds", type=int, default=9, help="[default: %(default)s]")
@@ -37,8 +37,6 @@ def main() -> None:
         "--batches", type=int, nargs="+", default=[64, 96, 128, 160, 224, 320, 512, 1024]
     )
     options = parser.parse_args()
-    if options.data is None:
-        parser.error("--data FOLDER is needed")
     folder = locate(options.model)
     encoder = Encoder(folder / TOKENIZER, Manifest.load(folder).family)
     works = _works(Collection.read(options.data), encoder, options.pairs)

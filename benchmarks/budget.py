@@ -30,14 +30,12 @@ WARM_UP = 10
 
 def main() -> None:
     """Rank under every budget, with a new reranker each, and print what came of it."""
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, on_data=True)
     parser.add_argument("--model", default=DEFAULT, help="bundle  [default: %(default)s]")
     parser.add_argument("--backend", help="variant  [default: the best target]")
     parser.add_argument("--queries", type=int, default=60, help="queries  [default: %(default)s]")
     parser.add_argument("--budgets", type=int, nargs="+", default=[200, 500, 1000])
     options = parser.parse_args()
-    if options.data is None:
-        parser.error("--data FOLDER is needed")
     collection = Collection.read(options.data)
     found = collection.bm25(100)
     queries = list(collection.queries)[: options.queries + WARM_UP]

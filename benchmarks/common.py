@@ -25,10 +25,17 @@ from qrank.work import Work
 Row = Mapping[str, Any]
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes; the first paragraph of a docstring describes it."""
+def arguments(description: str | None, *, on_data: bool = False) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes; the first paragraph of a docstring describes it.
+
+    Args:
+        description: the docstring.
+        on_data: without `--data` there is nothing to measure.
+    """
     parser = argparse.ArgumentParser(description=(description or "").partition("\n\n")[0])
-    parser.add_argument("--data", type=Path, help="folder of the collection; see README.md")
+    parser.add_argument(
+        "--data", type=Path, required=on_data, help="folder of the collection; see README.md"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     return parser
 

@@ -48,15 +48,13 @@ BATCH = 16
 
 def main() -> None:
     """Convert a checkpoint every way, then run all on the same pairs."""
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, on_data=True)
     parser.add_argument("checkpoint", help="folder or hub id")
     parser.add_argument("--queries", type=int, default=16, help="[default: %(default)s]")
     parser.add_argument("--documents", type=int, default=20, help="a query  [default: %(default)s]")
     parser.add_argument("--rounds", type=int, default=7, help="[default: %(default)s]")
     parser.add_argument("--threads", type=int, default=processors())
     options = parser.parse_args()
-    if options.data is None:
-        parser.error("--data FOLDER is needed")
     collection = Collection.read(options.data)
     found = collection.bm25(options.documents)
     with tempfile.TemporaryDirectory() as temporary:

@@ -40,7 +40,7 @@ COLUMNS = {
 
 def main() -> None:
     """Start a process for every variant and number of documents, and print what they say."""
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, on_data=True)
     parser.add_argument("--model", default=DEFAULT, help="bundle  [default: %(default)s]")
     parser.add_argument("--queries", type=int, default=60, help="queries  [default: %(default)s]")
     parser.add_argument("--documents", type=int, nargs="+", default=[20, 100])
@@ -52,8 +52,6 @@ def main() -> None:
         row = measure(options.model, variant, Path(tasks), int(count), options.threads)
         sys.stdout.write(json.dumps(row))
         return
-    if options.data is None:
-        parser.error("--data FOLDER is needed")
     collection = Collection.read(options.data)
     rows = []
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as tasks:

@@ -61,7 +61,7 @@ Ask = Callable[[str, list[str]], dict[str, Any]]
 
 def main() -> None:
     """Open every system, judge what it returns, and time all in turns."""
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, on_data=True)
     parser.add_argument("checkpoint", type=Path, help="folder of the original")
     parser.add_argument("bundle", type=Path, help="what qrank converted it to, and tuned")
     parser.add_argument("--onnx-python", type=Path, help=f"that has {', '.join(ONNX_PEERS)}")
@@ -74,8 +74,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="[default: %(default)s]")
     parser.add_argument("--threads", type=int, default=processors())
     options = parser.parse_args()
-    if options.data is None:
-        parser.error("--data FOLDER is needed")
     collection = Collection.read(options.data)
     found = collection.bm25(options.documents)
     queries = list(collection.qrels)[: options.queries]
@@ -105,8 +103,8 @@ def main() -> None:
         cases: dict[str, Callable[[], object]] = {
             label: partial(_through, ask, timed) for label, ask in systems.items()
         }
-        limits = {name: partial(_product, name, options.threads) for name in ("fp32", "bf16")}
-        limits["int8"] = partial(_product, "int8", options.threads)
+        precisions = ("fp32", "bf16", "int8")
+        limits = {name: partial(_product, name, options.threads) for name in precisions}
         seconds = alternate(cases | limits, options.rounds)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     limit = {name: 2 * SIDE**3 / median[name] for name in limits}
