@@ -70,11 +70,16 @@ class Checkpoint:
         return self.source.id.rpartition("/")[2]
 
     def parameters(self) -> int:
-        """How many numbers its weights are, by the headers of their files."""
+        """How many numbers its weights are, by the headers of their files.
+
+        Raises:
+            ConversionError: a file is damaged.
+        """
         safetensors = need("safetensors")
         total = 0
         for path in _weights(self.folder, self.source.id):
-            with safetensors.safe_open(path, "pt") as file:
+            damaged = _explained(f"safetensors cannot read {path}")
+            with damaged, safetensors.safe_open(path, "pt") as file:
                 names = list(file.keys())
                 total += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
         return total

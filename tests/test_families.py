@@ -218,13 +218,13 @@ def test_pickles_are_refused(copy_of: Callable[..., Path]) -> None:
         ("config.json", "{", "not valid JSON"),
         ("config.json", "[]", "not a JSON object"),
         ("tokenizer.json", "{", "transformers cannot read"),
-        ("model.safetensors", "{", "transformers cannot load"),
+        ("model.safetensors", "{", "safetensors cannot read"),
     ],
 )
 def test_a_damaged_checkpoint_is_told(
     name: str, content: str, reason: str, copy_of: Callable[..., Path]
 ) -> None:
-    """Whatever transformers raises, which varies with what is damaged."""
+    """Whatever its reader raises, which varies with what is damaged."""
     folder = copy_of("bert")
     (folder / name).write_text(content, "utf-8")
     with pytest.raises(ConversionError, match=reason):
