@@ -132,7 +132,7 @@ def load_model(folder: Path, *, dtype: str, attention: str) -> PreTrainedModel:
     Raises:
         ConversionError: the weights do not fit the architecture.
     """
-    transformers = need("transformers")
+    transformers = transformers_library()
     transformers.utils.logging.disable_progress_bar()
     with _explained(f"transformers cannot load {folder}"):
         model, info = auto_class(read_config(folder)).from_pretrained(
@@ -152,9 +152,17 @@ def load_model(folder: Path, *, dtype: str, attention: str) -> PreTrainedModel:
     return evaluated
 
 
+def transformers_library() -> Any:
+    """transformers, made to know the classes that are ours."""
+    transformers = need("transformers")
+    import qrank.converters.nemotron  # noqa: F401 (by being imported)
+
+    return transformers
+
+
 def auto_class(config: dict[str, Any]) -> Any:
     """transformers' class that makes a model of a config.json."""
-    transformers = need("transformers")
+    transformers = transformers_library()
     if _is_causal(config):
         return transformers.AutoModelForCausalLM
     return transformers.AutoModelForSequenceClassification
@@ -250,7 +258,7 @@ def describe(
 
 
 def _tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:
-    transformers = need("transformers")
+    transformers = transformers_library()
     with _explained(f"transformers cannot read {source}"), warnings.catch_warnings():
         # Reading a vocab.txt, it warns of its own way to do so.
         warnings.simplefilter("ignore", DeprecationWarning)

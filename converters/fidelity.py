@@ -59,17 +59,22 @@ def check_ids(pairs: list[tuple[str, str]], work: Work, checkpoint: Checkpoint) 
 def checkpoint_ids(checkpoint: Checkpoint, query: str, document: str, limit: int) -> list[int]:
     """A pair as the checkpoint's own tokenizer reads it, cut to a limit.
 
-    For a decoder family, the items of its template each by itself, as the original code does.
+    For a decoder family, the items of its template each by itself, as the original code does; a
+    prompt that an encoder family reads as a whole.
     """
     family, tokenizer = checkpoint.family, checkpoint.tokenizer
+    template, text = family.asked(None)
+    texts = {"query": query, "document": document, "instruction": text}
+    prompt = [item for item in template if isinstance(item, str)]
+    if not family.decoder and prompt != ["{query}", "{document}"]:
+        whole = "".join(fill(item, **texts) for item in prompt)
+        return list(tokenizer(whole, truncation=True, max_length=limit)["input_ids"])
     if not family.decoder:
         # As a batch of one: a single empty document would count as no document at all.
         (pair,) = tokenizer([query], [document], truncation="only_second", max_length=limit)[
             "input_ids"
         ]
         return list(pair)
-    template, text = family.asked(None)
-    texts = {"query": query, "document": document, "instruction": text}
     items = [
         [item]
         if isinstance(item, int)

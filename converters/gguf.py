@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from qrank.backends.gguf import FILE, TYPE_STRIDE
 from qrank.backends.gguf_decoder import HEAD
 from qrank.backends.llama import complaint, library
-from qrank.converters.checkpoint import Checkpoint, auto_class
-from qrank.converters.gguf_layouts import Layout, describe
+from qrank.converters.checkpoint import Checkpoint, auto_class, transformers_library
+from qrank.converters.gguf_layouts import NEMOTRON, Layout, describe, rotary_factors
 from qrank.converters.gguf_vocabulary import rerank_template, same_ids, write_vocabulary
 from qrank.converters.probes import probe_pairs
 from qrank.errors import ConversionError
@@ -145,7 +145,7 @@ class _Tensor:
 
 def _write(checkpoint: Checkpoint, path: Path) -> list[_Tensor]:
     """Write the whole file in f16, and tell what is: the rest is f32."""
-    gguf, transformers = need("gguf"), need("transformers")
+    gguf, transformers = need("gguf"), transformers_library()
     layout = Layout.of(checkpoint.family.architecture)
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     layout.check(config)
@@ -155,7 +155,7 @@ def _write(checkpoint: Checkpoint, path: Path) -> list[_Tensor]:
     writer.add_name(checkpoint.name)
     writer.add_file_type(_FTYPES["f16"])
     describe(writer, config, layout, checkpoint.family)
-    _describe_vocabulary(writer, config, checkpoint)
+    _describe_vocabulary(writer, config, layout, checkpoint)
     tensors = list(_tensors(weights, config, layout, checkpoint))
     for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, tensor.dtype, tensor.nbytes)
@@ -165,15 +165,16 @@ def _write(checkpoint: Checkpoint, path: Path) -> list[_Tensor]:
     for tensor in tensors:
         writer.write_tensor_data(tensor)
     writer.close()
-    if checkpoint.family.decoder:
+    if layout.head:
         np.save(path.with_name(HEAD), _head(weights, config, checkpoint.family))
     return [tensor for tensor in tensors if tensor.dtype == np.float16]
 
 
 def _head(weights: _Weights, config: PretrainedConfig, family: Family) -> Floats:
-    """What `qrank.scoring_graph.head_row` is, read from the files."""
+    """What gives the logit of a pooled hidden state, read from the files; float32 [hidden]."""
     if not family.labels:
-        return weights.row("score.weight", 0)
+        row = weights.row("score.weight", 0)
+        return row / np.float32(config.temperature) if config.model_type == NEMOTRON else row
     rows = _label_rows(weights, config, family)
     head: Floats = rows[0] - rows[1:].sum(0)
     return head
@@ -187,12 +188,12 @@ def _label_rows(weights: _Weights, config: PretrainedConfig, family: Family) -> 
 
 
 def _describe_vocabulary(
-    writer: gguf.GGUFWriter, config: PretrainedConfig, checkpoint: Checkpoint
+    writer: gguf.GGUFWriter, config: PretrainedConfig, layout: Layout, checkpoint: Checkpoint
 ) -> None:
     """Write the tokenizer where llama.cpp scores rightly by itself, and say so if not."""
     family, pairs = checkpoint.family, probe_pairs()
     made = f"Made by qrank from {checkpoint.source.id}. "
-    if family.decoder and not _serves(family):
+    if layout.head and not _serves(family):
         without = "llama.cpp knows no such score head, which lies beside it"
     elif _types(checkpoint) > 1:
         without = "llama.cpp gives every token type 0, and this model reads more"
@@ -297,6 +298,8 @@ def _tensors(
             heads = config.num_attention_heads if queries else config.num_key_value_heads
             load = partial(_paired, weights, name, heads)
         yield _Tensor(target, shape, load)
+    if layout.head and (factors := rotary_factors(config)) is not None:
+        yield _Tensor("rope_freqs.weight", list(factors.shape), lambda: iter([factors]))
     if _serves(checkpoint.family):
         rows = _label_rows(weights, config, checkpoint.family)
         yield _Tensor("cls.output.weight", list(rows.shape), lambda: iter([rows]))

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qrank.errors import ConversionError
 from qrank.extras import need
 from qrank.family import Family
@@ -28,7 +31,8 @@ class Layout:
         norms_from_one: whether the checkpoint holds norm weights less 1 (Gemma).
         pairs_turn: whether llama.cpp turns neighbouring numbers of a head by an angle (Llama), and
             not those half a head apart, as transformers does.
-        head: modules that are no part of the file: a decoder's head is kept beside it.
+        head: modules that are no part of the file: a causal model's head is kept beside it, and of
+            a model that was one.
     """
 
     arch: str
@@ -72,6 +76,9 @@ class Layout:
         """Rows of the position table before the first token's."""
         return config.pad_token_id + 1 if self.after_pad else 0
 
+
+NEMOTRON = "llama_bidirec"
+"""What `config.model_type` is of `qrank.converters.nemotron`."""
 
 _BERT_LAYERS = {
     "embeddings.word_embeddings": "token_embd",
@@ -147,6 +154,7 @@ _LAYOUTS = {
     "Qwen2ForCausalLM": _decoder("qwen2"),
     "Qwen2ForSequenceClassification": _decoder("qwen2"),
     "LlamaForCausalLM": _decoder("llama", pairs_turn=True),
+    "LlamaBidirectionalForSequenceClassification": _decoder("llama-embed", pairs_turn=True),
     "GemmaForCausalLM": _decoder(
         "gemma",
         act="hidden_activation",
@@ -166,8 +174,11 @@ def describe(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_head_count(config.num_attention_heads)
-    if family.decoder:
+    if layout.head:
         _describe_decoder(writer, config, layout)
+        if not family.decoder:
+            writer.add_causal_attention(False)
+            writer.add_pooling_type(need("gguf").PoolingType.MEAN)
     else:
         _describe_encoder(writer, config, layout, family)
 
@@ -175,15 +186,29 @@ def describe(
 def _describe_decoder(writer: gguf.GGUFWriter, config: PretrainedConfig, layout: Layout) -> None:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters
-    if rope.get("rope_type", "default") != "default":
+    if (kind := rope.get("rope_type", "default")) not in ("default", "llama3"):
         raise ConversionError(
-            f"rotary positions are scaled by {rope['rope_type']!r}; this converter knows plain ones"
+            f"rotary positions are scaled by {kind!r}; this converter knows plain ones and 'llama3'"
         )
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(width)
     writer.add_value_length(width)
     writer.add_layer_norm_rms_eps(getattr(config, layout.eps))
     writer.add_rope_freq_base(rope["rope_theta"])
+
+
+def rotary_factors(config: PretrainedConfig) -> NDArray[np.float32] | None:
+    """What rotary frequencies are divided by, float32 [width / 2]; None where by nothing."""
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "llama3":
+        return None
+    need("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = rope["rope_theta"] ** (-np.arange(len(scaled)) / len(scaled))
+    factors: NDArray[np.float32] = (plain / scaled.numpy()).astype(np.float32)
+    return factors
 
 
 def _describe_encoder(

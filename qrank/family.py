@@ -35,8 +35,8 @@ class Card:
         architectures: values of `architectures` in the checkpoint's config.json it reads.
         template: the prompt as a list of items, each tokenized by itself: special tokens, as roles
             (`{cls}`, `{sep}`, `{bos}`) or spelled out, and text, with `{query}` and `{document}`
-            each once, and `{instruction}`. `{document}` ends its item: it is what is cut. Items of
-            encoder families are roles and slots alone.
+            each once, and `{instruction}`. `{document}` ends its item: it is what is cut. Where
+            there are segments, items are roles and slots alone.
         segments: the token type of each template item where the config has two or more types
             (`type_vocab_size`); empty for families without token types.
         pooling: `pooler` (first token, dense, tanh), `cls` (first token), `last` (last token, of a
@@ -158,10 +158,10 @@ class Card:
             if {"query", "document"} <= set(_SLOT.findall(item)):
                 raise FamilyError(f"{where}: {item!r} holds both {{query}} and {{document}}")
             alone = item in [f"{{{name}}}" for name in (*ROLES, *SLOTS)]
-            if not alone and (self.pooling != "last" or set(_SLOT.findall(item)) & set(ROLES)):
+            if not alone and (self.segments or set(_SLOT.findall(item)) & set(ROLES)):
                 raise FamilyError(
-                    f"{where}: template has {item!r}; roles stand alone, and only where pooling is "
-                    "last is there text"
+                    f"{where}: template has {item!r}; roles stand alone, and with segments there "
+                    "is no text"
                 )
 
 

@@ -54,6 +54,7 @@ def test_cards_parse_and_are_the_supported_families() -> None:
         "bert": ("BertForSequenceClassification",),
         "bge-reranker-gemma": ("GemmaForCausalLM",),
         "modernbert": ("ModernBertForSequenceClassification",),
+        "nemotron-rerank": ("LlamaBidirectionalForSequenceClassification",),
         "mxbai-rerank-v2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
         "qwen3-reranker": ("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
         "xlm-roberta": ("XLMRobertaForSequenceClassification",),

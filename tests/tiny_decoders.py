@@ -44,7 +44,7 @@ GAIN = 1.5
 """What attention adds is multiplied by, or logits hardly differ: the last token is always the
 same."""
 
-_SIZES = {
+SIZES = {
     "vocab_size": _VOCABULARY,
     "hidden_size": _WIDTH,
     "num_hidden_layers": 2,
@@ -57,38 +57,38 @@ _SIZES = {
 
 def qwen3(folder: Path) -> Path:
     """As Qwen3-Reranker: two labels, and a tied output matrix."""
-    return _save(
-        folder, Qwen3ForCausalLM, Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=True)
+    return save(
+        folder, Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True)
     )
 
 
 def zerank(folder: Path) -> Path:
     """As zerank: one label, and an output matrix of its own."""
-    return _save(
-        folder, Qwen3ForCausalLM, Qwen3Config(**_SIZES, head_dim=32, tie_word_embeddings=False)
+    return save(
+        folder, Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=False)
     )
 
 
 def qwen3_seq_cls(folder: Path) -> Path:
     """As tomaarsen/Qwen3-Reranker-0.6B-seq-cls: a score head instead of labels."""
-    config = Qwen3Config(**_SIZES, head_dim=16, num_labels=1, pad_token_id=0)
-    return _save(folder, Qwen3ForSequenceClassification, config)
+    config = Qwen3Config(**SIZES, head_dim=16, num_labels=1, pad_token_id=0)
+    return save(folder, Qwen3ForSequenceClassification, config)
 
 
 def mxbai(folder: Path) -> Path:
     """As mxbai-rerank-v2: biases in attention."""
-    return _save(folder, Qwen2ForCausalLM, Qwen2Config(**_SIZES, tie_word_embeddings=True))
+    return save(folder, Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True))
 
 
 def gemma(folder: Path) -> Path:
     """As bge-reranker-v2-gemma: one head of keys, and embeddings that are scaled."""
-    sizes = {**_SIZES, "num_key_value_heads": 1}
-    return _save(folder, GemmaForCausalLM, GemmaConfig(**sizes, head_dim=32))
+    sizes = {**SIZES, "num_key_value_heads": 1}
+    return save(folder, GemmaForCausalLM, GemmaConfig(**sizes, head_dim=32))
 
 
 def llama(folder: Path) -> Path:
     """As a user's own: Llama, with a card of theirs."""
-    return _save(folder, LlamaForCausalLM, LlamaConfig(**_SIZES, tie_word_embeddings=False))
+    return save(folder, LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=False))
 
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
@@ -130,7 +130,7 @@ def widen(model: PreTrainedModel) -> None:
         model.model.norm.weight.data.add_(4)
 
 
-def _save(folder: Path, kind: type[PreTrainedModel], config: PretrainedConfig) -> Path:
+def save(folder: Path, kind: type[PreTrainedModel], config: PretrainedConfig) -> Path:
     torch.manual_seed(4)
     model = kind(config)
     widen(model)

@@ -50,7 +50,7 @@ def devices() -> list[str]:
 
 
 def open(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-    """Load a variant's `model.gguf`, and a decoder's `head.npy`.
+    """Load a variant's `model.gguf`, and its head where that lies beside it.
 
     Raises:
         MissingExtraError: llama-cpp-python is not installed.
@@ -64,10 +64,11 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Backe
     files = folder / variant.name
     model = llama.load(files / FILE, device)
     sequences = MAX_SEQUENCES.get(device, MAX_SEQUENCES_ELSEWHERE)
-    if (files / HEAD).is_file():
-        return GgufDecoder(model, np.load(files / HEAD), sequences, options)
+    head = np.load(files / HEAD) if (files / HEAD).is_file() else None
+    if head is not None and _metadata(model, "llama-embed.attention.causal") != "false":
+        return GgufDecoder(model, head, sequences, options)
     threads = options.threads if device == "cpu" else 1
-    return GgufBackend(model, sequences, threads=threads, memory=options.memory)
+    return GgufBackend(model, head, sequences, threads=threads, memory=options.memory)
 
 
 class GgufBackend:
@@ -77,15 +78,33 @@ class GgufBackend:
     contexts along and runs on their threads.
     """
 
-    def __init__(self, model: object, sequences: int, *, threads: int, memory: Memory) -> None:
+    def __init__(
+        self,
+        model: object,
+        head: NDArray[np.float32] | None,
+        sequences: int,
+        *,
+        threads: int,
+        memory: Memory,
+    ) -> None:
+        """Take over a model.
+
+        Args:
+            model: of `llama.load`.
+            head: what gives the logit of the mean hidden state, float32 [hidden]; None where that
+                is in the file.
+            sequences: that a batch may have.
+            threads: contexts.
+            memory: for batches.
+        """
         self._model = model
         self._memory = memory
         self._sequences = sequences
         self._threads = threads
-        self._stride = _type_stride(model)
+        self._stride = int(_metadata(model, TYPE_STRIDE) or 0)
         self._idle: SimpleQueue[_Context] = SimpleQueue()
         for _ in range(threads):
-            self._idle.put(_Context(model, sequences))
+            self._idle.put(_Context(model, head, sequences))
         # Never the caller's thread: OpenMP's helpers of a thread do not survive a fork, and it
         # would wait for them.
         self._workers = ThreadPoolExecutor(threads, "qrank-gguf")
@@ -126,8 +145,9 @@ class GgufBackend:
 class _Context:
     """What one batch at a time is computed in; made at its first use, anew for a larger batch."""
 
-    def __init__(self, model: object, sequences: int) -> None:
+    def __init__(self, model: object, head: NDArray[np.float32] | None, sequences: int) -> None:
         self._model = model
+        self._head = head
         self._sequences = sequences
         self._size = 0
         self._pointer: object = None
@@ -139,7 +159,11 @@ class _Context:
         library.llama_set_n_threads(self._pointer, threads, threads)
         llama.run(library.llama_encode, self._pointer, ids, *llama.places(lengths))
         values = [library.llama_get_embeddings_seq(self._pointer, i) for i in range(len(lengths))]
-        return np.array([value[0] for value in values], np.float32)
+        if self._head is None:
+            return np.array([value[0] for value in values], np.float32)
+        means = np.stack([np.ctypeslib.as_array(value, self._head.shape) for value in values])
+        logits: Logits = means @ self._head
+        return logits
 
     def close(self) -> None:
         """Free the context; a later run makes it again."""
@@ -152,6 +176,7 @@ class _Context:
         if self._pointer and tokens <= self._size:
             return
         self.close()
+        library = llama.library()
         self._size = -(-tokens // _GROWTH) * _GROWTH
         self._pointer = llama.new_context(
             self._model,
@@ -159,12 +184,14 @@ class _Context:
             self._sequences,
             n_ubatch=self._size,
             embeddings=True,
-            pooling_type=llama.library().LLAMA_POOLING_TYPE_RANK,
+            pooling_type=library.LLAMA_POOLING_TYPE_RANK
+            if self._head is None
+            else library.LLAMA_POOLING_TYPE_MEAN,
         )
 
 
-def _type_stride(model: object) -> int:
-    """The number at TYPE_STRIDE; 0 in files without."""
+def _metadata(model: object, key: str) -> str:
+    """What a file says under a key; "" where it says nothing."""
     text = ctypes.create_string_buffer(16)
-    llama.library().llama_model_meta_val_str(model, TYPE_STRIDE.encode(), text, len(text))
-    return int(text.value or 0)
+    llama.library().llama_model_meta_val_str(model, key.encode(), text, len(text))
+    return text.value.decode()

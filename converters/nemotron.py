@@ -1,0 +1,70 @@
+"""nvidia's llama-nemotron-rerank: Llama made bidirectional, of which transformers has no class.
+
+The checkpoint brings code of its own, which is not run: this is what that computes, with
+transformers' layers. Importing it makes the class known to transformers, and takes torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaConfig, LlamaModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+
+from qrank.errors import FamilyError
+
+
+class LlamaBidirectionalConfig(LlamaConfig):  # type: ignore[misc]
+    """Llama's, and what becomes of the final hidden states.
+
+    Attributes:
+        pooling: how they become one vector; `avg` is known.
+        temperature: what the logit is divided by.
+    """
+
+    model_type = "llama_bidirec"
+    pooling: str = "avg"
+    temperature: float = 1.0
+
+
+class LlamaBidirectionalForSequenceClassification(LlamaPreTrainedModel):  # type: ignore[misc]
+    """Every token sees every other; the score is a row times the mean of the final hidden states.
+
+    Raises:
+        FamilyError: the configuration asks for another pooling.
+    """
+
+    config_class = LlamaBidirectionalConfig
+
+    def __init__(self, config: LlamaBidirectionalConfig) -> None:
+        super().__init__(config)
+        if config.pooling != "avg":
+            raise FamilyError(f"config.json has pooling = {config.pooling!r}; supported is: 'avg'")
+        self.model = LlamaModel(config)
+        self.score = torch.nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> SequenceClassifierOutput:
+        """Logits, shape [batch, labels]; both inputs int64 of shape [batch, length]."""
+        batch, length = input_ids.shape
+        dtype = self.model.embed_tokens.weight.dtype
+        seen = attention_mask[:, None, None].bool()
+        mask = torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
+        hidden = self.model(
+            input_ids=input_ids,
+            attention_mask=mask.expand(batch, 1, length, length),
+            use_cache=False,
+        ).last_hidden_state
+        # Each token's share first: a sum over thousands of them is beyond fp16's range.
+        shares = attention_mask.float() / attention_mask.sum(1, keepdim=True)
+        pooled = (hidden.float() * shares[..., None]).sum(1)
+        logits = self.score(pooled.to(self.score.weight.dtype)) / self.config.temperature
+        return SequenceClassifierOutput(logits=logits)
+
+
+AutoConfig.register(LlamaBidirectionalConfig.model_type, LlamaBidirectionalConfig)
+AutoModelForSequenceClassification.register(
+    LlamaBidirectionalConfig, LlamaBidirectionalForSequenceClassification
+)

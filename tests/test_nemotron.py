@@ -1,0 +1,146 @@
+"""llama-nemotron-rerank: Llama that sees in both directions, and reads a prompt as a whole."""
+
+import json
+import random
+import shutil
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import tiny_decoders
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_conformance import ALONE, conforms
+from tokenizers import Tokenizer, processors
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+from qrank import Reranker
+from qrank.bundle import TOKENIZER, Manifest
+from qrank.converters.checkpoint import read_checkpoint
+from qrank.converters.convert import convert
+from qrank.converters.fidelity import checkpoint_ids
+from qrank.converters.probes import probe_pairs
+from qrank.encoding import Encoder
+from qrank.errors import ConversionError, InputError
+from qrank.work import Logits
+
+TEMPERATURE = 0.5
+
+
+@pytest.fixture(scope="module")
+def nemotron(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint as nvidia's is laid out: Llama's weights, a config with code of its own."""
+    folder = tmp_path_factory.mktemp("nemotron") / "tiny"
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = LlamaConfig(
+        **tiny_decoders.SIZES,
+        num_labels=1,
+        pad_token_id=0,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10_000.0,
+            "original_max_position_embeddings": 64,
+            **scaling,
+        },
+    )
+    tiny_decoders.save(folder, LlamaForSequenceClassification, config)
+    tiny.edit_config(
+        folder,
+        architectures=["LlamaBidirectionalForSequenceClassification"],
+        model_type="llama_bidirec",
+        auto_map={"AutoConfig": "code.Config", "AutoModelForSequenceClassification": "code.Model"},
+        pooling="avg",
+        temperature=TEMPERATURE,
+    )
+    path = str(folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    number = tokenizer.token_to_id("<bos>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", number)]
+    )
+    tokenizer.save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(nemotron: Path) -> Path:
+    return convert(str(nemotron), tiny.VARIANTS, nemotron.parent / "bundle")[0]
+
+
+def prompt(query: str, document: str) -> str:
+    """As its model card has it."""
+    return f"question:{query} \n \n passage:{document}"
+
+
+def pairs() -> list[tuple[str, str]]:
+    chance = random.Random(3)
+    words = [word for pair in probe_pairs() for text in pair for word in text.split()]
+    sizes = [0, 1, 1, 2, 3, 5, 8, 12, 20, 30, 50, 90, 150, 800, 1400]
+    found = [(chance.choice(words), " ".join(chance.choices(words, k=k))) for k in sizes * 2]
+    return [*found, ("", ""), ("two words", "\n\n lines first")]
+
+
+PAIRS = pairs()
+
+
+@cache
+def reference(folder: Path) -> Logits:
+    """By transformers' Llama, each pair alone: nothing is masked, the mean is of all tokens."""
+    config = json.loads((folder / "config.json").read_text())
+    known = LlamaConfig(**{k: v for k, v in config.items() if k != "model_type"})
+    model = LlamaForSequenceClassification.from_pretrained(
+        folder, config=known, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    logits = []
+    for query, document in PAIRS:
+        ids = torch.tensor([tokenizer(prompt(query, document))["input_ids"]])
+        ids = ids[:, : tiny_decoders.MAX_LENGTH]
+        everything = torch.zeros(1, 1, ids.shape[1], ids.shape[1])
+        with torch.inference_mode():
+            hidden = model.model(input_ids=ids, attention_mask=everything).last_hidden_state
+            logits.append(model.score(hidden[0].mean(0)).item() / TEMPERATURE)
+    return np.array(logits, np.float32)
+
+
+@pytest.mark.parametrize("row", tiny.VARIANTS, ids="-".join)
+def test_conformance(nemotron: Path, bundle: Path, row: tuple[str, str]) -> None:
+    conforms(bundle, "-".join(row), PAIRS, reference(nemotron), ALONE)
+
+
+def test_the_original_conforms(nemotron: Path) -> None:
+    conforms(nemotron, "torch-fp32", PAIRS, reference(nemotron), ALONE)
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \n:?.'"), max_size=30)
+
+
+@cache
+def encoder_of(folder: Path) -> Encoder:
+    return Encoder(folder / TOKENIZER, Manifest.load(folder).family)
+
+
+@given(query=TEXT, document=TEXT)
+def test_a_prompt_in_pieces_is_the_whole_prompt(
+    nemotron: Path, bundle: Path, query: str, document: str
+) -> None:
+    checkpoint = read_checkpoint(str(nemotron))
+    ids, _ = encoder_of(bundle).whole(query, document)
+    assert ids.tolist() == checkpoint_ids(checkpoint, query, document, tiny_decoders.MAX_LENGTH)
+
+
+def test_it_takes_no_instruction(bundle: Path) -> None:
+    refused = pytest.raises(InputError, match="nemotron-rerank take no instruction")
+    with Reranker(bundle) as reranker, refused:
+        reranker.rank("q", ["d"], instruction="as a lawyer")
+
+
+def test_another_pooling_is_refused(nemotron: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(nemotron, folder)
+    tiny.edit_config(folder, pooling="cls")
+    with pytest.raises(ConversionError, match="pooling = 'cls'; supported is: 'avg'"):
+        convert(str(folder), [("onnx", "fp32")], tmp_path / "bundle")
