@@ -1,7 +1,8 @@
-"""qrank's int8 for ONNX against onnxruntime's own two, from one fp32 graph, taking turns.
+"""qrank's int8 for ONNX against onnxruntime's own ways, from one fp32 graph, taking turns.
 
-Rows: fp32; qrank's (converters/onnx_int8.py); `quantize_dynamic` with a scale a weight column;
-`MatMulNBits` with 8 bits in blocks of 32. All leave the score head in fp32, and run in qrank's
+Rows: fp32; qrank's (converters/onnx_int8.py); `quantize_dynamic` with a scale a weight column, but
+for causal models, whose fp32 graph may be too large for it; `MatMulNBits` with 8 and with 4 bits in
+blocks of 32, activations in int8. All leave the score head in fp32, and run in qrank's
 backend. "max Δ" is the largest absolute difference of a logit to fp32; "batch" is how far a
 pair's logit moves between being alone and in a padded batch of 16 of mixed lengths, at most.
 """
@@ -36,7 +37,7 @@ from qrank.work import Logits, Work
 COLUMNS = {
     "graph": "",
     "MB": ",.1f",
-    "pairs/s": ",.0f",
+    "pairs/s": ",.1f",
     "vs fp32": ".2f",
     "max Δ": ".4f",
     "of spread": ".1%",
@@ -50,6 +51,7 @@ def main() -> None:
     """Convert a checkpoint every way, then run all on the same pairs."""
     parser = arguments(__doc__, on_data=True)
     parser.add_argument("checkpoint", help="folder or hub id")
+    parser.add_argument("--family", help="of the checkpoint, where nothing in it says so")
     parser.add_argument("--queries", type=int, default=16, help="[default: %(default)s]")
     parser.add_argument("--documents", type=int, default=20, help="a query  [default: %(default)s]")
     parser.add_argument("--rounds", type=int, default=7, help="[default: %(default)s]")
@@ -60,16 +62,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "bundle"
         variants = [("onnx", "fp32"), ("onnx", "int8")]
-        _, manifest = convert(options.checkpoint, variants, folder)
+        _, manifest = convert(options.checkpoint, variants, folder, family=options.family)
         encoder = Encoder(folder / TOKENIZER, manifest.family, threads=options.threads)
-        _dynamic(folder)
-        _blocks(folder)
-        names = {
-            "fp32": "fp32",
-            "int8": "qrank int8",
-            "dynamic": "quantize_dynamic",
-            "blocks": "MatMulNBits",
-        }
+        names = {"fp32": "fp32", "int8": "qrank int8"}
+        if not manifest.family.decoder:
+            _dynamic(folder)
+            names["dynamic"] = "quantize_dynamic"
+        for bits in (8, 4):
+            _blocks(folder, bits)
+            names[f"blocks{bits}"] = f"MatMulNBits, {bits} bits"
         work = join(
             [
                 encode(encoder, collection.queries[q], [collection.documents[d] for d in found[q]])
@@ -89,7 +90,7 @@ def main() -> None:
             rows.append(
                 {
                     "graph": names[name],
-                    "MB": (folder / f"onnx-{name}" / "model.onnx").stat().st_size / 1e6,
+                    "MB": sum(f.stat().st_size for f in (folder / f"onnx-{name}").iterdir()) / 1e6,
                     "pairs/s": len(work) / median(seconds[name]),
                     "vs fp32": float(np.median(ratios)),
                     "max Δ": fidelity.max_abs,
@@ -118,16 +119,16 @@ def _dynamic(folder: Path) -> None:
     logging.disable(logging.NOTSET)
 
 
-def _blocks(folder: Path) -> None:
+def _blocks(folder: Path, bits: int) -> None:
     graph, head = _fp32(folder)
     config = DefaultWeightOnlyQuantConfig(
-        block_size=32, is_symmetric=True, accuracy_level=4, bits=8
+        block_size=32, is_symmetric=True, accuracy_level=4, bits=bits
     )
-    quantizer = MatMulNBitsQuantizer(graph, bits=8, algo_config=config, nodes_to_exclude=head)
+    quantizer = MatMulNBitsQuantizer(graph, bits=bits, algo_config=config, nodes_to_exclude=head)
     logging.disable(logging.WARNING)
     quantizer.process()
     logging.disable(logging.NOTSET)
-    quantizer.model.save_model_to_file(str(_new(folder, "blocks")), False)
+    quantizer.model.save_model_to_file(str(_new(folder, f"blocks{bits}")), True)
 
 
 def _fp32(folder: Path) -> tuple[onnx.ModelProto, list[str]]:

@@ -8,6 +8,7 @@ anything else a logit that a test can foresee.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -143,8 +144,15 @@ SLOW_SECONDS = 0.02
 
 
 class _Plodding(Fake):
+    """As a processor: two calls at a time take as long as one after the other."""
+
+    def __init__(self, folder: Path, rule: Callable[[Ids], float]) -> None:
+        super().__init__(folder, rule)
+        self._processor = threading.Lock()
+
     def logits(self, work: Work) -> Logits:
-        time.sleep(SLOW_SECONDS * len(work))
+        with self._processor:
+            time.sleep(SLOW_SECONDS * len(work))
         return super().logits(work)
 
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForSequenceClassification
 
 from qrank import Reranker, paths
-from qrank.backends import Backend, Options, mapped, openvino
+from qrank.backends import Backend, Options, openvino
 from qrank.bundle import Manifest, Variant
 from qrank.cli import main
 from qrank.converters import openvino as converter
@@ -351,29 +351,3 @@ def test_a_forked_child_is_told_to_load_its_own(bundle: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert len(lines := done.stdout.splitlines()) == 2
     assert all("make the Reranker after the fork" in line for line in lines)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is given back")
-def test_what_openvino_has_read_leaves_memory(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def resident() -> int:
-        """Kilobytes of mapped weights that are in memory."""
-        held, ours = 0, False
-        for line in Path("/proc/self/smaps").read_text("utf-8").splitlines():
-            if "-" in line.split()[0]:
-                ours = line.endswith("/openvino-int8/model.bin")
-            elif ours and line.startswith("Rss:"):
-                held += int(line.split()[1])
-        return held
-
-    found = []
-    for large in (mapped.LARGE, 0):
-        monkeypatch.setattr(mapped, "LARGE", large)
-        with Reranker(bundle, backend="openvino-int8", execution="fp32") as reranker:
-            logits = [r.logit for r in reranker.rank("a", ["b c", "d " * 40, "e"])]
-            found.append((resident(), logits))
-    (kept, expected), (left, logits) = found
-    assert kept > 0
-    assert left == 0
-    assert logits == expected

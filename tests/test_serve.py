@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from serving import serving
 
 from qrank import Ranking, Reranker
 from qrank.errors import InputError
+from qrank.serve import server
 from qrank.serve.guard import Limits, read_keys
 
 QUERY = "which planet is red?"
@@ -303,6 +305,24 @@ def test_state(client: httpx.Client) -> None:
     assert info["models"]["mini"]["target"] == "onnx-int8@cpu"
     assert client.get("/docs").status_code == 200
     assert {*EVERY, "/info"} <= set(client.get("/openapi.json").json()["paths"])
+
+
+def test_answers_do_not_wait_for_acknowledgements(
+    mini: Reranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a body's head, on a connection that is kept: 40 ms where TCP_NODELAY is not set."""
+    found = []
+
+    class Seen(server.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            connection = transport.get_extra_info("socket")
+            found.append(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(server, "Protocol", Seen)
+    with serving({"mini": mini}) as url:
+        assert httpx.get(f"{url}/health").status_code == 200
+    assert found == [1]
 
 
 def sample(client: httpx.Client, name: str) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qrank.backends.mapped import given_back
 from qrank.errors import TargetError
 from qrank.extras import need
 from qrank.work import Floats
@@ -158,7 +159,9 @@ def load(path: Path, device: str) -> object:
     settings.devices = ctypes.cast(chosen, ctypes.c_void_p)
     settings.n_gpu_layers = 0 if device == "cpu" else -1
     _errors.clear()
-    model: object = llama.llama_model_load_from_file(os.fsencode(path), settings)
+    # Weights that it arranges anew, or copies to a GPU, are read in the file once.
+    with given_back(path):
+        model: object = llama.llama_model_load_from_file(os.fsencode(path), settings)
     if not model:
         raise TargetError(f"llama.cpp cannot load {path} on {device}: {complaint()}")
     return model

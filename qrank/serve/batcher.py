@@ -30,7 +30,7 @@ from qrank.work import Logits
 
 log = logging.getLogger("qrank.serve")
 
-SLICE_SECONDS = 0.1
+SLICE_SECONDS = 0.05
 """How long a slice should take: what a short request waits, mostly, and a budget's grain."""
 
 SLICE_TOKENS = 65_536
@@ -40,7 +40,7 @@ PREFIX_TURNS = 4
 """A prefix is read once a turn, so a turn is at least as many times as long as it."""
 
 IN_FLIGHT = 2
-"""Slices handed to the engine's thread at a time: the next is there when one is done."""
+"""Slices given to the engine at a time: what one leaves idle, the next takes up."""
 
 ENCODERS = 2
 """Threads that turn text into tokens, beside the engine's."""
@@ -165,7 +165,9 @@ class Batcher:
         self._least_first = False
         self._wake = asyncio.Event()
         self._rate = 0.0
-        self._engine = ThreadPoolExecutor(1, f"qrank-engine-{name}")
+        self._free = 0.0
+        self._recent = np.zeros(2)
+        self._engine = ThreadPoolExecutor(IN_FLIGHT, f"qrank-engine-{name}")
         self._encoders = ThreadPoolExecutor(ENCODERS, f"qrank-encode-{name}")
         self._feeders = [asyncio.create_task(self._feed()) for _ in range(IN_FLIGHT)]
 
@@ -283,8 +285,8 @@ class Batcher:
             if turn.start == 0:
                 self._metrics.wait.observe(started - turn.job.arrived)
         try:
-            logits, seconds = await asyncio.get_running_loop().run_in_executor(
-                self._engine, self._timed, items
+            logits = await asyncio.get_running_loop().run_in_executor(
+                self._engine, self.reranker.logits, items
             )
         except Exception as error:  # a backend may raise anything
             if len(turns) > 1:
@@ -296,7 +298,7 @@ class Batcher:
             self._fail(turns[0], error)
             return
         tokens = sum(turn.tokens for turn in turns)
-        self._measure(tokens, seconds)
+        seconds = self._measure(tokens, started)
         self._metrics.batch(len(items), tokens, seconds)
         ends = np.cumsum([turn.stop - turn.start for turn in turns])[:-1]
         for turn, found in zip(turns, np.split(logits, ends), strict=True):
@@ -305,14 +307,18 @@ class Batcher:
             turn.job.flying -= 1
             self._settle(turn.job, time.perf_counter())
 
-    def _timed(self, items: list[Item]) -> tuple[Logits, float]:
-        start = time.perf_counter()
-        return self.reranker.logits(items), time.perf_counter() - start
+    def _measure(self, tokens: int, started: float) -> float:
+        """Follow the engine's speed, by the seconds that it had for a slice; tells those.
 
-    def _measure(self, tokens: int, seconds: float) -> None:
-        """Follow the engine's speed."""
-        found = tokens / max(seconds, 1e-6)
-        self._rate = self._rate + 0.2 * (found - self._rate) if self._rate else found
+        A slice that was given to it beside another had it from when that was done.
+        """
+        now = time.perf_counter()
+        seconds = now - max(started, self._free)
+        self._free = now
+        # Sums, not single speeds: two that are done at once were not each done in no time.
+        self._recent = 0.8 * self._recent + np.array([tokens, seconds])
+        self._rate = float(self._recent[0] / max(self._recent[1], 1e-6))
+        return seconds
 
     def _hold(self, tokens: int) -> None:
         """Count so many more tokens, or fewer, as waiting."""

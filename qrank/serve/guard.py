@@ -100,27 +100,14 @@ class Guard:
         said: dict[str, Any] = scope.setdefault("state", {})
         asked = headers.get("x-request-id", "")
         identity = asked if _IDENTITY.fullmatch(asked) else uuid.uuid4().hex
-        status = 0
+        status, told = 0, False
 
-        async def answer(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                out = MutableHeaders(scope=message)
-                out["x-request-id"] = identity
-                if self.draining:
-                    out["connection"] = "close"
-            await send(message)
-
-        held = 0
-        try:
-            self._check_key(scope["path"], headers)
-            body, held = await self._body(headers, receive)
-            await self._app(scope, _replay(body, receive), answer)
-        except RefusedError as refusal:
-            await refuse(scope["path"], refusal)(scope, receive, answer)
-        finally:
-            self._held -= held
+        def tell() -> None:
+            """Count and log the request, once."""
+            nonlocal told
+            if told:
+                return
+            told = True
             seconds = time.perf_counter() - started
             # Whatever else is asked for must not make more and more counters.
             path = scope["path"] if scope["path"] in self.paths else "other"
@@ -135,6 +122,30 @@ class Guard:
                 **said.get("said", {}),
             }
             access.info("request", extra={"fields": line})
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                out = MutableHeaders(scope=message)
+                out["x-request-id"] = identity
+                if self.draining:
+                    out["connection"] = "close"
+            elif not message.get("more_body", False):
+                # Before its end: who has the answer finds it counted.
+                tell()
+            await send(message)
+
+        held = 0
+        try:
+            self._check_key(scope["path"], headers)
+            body, held = await self._body(headers, receive)
+            await self._app(scope, _replay(body, receive), answer)
+        except RefusedError as refusal:
+            await refuse(scope["path"], refusal)(scope, receive, answer)
+        finally:
+            self._held -= held
+            tell()
 
     def _check_key(self, path: str, headers: Headers) -> None:
         if not self._keys or path in OPEN:

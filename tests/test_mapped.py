@@ -1,0 +1,57 @@
+"""Files that a runtime has mapped and read: their pages leave memory, and nothing is lost."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qrank import Reranker
+from qrank.backends import llama, mapped
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is given back")
+
+
+def resident(file: Path) -> int:
+    """Kilobytes of a mapped file that are in memory."""
+    held, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text("utf-8").splitlines():
+        if "-" in line.split()[0]:
+            ours = line.endswith(f" {file.resolve()}")
+        elif ours and line.startswith("Rss:"):
+            held += int(line.split()[1])
+    return held
+
+
+def test_what_openvino_has_read_leaves_memory(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for large in (mapped.LARGE, 0):
+        monkeypatch.setattr(mapped, "LARGE", large)
+        with Reranker(bundle, backend="openvino-int8", execution="fp32") as reranker:
+            logits = [r.logit for r in reranker.rank("a", ["b c", "d " * 40, "e"])]
+            found.append((resident(bundle / "openvino-int8" / "model.bin"), logits))
+    (kept, expected), (left, logits) = found
+    assert kept > 0
+    assert left == 0
+    assert logits == expected
+
+
+def test_what_llama_cpp_has_arranged_anew_leaves_memory(
+    bundle_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = bundle_of("qwen3")
+    path = bundle / "gguf-q8_0" / "model.gguf"
+    found = []
+    for large in (mapped.LARGE, 0):
+        monkeypatch.setattr(mapped, "LARGE", large)
+        model = llama.load(path, "cpu")
+        held = resident(path)
+        llama.library().llama_model_free(model)
+        with Reranker(bundle, backend="gguf-q8_0") as reranker:
+            found.append((held, [r.logit for r in reranker.rank("a", ["b c", "d " * 40, "e"])]))
+    (kept, expected), (left, logits) = found
+    assert kept > 0
+    assert left == 0
+    assert logits == expected
