@@ -21,7 +21,10 @@ from hypothesis import HealthCheck, settings
 
 from qrank import Reranker
 from qrank.bundle import Manifest
+from qrank.converters import onnx as onnx_converter
+from qrank.converters.checkpoint import Checkpoint
 from qrank.converters.convert import convert
+from qrank.work import Work
 
 # A busy machine is no failure.
 settings.register_profile("qrank", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -130,3 +133,50 @@ def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
         monkeypatch.syspath_prepend(str(site))
 
     return install
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    """Tiny BERT's bundle with all variants, to be changed."""
+    return Path(shutil.copytree(bundle, tmp_path / "tiny-qrank"))
+
+
+@pytest.fixture
+def without_fp32(copy: Path) -> Path:
+    """The same without fp32: what a conversion to it adds to."""
+    manifest = Manifest.load(copy)
+    del manifest.variants["onnx-fp32"]
+    manifest.save(copy)
+    shutil.rmtree(copy / "onnx-fp32")
+    return copy
+
+
+@pytest.fixture
+def bert(checkpoint_of: Callable[[str], Path]) -> str:
+    """Tiny BERT, as a source is given."""
+    return str(checkpoint_of("bert"))
+
+
+@pytest.fixture
+def ready_graph(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes converting quick: the exporter's work is done already. Everything around it is real."""
+    graph = bundle / "onnx-fp32" / "model.onnx"
+
+    def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work) -> str:
+        use(folder)
+        return ""
+
+    def use(folder: Path) -> None:
+        shutil.copy(graph, folder)
+
+    monkeypatch.setattr(onnx_converter, "convert", convert)
+    return use
