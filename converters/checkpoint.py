@@ -38,6 +38,9 @@ in folders beside."""
 WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
 """What weights lie in."""
 
+NEMOTRON = "llama_bidirec"
+"""What `model_type` is where the class is `qrank.converters.nemotron`'s."""
+
 _ACTIVATIONS = {
     "torch.nn.modules.linear.Identity": "identity",
     "torch.nn.modules.activation.Sigmoid": "sigmoid",
@@ -132,10 +135,10 @@ def load_model(folder: Path, *, dtype: str, attention: str) -> PreTrainedModel:
     Raises:
         ConversionError: the weights do not fit the architecture.
     """
-    transformers = transformers_library()
-    transformers.utils.logging.disable_progress_bar()
+    config = read_config(folder)
+    transformers_for(config).utils.logging.disable_progress_bar()
     with _explained(f"transformers cannot load {folder}"):
-        model, info = auto_class(read_config(folder)).from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention,
@@ -152,17 +155,21 @@ def load_model(folder: Path, *, dtype: str, attention: str) -> PreTrainedModel:
     return evaluated
 
 
-def transformers_library() -> Any:
-    """transformers, made to know the classes that are ours."""
-    transformers = need("transformers")
-    import qrank.converters.nemotron  # noqa: F401 (by being imported)
+def transformers_for(config: dict[str, Any]) -> Any:
+    """transformers, made to know the class of a config.json where that is ours.
 
+    Only there: that takes torch, which a ready-made model does not.
+    """
+    transformers = need("transformers")
+    if config.get("model_type") == NEMOTRON:
+        need("torch")
+        import qrank.converters.nemotron  # noqa: F401 (by being imported)
     return transformers
 
 
 def auto_class(config: dict[str, Any]) -> Any:
     """transformers' class that makes a model of a config.json."""
-    transformers = transformers_library()
+    transformers = transformers_for(config)
     if _is_causal(config):
         return transformers.AutoModelForCausalLM
     return transformers.AutoModelForSequenceClassification
@@ -238,7 +245,7 @@ def describe(
     """
     source = identity if commit else str(folder)
     config = read_config(folder, source)
-    read_tokenizer = cache(partial(_tokenizer, folder, source))
+    read_tokenizer = cache(partial(_tokenizer, folder, source, config))
     card = None
     if family is None and _is_causal(config):
         card = logit_score.logit_score_card(folder, config, read_tokenizer)
@@ -257,8 +264,8 @@ def describe(
     )
 
 
-def _tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:
-    transformers = transformers_library()
+def _tokenizer(folder: Path, source: str, config: dict[str, Any]) -> PreTrainedTokenizerBase:
+    transformers = transformers_for(config)
     with _explained(f"transformers cannot read {source}"), warnings.catch_warnings():
         # Reading a vocab.txt, it warns of its own way to do so.
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -25,8 +25,14 @@ from numpy.typing import NDArray
 from qrank.backends.gguf import FILE, TYPE_STRIDE
 from qrank.backends.gguf_decoder import HEAD
 from qrank.backends.llama import complaint, library
-from qrank.converters.checkpoint import Checkpoint, auto_class, transformers_library
-from qrank.converters.gguf_layouts import NEMOTRON, Layout, describe, rotary_factors
+from qrank.converters.checkpoint import (
+    NEMOTRON,
+    Checkpoint,
+    auto_class,
+    read_config,
+    transformers_for,
+)
+from qrank.converters.gguf_layouts import Layout, describe, rotary_factors
 from qrank.converters.gguf_vocabulary import rerank_template, same_ids, write_vocabulary
 from qrank.converters.probes import probe_pairs
 from qrank.errors import ConversionError
@@ -145,7 +151,7 @@ class _Tensor:
 
 def _write(checkpoint: Checkpoint, path: Path) -> list[_Tensor]:
     """Write the whole file in f16, and tell what is: the rest is f32."""
-    gguf, transformers = need("gguf"), transformers_library()
+    gguf, transformers = need("gguf"), transformers_for(read_config(checkpoint.folder))
     layout = Layout.of(checkpoint.family.architecture)
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     layout.check(config)

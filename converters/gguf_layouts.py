@@ -77,9 +77,6 @@ class Layout:
         return config.pad_token_id + 1 if self.after_pad else 0
 
 
-NEMOTRON = "llama_bidirec"
-"""What `config.model_type` is of `qrank.converters.nemotron`."""
-
 _BERT_LAYERS = {
     "embeddings.word_embeddings": "token_embd",
     "embeddings.position_embeddings": "position_embd",

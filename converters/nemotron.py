@@ -22,7 +22,7 @@ class LlamaBidirectionalConfig(LlamaConfig):  # type: ignore[misc]
         temperature: what the logit is divided by.
     """
 
-    model_type = "llama_bidirec"
+    model_type = "llama_bidirec"  # `checkpoint.NEMOTRON`, which imports this file
     pooling: str = "avg"
     temperature: float = 1.0
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,6 +233,21 @@ def test_a_damaged_checkpoint_is_told(
     with pytest.raises(ConversionError, match=reason):
         convert(str(folder), [("onnx", "fp32")], folder.parent / "bundle")
     assert not (folder.parent / "bundle").exists()
+
+
+def test_a_tokenizer_is_read_without_a_class_that_takes_torch(
+    checkpoint_of: Callable[[str], Path],
+) -> None:
+    """Ready-made models are converted where there is no torch."""
+    code = (
+        "import sys; from qrank.converters.checkpoint import read_checkpoint; "
+        "read_checkpoint(sys.argv[1]).tokenizer; "
+        "print('qrank.converters.nemotron' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(checkpoint_of("bert"))], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
