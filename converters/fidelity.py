@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qrank import isolation
 from qrank.backends import Options, module, opener
 from qrank.bundle import Probes, Variant
+from qrank.child import NoChildError
 from qrank.converters.checkpoint import Checkpoint
 from qrank.converters.probes import probe_pairs
 from qrank.encoding import Encoder
 from qrank.errors import ConversionError, FidelityError, TargetError
 from qrank.extras import need
 from qrank.family import Family, fill
-from qrank.fidelity import TOLERANCES, Fidelity
+from qrank.fidelity import Fidelity, tolerance
 from qrank.machine import processors
 from qrank.work import Logits, Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger("qrank")
 
 PROBE_TOKENS = 512
 """Longest probe: every length behaves alike beyond, and the reference is slow."""
@@ -159,7 +164,7 @@ def measure(folder: Path, variant: Variant, probes: Probes) -> Fidelity:
     """
     (logits,) = _run(folder, variant, [probes.work])
     fidelity = Fidelity.of(logits, probes.logits)
-    if missed := TOLERANCES[variant.precision].shortfall(fidelity):
+    if missed := tolerance(variant.precision).shortfall(fidelity):
         like = "the original" if probes.verified else probes.reference
         raise FidelityError(
             f"{variant.name} does not rank like {like}: {missed} "
@@ -169,9 +174,19 @@ def measure(folder: Path, variant: Variant, probes: Probes) -> Fidelity:
 
 
 def _run(folder: Path, variant: Variant, works: list[Work]) -> list[Logits]:
-    """Logits of each work by the backend of a variant, in its most exact arithmetic."""
+    """Logits of each work by the backend of a variant, in its most exact arithmetic.
+
+    In a process of its own where a native library could end this one.
+    """
+    options = Options(processors())
     try:
-        backend = opener(variant.format)(folder, variant, "cpu", Options(processors()))
+        if isolation.advised(variant.format, "cpu"):
+            try:
+                with isolation.Worker() as worker:
+                    return worker.logits(folder, variant, works, options)
+            except NoChildError as error:
+                log.warning("%s: so %s is tried in this one", error, variant.name)
+        backend = opener(variant.format)(folder, variant, "cpu", options)
         try:
             return [backend.logits(work) for work in works]
         finally:

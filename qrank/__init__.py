@@ -7,7 +7,6 @@
 from qrank.errors import QrankError
 from qrank.reranker import Ranking, Reranker
 from qrank.tuning import tune
+from qrank.version import __version__
 
 __all__ = ["QrankError", "Ranking", "Reranker", "__version__", "tune"]
-
-__version__ = "0.1.0"

@@ -14,11 +14,11 @@ import numpy as np
 from qrank import machine
 from qrank.bundle import TOKENIZER, Manifest
 from qrank.encoding import Encoder
-from qrank.errors import InputError, TargetError
+from qrank.errors import InputError, QrankError
 from qrank.locate import DEFAULT, locate
 from qrank.selection import Measurement, Wish, order
-from qrank.survey import Asked, surveys
-from qrank.tuning import QUERY, Candidate, Contest, candidates, documents, in_turns
+from qrank.survey import surveys
+from qrank.tuning import QUERY, Candidate, Contest, Opened, candidates, documents, in_turns, room
 
 COUNTS = (1, 20, 100)
 """Documents of a request."""
@@ -45,7 +45,7 @@ class Row:
         peak: most bytes its process held, Python's and the tokenizer's included; None where the
             system does not tell.
         bytes: size of its files.
-        kendall: Kendall's tau against the original, of the manifest.
+        kendall: Kendall's tau against the original, on the bundle's probes.
         rounds: how many requests of each size were timed.
     """
 
@@ -109,32 +109,37 @@ def bench(
     tokens = sum(len(encoder.whole(query, text)[0]) for text in work)
     contest = Contest(folder, {}, query=query)
     with ExitStack() as stack:
-        running: list[tuple[Candidate, Asked, float]] = []
+        running: list[Opened] = []
         failed: dict[int, str] = {}
         for candidate in chosen:
             progress(f"opening {candidate.name}")
-            free = machine.free_memory()
-            if free is not None and candidate.target.variant.bytes * 3 > free:
+            # What is open already is missing from what is free, where the system tells that.
+            taken = 0 if machine.free_memory() is not None else _taken(running)
+            if candidate.target.variant.bytes * 3 + taken > room():
                 reason = "no room in memory beside the others: name fewer with --only"
                 rows.append(Row(candidate.target.name, candidate.execution or "", reason))
                 continue
             try:
-                running.append((candidate, *stack.enter_context(contest.opened(candidate))))
-            except TargetError as error:
+                running.append(stack.enter_context(contest.opened(candidate)))
+            except QrankError as error:
                 rows.append(Row(candidate.target.name, candidate.execution or "", str(error)))
         times: dict[int, dict[int, list[float]]] = {}
+        expected: dict[int, float] = {}
         for count in COUNTS:
             progress(f"ranking {count} in turns")
             cases = {
-                number: partial(contest.rank, child, candidate, work[:count])
-                for number, (candidate, child, _) in enumerate(running)
+                number: partial(contest.rank, opened, work[:count], expected.get(number))
+                for number, opened in enumerate(running)
                 if number not in failed
             }
             failed |= in_turns(cases, (1, 1), 0)[1]  # warms up
             cases = {number: case for number, case in cases.items() if number not in failed}
             times[count], more = in_turns(cases, ROUNDS, seconds)
             failed |= more
-        for number, (candidate, child, load) in enumerate(running):
+            # A document may be many times longer than the one before.
+            expected = {n: max(seconds) * COUNTS[-1] for n, seconds in times[count].items()}
+        for number, opened in enumerate(running):
+            candidate = opened.candidate
             target, setting = candidate.target, candidate.execution or ""
             if number in failed:
                 rows.append(Row(target.name, setting, failed[number]))
@@ -149,10 +154,10 @@ def bench(
                     tokens=tokens * calls,
                     p50={count: float(np.percentile(ms[count], 50)) for count in COUNTS},
                     p95={count: float(np.percentile(ms[count], 95)) for count in COUNTS},
-                    load=load,
-                    peak=child.ask({"do": "memory"}, contest.seconds(candidate))["bytes"],
+                    load=opened.load,
+                    peak=contest.peak(opened),
                     bytes=target.variant.bytes,
-                    kendall=target.variant.fidelity.kendall,
+                    kendall=opened.kendall,
                     rounds={count: len(ms[count]) for count in COUNTS},
                 )
             )
@@ -181,6 +186,11 @@ def chosen(rows: Sequence[Row], wish: Wish, last: Collection[str] = ()) -> Row |
     ]
     best = next(iter(order(measured, wish, last)), None)
     return None if best is None else usable[int(best.selector)]
+
+
+def _taken(running: Sequence[Opened]) -> int:
+    """Bytes that targets take, about."""
+    return sum(opened.candidate.target.variant.bytes * 3 for opened in running)
 
 
 def _named(candidate: Candidate, only: Sequence[str]) -> bool:

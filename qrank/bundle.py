@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from qrank import paths
+from qrank import cache, paths
 from qrank.errors import BundleError
 from qrank.family import Family
 from qrank.fidelity import Fidelity
@@ -268,26 +268,33 @@ def check_files(folder: Path, files: dict[str, FileRecord], *, always_hash: bool
     Raises:
         BundleError: a file is missing, or is not what the manifest says.
     """
-    known = paths.recall("verified")
-    fresh = {}
     for name, record in files.items():
         path = (folder / name).resolve()
         try:
             stat = path.stat()
         except OSError as error:
             raise BundleError(f"{folder} lacks {name} ({error.strerror}); {_AGAIN}") from error
-        state = [stat.st_size, stat.st_mtime_ns, stat.st_ino, record.sha256]
+        state = _Seen(stat.st_size, stat.st_mtime_ns, stat.st_ino, record.sha256)
         if stat.st_size != record.bytes:
             raise BundleError(
                 f"{path} has {stat.st_size:,} bytes, {record.bytes:,} expected; {_AGAIN}"
             )
-        if always_hash or known.get(str(path)) != state:
+        key = {"path": str(path)}
+        if always_hash or cache.load("hashes", key, _Seen) != state:
             found = FileRecord.of(path).sha256
             if found != record.sha256:
                 raise BundleError(
                     f"{path} is damaged: its sha256 is {found[:12]}…, "
                     f"{record.sha256[:12]}… expected; {_AGAIN}"
                 )
-            fresh[str(path)] = state
-    if fresh:
-        paths.remember("verified", {**paths.recall("verified"), **fresh})
+            cache.store("hashes", key, asdict(state))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A file as it was when it was hashed."""
+
+    size: int
+    time: int
+    inode: int
+    sha256: str

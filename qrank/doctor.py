@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qrank import machine
-from qrank.backends import BACKENDS, RUNTIMES, module, others
-from qrank.errors import TargetError
+from qrank.backends import BACKENDS, RUNTIMES, llama, module, others
+from qrank.errors import QrankError
 from qrank.extras import EXTRA_OF, installed, pip_line
 from qrank.survey import start, survey
 
@@ -102,25 +101,30 @@ def _backend(name: str) -> BackendReport:
 
 
 def _device(backend: str, device: str, executions: list[str]) -> DeviceReport:
-    child = start()
+    asked = start()
     try:
-        off = child.ask({"do": "check", "backend": backend, "device": device}, LIMIT)["off"]
-    except TargetError as error:
-        child.close(kill=True)
+        off = asked.ask({"do": "check", "backend": backend, "device": device}, LIMIT)["off"]
+    except QrankError as error:
+        asked.close(kill=True)
         return DeviceReport(device, True, False, str(error))
-    child.close()
+    asked.close()
     if off is None:
         return DeviceReport(device, True, None, "has no check of its own")
     if off > EXACT:
         return DeviceReport(device, True, False, f"a product of matrices is off by {off:.3g}")
-    return DeviceReport(device, True, True, ", ".join(executions))
+    return DeviceReport(device, True, True, ", ".join(executions) or _note(backend, device))
+
+
+def _note(backend: str, device: str) -> str:
+    """What a user may want to know of a device that computes."""
+    if (backend, device) == ("gguf", "cpu") and not llama.rearranges():
+        return "without AMX, whose kernels crash: llama.cpp issue 20824"
+    return ""
 
 
 def _conflict(backend: str) -> str:
     """onnxruntime's builds share a folder: of two, the one installed last runs."""
-    if backend != "onnx" or importlib.util.find_spec("onnxruntime") is None:
-        return ""
-    builds = machine.packages(("onnxruntime",))
+    builds = machine.packages(("onnxruntime",)) if backend == "onnx" else []
     if len(builds) < 2:
         return ""
     return f"{' and '.join(builds)} overwrite each other: uninstall all, install one"

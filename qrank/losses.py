@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from qrank import paths
-from qrank.bundle import Manifest
+from qrank import cache
+from qrank.backends import conditions
+from qrank.bundle import Manifest, Variant
 
-_NAME = "losses"
+_KIND = "losses"
 
 
 @dataclass(frozen=True)
@@ -26,20 +28,30 @@ class Loss:
     queries: int
     data: str
 
+    def __post_init__(self) -> None:
+        """Refuse what a damaged file may hold."""
+        numbers = (self.mean, self.margin, self.queries)
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise TypeError(f"mean, margin and queries are numbers, not {numbers}")
 
-def losses(manifest: Manifest) -> dict[str, Loss]:
-    """Variant's name -> its loss, of those variants of a bundle that were measured here."""
-    known = paths.recall(_NAME)
-    found = {name: known.get(manifest.identity(v)) for name, v in manifest.variants.items()}
-    return {name: Loss(**content) for name, content in found.items() if content is not None}
 
-
-def remember(manifest: Manifest, found: dict[str, Loss]) -> None:
-    """Keep losses of a bundle's variants; one of fewer queries replaces none of more."""
-    known = losses(manifest)
-    better = {
-        manifest.identity(manifest.variants[name]): asdict(loss)
-        for name, loss in found.items()
-        if name not in known or known[name].queries <= loss.queries
+def losses(manifest: Manifest, device: str = "cpu") -> dict[str, Loss]:
+    """Variant's name -> its loss, of those variants that were measured on a device here."""
+    found = {
+        name: cache.load(_KIND, _key(manifest, variant, device), Loss)
+        for name, variant in manifest.variants.items()
     }
-    paths.remember(_NAME, {**paths.recall(_NAME), **better})
+    return {name: loss for name, loss in found.items() if loss is not None}
+
+
+def remember(manifest: Manifest, found: dict[str, Loss], device: str = "cpu") -> None:
+    """Keep losses of a bundle's variants; one of fewer queries replaces none of more."""
+    known = losses(manifest, device)
+    for name, loss in found.items():
+        if name not in known or known[name].queries <= loss.queries:
+            key = _key(manifest, manifest.variants[name], device)
+            cache.store(_KIND, key, asdict(loss))
+
+
+def _key(manifest: Manifest, variant: Variant, device: str) -> dict[str, Any]:
+    return {"variant": manifest.identity(variant), **conditions(variant.format, device)}

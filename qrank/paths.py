@@ -1,14 +1,12 @@
-"""The folders qrank writes to by itself, and small files in them."""
+"""The folders qrank writes to by itself, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 log = logging.getLogger("qrank")
 
@@ -46,32 +44,6 @@ def data_folder() -> Path:
 
     named = os.environ.get("QRANK_DATA")
     return Path(named).absolute() if named else platformdirs.user_data_path("qrank")
-
-
-def recall(name: str) -> dict[str, Any]:
-    """What was last remembered under a name; {} when nothing readable is there."""
-    folder = cache_folder()
-    if folder is None:
-        return {}
-    try:
-        content = json.loads((folder / f"{name}.json").read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        log.info("ignoring the cache's %s.json: %s", name, error)
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def remember(name: str, content: dict[str, Any]) -> None:
-    """Keep a small JSON object under a name, where there is a cache."""
-    folder = cache_folder()
-    if folder is None:
-        return
-    try:
-        write_atomically(folder / f"{name}.json", json.dumps(content))
-    except OSError as error:
-        log.info("not remembered: %s", error)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,32 +1,92 @@
-"""A target on this machine: opened, in the fastest arithmetic that computes rightly here."""
+"""A target on this machine: opened, in the fastest arithmetic that computes rightly here.
+
+What has never run here is held against the bundle's probes first, in a process of its own where a
+native library could end this one (`qrank.isolation`). What came of it is remembered.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from dataclasses import replace
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from qrank import machine, paths
-from qrank.backends import Backend, Options, executions, module, opener
+from qrank import backends, cache, isolation
+from qrank.backends import RUNTIMES, Backend, Options, conditions, opener
 from qrank.bundle import Manifest, Probes
-from qrank.errors import TargetError
-from qrank.fidelity import TOLERANCES, Fidelity
+from qrank.child import NoChildError
+from qrank.errors import QrankError, TargetError
+from qrank.extras import installed, need
+from qrank.fidelity import Fidelity, here
+from qrank.isolation import FatalError
 from qrank.targets import Target
+from qrank.work import Logits, Work
+
+CONVERTED_IN = "fp32"
+"""What conversions are proven in, where there is a choice."""
 
 _PROBE_TOKENS = 1024
+"""Of the shortest probes, beside the longest one: what a first start can wait for."""
 
-_MARGIN = 0.5
-"""The share of the tolerance that arithmetic may use that a conversion was not proven in: few
-probes are looked at here, and they are short."""
+_FAILURE_SECONDS = 24 * 3600
+"""How long a failure is remembered: a machine that was busy, or mended, gets another chance."""
 
-_PROVEN = "proven"
+_KIND = "proofs"
 
 log = logging.getLogger("qrank")
 
 
-def ready(folder: Path, target: Target, manifest: Manifest, options: Options) -> Backend:
+@dataclass(frozen=True)
+class Proof:
+    """What came of holding a target against its bundle's probes on this machine.
+
+    Attributes:
+        execution: arithmetic it computes in; None where the backend leaves no choice.
+        kendall: Kendall's tau against the original, of arithmetic that the conversion was not
+            proven in; None elsewhere: the manifest says it then.
+        reason: why the target cannot be used; None if it can.
+        rejected: faster arithmetic -> why it is not used.
+        time: when, in seconds since 1970.
+    """
+
+    execution: str | None = None
+    kendall: float | None = None
+    reason: str | None = None
+    rejected: dict[str, str] = field(default_factory=dict)
+    time: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        """Refuse what a damaged file may hold."""
+        words = (self.execution, self.reason)
+        numbers = (self.time, 0.0 if self.kendall is None else self.kendall)
+        if not all(isinstance(word, str | None) for word in words):
+            raise TypeError(f"execution and reason are texts, not {words}")
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise TypeError(f"kendall and time are numbers, not {numbers}")
+
+
+class WrongError(TargetError):
+    """A target that computes other numbers than the bundle's probes say."""
+
+
+Compute = Callable[[str | None, Work], Logits]
+"""Runs a target in some arithmetic."""
+
+
+def ready(
+    folder: Path,
+    target: Target,
+    manifest: Manifest,
+    options: Options,
+    *,
+    least_kendall: float | None = None,
+    known: Proof | None = None,
+) -> tuple[Backend, Proof]:
     """Open a target in the fastest arithmetic that reproduces the bundle's probes here.
 
     Args:
@@ -34,110 +94,205 @@ def ready(folder: Path, target: Target, manifest: Manifest, options: Options) ->
         target: what to open.
         manifest: the bundle's.
         options: with an `execution`, that one alone is tried.
+        least_kendall: Kendall's tau against the original that arithmetic must keep which the
+            conversion was not proven in. None: what `qrank.fidelity.here` asks for.
+        known: what came of it earlier in this process.
 
     Raises:
-        TargetError: no arithmetic does, or the one asked for is not to be had.
+        MissingExtraError: its runtime is not installed.
+        TargetError: no arithmetic does, or the one asked for is not to be had; or it crashed or
+            hung when it was tried.
     """
-    own = ":" in target.backend
-    choices = () if own else executions(target.backend, target.device)
-    converted_in = choices[-1] if choices else options.execution
-    if options.execution is not None and not own:
-        if options.execution not in choices:
-            raise TargetError(
-                f"{target.name} cannot compute in {options.execution} here; it can in: "
-                f"{', '.join(choices) or 'its own arithmetic alone'}"
-            )
-        choices = (options.execution,)
-
-    def proven(execution: str | None) -> Backend:
-        chosen = replace(options, execution=execution)
-        backend = opener(target.backend)(folder, target.variant, target.device, chosen)
-        try:
-            share = 1.0 if execution == converted_in else _MARGIN
-            prove(backend, target, manifest, execution, share)
-        except BaseException:
-            backend.close()
-            raise
-        return backend
-
-    *faster, exact = choices or (options.execution,)
-    for execution in faster:
-        if _recalled(_key(target, manifest, execution)) is False:
-            log.info("%s does not compute in %s: it did not before", target.name, execution)
-            continue
-        try:
-            return proven(execution)
-        except TargetError as error:
-            log.info("%s does not compute in %s: %s", target.name, execution, error)
-    return proven(exact)
-
-
-def prove(
-    backend: Backend,
-    target: Target,
-    manifest: Manifest,
-    execution: str | None = None,
-    share: float = 1.0,
-) -> None:
-    """Make sure a target reproduces the bundle's probes on this very machine.
-
-    Done once: what came of it is remembered by bundle, target, arithmetic, runtime version and CPU,
-    a failure so that faster arithmetic is not tried at every start. A user's own backend is proven
-    each time: nothing tells when its code changes.
-
-    Args:
-        backend: opened.
-        target: what it was opened for.
-        manifest: the bundle's.
-        execution: arithmetic it was opened in.
-        share: of the tolerance that may be used.
-
-    Raises:
-        TargetError: it does not; with the figures.
-    """
-    if len(manifest.probes.work) == 0:
-        return  # the original itself: `qrank.backends.torch.as_bundle`
-    key = _key(target, manifest, execution)
-    if _recalled(key):
-        return
-    probes = _some(manifest.probes)
-    fidelity = Fidelity.of(backend.logits(probes.work), probes.logits)
-    # A rank correlation of so few pairs says little: hold the differences alone, on the scale of
-    # all probes.
-    tolerance = TOLERANCES[target.variant.precision]
-    tolerance = replace(tolerance, share=tolerance.share * share, kendall=-1.0)
-    fidelity = replace(fidelity, spread=float(np.ptp(manifest.probes.logits)))
-    missed = tolerance.shortfall(fidelity)
-    if key is not None:
-        paths.remember(_PROVEN, {**paths.recall(_PROVEN), key: not missed})
-    if missed:
+    if target.backend in RUNTIMES and not installed(RUNTIMES[target.backend]):
+        need(RUNTIMES[target.backend])
+    case = _Case(folder, target, manifest, options, least_kendall)
+    proof = known or case.recalled()
+    backend = None
+    if proof is None:
+        proof, backend = _prove(case)
+        case.remember(proof)
+        for execution, reason in proof.rejected.items():
+            log.info("%s does not compute in %s: %s", target.name, execution, reason)
+        if proof.reason is not None:
+            raise TargetError(proof.reason)
+    elif proof.reason is not None:
         raise TargetError(
-            f"{target.name} computes wrongly on this machine ({_runtime(target)}): {missed} "
-            "against the probes of the bundle. Name another variant or device"
+            f"{proof.reason}. So it was found less than a day ago; to try again at once: "
+            "qrank cache --clear proofs"
         )
+    return backend or case.open(proof.execution), proof
 
 
-def _key(target: Target, manifest: Manifest, execution: str | None) -> str | None:
-    """What a proof holds for; None where nothing tells."""
-    if ":" in target.backend:
-        return None
-    runtime = _runtime(target)
-    return f"{manifest.digest} {target.name} {execution} {runtime} {machine.cpu()}"
+def _prove(case: _Case) -> tuple[Proof, Backend | None]:
+    """Find out how a target runs here; with the backend where it was opened in this process."""
+    target = case.target
+    if isolation.advised(target.backend, target.device):
+        log.info("trying %s in a process of its own, once", target.name)
+        try:
+            with isolation.Worker() as worker:
+                return case.settle(*case.apart(worker)), None
+        except NoChildError as error:
+            log.warning("%s: so %s is tried in this one", error, target.name)
+    return _prove_here(case)
 
 
-def _recalled(key: str | None) -> bool | None:
-    """Whether a proof held; None where nobody knows."""
-    held: bool | None = None if key is None else paths.recall(_PROVEN).get(key)
-    return held
+def _prove_here(case: _Case) -> tuple[Proof, Backend]:
+    own = ":" in case.target.backend
+    choices = () if own else backends.executions(case.target.backend, case.target.device)
+    opened: list[Backend] = []
+
+    def compute(execution: str | None, work: Work) -> Logits:
+        while opened:
+            opened.pop().close()
+        opened.append(case.open(execution))
+        return opened[-1].logits(work) if len(work) else np.empty(0, np.float32)
+
+    try:
+        proof = case.settle(choices, compute)
+        if proof.reason is not None:
+            raise TargetError(proof.reason)
+    except BaseException:
+        while opened:
+            opened.pop().close()
+        raise
+    return proof, opened[-1]
 
 
-def _runtime(target: Target) -> str:
-    own = ":" in target.backend
-    return target.backend if own else str(module(target.backend).version())
+@dataclass(frozen=True)
+class _Case:
+    """A target to be proven, how it shall run, and what is asked of it; see `ready`."""
+
+    folder: Path
+    target: Target
+    manifest: Manifest
+    options: Options
+    least_kendall: float | None
+
+    def open(self, execution: str | None) -> Backend:
+        """The target's backend in this process, computing in some arithmetic."""
+        chosen = replace(self.options, execution=execution)
+        target = self.target
+        return opener(target.backend)(self.folder, target.variant, target.device, chosen)
+
+    def apart(self, worker: isolation.Worker) -> tuple[Sequence[str], Compute]:
+        """What `settle` takes, of a process of its own."""
+        named = {"backend": self.target.backend, "device": self.target.device}
+
+        def compute(execution: str | None, work: Work) -> Logits:
+            chosen = replace(self.options, execution=execution)
+            return worker.logits(self.folder, self.target.variant, [work], chosen, **named)[0]
+
+        return worker.executions(**named), compute
+
+    def settle(self, choices: Sequence[str], compute: Compute) -> Proof:
+        """Try arithmetic, the fastest first.
+
+        Args:
+            choices: arithmetic there is, the fastest first; none: the backend's own.
+            compute: runs the target in it.
+
+        Returns:
+            A proof; with a `reason` where the last arithmetic crashes, hangs or computes wrongly.
+
+        Raises:
+            QrankError: the last arithmetic fails in another way, which is not to be remembered.
+        """
+        named = self.options.execution
+        tried: Sequence[str | None] = choices or (named,)
+        if named is not None and ":" not in self.target.backend:
+            if named not in choices:
+                raise TargetError(
+                    f"{self.target.name} cannot compute in {named} here; it can in: "
+                    f"{', '.join(choices) or 'its own arithmetic alone'}"
+                )
+            tried = (named,)
+        rejected: dict[str, str] = {}
+        *faster, last = tried
+        for execution in faster:
+            try:
+                return Proof(execution, self._hold(execution, compute), rejected=rejected)
+            except NoChildError:
+                raise
+            except QrankError as error:
+                rejected[str(execution)] = str(error)
+        try:
+            return Proof(last, self._hold(last, compute), rejected=rejected)
+        except (FatalError, WrongError) as error:
+            return Proof(last, reason=str(error), rejected=rejected)
+
+    def _hold(self, execution: str | None, compute: Compute) -> float | None:
+        """Hold the target in some arithmetic against the probes; see `Proof.kendall`.
+
+        Raises:
+            WrongError: it does not reproduce them; with the figures.
+        """
+        exact = execution in (None, CONVERTED_IN)
+        # A conversion looked at all probes in the one; nobody did in the others.
+        probes = _some(self.manifest.probes) if exact else self.manifest.probes
+        logits = compute(execution, probes.work)
+        if len(probes.work) == 0:
+            return None  # the original itself: `qrank.backends.torch.as_bundle`
+        # On the scale of all probes.
+        spread = float(np.ptp(self.manifest.probes.logits))
+        fidelity = replace(Fidelity.of(logits, probes.logits), spread=spread)
+        bar = here(self.target.variant.precision, exact=exact)
+        if not exact:
+            bar = replace(bar, kendall=max(bar.kendall, self.least_kendall or -1.0))
+        if missed := bar.shortfall(fidelity):
+            raise WrongError(
+                f"{self.target.name} computes wrongly on this machine ({self._runtime()}): "
+                f"{missed} against the probes of the bundle. Name another variant or device"
+            )
+        return None if exact else fidelity.kendall
+
+    def recalled(self) -> Proof | None:
+        """What came of it before; None where nobody knows."""
+        key = self._key()
+        proof = None if key is None else cache.load(_KIND, key, Proof)
+        if proof is None or proof.reason is None:
+            return proof
+        return proof if 0 <= time.time() - proof.time < _FAILURE_SECONDS else None
+
+    def remember(self, proof: Proof) -> None:
+        """Keep what came of it, where there is a cache."""
+        key = self._key()
+        if key is not None:
+            cache.store(_KIND, key, asdict(proof))
+
+    def _key(self) -> dict[str, Any] | None:
+        """What a proof holds for; None where nothing tells: of a user's own backend."""
+        target, options, probes = self.target, self.options, self.manifest.probes
+        if ":" in target.backend or len(probes.work) == 0:
+            return None
+        return {
+            "variant": self.manifest.identity(target.variant),
+            "probes": _digest(probes),
+            "least_kendall": self.least_kendall,
+            "execution": options.execution,
+            "threads": options.threads,
+            "batch": options.batch,
+            "static_shapes": options.static_shapes,
+            **conditions(target.backend, target.device),
+        }
+
+    def _runtime(self) -> str:
+        backend = self.target.backend
+        return backend if ":" in backend else str(backends.module(backend).version())
+
+
+def _digest(probes: Probes) -> str:
+    total = hashlib.sha256(probes.logits.tobytes())
+    for sequence in (*probes.work.sequences, *(probes.work.segments or ())):
+        total.update(sequence.tobytes())
+    return total.hexdigest()
 
 
 def _some(probes: Probes) -> Probes:
-    """The shortest probes, up to a token count that costs a fraction of a second."""
+    """The shortest probes, up to a token count that costs a fraction of a second; and the longest.
+
+    Kernels differ by length.
+    """
     order = np.argsort(probes.work.lengths, kind="stable")
-    kept = order[: max(int((np.cumsum(probes.work.lengths[order]) <= _PROBE_TOKENS).sum()), 4)]
+    few = max(int((np.cumsum(probes.work.lengths[order]) <= _PROBE_TOKENS).sum()), 4)
+    kept = order if few >= len(order) else np.append(order[:few], order[-1])
     return replace(probes, work=probes.work.take(kept), logits=probes.logits[kept])

@@ -25,7 +25,7 @@ from qrank.items import Item, LongDocuments, best_items, check, works
 from qrank.locate import DEFAULT, locate
 from qrank.machine import processors
 from qrank.memory import Memory
-from qrank.proof import ready
+from qrank.proof import Proof, ready
 from qrank.selection import Choice, Policy, Profile, Wish, choices, first_that_works
 from qrank.targets import Target
 from qrank.work import Logits
@@ -156,6 +156,7 @@ class Reranker:
         self._pace = Pace()
         self._lock = threading.Lock()
         self._backend: backends.Backend | None = None
+        self._proof: Proof | None = None
         _living.add(self)
         wish = Wish(backend, device, policy, min_kendall, max_loss, profile)
         first_that_works(choices(self.manifest, wish, options), self._take)
@@ -163,6 +164,7 @@ class Reranker:
     def _take(self, choice: Choice) -> None:
         """Open a target, for good if it works."""
         self.choice = choice
+        self._proof = None
         variant = self.target.variant
         check_files(self._folder, variant.files)
         self._calibration = calibration.load(self.manifest, variant) if self._calibrated else None
@@ -182,6 +184,17 @@ class Reranker:
     def threads(self) -> int:
         """CPU threads it may use."""
         return self.choice.options.threads
+
+    @property
+    def execution(self) -> str | None:
+        """Arithmetic it computes in; None where the backend leaves no choice."""
+        return None if self._proof is None else self._proof.execution
+
+    @property
+    def kendall(self) -> float:
+        """Kendall's tau against the original on the probes, in the arithmetic it computes in."""
+        proven = None if self._proof is None else self._proof.kendall
+        return self.target.variant.fidelity.kendall if proven is None else proven
 
     @property
     def max_length(self) -> int:
@@ -348,7 +361,14 @@ class Reranker:
                     self.target.variant.bytes, self._max_memory, self.manifest.dimensions
                 )
                 options = replace(self.choice.options, memory=self._memory)
-                self._backend = ready(self._folder, self.target, self.manifest, options)
+                self._backend, self._proof = ready(
+                    self._folder,
+                    self.target,
+                    self.manifest,
+                    options,
+                    least_kendall=self.choice.least_kendall,
+                    known=self._proof,
+                )
             return self._backend
 
     def scores(self, logits: Logits) -> activation.Scores:

@@ -6,13 +6,13 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from qrank import machine, paths
-from qrank.backends import module
+from qrank import cache
+from qrank.backends import conditions
 from qrank.collection import Collection, Run
 from qrank.items import LongDocuments
 from qrank.reranker import Reranker
@@ -99,7 +99,9 @@ def score(
     for query, found in candidates.items():
         pairs = [(collection.queries[query], collection.documents[name]) for name in found]
         key = _key(pairs)
-        before += key in kept
+        if key in known and known[key].shape != (len(pairs),):
+            del known[key]
+        before += key in kept & known.keys()
         if key not in known:
             known[key] = reranker.score(
                 pairs,
@@ -116,21 +118,18 @@ def score(
 
 def _file(reranker: Reranker, setting: Setting) -> Path | None:
     """Where a target's logits are kept; None where there is no cache."""
-    folder = paths.cache_folder()
-    if folder is None:
-        return None
     target = reranker.target
-    parts = (
-        reranker.manifest.identity(target.variant),
-        target.name,
-        module(target.backend).version(),
-        machine.cpu(),
-        reranker.choice.options.execution,
-        # Threads change no logit.
-        replace(setting, threads=None),
-    )
-    name = hashlib.sha256(repr(parts).encode()).hexdigest()
-    return folder / "scored" / f"{name}.jsonl"
+    # Threads change no logit.
+    asked = {name: value for name, value in asdict(setting).items() if name != "threads"}
+    key = {
+        "variant": reranker.manifest.identity(target.variant),
+        "target": target.name,
+        **asked,
+        # As it was chosen, where nobody named it.
+        "execution": reranker.execution,
+        **conditions(target.backend, target.device),
+    }
+    return cache.place("logits", key, ".jsonl")
 
 
 def _key(pairs: Sequence[tuple[str, str]]) -> str:
@@ -138,16 +137,22 @@ def _key(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def _read(file: Path) -> dict[str, Logits]:
-    known = {}
+    known: dict[str, Logits] = {}
     try:
         lines = file.read_text("utf-8").splitlines()
     except FileNotFoundError:
-        return {}
+        return known
+    except (OSError, ValueError) as error:
+        cache.ignore(file, str(error))
+        return known
     for line in filter(None, lines):
         try:
             key, values = json.loads(line)
-            known[key] = np.array(values, np.float32)
-        except (ValueError, TypeError):
+            logits = np.array(values, np.float32)
+            if not np.isfinite(logits).all():
+                raise ValueError("a logit is no finite number")
+            known[key] = logits
+        except (ValueError, TypeError, RecursionError):
             log.info("ignoring a line of %s that was not written to its end", file)
     return known
 
@@ -156,7 +161,8 @@ def _append(file: Path, key: str, logits: Logits) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         # A line end first: the last line may have been cut off.
-        with file.open("a", encoding="utf-8") as out:
-            out.write("\n" + json.dumps([key, logits.tolist()]))
+        # One write, so that another process's comes before or after it.
+        with file.open("ab", buffering=0) as out:
+            out.write(("\n" + json.dumps([key, logits.tolist()])).encode())
     except OSError as error:
         log.info("not kept: %s", error)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from qrank import machine, paths
-from qrank.backends import RUNTIMES, Options
+from qrank import cache, machine
+from qrank.backends import RUNTIMES, Options, runtime
 from qrank.bundle import Manifest
-from qrank.errors import InputError, MissingExtraError, TargetError
+from qrank.errors import BundleError, InputError, MissingExtraError, TargetError
 from qrank.losses import losses
 from qrank.targets import Target, guesses
+from qrank.version import __version__
 
 Policy = Literal["fastest", "smallest", "most-faithful"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -39,6 +39,8 @@ passed its probes that lost 0.048 nDCG@10 (docs/benchmarks.md)."""
 LOSS = 0.01
 """nDCG@10 that a variant may have been found to lose, and be taken like any other."""
 
+_KIND = "measurements"
+
 log = logging.getLogger("qrank")
 
 
@@ -56,7 +58,7 @@ class Measurement:
         batch: padded tokens a batch it was fastest with; None: its own choice.
         speeds: pairs a second, by profile.
         load: seconds to open it.
-        kendall: Kendall's tau against the original, of the manifest.
+        kendall: Kendall's tau against the original, on the bundle's probes.
         bytes: size of its files.
     """
 
@@ -71,6 +73,22 @@ class Measurement:
     load: float = 0.0
     kendall: float = -1.0
     bytes: int = 0
+
+    def check(self, manifest: Manifest) -> None:
+        """See that it is one of a bundle's, and whole, as a damaged file's is not.
+
+        Raises:
+            ValueError, TypeError: it is not.
+        """
+        if self.reason is not None:
+            return
+        if self.variant not in manifest.variants:
+            raise ValueError(f"the bundle has no {self.variant}")
+        speeds = [self.speeds[profile] for profile in PROFILES if profile in self.speeds]
+        if len(speeds) < len(PROFILES) or not all(0 < speed < math.inf for speed in speeds):
+            raise ValueError(f"{self.target} has no speed for each profile: {self.speeds}")
+        if not (-1 <= self.kendall <= 1 and self.threads >= 1 and self.bytes >= 0):
+            raise ValueError(f"{self.target} has a number out of its range")
 
     @property
     def variant(self) -> str:
@@ -93,12 +111,15 @@ class Choice:
         options: how it shall run.
         measured: whether it was chosen by measurements; else by a guess.
         among: how many targets there were to choose from; 1 where a backend is named.
+        least_kendall: Kendall's tau against the original that its arithmetic must keep; None: what
+            any must.
     """
 
     target: Target
     options: Options
     measured: bool
     among: int
+    least_kendall: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +130,7 @@ class Wish:
         backend: see `qrank.targets.guesses`. Named, nothing else is ever taken.
         device: likewise; None: the CPU, or any that was measured.
         policy: `fastest`; `smallest`; or `most-faithful`, by Kendall's tau on the probes.
-        min_kendall: least Kendall's tau against the original, of the manifest.
+        min_kendall: least Kendall's tau against the original, on the bundle's probes.
         max_loss: most nDCG@10 that `qrank eval` may have found a variant to lose against fp32; what
             it has not measured is not taken.
         profile: what the work is like.
@@ -150,10 +171,25 @@ def choices(manifest: Manifest, wish: Wish, options: Options) -> list[Choice]:
     last = doubtful(manifest, wish)
     ordered = [_choice(manifest, m, options, len(fitting)) for m in order(fitting, wish, last)]
     if not ordered:
-        targets = [t for t in _guessed(manifest, wish) if t.variant.name in kept]
+        faithful = _guessed(manifest, wish)
+        targets = [t for t in faithful if t.variant.name in kept]
+        if not targets:
+            raise TargetError(
+                f"no variant of {manifest.name} both loses {wish.max_loss} nDCG@10 or less "
+                f"({', '.join(sorted(kept))}) and is as faithful as asked for "
+                f"({', '.join(t.variant.name for t in faithful)}): relax one of the two"
+            )
         targets.sort(key=lambda target: target.variant.name in last)
         ordered = [Choice(target, options, False, len(targets)) for target in targets]
+    ordered = [replace(choice, least_kendall=_least_kendall(choice, wish)) for choice in ordered]
     return ordered if wish.backend is None else [replace(ordered[0], among=1)]
+
+
+def _least_kendall(choice: Choice, wish: Wish) -> float | None:
+    """What is asked of arithmetic that the conversion was not proven in."""
+    if wish.policy == "most-faithful" and not choice.measured:
+        return choice.target.variant.fidelity.kendall
+    return wish.min_kendall
 
 
 def doubtful(manifest: Manifest, wish: Wish) -> set[str]:
@@ -163,7 +199,7 @@ def doubtful(manifest: Manifest, wish: Wish) -> set[str]:
     """
     if wish.backend is not None or wish.max_loss is not None:
         return set()
-    known = losses(manifest)
+    known = losses(manifest, wish.device or "cpu")
     return {
         name
         for name, variant in manifest.variants.items()
@@ -180,7 +216,8 @@ def _within_loss(manifest: Manifest, wish: Wish) -> set[str]:
     if wish.max_loss is None:
         return set(manifest.variants)
     wanted = {target.variant.name for target in guesses(manifest, wish.backend, wish.device)}
-    known = {name: loss for name, loss in losses(manifest).items() if name in wanted}
+    found = losses(manifest, wish.device or "cpu")
+    known = {name: loss for name, loss in found.items() if name in wanted}
     kept = {name for name, loss in known.items() if loss.mean <= wish.max_loss}
     if not kept:
         measured = ", ".join(
@@ -214,13 +251,13 @@ def first_that_works(ordered: list[Choice], take: Callable[[Choice], None]) -> N
     """Take choices in their order until one can be taken; warn of each that cannot.
 
     Raises:
-        TargetError, MissingExtraError: none can; of several, every one's reason.
+        BundleError, TargetError, MissingExtraError: none can; of several, every one's reason.
     """
     reasons: list[str] = []
     for choice in ordered:
         try:
             return take(choice)
-        except (TargetError, MissingExtraError) as error:
+        except (BundleError, TargetError, MissingExtraError) as error:
             if len(ordered) == 1:
                 raise
             reasons.append(f"{choice.target.name}: {error}")
@@ -261,34 +298,33 @@ def _by_policy(measured: Iterable[Measurement], wish: Wish) -> list[Measurement]
 
 def recalled(manifest: Manifest, threads: int) -> list[Measurement]:
     """What was measured for a bundle on this machine as it is now; [] if nothing was."""
-    content = paths.recall(_name(manifest, threads))
-    try:
-        return [Measurement(**found) for found in content.get("targets", [])]
-    except TypeError:
-        return []  # another version's
+
+    def read(targets: list[dict[str, Any]]) -> list[Measurement]:
+        found = [Measurement(**fields) for fields in targets]
+        for measurement in found:
+            measurement.check(manifest)
+        return found
+
+    return cache.load(_KIND, _key(manifest, threads), read) or []
 
 
 def remember(manifest: Manifest, threads: int, measured: Iterable[Measurement]) -> None:
     """Keep measurements, where there is a cache."""
-    content = {"of": _key(manifest, threads), "targets": [asdict(m) for m in measured]}
-    paths.remember(_name(manifest, threads), content)
+    content = {"targets": [asdict(m) for m in measured]}
+    cache.store(_KIND, _key(manifest, threads), content)
 
 
 def _key(manifest: Manifest, threads: int) -> dict[str, Any]:
     """What a measurement holds for: another bundle, machine, driver or version wants another."""
     return {
         "bundle": manifest.digest,
+        "qrank": __version__,
         "cpu": machine.cpu(),
         "system": machine.system(),
         "accelerators": machine.accelerators(),
-        "packages": machine.packages(tuple(RUNTIMES.values())),
+        "runtimes": {name: runtime(name) for name in RUNTIMES},
         "threads": threads,
     }
-
-
-def _name(manifest: Manifest, threads: int) -> str:
-    text = json.dumps(_key(manifest, threads), sort_keys=True)
-    return f"measured-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _faithful(kendall: float, wish: Wish) -> bool:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from qrank import trial
+from qrank import child, trial
 from qrank.backends import FORMATS, others
 from qrank.bundle import Manifest
-from qrank.child import Child
-from qrank.errors import TargetError
+from qrank.child import Child, NoChildError
+from qrank.errors import QrankError, TargetError
+
+log = logging.getLogger("qrank")
 
 
 class Asked(Protocol):
@@ -32,15 +34,25 @@ class _Here:
 
     def ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
         fields = {name: value for name, value in question.items() if name != "do"}
-        return self._questions[question["do"]](**fields)
+        try:
+            return self._questions[question["do"]](**fields)
+        except QrankError:
+            raise
+        except Exception as error:  # a backend may raise anything
+            raise TargetError(f"{type(error).__name__}: {error}") from error
 
     def close(self, *, kill: bool = False) -> None:
         self._questions.clear()
 
 
 def start() -> Asked:
-    """A new process for a trial."""
-    return _Here() if getattr(sys, "frozen", False) else Child(trial.__name__)
+    """A new process for a trial; this one where none can be started."""
+    if child.wanted():
+        try:
+            return Child(trial.__name__).greeted()
+        except NoChildError as error:
+            log.warning("%s: so this process looks for itself", error)
+    return _Here()
 
 
 @dataclass(frozen=True)
@@ -95,13 +107,13 @@ def surveys(manifest: Manifest, limit: float, progress: Callable[[str], object])
 
 def survey(backend: str, limit: float) -> Found:
     """Look at a backend; it may take `limit` seconds."""
-    child = start()
+    asked = start()
     try:
-        found = child.ask({"do": "survey", "backend": backend}, limit)
-    except TargetError as error:
-        child.close(kill=True)
+        found = asked.ask({"do": "survey", "backend": backend}, limit)
+    except QrankError as error:
+        asked.close(kill=True)
         return Found(backend, reason=str(error))
-    child.close()
+    asked.close()
     devices = [
         Device(name, choices["executions"] or [None], choices["batches"])
         for name, choices in found["devices"].items()

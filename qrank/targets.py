@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
 from dataclasses import dataclass
 
 from qrank.backends import BACKENDS, FORMATS, RUNTIMES, module, others, reads
 from qrank.bundle import Manifest, Variant
 from qrank.errors import TargetError
 from qrank.extras import installed
+
+log = logging.getLogger("qrank")
 
 ON_CPU = (
     "openvino-int8",
@@ -76,9 +78,11 @@ def guesses(manifest: Manifest, backend: str | None, device: str | None) -> list
     runner, variants = _wanted(manifest, backend)
     device = device or "cpu"
     if backend is None:
-        variants = [v for v in variants if _kind(device) in module(v.format).DEVICES]
+        readable = _readable(manifest)
+        variants = [v for v in readable if _kind(device) in module(v.format).DEVICES]
         if not variants:
-            known = {f: ", ".join(module(f).DEVICES) for f in _formats(manifest)}
+            formats = dict.fromkeys(variant.format for variant in readable)
+            known = {format: ", ".join(module(format).DEVICES) for format in formats}
             raise TargetError(
                 f"no device {device!r} for the bundle {manifest.name}; its formats may have: "
                 + "; ".join(f"{format} {devices}" for format, devices in known.items())
@@ -88,12 +92,31 @@ def guesses(manifest: Manifest, backend: str | None, device: str | None) -> list
     return sorted(targets, key=expected)
 
 
+def _readable(manifest: Manifest) -> list[Variant]:
+    """The variants of formats this qrank knows; others are told of."""
+    known = [v for v in manifest.variants.values() if v.format in BACKENDS]
+    if unknown := [v.name for v in manifest.variants.values() if v.format not in BACKENDS]:
+        log.warning(
+            "leaving out %s of the bundle %s: this qrank knows the formats %s",
+            ", ".join(unknown),
+            manifest.name,
+            ", ".join(FORMATS),
+        )
+    if not known:
+        raise TargetError(
+            f"the bundle {manifest.name} has {', '.join(manifest.variants) or 'no variant'}; this "
+            f"qrank knows the formats {', '.join(FORMATS)}: convert the model again, or install "
+            "the qrank that wrote it"
+        )
+    return known
+
+
 def _wanted(manifest: Manifest, backend: str | None) -> tuple[str | None, list[Variant]]:
     """The backend where it is not the format's own, and the variants a name stands for."""
     every = list(manifest.variants.values())
     if backend is None or ":" in backend:
         return backend, every
-    if found := [v for v in every if backend in (v.format, v.name)]:
+    if found := [v for v in every if v.format in BACKENDS and backend in (v.format, v.name)]:
         return None, found
     name, _, variant = backend.partition("/")
     if name not in BACKENDS and name in others():
@@ -122,7 +145,3 @@ def expected(target: Target) -> tuple[int, int]:
 def _kind(device: str) -> str:
     """The kind of a device that has a number: `gpu` of `gpu.1`."""
     return device.partition(".")[0]
-
-
-def _formats(manifest: Manifest) -> Iterable[str]:
-    return dict.fromkeys(variant.format for variant in manifest.variants.values())

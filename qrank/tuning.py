@@ -17,7 +17,7 @@ import numpy as np
 from qrank import machine, selection
 from qrank.bundle import TOKENIZER, Manifest
 from qrank.encoding import Encoder
-from qrank.errors import TargetError
+from qrank.errors import QrankError
 from qrank.locate import DEFAULT, locate
 from qrank.selection import PROFILES, Measurement, Profile
 from qrank.survey import Asked, Found, start, surveys
@@ -39,6 +39,15 @@ ROUNDS = (3, 7)
 
 FINAL = 6.0
 """Seconds, for each profile, after which no further round begins."""
+
+PATIENCE = 10.0
+"""So many times longer than was to be expected, and a target is given up: it hangs."""
+
+LEAST_PATIENCE = 10.0
+"""Seconds that every answer may take."""
+
+FIRST_PATIENCE = 30.0
+"""Seconds that an answer may take where nothing is known yet, on the CPU."""
 
 QUERY = "how do plants turn light into sugar?"
 
@@ -72,6 +81,7 @@ class Candidate:
 
     def measured(self, **fields: Any) -> Measurement:
         """What was found out about it."""
+        known = {"kendall": self.target.variant.fidelity.kendall, **fields}
         return Measurement(
             self.target.name,
             self.target.selector,
@@ -79,9 +89,8 @@ class Candidate:
             execution=self.execution,
             threads=self.threads,
             batch=self.batch,
-            kendall=self.target.variant.fidelity.kendall,
             bytes=self.target.variant.bytes,
-            **fields,
+            **known,
         )
 
 
@@ -134,7 +143,8 @@ def tune(
     Args:
         model: as for `Reranker`.
         threads: CPU threads a target may use. None: all.
-        limit: seconds a backend may take to open or to answer. None: 60, and 1 for every 10 MB.
+        limit: seconds a backend may take to open or to answer. None: ten times as long as others
+            took, and some for large files.
         progress: told what is being measured.
 
     Returns:
@@ -157,7 +167,7 @@ def tune(
         best = max((look.measurement.speeds["passages"] for look in looks), default=0.0)
         try:
             looks.append(contest.look(candidate, best))
-        except TargetError as error:
+        except QrankError as error:
             measured.append(candidate.measured(reason=str(error)))
     close = finalists(looks)
     rest = [look.measurement for look in looks if look not in close]
@@ -213,19 +223,29 @@ def finalists(looks: Sequence[Look]) -> list[Look]:
             near = (1 - CLOSE) * by_speed[0].measurement.speeds[profile]
             if look not in ranked and look.measurement.speeds[profile] >= near:
                 ranked.append(look)
-    room = (machine.free_memory() or 2**63) * 0.7
+    left = room()
     kept: list[Look] = []
     for look in ranked[:FINALISTS]:
-        room -= look.peak
-        if room >= 0 or not kept:
+        left -= look.peak
+        if left >= 0 or not kept:
             kept.append(look)
     return kept
 
 
+def room() -> float:
+    """Bytes that targets may take beside each other.
+
+    Where the system does not tell what is free, a part of what it has, or of a small machine's.
+    """
+    free = machine.free_memory()
+    if free is not None:
+        return free * 0.7
+    return (machine.memory() or 4 * 2**30) * 0.4
+
+
 def other_settings(best: Look, found: Iterable[Found], taken: int) -> list[Candidate]:
     """The best candidate with other threads and batches, where they may matter."""
-    free = machine.free_memory() or 2**63
-    if best.peak * (taken + 2) > free * 0.7:
+    if best.peak * (taken + 2) > room():
         return []
     candidate = best.candidate
     made = []
@@ -237,6 +257,23 @@ def other_settings(best: Look, found: Iterable[Found], taken: int) -> list[Candi
                 if device.name == candidate.target.device:
                     made += [replace(candidate, batch=batch) for batch in device.batches[1:]]
     return made
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A candidate that runs in a process of its own.
+
+    Attributes:
+        candidate: it.
+        child: the process.
+        load: seconds it took to open.
+        kendall: Kendall's tau against the original, in its arithmetic.
+    """
+
+    candidate: Candidate
+    child: Asked
+    load: float
+    kendall: float
 
 
 class Contest:
@@ -256,13 +293,14 @@ class Contest:
         self._work = work
         self._limit = limit
         self._query = query
+        self._slowest: dict[tuple[str, str], float] = {}
 
     @contextmanager
-    def opened(self, candidate: Candidate) -> Iterator[tuple[Asked, float]]:
-        """A process that has opened a candidate, and the seconds that took it.
+    def opened(self, candidate: Candidate) -> Iterator[Opened]:
+        """A candidate, opened in a process of its own.
 
         Raises:
-            TargetError: it cannot be used; with the reason.
+            QrankError: it cannot be used; with the reason.
         """
         child = start()
         question = {
@@ -274,22 +312,46 @@ class Contest:
             "threads": candidate.threads,
             "batch": candidate.batch,
         }
+        kind = ("open", candidate.target.device)
         try:
-            yield child, child.ask(question, self.seconds(candidate))["seconds"]
+            begun = time.perf_counter()
+            answer = child.ask(question, self.patience(candidate, self._slowest.get(kind)))
+            self._learn(kind, time.perf_counter() - begun)
+            yield Opened(candidate, child, answer["seconds"], answer["kendall"])
         except BaseException:
             child.close(kill=True)
             raise
         child.close()
 
-    def seconds(self, candidate: Candidate) -> float:
-        """How long a candidate may take to answer."""
-        return self._limit or 60.0 + candidate.target.variant.bytes / 1e7
+    def patience(self, candidate: Candidate, expected: float | None) -> float:
+        """Seconds to wait for a candidate's answer.
 
-    def rank(self, child: Asked, candidate: Candidate, texts: list[str]) -> float:
-        """Seconds it takes a candidate to rank texts."""
+        Args:
+            candidate: it.
+            expected: seconds that it should take, by what is known of others; None: nothing is.
+        """
+        if self._limit is not None:
+            return self._limit
+        more = candidate.target.variant.bytes / 1e7
+        if expected is not None:
+            return max(PATIENCE * expected, LEAST_PATIENCE + more)
+        return (FIRST_PATIENCE + more) * (1 if candidate.target.device == "cpu" else 10)
+
+    def rank(self, opened: Opened, texts: list[str], expected: float | None = None) -> float:
+        """Seconds it takes a candidate to rank texts; `expected` as `patience` has it."""
         question = {"do": "rank", "query": self._query, "documents": texts}
-        seconds: float = child.ask(question, self.seconds(candidate))["seconds"]
+        limit = self.patience(opened.candidate, expected)
+        seconds: float = opened.child.ask(question, limit)["seconds"]
         return seconds
+
+    def peak(self, opened: Opened) -> int | None:
+        """Most bytes a candidate's process held; None where the system does not tell."""
+        limit = self.patience(opened.candidate, None)
+        held: int | None = opened.child.ask({"do": "memory"}, limit)["bytes"]
+        return held
+
+    def _learn(self, kind: tuple[str, str], seconds: float) -> None:
+        self._slowest[kind] = max(seconds, self._slowest.get(kind, 0.0))
 
     def look(self, candidate: Candidate, best: float) -> Look:
         """Open a candidate and time it for a moment.
@@ -299,39 +361,46 @@ class Contest:
             best: pairs a second on `passages` of the best so far.
 
         Raises:
-            TargetError: it cannot be used; with the reason.
+            QrankError: it cannot be used; with the reason.
         """
         speeds: dict[str, float] = {}
-        with self.opened(candidate) as (child, load):
+        with self.opened(candidate) as opened:
             for profile, texts in self._work.items():
                 few = texts[: max(candidate.threads, 2)]
-                self.rank(child, candidate, few)  # kernels are made for every new shape
-                speed = len(few) / self.rank(child, candidate, few)
+                kind = (profile, candidate.target.device)
+                # Twice: kernels are made for every new shape.
+                first = self.rank(opened, few, self._slowest.get(kind))
+                self._learn(kind, first)
+                speed = len(few) / self.rank(opened, few, first)
                 speeds[profile] = speed
                 if speeds.get("passages", speed) * HOPELESS < best:
                     continue
                 count = min(max(int(speed * LOOK), len(few)), len(texts))
                 rounds = min(max(int(speed * LOOK / count), 1), 5)
-                times = [self.rank(child, candidate, texts[:count]) for _ in range(rounds)]
+                some = texts[:count]
+                times = [self.rank(opened, some, count / speed) for _ in range(rounds)]
                 speeds[profile] = float(count / np.median(times))
-            peak = child.ask({"do": "memory"}, self.seconds(candidate))["bytes"] or 0
-        return Look(candidate, candidate.measured(speeds=speeds, load=load), peak)
+            peak = self.peak(opened) or 0
+        found = candidate.measured(speeds=speeds, load=opened.load, kendall=opened.kendall)
+        return Look(candidate, found, peak)
 
     def compare(
         self, chosen: Sequence[Candidate], progress: Callable[[str], object]
     ) -> list[Measurement]:
         """Time candidates in turns: what else the machine does meets all of them alike."""
-        children: dict[int, Asked] = {}
-        loads: dict[int, float] = {}
+        running: dict[int, Opened] = {}
         reasons: dict[int, str] = {}
         speeds: dict[int, dict[str, float]] = {number: {} for number in range(len(chosen))}
 
         def turns(
-            texts: list[str], rounds: tuple[int, int], seconds: float
+            texts: list[str],
+            rounds: tuple[int, int],
+            seconds: float,
+            expected: Mapping[int, float],
         ) -> dict[int, list[float]]:
             cases = {
-                number: partial(self.rank, child, chosen[number], texts)
-                for number, child in children.items()
+                number: partial(self.rank, opened, texts, expected.get(number))
+                for number, opened in running.items()
                 if number not in reasons
             }
             times, failed = in_turns(cases, rounds, seconds)
@@ -341,23 +410,27 @@ class Contest:
         with ExitStack() as stack:
             for number, candidate in enumerate(chosen):
                 try:
-                    opened = stack.enter_context(self.opened(candidate))
-                    children[number], loads[number] = opened
-                except TargetError as error:
+                    running[number] = stack.enter_context(self.opened(candidate))
+                except QrankError as error:
                     reasons[number] = str(error)
             for profile, texts in self._work.items():
-                progress(f"comparing the {len(children)} fastest: {profile}")
+                progress(f"comparing the {len(running)} fastest: {profile}")
                 few = texts[: max(chosen[0].threads, 2)]
                 # Twice: kernels are made for every new shape.
-                glances = [seconds for _, seconds in turns(few, (2, 2), 0).values()]
-                count = int(LOOK * len(few) / max(glances, default=1.0))
+                glances = {n: seconds for n, (_, seconds) in turns(few, (2, 2), 0, {}).items()}
+                count = int(LOOK * len(few) / max(glances.values(), default=1.0))
                 some = texts[: max(count, len(few))]
-                for number, times in turns(some, ROUNDS, FINAL).items():
+                expected = {n: s * len(some) / len(few) for n, s in glances.items()}
+                for number, times in turns(some, ROUNDS, FINAL, expected).items():
                     speeds[number][profile] = float(len(some) / np.median(times))
         return [
             candidate.measured(reason=reasons[number])
             if number in reasons
-            else candidate.measured(speeds=speeds[number], load=loads[number])
+            else candidate.measured(
+                speeds=speeds[number],
+                load=running[number].load,
+                kendall=running[number].kendall,
+            )
             for number, candidate in enumerate(chosen)
         ]
 
@@ -368,7 +441,7 @@ def in_turns(
     """Call each case once a round; a round begins with another case each time.
 
     Args:
-        cases: may raise TargetError, and then has no further turn.
+        cases: may raise a QrankError, and then has no further turn.
         rounds: least and most of them.
         seconds: after which no further round begins, once there are enough.
 
@@ -386,7 +459,7 @@ def in_turns(
         for key in keys[first:] + keys[:first]:
             try:
                 found[key].append(cases[key]())
-            except TargetError as error:
+            except QrankError as error:
                 failed[key] = str(error)
                 del found[key]
     return found, failed

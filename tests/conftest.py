@@ -19,7 +19,7 @@ import tiny
 import tiny_decoders
 from hypothesis import HealthCheck, settings
 
-from qrank import Reranker
+from qrank import Reranker, paths
 from qrank.bundle import Manifest
 from qrank.converters import onnx as onnx_converter
 from qrank.converters.checkpoint import Checkpoint
@@ -180,3 +180,12 @@ def ready_graph(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path
 
     monkeypatch.setattr(onnx_converter, "convert", convert)
     return use
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache of the test's own: what one finds out, no other recalls."""
+    monkeypatch.setenv("QRANK_CACHE", str(tmp_path / "cache"))
+    paths.cache_folder.cache_clear()
+    yield tmp_path / "cache"
+    paths.cache_folder.cache_clear()

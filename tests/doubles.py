@@ -7,6 +7,7 @@ Each is an object with the names of a backend module (`qrank.backends`). All but
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from pathlib import Path
 
@@ -74,6 +75,34 @@ class Crashes(Right):
         """See `qrank.backends`."""
         ctypes.string_at(0)
         raise AssertionError("unreachable")
+
+
+class CrashesInTheMiddle(Right):
+    """Opens, scores nine sequences, and dies of the tenth."""
+
+    @staticmethod
+    def open(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+        """See `qrank.backends`."""
+
+        class Frail:
+            def logits(self, work: Work) -> Logits:
+                if len(work) >= 10:
+                    ctypes.string_at(0)
+                return np.zeros(len(work), np.float32)
+
+            def close(self) -> None:
+                pass
+
+        return Frail()
+
+
+class Exits(Right):
+    """Ends its process as if all were well."""
+
+    @staticmethod
+    def open(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+        """See `qrank.backends`."""
+        os._exit(0)
 
 
 class CrashesWhenLookedFor(Right):

@@ -45,13 +45,16 @@ def serving(
 
 
 @contextmanager
-def process(*arguments: str | Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def process(
+    *arguments: str | Path, said: list[str] | None = None
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Run `qrank serve` on a free port; gives its URL, once it serves, and the process.
 
-    What it logs is read and forgotten: a full pipe would stop it.
+    What it says until then is added to `said`. What it logs is read and forgotten: a full pipe
+    would stop it.
     """
     command = [str(Path(sys.executable).parent / "qrank"), "serve", "--port", "0"]
-    here = str(Path(__file__).parent)
+    here = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)]))
     started = subprocess.Popen(
         [*command, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": here},
@@ -61,6 +64,8 @@ def process(*arguments: str | Path) -> Iterator[tuple[str, subprocess.Popen[str]
     assert started.stderr is not None
     try:
         for line in started.stderr:
+            if said is not None:
+                said.append(line)
             if found := re.search(r"serving at (\S+)", line):
                 break
         else:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -220,18 +220,6 @@ def all_of(bundle: Path, folder: Path, stop_after: int | None = None) -> Evaluat
 
 def figures(evaluation: Evaluation) -> list[Any]:
     return [(r.name, r.measures, r.difference, r.kendall, r.overlap) for r in evaluation.rows]
-
-
-@pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache folder that nothing was ever put in."""
-    from qrank.paths import cache_folder
-
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("QRANK_CACHE", str(folder))
-    cache_folder.cache_clear()
-    yield folder
-    cache_folder.cache_clear()
 
 
 def test_interrupted_and_resumed_is_the_same(data: Path, bundle: Path, own_cache: Path) -> None:

@@ -1,5 +1,7 @@
 """Files that a runtime has mapped and read: their pages leave memory, and nothing is lost."""
 
+import ctypes
+import mmap
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,3 +57,21 @@ def test_what_llama_cpp_has_arranged_anew_leaves_memory(
     assert kept > 0
     assert left == 0
     assert logits == expected
+
+
+def test_memory_that_somebody_else_has_by_now_keeps_what_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime may unmap a file between the look at its place and the call that gives it back."""
+    file = tmp_path / "unmapped"
+    file.write_bytes(b"x")
+    with mmap.mmap(-1, 2**20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as heap:
+        heap.write(b"\x01" * len(heap))
+        held = (ctypes.c_char * len(heap)).from_buffer(heap)
+        start = ctypes.addressof(held)
+        del held
+        monkeypatch.setattr(mapped, "LARGE", 0)
+        monkeypatch.setattr(mapped, "_ranges", lambda path: [(start, start + len(heap))])
+        with mapped.given_back(file):
+            pass
+        assert heap[:] == b"\x01" * len(heap)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import tiny
 from click.testing import CliRunner
 from transformers import AutoModelForSequenceClassification
 
-from qrank import Reranker, paths
+from qrank import Reranker
 from qrank.backends import Backend, Options, openvino
 from qrank.bundle import Manifest, Variant
 from qrank.cli import main
@@ -27,7 +28,7 @@ from qrank.errors import ConversionError, InputError, TargetError
 from qrank.extras import need
 from qrank.family import Family
 from qrank.fidelity import TOLERANCES, Fidelity
-from qrank.work import Work
+from qrank.work import Logits, Work
 
 PRECISIONS = [precision for format, precision in tiny.VARIANTS if format == "openvino"]
 PAIRS = [("which planet is red?", "Mars is red. " * n) for n in (1, 0, 9, 30, 200)]
@@ -237,7 +238,10 @@ def test_arithmetic_is_chosen_and_named(bundle: Path) -> None:
 
 
 def test_arithmetic_that_misses_the_probes_is_not_used(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    own_cache: Path,
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     real = openvino.open
     opened = []
@@ -251,7 +255,7 @@ def test_arithmetic_that_misses_the_probes_is_not_used(
 
     monkeypatch.setattr(openvino, "open", wrong_in_bf16)
     monkeypatch.setattr(openvino, "executions", lambda device: ("bf16", "fp32"))
-    monkeypatch.setattr(paths, "recall", lambda name: {})
+    monkeypatch.setattr(sys, "frozen", True, raising=False)  # all of it in this process
     caplog.set_level("INFO", "qrank")
     with Reranker(bundle, backend="openvino-int8") as reranker:
         found = reranker.score(PAIRS[:1], raw=True)
@@ -263,6 +267,85 @@ def test_arithmetic_that_misses_the_probes_is_not_used(
     with pytest.raises(TargetError, match="computes wrongly"):
         Reranker(bundle, backend="openvino-int8", execution="bf16")
     assert opened[3:] == ["bf16"]
+
+
+def test_bf16_is_as_good_of_fp16_as_of_int8_weights_where_it_ranks_as_well(
+    own_cache: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is as far from the original of any weights; so is its tolerance, and tau is looked at."""
+    real, spread = openvino.open, float(np.ptp(Manifest.load(bundle).probes.logits))
+    shifts = {"bf16": 0.06 * max(1.0, spread)}
+
+    class Shifted:
+        def __init__(self, inner: Backend, by: float) -> None:
+            self._inner, self._by = inner, by
+            self.close = inner.close
+
+        def logits(self, work: Work) -> Logits:
+            return self._inner.logits(work) + np.float32(self._by)
+
+    def shifted(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+        by = shifts.get(options.execution or "", 0.0)
+        return Shifted(real(folder, variant, device, replace(options, execution="fp32")), by)
+
+    monkeypatch.setattr(openvino, "open", shifted)
+    monkeypatch.setattr(openvino, "executions", lambda device: ("bf16", "fp32"))
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with Reranker(bundle, backend="openvino-fp16") as reranker:
+        assert reranker.execution == "bf16"
+        assert 0.9 <= reranker.kendall <= 1
+    shifts["bf16"] = 0.08 * max(1.0, spread)
+    with Reranker(bundle, backend="openvino-fp16", threads=1) as reranker:
+        assert reranker.execution == "fp32"
+
+
+def test_x86_cpus_are_not_asked_to_compute_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8-full hangs there; and what has fp16 has bf16, which is five times as fast."""
+
+    class Core:
+        available_devices = ("CPU", "GPU")
+
+        def get_property(self, device: str, name: str) -> list[str]:
+            return ["BF16", "FP16", "FP32", "INT8"]
+
+    monkeypatch.setattr(openvino, "_core", Core)
+    for machine, expected in (("x86_64", ("bf16", "fp32")), ("aarch64", ("bf16", "fp16", "fp32"))):
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        assert openvino.executions("cpu") == expected
+        assert openvino.executions("gpu") == ("bf16", "fp16", "fp32")
+
+
+def test_a_fused_feed_forward_part_gets_one_stream_of_two_threads(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO divides by half a stream's threads there (SIGFPE); AMX alone has such nodes."""
+    manifest = Manifest.load(bundle)
+    variant = manifest.variants["openvino-fp16"]
+    monkeypatch.setattr(openvino, "_has_fused_mlp", lambda model: True)
+    options = Options(4, execution="bf16")
+    backend = openvino.open(bundle, variant, "cpu", options)
+    assert backend._streams._max_workers == 1
+    assert np.isfinite(backend.logits(manifest.probes.work)).all()
+    backend.close()
+    with pytest.raises(TargetError, match="takes two threads"):
+        openvino.open(bundle, variant, "cpu", replace(options, threads=1))
+    monkeypatch.undo()
+    backend = openvino.open(bundle, variant, "cpu", options)
+    assert backend._streams._max_workers == 4
+    assert not openvino._has_fused_mlp(backend._model(None))
+    backend.close()
+
+
+def test_lengths_that_are_computed_wrongly_are_not_padded_to(bundle: Path) -> None:
+    manifest = Manifest.load(bundle)
+    for precision, execution in (("int8-full", "bf16"), ("int8-full", "fp32"), ("int8", "bf16")):
+        variant = manifest.variants[f"openvino-{precision}"]
+        backend = openvino.open(bundle, variant, "cpu", Options(1, execution=execution))
+        lengths = [backend._length(n) for n in (1, 16, 17, 32, 33, 48, tiny.MAX_LENGTH)]
+        backend.close()
+        wrong = (precision, execution) in openvino.WRONG_LENGTHS
+        between = 48 if wrong else 32
+        assert lengths == [16, 16, between, between, 48, 48, tiny.MAX_LENGTH]
 
 
 SCORE = """

@@ -2,10 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from conftest import subset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrank import Reranker, losses, machine, paths, tuning
+from qrank import Reranker, cache, losses, machine, selection, tuning
 from qrank.backends import FORMATS, module
 from qrank.bundle import Manifest
+from qrank.cache import store
 from qrank.cli import main
 from qrank.converters.convert import converter
-from qrank.errors import InputError, MissingExtraError, TargetError
+from qrank.errors import BundleError, InputError, MissingExtraError, TargetError
 from qrank.losses import Loss
 from qrank.selection import ALIKE, PROFILES, Measurement, Wish, order, recalled, remember
 from qrank.targets import ELSEWHERE, ON_CPU, guesses
@@ -30,12 +32,8 @@ THREADS = machine.processors()
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache of the test's own: what one measures, no other recalls."""
-    monkeypatch.setenv("QRANK_CACHE", str(tmp_path / "cache"))
-    paths.cache_folder.cache_clear()
-    yield tmp_path / "cache"
-    paths.cache_folder.cache_clear()
+def _own_cache(own_cache: Path) -> None:
+    """What one test measures, no other recalls."""
 
 
 def qrank_(*arguments: str | Path, stdin: str = "") -> Result:
@@ -62,22 +60,27 @@ def test_every_failure_is_told_and_survived_and_the_next_best_is_chosen(
         looked="doubles:CrashesWhenLookedFor",
         absent="no_such_module",
         tires="doubles:Tires",
+        frail="doubles:CrashesInTheMiddle",
+        exits="doubles:Exits",
     )
-    result = qrank_("tune", onnx_only, "--limit", "10", "--json")
+    result = qrank_("tune", onnx_only, "--limit", "20", "--json")
     assert result.exit_code == 0, result.output
     found = {m["target"]: m for m in json.loads(result.stdout)}
     assert [name for name, m in found.items() if m["reason"] is None] == ["onnx-int8@cpu"]
     reasons = {
         "wrong/onnx-int8@cpu": "computes wrongly on this machine (right 1.0)",
-        "hangs/onnx-int8@cpu": "no answer within 10 s",
-        "crashes/onnx-int8@cpu": "SIGSEGV" if os.name == "posix" else "its process ended",
-        "looked": "SIGSEGV" if os.name == "posix" else "its process ended",
+        "hangs/onnx-int8@cpu": "no answer within 20 s",
+        "crashes/onnx-int8@cpu": "SIGSEGV" if os.name == "posix" else "its process died",
+        "looked": "SIGSEGV" if os.name == "posix" else "its process died",
         "absent": "cannot be imported: ModuleNotFoundError",
         "tires/onnx-int8@cpu": "MemoryError: no more",
+        "frail/onnx-int8@cpu": "SIGSEGV" if os.name == "posix" else "its process died",
+        "exits/onnx-int8@cpu": "its process died (exit code 0)",
     }
     assert set(found) == {"onnx-int8@cpu", *reasons}
     for name, reason in reasons.items():
         assert reason in found[name]["reason"], name
+        assert "RuntimeWarning" not in found[name]["reason"]
     with Reranker(onnx_only) as reranker:
         assert reranker.choice.measured
         assert reranker.target.name == "onnx-int8@cpu"
@@ -118,6 +121,7 @@ def test_where_nothing_works_every_target_and_its_reason_is_told(
         raise TargetError(f"the driver is out ({len(arguments)})")
 
     names = [t.name for t in guesses(Manifest.load(bundle), None, None)]
+    monkeypatch.setattr(sys, "frozen", True, raising=False)  # nothing is opened elsewhere first
     for format in FORMATS:
         monkeypatch.setattr(module(format), "open", fail)
     with pytest.raises(TargetError, match="no target works here") as caught:
@@ -179,41 +183,63 @@ def test_settings_are_taken_from_the_measurement_and_the_users_stand(bundle: Pat
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("place", "change"),
     [
-        {"cpu": lambda: "another"},
-        {"system": lambda: "Linux 99"},
-        {"accelerators": lambda: ["driver 1"]},
-        {"packages": lambda modules: ["onnxruntime-0.1"]},
+        (machine, {"cpu": lambda: "another"}),
+        (machine, {"system": lambda: "Linux 99"}),
+        (machine, {"accelerators": lambda: ["driver 1"]}),
+        (machine, {"packages": lambda modules: ["onnxruntime-0.1"]}),
+        (selection, {"__version__": "99.0"}),
     ],
-    ids=lambda change: next(iter(change)),
+    ids=["cpu", "system", "driver", "runtime", "qrank"],
 )
 def test_another_machine_driver_or_version_is_measured_anew(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Callable[..., object]]
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, place: object, change: dict[str, object]
 ) -> None:
     manifest = Manifest.load(bundle)
     remember(manifest, 2, [measurement("onnx-int8@cpu")])
     assert len(recalled(manifest, 2)) == 1
     assert recalled(replace(manifest, name="another"), 2) == recalled(manifest, 3) == []
     for name, value in change.items():
-        monkeypatch.setattr(machine, name, value)
+        monkeypatch.setattr(place, name, value)
     assert recalled(manifest, 2) == []
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"targets": [{"name": 1}]}', '{"targets": {}}'])
-def test_a_damaged_memory_is_none(bundle: Path, cache: Path, content: str) -> None:
+def broken(**changes: object) -> dict[str, object]:
+    """The record of a measurement with some fields changed."""
+    return {"targets": [asdict(measurement("onnx-int8@cpu")) | changes]}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {},
+        {"targets": [{"name": 1}]},
+        {"targets": {}},
+        {"targets": None},
+        broken(speeds={"passages": 1.0}),
+        broken(speeds=dict.fromkeys(PROFILES, "fast")),
+        broken(target="onnx-int2@cpu"),
+        broken(kendall=None),
+        broken(threads=0),
+        broken(invented_later=1),
+    ],
+)
+def test_a_measurement_that_is_not_whole_is_ignored_and_told(
+    bundle: Path, caplog: pytest.LogCaptureFixture, record: dict[str, object]
+) -> None:
     manifest = Manifest.load(bundle)
     remember(manifest, THREADS, [measurement("onnx-int8@cpu")])
-    (path,) = cache.glob("measured-*.json")
-    path.write_text(content, "utf-8")
+    store("measurements", selection._key(manifest, THREADS), record)
     with Reranker(bundle) as reranker:
         assert not reranker.choice.measured
+    assert "ignoring " in caplog.text
 
 
 def test_a_remembered_start_looks_for_nothing(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond naming the target: two small files are read, no package asked for its version."""
+    """A few small files are read, no process started, no package asked for its version."""
     manifest = Manifest.load(bundle)
     remember(manifest, THREADS, [measurement("onnx-int8@cpu")])
     Reranker(bundle).close()
@@ -222,21 +248,22 @@ def test_a_remembered_start_looks_for_nothing(
         raise AssertionError("asked")
 
     read: list[str] = []
-    recall = paths.recall
+    load = cache.load
 
-    def counted(name: str) -> dict[str, Any]:
-        read.append(name)
-        return recall(name)
+    def counted(kind: str, key: cache.Key, parse: Callable[..., Any]) -> Any:
+        read.append(kind)
+        return load(kind, key, parse)
 
-    monkeypatch.setattr(paths, "recall", counted)
+    monkeypatch.setattr(cache, "load", counted)
     monkeypatch.setattr("importlib.metadata.entry_points", fail)
     monkeypatch.setattr("importlib.metadata.version", fail)
     monkeypatch.setattr("subprocess.Popen", fail)
     Reranker(bundle, backend="onnx-int8", device="cpu").close()
-    named = len(read)
+    files = {"tokenizer.json", *manifest.variants["onnx-int8"].files}
+    assert sorted(read) == sorted(["measurements", "proofs", *["hashes"] * len(files)])
+    read.clear()
     Reranker(bundle).close()
-    assert len(read) == 2 * named + 1
-    assert sum(name.startswith("measured-") for name in read) == 2
+    assert read.count("proofs") == read.count("measurements") == 1
 
 
 def test_a_first_call_says_that_it_guesses_and_no_measure_keeps_quiet(bundle: Path) -> None:
@@ -291,6 +318,45 @@ def test_guesses_have_backends_that_know_the_device(bundle: Path, device: str | 
     order_ = ON_CPU if device in (None, "cpu") else ELSEWHERE
     key = [t.variant.name if order_ is ON_CPU else t.variant.precision for t in found]
     assert key == sorted(key, key=order_.index)
+
+
+def with_a_later_format(bundle: Path, folder: Path) -> Path:
+    """A bundle with a variant of a format that only a later qrank knows."""
+    folder = subset(bundle, folder, ["onnx-int8"])
+    manifest = Manifest.load(folder)
+    later = replace(manifest.variants["onnx-int8"], format="later", precision="int8")
+    manifest.with_variant(later).save(folder)
+    (folder / "later-int8").mkdir(exist_ok=True)
+    return folder
+
+
+def test_a_variant_of_a_later_format_is_left_out_and_told(
+    bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = with_a_later_format(bundle, tmp_path / "later")
+    with Reranker(folder) as reranker:
+        assert reranker.target.name == "onnx-int8@cpu"
+    assert "leaving out later-int8 of the bundle" in caplog.text
+    with pytest.raises(TargetError, match="no variant for backend 'later-int8'"):
+        Reranker(folder, backend="later-int8")
+    manifest = Manifest.load(folder)
+    del manifest.variants["onnx-int8"]
+    manifest.save(folder)
+    with pytest.raises(TargetError, match="install the qrank that wrote it"):
+        Reranker(folder)
+
+
+def test_a_damaged_variant_is_told_and_the_next_is_taken(
+    bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(subset(bundle, tmp_path / "two", ["onnx-int8", "onnx-fp32"]), folder)
+    (folder / "onnx-int8" / "model.onnx").unlink()
+    with Reranker(folder) as reranker:
+        assert reranker.target.name == "onnx-fp32@cpu"
+    assert "taking the next target: onnx-int8@cpu: " in caplog.text
+    with pytest.raises(BundleError, match="lacks onnx-int8"):
+        Reranker(folder, backend="onnx-int8")
 
 
 def test_a_device_that_no_format_knows_is_told(bundle: Path) -> None:
@@ -381,6 +447,17 @@ def test_a_bound_on_the_loss_keeps_what_was_measured_to_lose_no_more(bundle: Pat
         assert reranker.target == second
     with pytest.raises(TargetError, match=r"0\.0200 \(±0\.0100, 100 queries of cranfield\)"):
         Reranker(bundle, max_loss=0.005, backend=first.variant.name)
+
+
+def test_bounds_that_different_variants_satisfy_are_told(bundle: Path) -> None:
+    manifest = Manifest.load(bundle)
+    by_tau = sorted(manifest.variants.values(), key=lambda v: v.fidelity.kendall)
+    worst, best = by_tau[0], by_tau[-1]
+    losses.remember(manifest, {worst.name: Loss(0.0, 0.01, 100, "cranfield")})
+    between = (worst.fidelity.kendall + best.fidelity.kendall) / 2
+    for backend in (None, worst.format):
+        with pytest.raises(TargetError, match=r"both loses 0\.005.*or less|Kendall tau of"):
+            Reranker(bundle, max_loss=0.005, min_kendall=between, backend=backend)
 
 
 def test_what_loses_much_or_nobody_knows_what_is_taken_last(bundle: Path, tmp_path: Path) -> None:

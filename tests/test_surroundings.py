@@ -5,14 +5,18 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from qrank import Reranker, paths
-from qrank.bundle import Manifest, Probes, check_files
+from qrank import Reranker, backends, cache, machine
+from qrank.bundle import Manifest, check_files
+from qrank.cache import store
+from qrank.cli import main
 from qrank.errors import BundleError, TargetError
+from qrank.proof import _Case
 
 SCORE = """
 import sys
@@ -34,15 +38,6 @@ def python(
         capture_output=True,
         text=True,
     )
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache folder of the test's own."""
-    monkeypatch.setenv("QRANK_CACHE", str(tmp_path / "cache"))
-    paths.cache_folder.cache_clear()
-    yield tmp_path / "cache"
-    paths.cache_folder.cache_clear()
 
 
 @pytest.fixture
@@ -88,7 +83,9 @@ def test_writes_below_the_cache_folder_alone(bundle: Path, tmp_path: Path) -> No
     )
     assert (done.returncode, done.stderr) == (0, "")
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
-    assert written - set(folders) == {"cache", "cache/proven.json", "cache/verified.json"}
+    kept = {name for name in written - set(folders) if not name.endswith(".json")}
+    assert kept == {"cache", "cache/hashes", "cache/proofs"}
+    assert {name.partition("/")[0] for name in written} == {"cache", *folders}
 
 
 def test_without_network_a_hub_id_is_told_at_once(tmp_path: Path) -> None:
@@ -98,7 +95,7 @@ def test_without_network_a_hub_id_is_told_at_once(tmp_path: Path) -> None:
     assert "ModelNotFoundError: someone/some-reranker is no folder here" in done.stderr
 
 
-def test_hashes_are_remembered(cache: Path, copy: Path) -> None:
+def test_hashes_are_remembered(own_cache: Path, copy: Path) -> None:
     """Shown by a change that keeps size and time: only hashing can see it."""
     Reranker(copy).close()
     tokenizer = copy / "tokenizer.json"
@@ -112,12 +109,12 @@ def test_hashes_are_remembered(cache: Path, copy: Path) -> None:
     check_files(copy, files)
     with pytest.raises(BundleError, match=r"tokenizer\.json is damaged"):
         check_files(copy, files, always_hash=True)
-    (cache / "verified.json").unlink()
+    cache.clear("hashes")
     with pytest.raises(BundleError, match=r"tokenizer\.json is damaged"):
         Reranker(copy)
 
 
-def test_a_changed_file_is_hashed_again(cache: Path, copy: Path) -> None:
+def test_a_changed_file_is_hashed_again(own_cache: Path, copy: Path) -> None:
     with Reranker(copy) as reranker:
         variant = reranker.target.variant
     path = copy / next(iter(variant.files))
@@ -128,41 +125,114 @@ def test_a_changed_file_is_hashed_again(cache: Path, copy: Path) -> None:
         check_files(copy, variant.files)
 
 
-def test_the_proof_is_remembered(cache: Path, copy: Path) -> None:
+def test_the_proof_is_remembered(own_cache: Path, copy: Path) -> None:
     """Shown by wrong probes: refused when looked at, and not looked at when known as proven."""
-    right = Manifest.load(copy)
-    Reranker(copy).close()
-    proven = (cache / "proven.json").read_text("utf-8")
-    assert right.digest in proven
-    probes = right.probes
-    wrong = Manifest(
-        right.name,
-        right.family,
-        right.source,
-        right.files,
-        Probes(probes.work, probes.logits + 50, probes.reference),
-        right.variants,
+    with Reranker(copy, backend="onnx-int8") as reranker:
+        options = reranker.choice.options
+    (path,) = (own_cache / "proofs").iterdir()
+    right = json.loads(path.read_text("utf-8"))
+    manifest = Manifest.load(copy)
+    replace(manifest, probes=replace(manifest.probes, logits=manifest.probes.logits + 50)).save(
+        copy
     )
-    wrong.save(copy)
     with pytest.raises(TargetError, match="computes wrongly"):
-        Reranker(copy)
-    now = json.loads((cache / "proven.json").read_text("utf-8"))
-    assert not any(held for key, held in now.items() if key.startswith(wrong.digest))
-    (cache / "proven.json").write_text(proven.replace(right.digest, wrong.digest), "utf-8")
-    Reranker(copy).close()
+        Reranker(copy, backend="onnx-int8")
+    target = reranker.target
+    key = _Case(copy, target, Manifest.load(copy), options, None)._key()
+    assert key is not None
+    store("proofs", key, right["record"])
+    Reranker(copy, backend="onnx-int8").close()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"a": 1}', "\x00\xff"])
-def test_a_damaged_cache_is_ignored_and_made_anew(cache: Path, bundle: Path, content: str) -> None:
-    cache.mkdir()
-    for name in ("verified.json", "proven.json"):
-        (cache / name).write_text(content, "latin-1")
-    Reranker(bundle).close()
-    digest = Manifest.load(bundle).digest
-    assert any(key.startswith(digest) for key in json.loads((cache / "proven.json").read_text()))
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [
+        (backends, {"__version__": "99.0"}),
+        (backends, {"runtime": lambda name: ["openvino-0.1"]}),
+        (machine, {"cpu": lambda: "another"}),
+    ],
+    ids=["qrank", "runtime", "cpu"],
+)
+def test_another_version_or_machine_is_proven_anew(
+    own_cache: Path,
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: object,
+    change: dict[str, object],
+) -> None:
+    Reranker(bundle, backend="onnx-int8").close()
+    assert len(list((own_cache / "proofs").iterdir())) == 1
+    for name, value in change.items():
+        monkeypatch.setattr(place, name, value)
+    Reranker(bundle, backend="onnx-int8").close()
+    assert len(list((own_cache / "proofs").iterdir())) == 2
 
 
-def test_a_read_only_bundle_is_enough(cache: Path, copy: Path) -> None:
+def test_a_device_with_a_driver_is_another_with_another_driver(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = [backends.conditions("openvino", device) for device in ("cpu", "gpu")]
+    monkeypatch.setattr(machine, "accelerators", lambda: ["driver 2"])
+    now = [backends.conditions("openvino", device) for device in ("cpu", "gpu")]
+    assert (here[0] == now[0], here[1] == now[1]) == (True, False)
+
+
+CONTENTS = ["", "{", "[]", "null", '{"a": 1}', "\x00\xff", "[" * 100_000, '{"key": 1, "record": 2}']
+
+
+@pytest.mark.parametrize("content", CONTENTS, ids=range(len(CONTENTS)))
+def test_a_damaged_cache_is_told_ignored_and_made_anew(
+    own_cache: Path, bundle: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    Reranker(bundle, backend="onnx-int8").close()
+    whole = {path: path.read_text("utf-8") for path in own_cache.rglob("*.json")}
+    assert len(whole) == 3
+    for path in whole:
+        path.write_text(content, "latin-1")
+    Reranker(bundle, backend="onnx-int8").close()
+    assert caplog.text.count("ignoring ") == 3
+    for path in whole:
+        assert json.loads(path.read_text("utf-8"))["key"] == json.loads(whole[path])["key"]
+
+
+WRITE = """
+import sys
+from qrank import cache
+for number in range(20):
+    cache.store("proofs", {"writer": sys.argv[1], "number": number}, {"held": number})
+"""
+
+
+def test_processes_that_write_at_once_lose_nothing(own_cache: Path, tmp_path: Path) -> None:
+    writers = [subprocess.Popen([sys.executable, "-c", WRITE, name]) for name in "abc"]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    for name in "abc":
+        for number in range(20):
+            key = {"writer": name, "number": number}
+            assert cache.load("proofs", key, lambda held: held) == number
+
+
+def test_the_cache_is_shown_and_cleared_by_kind(own_cache: Path, bundle: Path) -> None:
+    def shown(*arguments: str) -> dict[str, int]:
+        result = CliRunner().invoke(main, ["cache", *arguments])
+        assert result.exit_code == 0, result.output
+        folder, *lines = result.stdout.splitlines()
+        assert folder == str(own_cache)
+        assert max(map(len, lines)) <= 80
+        return {line.split()[0]: int(line.split()[1]) for line in lines}
+
+    assert set(shown().values()) == {0}
+    Reranker(bundle, backend="openvino-int8").close()
+    held = shown()
+    assert (held["hashes"], held["proofs"], held["openvino"]) == (3, 1, 1)
+    left = shown("--clear", "proofs", "--clear", "openvino")
+    assert left == held | {"proofs": 0, "openvino": 0}
+    assert set(shown("--clear", "all").values()) == {0}
+    Reranker(bundle, backend="openvino-int8").close()
+    assert CliRunner().invoke(main, ["cache", "--clear", "everything"]).exit_code == 2
+
+
+def test_a_read_only_bundle_is_enough(own_cache: Path, copy: Path) -> None:
     for path in [copy, *copy.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     names = sorted(copy.rglob("*"))

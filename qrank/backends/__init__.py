@@ -21,14 +21,17 @@ a function of the user's own with `open`'s signature.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from qrank import machine
 from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.family import Family
 from qrank.memory import Memory
+from qrank.version import __version__
 from qrank.work import Logits, Work
 
 FORMATS = ("onnx", "openvino", "gguf")
@@ -135,6 +138,44 @@ def batches(name: str, device: str) -> tuple[int, ...]:
     """What `Options.batch` may be worth trying for a backend on a device, its own choice first."""
     choices = getattr(module(name), "batches", None)
     return tuple(choices(device)) if choices else ()
+
+
+def conditions(name: str, device: str) -> dict[str, Any]:
+    """What anything found out about a backend on a device holds for, as JSON can hold it.
+
+    This qrank, the runtime as it is installed, the CPU, and for other devices the system with its
+    drivers and what the device is. All is told without importing a runtime.
+
+    Args:
+        name: of a backend; of a user's own nothing tells when it changes.
+        device: lower case.
+    """
+    found: dict[str, Any] = {
+        "qrank": __version__,
+        "backend": name,
+        "runtime": runtime(name),
+        "cpu": machine.cpu(),
+        "device": device,
+    }
+    if device != "cpu":
+        found |= {"system": machine.system(), "accelerators": machine.accelerators()}
+    return found
+
+
+def runtime(name: str) -> list[str]:
+    """Versions of a backend's packages, and when they were installed: some are compiled there."""
+    if name not in RUNTIMES:
+        from importlib import metadata
+
+        points = metadata.entry_points(group=GROUP, name=name)
+        return sorted(f"{point.dist.name}-{point.dist.version}" for point in points if point.dist)
+    modules = (RUNTIMES[name],) if name != "torch" else ("torch", "transformers")
+    found = machine.packages(modules)
+    for module in modules:
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.origin is not None:
+            found.append(str(Path(spec.origin).stat().st_mtime_ns))
+    return found
 
 
 def opener(name: str) -> Opener:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qrank import machine
 from qrank.backends.mapped import given_back
 from qrank.errors import TargetError
 from qrank.extras import need
@@ -146,6 +147,15 @@ def device_pointer(device: str) -> int | None:
     return found
 
 
+def rearranges() -> bool:
+    """Whether llama.cpp may arrange weights anew for this CPU's kernels.
+
+    Not where it has AMX: llama.cpp's AMX kernel then dies of SIGSEGV, of q8_0 always
+    (ggml_backend_amx_mul_mat, https://github.com/ggml-org/llama.cpp/issues/20824).
+    """
+    return "AMX int8" not in machine.instruction_sets()
+
+
 def load(path: Path, device: str) -> object:
     """A file's model, all of it on a device that is present.
 
@@ -158,6 +168,7 @@ def load(path: Path, device: str) -> object:
     chosen = (ctypes.c_void_p * 2)(None if device == "cpu" else device_pointer(device), None)
     settings.devices = ctypes.cast(chosen, ctypes.c_void_p)
     settings.n_gpu_layers = 0 if device == "cpu" else -1
+    settings.use_extra_bufts = rearranges()
     _errors.clear()
     # Weights that it arranges anew, or copies to a GPU, are read in the file once.
     with given_back(path):

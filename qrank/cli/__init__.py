@@ -7,6 +7,7 @@ from click.shell_completion import get_completion_class
 
 import qrank
 from qrank.cli.bench import bench
+from qrank.cli.cache import cache
 from qrank.cli.calibrate import calibrate
 from qrank.cli.common import Group, debug_option
 from qrank.cli.convert import convert
@@ -50,6 +51,7 @@ def completion(shell: str) -> None:
 
 for command in (
     bench,
+    cache,
     calibrate,
     convert,
     doctor,

@@ -23,7 +23,8 @@ from qrank.selection import PROFILES, Measurement, Policy, Profile, Wish, doubtf
 @click.option(
     "--limit",
     type=click.FloatRange(min=0, min_open=True),
-    help="Seconds a backend may take to open or to answer.  [default: 60, 1 more per 10 MB]",
+    help="Seconds a backend may take to open or to answer.  [default: ten times what others "
+    "took, and more for large files]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @debug_option

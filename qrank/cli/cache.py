@@ -1,0 +1,42 @@
+"""`qrank cache`."""
+
+from __future__ import annotations
+
+import click
+
+from qrank import cache as store
+from qrank import paths
+from qrank.cli.common import debug_option, megabytes
+
+_ALL = "all"
+
+
+@click.command()
+@click.option(
+    "--clear",
+    multiple=True,
+    type=click.Choice([*store.KINDS, _ALL]),
+    help="Remove what lies there of this kind; repeat for more.",
+)
+@debug_option
+def cache(clear: tuple[str, ...]) -> None:
+    """Show what qrank remembers on this machine, and clear it.
+
+    All of it can be made again: files are hashed again, targets held against their probes and
+    measured again, queries scored again. What you made yourself (qrank calibrate) is not kept here.
+
+    \b
+      qrank cache
+      qrank cache --clear proofs --clear openvino
+    """
+    for kind in store.KINDS if _ALL in clear else dict.fromkeys(clear):
+        store.clear(kind)
+    folder = paths.cache_folder()
+    if folder is None:
+        return  # a notice has said so
+    click.echo(folder)
+    width = max(map(len, store.KINDS))
+    for kind, found in store.usage().items():
+        click.echo(
+            f"  {kind:{width}}{found.records:>7}{megabytes(found.bytes):>11}  {store.KINDS[kind]}"
+        )
