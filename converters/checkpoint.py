@@ -219,6 +219,7 @@ def describe(
     said = Said(source, config, settings(), metadata, tokenizer(), control)
     check_case(said)
     made = concrete(card, said)
+    _check_embeddings(said, made)
     return Checkpoint(
         folder=folder,
         source=Source(identity, commit, _fingerprint(config, tokenizer(), files)),
@@ -236,6 +237,27 @@ def _check_labels(settings: PretrainedConfig, source: str) -> None:
         raise FamilyError(
             f"{source} has {settings.num_labels} labels; a reranker has one: it is a classifier, "
             "or a model without a trained head"
+        )
+
+
+def _check_embeddings(said: Said, family: Family) -> None:
+    """See that the model has an embedding for every token that a text or the template may give.
+
+    Raises:
+        FamilyError: tokens were added to the tokenizer alone; the original fails on them.
+    """
+    rows = whole_number(said.settings, "vocab_size", said.source)
+    beyond = {
+        text: number
+        for text, number in said.tokenizer.get_vocab().items()
+        if number >= rows and (text not in said.control or number in family.template)
+    }
+    if beyond:
+        text = min(beyond, key=lambda text: beyond[text])
+        raise FamilyError(
+            f"{said.source}: the token {text!r} has the id {beyond[text]}, and the model has "
+            f"{rows} embeddings (vocab_size in config.json): after adding tokens, call "
+            "resize_token_embeddings and train it"
         )
 
 

@@ -7,7 +7,9 @@ says, with the converters' own reading of it.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Torch
         raise TargetError(
             f"{version()} here has no device {device!r}; present are: {', '.join(present)}"
         )
+    from qrank.converters.fidelity import run_reference
     from qrank.converters.weights import load_model
     from qrank.scoring_graph import scorer
 
@@ -117,27 +120,34 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Torch
     model = load_model(folder, dtype=DTYPES[variant.precision], attention="sdpa")
     scoring = scorer(model, family).eval()
     if family.decoder:
+        theirs = partial(run_reference, model, labels=family.labels)
         # In a thread of its own, see `TorchBackend`.
         with ThreadPoolExecutor(1) as once:
-            once.submit(_check, scoring, model, family, variant.precision).result()
+            once.submit(_check, scoring, theirs, family, variant.precision).result()
     return TorchBackend(scoring.to(device), family, device, options)
 
 
-def _check(scoring: Any, model: Any, family: Family, precision: str) -> None:
+def _check(
+    scoring: Any, reference: Callable[[Work], Logits], family: Family, precision: str
+) -> None:
     """Hold our way to a causal model's score against transformers' own, on a few tokens.
 
     A bundle has probes for that. What depends on the length is `converters.attention`'s.
+
+    Args:
+        scoring: our graph.
+        reference: transformers' own logits.
+        family: the checkpoint's.
+        precision: of DTYPES.
 
     Raises:
         TargetError: they differ: the score is more than a row times a hidden state.
     """
     torch = need("torch")
-    from qrank.converters.fidelity import run_reference
-
     work = Work([np.arange(1, 13, dtype=np.int32)])
-    (theirs,) = run_reference(model, work, family.labels)
+    (theirs,) = reference(work)
     ids = torch.tensor(work.sequences[0][None], dtype=torch.int64)
-    empty = torch.zeros(scoring.prefix_shape, dtype=model.dtype)
+    empty = torch.zeros(scoring.prefix_shape, dtype=scoring.model.dtype)
     nothing = torch.empty(0, dtype=torch.int64)
     with torch.inference_mode():
         logits, _ = scoring(ids, torch.tensor([ids.shape[1] - 1]), empty, nothing)
