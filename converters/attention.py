@@ -71,6 +71,12 @@ def rotary_limit(settings: PretrainedConfig, source: str) -> int | None:
     parameters: dict[str, Any] = getattr(settings, "rope_parameters", None) or {}
     # Of models with layers of several kinds, a dictionary a kind.
     kinds = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
+    for kind in kinds:
+        if not isinstance(kind.get("rope_type", "default"), str):
+            raise FamilyError(
+                f"{source}: config.json has rope_type = {kind['rope_type']!r} in rope_parameters; "
+                "expected a text"
+            )
     limits = [
         kind.get("original_max_position_embeddings")
         for kind in kinds

@@ -235,8 +235,8 @@ def describe(
 def _check_labels(settings: PretrainedConfig, source: str) -> None:
     if settings.num_labels != 1:
         raise FamilyError(
-            f"{source} has {settings.num_labels} labels; a reranker has one: it is a classifier, "
-            "or a model without a trained head"
+            f"{source} has {settings.num_labels} labels (id2label, num_labels in config.json); a "
+            "reranker has one: it is a classifier, or a model without a trained head"
         )
 
 

@@ -63,7 +63,8 @@ def concrete(card: Card, said: Said) -> Family:
         if f"{{{role}}}" in card.template
     }
     if missing := [role.strip("{}") for role, number in numbers.items() if number is None]:
-        raise FamilyError(f"the tokenizer names no {', '.join(missing)} token")
+        names = ", ".join(f"{role}_token" for role in missing)
+        raise FamilyError(f"{said.source}: tokenizer_config.json names no {names}")
     numbers |= said.control
     template, instructed = _prompted(card, said), card.instructed
     for item in (*template, *instructed):
@@ -151,12 +152,18 @@ def _max_length(card: Card, said: Said) -> int:
             f"{said.source}: neither max_position_embeddings in config.json nor model_max_length "
             "in tokenizer_config.json says how many tokens the model reads"
         )
-    if most < 1:
-        raise FamilyError(f"{said.source} reads {most} tokens, by its config.json")
+    if most < _LEAST:
+        raise FamilyError(
+            f"{said.source} reads {most} tokens, by max_position_embeddings in config.json, "
+            f"model_max_length in tokenizer_config.json or max_seq_length in {TRANSFORMER}; "
+            f"expected {_LEAST} or more"
+        )
     return most
 
 
 _NO_LIMIT = 10**9
+_LEAST = 32
+"""Tokens for a query and a document; a smaller number is a mistake."""
 
 
 def _pooling(card: Card, said: Said) -> str:
@@ -176,27 +183,23 @@ def _activation(card: Card, said: Said) -> str:
 
     sentence-transformers from 5.4 on writes a file of its own, before that keys of config.json.
     """
-    named, file = said.metadata.activation, MODEL
-    if named is None:
-        named, file = _configured_activation(said), "config.json"
-    if named is None:
-        return card.activation
-    if named not in _ACTIVATIONS:
-        raise FamilyError(
-            f"{said.source}: {file} names the activation {named!r}; supported are: "
-            f"{', '.join(_ACTIVATIONS)}"
-        )
-    return _ACTIVATIONS[named]
-
-
-def _configured_activation(said: Said) -> Any:
-    key = "sentence_transformers"
-    own = said.config.get(key)
-    if own is not None and not isinstance(own, dict):
-        raise FamilyError(f"{said.source}: config.json has {key} = {own!r}; expected an object")
-    if own and "activation_fn" in own:
-        return own["activation_fn"]
-    return said.config.get("sbert_ce_default_activation_function")
+    legacy = "sbert_ce_default_activation_function"
+    own = said.config.get("sentence_transformers") or {}
+    places = [(MODEL, "activation_fn", said.metadata.activation)]
+    if "activation_fn" in own:
+        places.append(("config.json", "activation_fn", own["activation_fn"]))
+    else:
+        places.append(("config.json", legacy, said.config.get(legacy)))
+    for file, key, named in places:
+        if named is None:
+            continue
+        if not isinstance(named, str) or named not in _ACTIVATIONS:
+            raise FamilyError(
+                f"{said.source}: {file} names the activation {named!r} ({key}); supported are: "
+                f"{', '.join(_ACTIVATIONS)}"
+            )
+        return _ACTIVATIONS[named]
+    return card.activation
 
 
 def check_case(said: Said) -> None:

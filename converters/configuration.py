@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from qrank.errors import ConversionError, FamilyError, ModelNotFoundError
@@ -53,6 +54,33 @@ def read_json(path: Path, kind: type, source: str) -> Any:
     return content
 
 
+def check_kinds(
+    content: dict[str, Any], kinds: Mapping[str, tuple[type, ...]], file: str, source: str
+) -> None:
+    """See that keys of a JSON file are of the types that transformers takes, where they are there.
+
+    Raises:
+        ConversionError: one is not.
+    """
+    for key, kind in kinds.items():
+        if key in content and type(content[key]) not in kind:
+            names = " or ".join(_NAMES[k] for k in kind)
+            raise ConversionError(
+                f"{source}: {file} has {key} = {content[key]!r}; expected {names}"
+            )
+
+
+_NAMES = {
+    bool: "true or false",
+    dict: "an object",
+    float: "a number",
+    int: "a whole number",
+    list: "a list",
+    NoneType: "null",
+    str: "a text",
+}
+
+
 def read_config(folder: Path, source: str | None = None) -> dict[str, Any]:
     """The config.json of a folder.
 
@@ -91,6 +119,8 @@ def read_settings(folder: Path, config: dict[str, Any], source: str) -> Pretrain
         FamilyError: transformers has no class for it, or its weights are quantized.
         ConversionError: a value is not what transformers takes.
     """
+    kinds = {"auto_map": (dict,), "num_labels": (int,), "sentence_transformers": (dict, NoneType)}
+    check_kinds(config, kinds, "config.json", source)
     kind, code = config.get("model_type"), _code(config)
     if not isinstance(kind, str):
         raise FamilyError(
@@ -110,15 +140,10 @@ def read_settings(folder: Path, config: dict[str, Any], source: str) -> Pretrain
             source,
             kind,
         )
-    if config.get("quantization_config") is not None:
+    if "quantization_config" in config:
         raise FamilyError(
             f"{source}: config.json has a quantization_config; qrank converts checkpoints whose "
             "weights are not quantized: take the original one"
-        )
-    labels = config.get("num_labels", 1)
-    if type(labels) is not int or labels < 1:
-        raise ConversionError(
-            f"{source}: config.json has num_labels = {labels!r}; expected a whole number from 1 on"
         )
     with explained(f"{source}: transformers cannot take its config.json"):
         settings: PretrainedConfig = transformers.AutoConfig.from_pretrained(
@@ -168,10 +193,9 @@ def auto_class(config: dict[str, Any]) -> Any:
 
 def _code(config: dict[str, Any]) -> str:
     """What an error says of code that a checkpoint brings; "" where it brings none."""
-    named = config.get("auto_map")
-    if not named:
+    if not (named := config.get("auto_map")):
         return ""
-    names = sorted(map(str, named.values())) if isinstance(named, dict) else [str(named)]
+    names = sorted(map(str, named.values()))
     return (
         f". The checkpoint brings code of its own for it (auto_map: {', '.join(names)}), and qrank "
         "runs no code of a checkpoint"

@@ -10,6 +10,7 @@ import numpy as np
 from qrank.backends import Options, module, opener
 from qrank.bundle import Probes, Variant
 from qrank.converters.checkpoint import Checkpoint
+from qrank.converters.configuration import explained
 from qrank.converters.probes import probe_pairs
 from qrank.encoding import Encoder
 from qrank.errors import ConversionError, FidelityError, TargetError
@@ -73,9 +74,10 @@ def checkpoint_ids(checkpoint: Checkpoint, query: str, document: str, limit: int
     if not family.decoder:
         # As a batch of one: a single empty document would count as no document at all.
         query, document = prompt
-        (pair,) = tokenizer([query], [document], truncation="only_second", max_length=limit)[
-            "input_ids"
-        ]
+        with explained(f"{checkpoint.name}: its tokenizer cannot cut a pair to {limit} tokens"):
+            (pair,) = tokenizer([query], [document], truncation="only_second", max_length=limit)[
+                "input_ids"
+            ]
         return list(pair)
     items = [
         [item]

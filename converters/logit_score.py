@@ -64,7 +64,12 @@ def _labels(
     """The one or two tokens whose logits are the score."""
     name = f"{metadata.logit_score}/config.json"
     path = folder / name
-    content = read_json(path, dict, source) if path.is_file() else {}
+    if not path.is_file():
+        raise FamilyError(
+            f"{source}: modules.json has path = {metadata.logit_score!r} for LogitScore, and there "
+            "is no config.json"
+        )
+    content = read_json(path, dict, source)
     numbers = [content.get(key) for key in ("true_token_id", "false_token_id")]
     if numbers[0] is None:
         raise FamilyError(f"{source}: {name} names no true_token_id")

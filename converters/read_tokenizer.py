@@ -7,11 +7,18 @@ import logging
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, normalizers
 
-from qrank.converters.configuration import explained, is_causal, transformers_for
+from qrank.converters.configuration import (
+    check_kinds,
+    explained,
+    is_causal,
+    read_json,
+    transformers_for,
+)
 from qrank.converters.probes import probe_pairs
 from qrank.converters.tokenizer import is_control
 from qrank.errors import ConversionError, FamilyError
@@ -20,6 +27,19 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 log = logging.getLogger("qrank")
+
+_NAMED = ("bos", "cls", "eos", "mask", "pad", "sep", "unk")
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "auto_map": (dict, list),
+    "chat_template": (str, list, dict, NoneType),
+    "do_lower_case": (bool,),
+    "model_input_names": (list,),
+    "model_max_length": (int, float, NoneType),
+    "tokenizer_class": (str, NoneType),
+    "truncation_side": (str,),
+}
+"""What transformers takes at keys of tokenizer_config.json that change ids."""
 
 _ODD = (
     "ＦＵＬＬ　ｗｉｄｔｈ ﬁne ①② ™ ½",
@@ -51,12 +71,15 @@ def read_tokenizer(
         FamilyError: it reads text in a way that qrank does not.
     """
     transformers = transformers_for(config)
+    _check_config(folder, source)
     with explained(f"transformers cannot read {source}, its tokenizer"), warnings.catch_warnings():
         # Reading a vocab.txt, it warns of its own way to do so.
         warnings.simplefilter("ignore", DeprecationWarning)
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, config=settings, local_files_only=True, trust_remote_code=False
         )
+        # A character of nobody's: an unknown token must be found for it.
+        tokenizer("\ue000")
     # Without files, transformers makes up a tokenizer of special tokens alone.
     if not tokenizer.is_fast or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ConversionError(f"{source} has no tokenizer.json, and none can be made from it")
@@ -64,6 +87,23 @@ def read_tokenizer(
     _check(tokenizer, source)
     read: PreTrainedTokenizerBase = tokenizer
     return read
+
+
+def _check_config(folder: Path, source: str) -> None:
+    """See that what qrank takes of tokenizer_config.json is of its type.
+
+    Raises:
+        ConversionError: a key is not.
+    """
+    if not (path := folder / "tokenizer_config.json").is_file():
+        return
+    content = read_json(path, dict, source)
+    named = dict.fromkeys((f"{name}_token" for name in _NAMED), (str, dict, NoneType))
+    check_kinds(content, named | _KINDS, path.name, source)
+    if (side := content.get("truncation_side", "right")) not in ("left", "right"):
+        raise ConversionError(
+            f"{source}: {path.name} has truncation_side = {side!r}; expected 'left' or 'right'"
+        )
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase, items: Iterable[str] = ()) -> dict[str, int]:

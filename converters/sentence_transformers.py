@@ -152,7 +152,7 @@ def _logit_score(reader: _Reader, modules: list[Any]) -> str | None:
     kinds = [module["type"] for module in modules]
     names = [kind.rpartition(".")[2] for kind in kinds]
     if foreign := [kind for kind in kinds if not kind.startswith("sentence_transformers.")]:
-        reader.refuse(f"names {foreign[0]}: code of its own, which qrank does not run")
+        reader.refuse(f"has type = {foreign[0]!r}: code of its own, which qrank does not run")
     if names not in (["Transformer"], ["Transformer", "LogitScore"]):
         reader.refuse(
             f"makes the score of the modules {', '.join(names) or '(none)'}; qrank reads "
@@ -183,7 +183,10 @@ def _chat(reader: _Reader) -> tuple[dict[str, Any] | None, bool]:
     for key in _OTHERS:
         reader.take(key, (dict,), "an object")
     if named := reader.take("tokenizer_name_or_path", (str,), "a text"):
-        reader.refuse(f"names another tokenizer, {named!r}: copy it into the checkpoint's folder")
+        reader.refuse(
+            f"has tokenizer_name_or_path = {named!r}: copy that tokenizer into the checkpoint's "
+            "folder, and delete the key"
+        )
     options = reader.take("processing_kwargs", (dict,), "an object") or {}
     for part in options:
         given = reader.take(part, (dict,), "an object", inside="processing_kwargs") or {}

@@ -59,11 +59,13 @@ def weight_files(folder: Path, source: str) -> list[Path]:
     if (single := folder / "model.safetensors").is_file():
         return [single]
     if (folder / INDEX).is_file():
-        places = read_json(folder / INDEX, dict, source).get("weight_map")
-        if not isinstance(places, dict) or not places:
-            raise ConversionError(
-                f"{source}: {INDEX} has weight_map = {places!r}; expected weights and their files"
-            )
+        index = read_json(folder / INDEX, dict, source)
+        for key in ("metadata", "weight_map"):
+            if not isinstance(index.get(key), dict):
+                raise ConversionError(
+                    f"{source}: {INDEX} has {key} = {index.get(key)!r}; expected an object"
+                )
+        places = index["weight_map"]
         names = sorted({str(name) for name in places.values()})
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():
@@ -98,18 +100,25 @@ def load_model(folder: Path, *, dtype: str, attention: str) -> PreTrainedModel:
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are told here
             output_loading_info=True,
-        )
-    if missing := sorted(info["missing_keys"]):
-        raise ConversionError(
-            f"{folder} lacks weights of {type(model).__name__}: {', '.join(missing)}; "
-            "is it a reranker?"
         )
     unread = sorted(info["unexpected_keys"])
     if adapted := [name for name in unread if any(part in name for part in _ADAPTED)]:
         raise ConversionError(
             f"{folder} holds weights of an adapter that is not merged: {adapted[0]} and "
             f"{len(adapted) - 1} more; merge it with peft (merge_and_unload()) and save it again"
+        )
+    if unfit := sorted(info["mismatched_keys"]):
+        name, stored, wanted = unfit[0]
+        raise ConversionError(
+            f"{folder}: the weights are of another size than config.json says: {name} has the "
+            f"shape {list(stored)}, and {list(wanted)} is expected"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise ConversionError(
+            f"{folder} lacks weights of {type(model).__name__}: {', '.join(missing)}; "
+            "is it a reranker?"
         )
     evaluated: PreTrainedModel = model.eval()
     return evaluated
