@@ -74,7 +74,9 @@ def _labels(
     if numbers[0] is None:
         raise FamilyError(f"{source}: {name} names no true_token_id")
     if (read := content.get("module_input_name", "causal_logits")) != "causal_logits":
-        raise FamilyError(f"{source}: {name} scores by {read!r}; expected 'causal_logits'")
+        raise FamilyError(
+            f"{source}: {name} has module_input_name = {read!r}; expected 'causal_logits'"
+        )
     labels = []
     for key, number in zip(("true_token_id", "false_token_id"), numbers, strict=True):
         if number is None:

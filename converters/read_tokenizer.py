@@ -78,8 +78,8 @@ def read_tokenizer(
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, config=settings, local_files_only=True, trust_remote_code=False
         )
-        # A character of nobody's: an unknown token must be found for it.
-        tokenizer("\ue000")
+        # A hieroglyph: where it is unknown, there must be a token for that.
+        tokenizer("\U00013000")
     # Without files, transformers makes up a tokenizer of special tokens alone.
     if not tokenizer.is_fast or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ConversionError(f"{source} has no tokenizer.json, and none can be made from it")

@@ -303,7 +303,13 @@ def goes_through(folder: Path, file: str, *keys: str | int, family: str | None =
 
 CONFIG = (
     *("architectures", "model_type", "auto_map", "id2label", "num_labels", "type_vocab_size"),
-    *("max_position_embeddings", "pad_token_id", "vocab_size", "hidden_size", "num_attention_heads"),
+    *(
+        "max_position_embeddings",
+        "pad_token_id",
+        "vocab_size",
+        "hidden_size",
+        "num_attention_heads",
+    ),
     *("num_hidden_layers", "intermediate_size", "sentence_transformers"),
     *("sbert_ce_default_activation_function", "quantization_config"),
 )

@@ -1,13 +1,11 @@
 """Causal models: they conform, read their prompts rightly, and share what stands first."""
 
-import json
 import logging
 import random
 import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -395,6 +393,7 @@ def test_what_plain_llama_cpp_would_score_wrongly_has_no_vocabulary(
 
 
 # Checkpoints that say themselves how they score
+
 
 @pytest.fixture
 def described(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Path:
