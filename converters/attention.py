@@ -77,22 +77,22 @@ def rotary_limit(settings: PretrainedConfig, source: str) -> int | None:
                 f"{source}: config.json has rope_type = {kind['rope_type']!r} in rope_parameters; "
                 "expected a text"
             )
-    limits = [
-        kind.get("original_max_position_embeddings")
-        for kind in kinds
-        if kind.get("rope_type") == "longrope"
-    ]
-    if not limits:
-        return None
-    if any(type(limit) is not int or limit < 1 for limit in limits):
-        raise FamilyError(
-            f"{source}: config.json scales positions by longrope and has "
-            f"original_max_position_embeddings = {limits[0]!r}; expected a whole number"
+    limits = []
+    for kind in kinds:
+        if kind.get("rope_type") != "longrope":
+            continue
+        limit = kind.get("original_max_position_embeddings")
+        if type(limit) is not int or limit < 1:
+            raise FamilyError(
+                f"{source}: config.json scales positions by longrope and has "
+                f"original_max_position_embeddings = {limit!r}; expected a whole number"
+            )
+        limits.append(limit)
+    if limits:
+        log.warning(
+            "%s: positions beyond %d tokens are scaled by other factors (longrope), which would "
+            "change every score of a batch: qrank reads up to there",
+            source,
+            min(limits),
         )
-    log.warning(
-        "%s: positions beyond %d tokens are scaled by other factors (longrope), so every score "
-        "would change with the length: qrank reads up to there",
-        source,
-        min(limits),
-    )
-    return int(min(limits))
+    return min(limits, default=None)

@@ -31,7 +31,7 @@ log = logging.getLogger("qrank")
 _NAMED = ("bos", "cls", "eos", "mask", "pad", "sep", "unk")
 
 _KINDS: dict[str, tuple[type, ...]] = {
-    "auto_map": (dict, list),
+    "auto_map": (dict,),
     "chat_template": (str, list, dict, NoneType),
     "do_lower_case": (bool,),
     "model_input_names": (list,),
@@ -72,7 +72,8 @@ def read_tokenizer(
     """
     transformers = transformers_for(config)
     _check_config(folder, source)
-    with explained(f"transformers cannot read {source}, its tokenizer"), warnings.catch_warnings():
+    files = "its tokenizer (tokenizer.json, tokenizer_config.json)"
+    with explained(f"transformers cannot read {source}, {files}"), warnings.catch_warnings():
         # Reading a vocab.txt, it warns of its own way to do so.
         warnings.simplefilter("ignore", DeprecationWarning)
         tokenizer = transformers.AutoTokenizer.from_pretrained(

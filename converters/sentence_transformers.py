@@ -100,6 +100,10 @@ def read_metadata(folder: Path, source: str) -> Metadata:
         return Metadata(activation=activation, prompt=prompt)
     logit_score = _logit_score(_Reader(source, MODULES), modules)
     reader = _Reader(source, TRANSFORMER, _optional(folder / TRANSFORMER, dict, source) or {})
+    expected = "sequence-classification" if logit_score is None else "text-generation"
+    task = reader.take("transformer_task", (str,), "a text")
+    if task not in (None, expected):
+        reader.refuse(f"has transformer_task = {task!r}; expected {expected!r} by {MODULES}")
     chat, structured = _chat(reader)
     if chat is None and logit_score is not None:
         reader.refuse(

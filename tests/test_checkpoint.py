@@ -115,7 +115,7 @@ def test_weights_in_several_files_are_those_of_the_index(copy_of: Callable[..., 
     before = logits(folder)
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    index = {}
+    index: dict[str, str] = {}
     for place in range(2):
         name = f"part-{place}.safetensors"
         part = dict(list(weights.items())[place::2])
@@ -268,7 +268,7 @@ def test_tokenizer_json_counts_where_transformers_makes_another_of_it(
 
 # Every key that is read
 
-VALUES = (MISSING, None, [], 7, "text")
+VALUES: tuple[Any, ...] = (MISSING, None, [], 7, "text")
 
 
 def goes_through(folder: Path, file: str, *keys: str | int, family: str | None = None) -> None:
