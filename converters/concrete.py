@@ -102,7 +102,14 @@ def _prompted(card: Card, said: Said) -> tuple[str, ...]:
     A causal model's is in its chat template, or the card's own.
     """
     prompt = said.metadata.prompt
-    if not prompt or card.pooling == "last":
+    if card.pooling == "last":
+        return card.template
+    if said.metadata.chat is not None:
+        raise FamilyError(
+            f"{said.source}: {TRANSFORMER} asks with a chat template (modality_config has message),"
+            f" and family {card.name} does not; give the right card with --family FILE.toml"
+        )
+    if not prompt:
         return card.template
     if "{query}" not in card.template or "{" in prompt:
         raise FamilyError(
@@ -117,7 +124,7 @@ def _segments(card: Card, said: Said) -> tuple[int, ...] | None:
 
     Where it gives none, or type 0 alone, the model is run without: that is the same.
     """
-    if getattr(said.settings, "type_vocab_size", 0) < 2:
+    if (getattr(said.settings, "type_vocab_size", 0) or 0) < 2:
         return None
     pair = said.tokenizer(["a"], ["a"])
     (types,) = pair.get("token_type_ids", [[]])

@@ -101,10 +101,12 @@ class DecoderScorer(torch.nn.Module):
         """
         super().__init__()
         self.model = model.base_model
-        window = getattr(model.config, "sliding_window", None)
-        self._window = window if window is not None and window < max_length else None
-        # Which layers have the window: all where the configuration does not tell kinds apart.
+        # Which layers have a window: all where the configuration does not tell kinds apart.
         self._kinds = getattr(model.config, "layer_types", None)
+        window = getattr(model.config, "sliding_window", None)
+        slides = self._kinds is None or "sliding_attention" in self._kinds
+        shortens = slides and window is not None and window < max_length
+        self._window = window if shortens else None
         self.head = torch.nn.Parameter(head.detach().clone(), requires_grad=False)
 
     @property
@@ -139,9 +141,8 @@ class DecoderScorer(torch.nn.Module):
         if self._window is not None:
             # As transformers' `sliding_window_overlay`: a token and those before it.
             near = mask(seen & (others > places[:, None] - self._window))
-            masks = near
-            if self._kinds is not None:
-                masks = {"full_attention": mask(seen), "sliding_attention": near}
+            kinds = {"full_attention": masks, "sliding_attention": near}
+            masks = near if self._kinds is None else kinds
         cache = _Cache(prefix, keep)
         hidden = self.model(
             input_ids=input_ids,

@@ -15,7 +15,12 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
 
 import qrank.converters
 from qrank import Reranker
@@ -267,6 +272,32 @@ def test_tokenizer_json_counts_where_transformers_makes_another_of_it(
 
 
 # Every key that is read
+
+CARD = """
+name = "mine"
+about = "a test's own"
+architectures = ["DistilBertForSequenceClassification"]
+template = ["{cls}", "{query}", "{sep}", "{document}", "{sep}"]
+pooling = "cls"
+activation = "sigmoid"
+"""
+
+
+def test_a_class_with_names_of_its_own_for_the_same_keys(copy_of: Callable[..., Path]) -> None:
+    """DistilBERT says dim, n_heads, n_layers and hidden_dim."""
+    folder = copy_of("bert")
+    config = DistilBertConfig(
+        vocab_size=1200, dim=64, n_heads=4, n_layers=2, hidden_dim=128, num_labels=1
+    )
+    torch.manual_seed(1)
+    DistilBertForSequenceClassification(config).save_pretrained(folder)
+    edit(folder / "tokenizer_config.json", model_input_names=["input_ids", "attention_mask"])
+    card = folder.parent / "mine.toml"
+    card.write_text(CARD, "utf-8")
+    np.testing.assert_allclose(logits(folder, str(card)), transformers_logits(folder), atol=1e-4)
+    dimensions = read_checkpoint(str(folder), family=str(card)).dimensions
+    assert (dimensions.hidden, dimensions.intermediate, dimensions.heads) == (64, 128, 4)
+
 
 VALUES: tuple[Any, ...] = (MISSING, None, [], 7, "text")
 

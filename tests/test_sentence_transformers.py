@@ -176,6 +176,7 @@ def test_other_modules_are_refused_by_name(modules: list[Any], message: str, fol
         ({"processing_kwargs": {"text": {"padding": "max_length"}}}, None),
         ({"processing_kwargs": {"text": {"add_special_tokens": False}}}, "add_special_tokens"),
         ({"transformer_task": "fill-mask"}, "transformer_task = 'fill-mask'"),
+        ({"modality_config": {"message": {"method": "forward"}}}, "asks with a chat template"),
     ],
 )
 def test_how_text_is_read_is_read_or_refused(

@@ -189,11 +189,13 @@ METADATA: dict[str, Any] = {
     "modules.json": [
         {
             "idx": 0,
+            "name": "0",
             "path": "",
             "type": "sentence_transformers.base.modules.transformer.Transformer",
         },
         {
             "idx": 1,
+            "name": "1",
             "path": "1_LogitScore",
             "type": "sentence_transformers.cross_encoder.modules.logit_score.LogitScore",
         },
