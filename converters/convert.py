@@ -21,7 +21,6 @@ from qrank.converters.checkpoint import Checkpoint, read_checkpoint
 from qrank.converters.fidelity import encode_pairs, make_probes, measure, own_probes
 from qrank.converters.probes import calibration_pairs, read_pairs
 from qrank.converters.ready_made import SUFFIXES, ReadyMade, find
-from qrank.converters.tokenizer import text_tokenizer
 from qrank.errors import ConversionError, FidelityError
 from qrank.extras import DISTRIBUTION, EXTRA_OF, installed, need, pip_line
 from qrank.fidelity import TOLERANCES, Fidelity
@@ -235,8 +234,8 @@ def _build(
 ) -> Manifest:
     """Fill a folder with a bundle of the wanted variants, all proven."""
     tokenizer = folder / TOKENIZER
-    original = json.loads(checkpoint.tokenizer.backend_tokenizer.to_str())
-    text = json.dumps(text_tokenizer(original), ensure_ascii=False, separators=(",", ":"))
+    content = checkpoint.text_tokenizer()
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     tokenizer.write_text(text, "utf-8")
     probes = None if old is None else old.probes
     if probes is None and verified:

@@ -13,6 +13,7 @@ from qrank.backends import Options, module, opener
 from qrank.bundle import Probes, Variant
 from qrank.child import NoChildError
 from qrank.converters.checkpoint import Checkpoint
+from qrank.converters.configuration import explained
 from qrank.converters.probes import probe_pairs
 from qrank.encoding import Encoder
 from qrank.errors import ConversionError, FidelityError, TargetError
@@ -31,7 +32,7 @@ PROBE_TOKENS = 512
 """Longest probe: every length behaves alike beyond, and the reference is slow."""
 
 
-def encode_pairs(pairs: list[tuple[str, str]], tokenizer: Path, family: Family) -> Work:
+def encode_pairs(pairs: list[tuple[str, str]], tokenizer: Path | str, family: Family) -> Work:
     """Pairs as token ids, made by qrank's own encoder; long ones are cut."""
     encoder = Encoder(tokenizer, family, max_length=min(family.max_length, PROBE_TOKENS))
     sequences, segments = [], []
@@ -70,15 +71,18 @@ def checkpoint_ids(checkpoint: Checkpoint, query: str, document: str, limit: int
     family, tokenizer = checkpoint.family, checkpoint.tokenizer
     template, text = family.asked(None)
     texts = {"query": query, "document": document, "instruction": text}
-    prompt = [item for item in template if isinstance(item, str)]
-    if not family.decoder and prompt != ["{query}", "{document}"]:
-        whole = "".join(fill(item, **texts) for item in prompt)
+    prompt = [fill(item, **texts) for item in template if isinstance(item, str)]
+    places = [place for place, item in enumerate(template) if isinstance(item, str)]
+    if not family.decoder and places[1] == places[0] + 1:
+        whole = "".join(prompt)
         return list(tokenizer(whole, truncation=True, max_length=limit)["input_ids"])
     if not family.decoder:
         # As a batch of one: a single empty document would count as no document at all.
-        (pair,) = tokenizer([query], [document], truncation="only_second", max_length=limit)[
-            "input_ids"
-        ]
+        query, document = prompt
+        with explained(f"{checkpoint.name}: its tokenizer cannot cut a pair to {limit} tokens"):
+            (pair,) = tokenizer([query], [document], truncation="only_second", max_length=limit)[
+                "input_ids"
+            ]
         return list(pair)
     items = [
         [item]
@@ -122,7 +126,7 @@ def run_reference(model: PreTrainedModel, work: Work, labels: tuple[int, ...] = 
 
 def make_probes(checkpoint: Checkpoint, tokenizer: Path) -> Probes:
     """The probe pairs with the reference's logits."""
-    pairs = probe_pairs()
+    pairs = probe_pairs(checkpoint.words)
     work = encode_pairs(pairs, tokenizer, checkpoint.family)
     check_ids(pairs, work, checkpoint)
     torch, transformers = need("torch"), need("transformers")
@@ -140,7 +144,7 @@ def own_probes(checkpoint: Checkpoint, tokenizer: Path, folder: Path, variant: V
     Raises:
         ConversionError: it does not load or run, or gives no scores.
     """
-    pairs = probe_pairs()
+    pairs = probe_pairs(checkpoint.words)
     work = encode_pairs(pairs, tokenizer, checkpoint.family)
     check_ids(pairs, work, checkpoint)
     singles = [work.take(np.array([i])) for i in range(len(work))]

@@ -25,16 +25,12 @@ from numpy.typing import NDArray
 from qrank.backends.gguf import FILE, TYPE_STRIDE
 from qrank.backends.gguf_decoder import HEAD
 from qrank.backends.llama import complaint, library
-from qrank.converters.checkpoint import (
-    NEMOTRON,
-    Checkpoint,
-    auto_class,
-    read_config,
-    transformers_for,
-)
+from qrank.converters.checkpoint import Checkpoint
+from qrank.converters.configuration import NEMOTRON, auto_class, read_config, transformers_for
 from qrank.converters.gguf_layouts import Layout, describe, rotary_factors
 from qrank.converters.gguf_vocabulary import rerank_template, same_ids, write_vocabulary
 from qrank.converters.probes import probe_pairs
+from qrank.converters.weights import weight_files
 from qrank.errors import ConversionError
 from qrank.extras import need
 from qrank.family import Family
@@ -153,8 +149,10 @@ def _write(checkpoint: Checkpoint, path: Path) -> list[_Tensor]:
     """Write the whole file in f16, and tell what is: the rest is f32."""
     gguf, transformers = need("gguf"), transformers_for(read_config(checkpoint.folder))
     layout = Layout.of(checkpoint.family.architecture)
-    config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    layout.check(config)
+    config = transformers.AutoConfig.from_pretrained(
+        checkpoint.folder, local_files_only=True, trust_remote_code=False
+    )
+    layout.check(config, checkpoint.window)
     weights = _Weights(checkpoint.folder)
     writer = gguf.GGUFWriter(path, layout.arch)
     writer.add_type("model")
@@ -197,7 +195,7 @@ def _describe_vocabulary(
     writer: gguf.GGUFWriter, config: PretrainedConfig, layout: Layout, checkpoint: Checkpoint
 ) -> None:
     """Write the tokenizer where llama.cpp scores rightly by itself, and say so if not."""
-    family, pairs = checkpoint.family, probe_pairs()
+    family, pairs = checkpoint.family, probe_pairs(checkpoint.words)
     made = f"Made by qrank from {checkpoint.source.id}. "
     if layout.head and not _serves(family):
         without = "llama.cpp knows no such score head, which lies beside it"
@@ -244,7 +242,7 @@ class _Weights:
         old = {"gamma": "weight", "beta": "bias"}
         self._places = {}
         self.shapes: dict[str, list[int]] = {}
-        for path in sorted(folder.glob("model*.safetensors")):
+        for path in weight_files(folder, str(folder)):
             with self._open(path, "pt") as file:
                 for stored in file.keys():  # noqa: SIM118 (no mapping)
                     module, _, parameter = stored.rpartition(".")
@@ -275,7 +273,7 @@ def _tensors(
     """The file's tensors: those that transformers reads, whatever else the checkpoint holds."""
     torch = need("torch")
     with torch.device("meta"):
-        model = auto_class(config.to_dict()).from_config(config)
+        model = auto_class(config.to_dict()).from_config(config, trust_remote_code=False)
     homeless = []
     for name, _ in model.named_parameters():
         module, _, parameter = name.rpartition(".")

@@ -58,8 +58,12 @@ class Layout:
             )
         return _LAYOUTS[architecture]
 
-    def check(self, config: PretrainedConfig) -> None:
+    def check(self, config: PretrainedConfig, window: int | None) -> None:
         """See that llama.cpp computes what a configuration says.
+
+        Args:
+            config: the checkpoint's.
+            window: see `qrank.converters.checkpoint.Checkpoint`.
 
         Raises:
             ConversionError: it does not.
@@ -69,8 +73,11 @@ class Layout:
                 raise ConversionError(
                     f"{key} is {found!r}; llama.cpp knows {self.known_act} alone here"
                 )
-        if getattr(config, "use_sliding_window", False):
-            raise ConversionError(f"llama.cpp's {self.arch} attends to everything, not to a window")
+        if window is not None:
+            raise ConversionError(
+                f"llama.cpp's {self.arch} attends to everything, and not to a window of {window} "
+                "tokens (sliding_window in config.json)"
+            )
 
     def unread(self, config: PretrainedConfig) -> int:
         """Rows of the position table before the first token's."""
@@ -219,6 +226,12 @@ def _describe_encoder(
         writer.add_token_type_count(config.type_vocab_size)
         return
     ropes = config.rope_parameters
+    if scaled := sorted(
+        {rope.get("rope_type", "default") for rope in ropes.values()} - {"default"}
+    ):
+        raise ConversionError(
+            f"rotary positions are scaled by {scaled[0]!r}; this converter knows plain ones here"
+        )
     pooling = gguf.PoolingType[family.pooling.upper()]
     writer.add_uint32(f"{layout.arch}.classifier.pooling_type", pooling.value)
     writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)

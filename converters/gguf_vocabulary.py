@@ -19,7 +19,6 @@ from tokenizers import Tokenizer
 
 from qrank.backends.llama import library
 from qrank.converters.checkpoint import Checkpoint
-from qrank.converters.tokenizer import text_tokenizer
 from qrank.extras import need
 from qrank.family import fill
 
@@ -110,7 +109,7 @@ def same_ids(checkpoint: Checkpoint, size: int, pairs: list[tuple[str, str]]) ->
     fitting = ((cls, "{query}", *[sep] * n, "{document}", sep) for n in (1, 2))
     if not decoder and template not in fitting:
         return False
-    ours = Tokenizer.from_str(json.dumps(text_tokenizer(_original(checkpoint))))
+    ours = Tokenizer.from_str(json.dumps(checkpoint.text_tokenizer()))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "vocabulary.gguf"
         writer = need("gguf").GGUFWriter(path, "bert")
@@ -188,9 +187,10 @@ def _read(checkpoint: Checkpoint, size: int) -> _Vocabulary:
         numbered = {number: piece for piece, number in listed.items()}
     types = dict.fromkeys(numbered, _NORMAL)
     for token in original["added_tokens"]:
-        # White space is text; every other added token is none (see qrank.converters.tokenizer).
+        # Words and white space are text (see qrank.converters.tokenizer).
         numbered[token["id"]] = token["content"]
-        types[token["id"]] = _CONTROL if token["content"].strip() else _USER_DEFINED
+        control = token["content"] in checkpoint.control
+        types[token["id"]] = _CONTROL if control else _USER_DEFINED
     unknown = checkpoint.tokenizer.unk_token_id
     if unknown is not None:
         types[unknown] = _UNKNOWN

@@ -7,104 +7,127 @@ Source: cross_encoder/modules/logit_score.py and base/modules/transformer.py of 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qrank.converters.configuration import explained, read_json
+from qrank.converters.read_tokenizer import control_tokens
+from qrank.converters.sentence_transformers import Metadata
 from qrank.errors import FamilyError
 from qrank.family import Card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FILES = [
-    "modules.json",
-    "*LogitScore/config.json",
-    "config_sentence_transformers.json",
-    "sentence_bert_config.json",
-    "chat_template.jinja",
-]
-"""What the metadata lies in."""
+
+CONFIG = "*LogitScore/config.json"
+"""Where the module says which tokens it compares."""
 
 
 def logit_score_card(
-    folder: Path, config: dict[str, Any], read_tokenizer: Callable[[], PreTrainedTokenizerBase]
-) -> Card | None:
-    """The card that a checkpoint's own metadata comes to; None where it has none.
+    folder: Path,
+    source: str,
+    config: dict[str, Any],
+    metadata: Metadata,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Card:
+    """The card that a checkpoint's own metadata comes to.
 
-    The tokenizer is read only where there is some.
+    Args:
+        folder: the checkpoint's.
+        source: what to call it in an error.
+        config: its config.json.
+        metadata: what its files say; `logit_score` is there.
+        tokenizer: the checkpoint's.
 
     Raises:
-        FamilyError: the metadata is there, and names no tokens or has no chat template for a pair.
+        FamilyError: the metadata names no tokens, or has no chat template for a pair.
+        ConversionError: a file is no JSON, or the chat template fails.
     """
-    modules = _json(folder / "modules.json", [])
-    places = [m.get("path", "") for m in modules if str(m.get("type")).endswith(".LogitScore")]
-    if not places:
-        return None
-    ids = _json(folder / places[0] / "config.json", {})
-    numbers = [ids.get("true_token_id"), ids.get("false_token_id")]
-    tokenizer = read_tokenizer()
-    labels = [tokenizer.decode([number]) for number in numbers if number is not None]
-    if not labels:
-        raise FamilyError(f"{folder}: {places[0]}/config.json names no true_token_id")
-    settings = _json(folder / "config_sentence_transformers.json", {})
-    prompt = settings.get("prompts", {}).get(settings.get("default_prompt_name"), "")
-    transformer = _json(folder / "sentence_bert_config.json", {})
-    options = transformer.get("processing_kwargs", {}).get("chat_template", {})
     card = Card(
         name="logit-score",
         about="a checkpoint with sentence-transformers' LogitScore metadata",
         architectures=tuple(config["architectures"]),
-        template=_items(_rendered(tokenizer, prompt, options, folder), tokenizer),
+        template=_items(_rendered(tokenizer, metadata, source), tokenizer),
         pooling="last",
         activation="sigmoid",
-        labels=tuple(labels),
-        max_length=transformer.get("max_seq_length"),
+        labels=_labels(folder, source, metadata, tokenizer),
     )
-    card.check(f"{folder}: its chat template")
+    card.check(f"{source}: its chat template")
     return card
 
 
-def _rendered(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, options: dict[str, Any], folder: Path
-) -> str:
+def _labels(
+    folder: Path, source: str, metadata: Metadata, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, ...]:
+    """The one or two tokens whose logits are the score."""
+    name = f"{metadata.logit_score}/config.json"
+    path = folder / name
+    if not path.is_file():
+        raise FamilyError(
+            f"{source}: modules.json has path = {metadata.logit_score!r} for LogitScore, and there "
+            "is no config.json"
+        )
+    content = read_json(path, dict, source)
+    numbers = [content.get(key) for key in ("true_token_id", "false_token_id")]
+    if numbers[0] is None:
+        raise FamilyError(f"{source}: {name} names no true_token_id")
+    if (read := content.get("module_input_name", "causal_logits")) != "causal_logits":
+        raise FamilyError(
+            f"{source}: {name} has module_input_name = {read!r}; expected 'causal_logits'"
+        )
+    labels = []
+    for key, number in zip(("true_token_id", "false_token_id"), numbers, strict=True):
+        if number is None:
+            continue
+        if type(number) is not int or not 0 <= number < len(tokenizer):
+            raise FamilyError(
+                f"{source}: {name} has {key} = {number!r}; expected an id of the tokenizer, "
+                f"0 to {len(tokenizer) - 1}"
+            )
+        label = tokenizer.decode([number])
+        if tokenizer(label, add_special_tokens=False)["input_ids"] != [number]:
+            raise FamilyError(
+                f"{source}: {name} has {key} = {number}, which is no text of its own ({label!r})"
+            )
+        labels.append(label)
+    return tuple(labels)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, metadata: Metadata, source: str) -> str:
     """The chat template with slots for query and document."""
     if tokenizer.chat_template is None:
-        raise FamilyError(f"{folder} scores by LogitScore, and has no chat template to ask with")
-    system = [{"role": "system", "content": prompt}] if prompt else []
-    pair = [{"role": role, "content": f"{{{role}}}"} for role in ("query", "document")]
-    text = tokenizer.apply_chat_template([*system, *pair], tokenize=False, **options)
+        raise FamilyError(f"{source} scores by LogitScore, and has no chat template to ask with")
+
+    def message(role: str, text: str) -> dict[str, Any]:
+        parts = [{"type": "text", "text": text}]
+        return {"role": role, "content": parts if metadata.structured else text}
+
+    messages = [message("system", metadata.prompt)] if metadata.prompt else []
+    messages += [message(role, f"{{{role}}}") for role in ("query", "document")]
+    with explained(f"{source}: its chat template fails"):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **(metadata.chat or {}))
     if not isinstance(text, str) or "{query}" not in text or "{document}" not in text:
         raise FamilyError(
-            f'{folder}: its chat template shows no messages of the roles "query" and "document"; '
+            f'{source}: its chat template shows no messages of the roles "query" and "document"; '
             "say which family it is with --family"
         )
     return text
 
 
 def _items(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Cut a rendered template at special tokens, and where the document begins.
+    """Cut a rendered template at control tokens, and where the document begins.
 
     There only in front of a space or a line's end behind other text, where tokenizers cut as well;
     the conversion compares the outcome with the whole.
     """
-    added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
-    special = "|".join(re.escape(token) for token in sorted(added, key=len, reverse=True))
-    items = [item for item in re.split(f"({special})", text) if item]
+    added = sorted(control_tokens(tokenizer), key=len, reverse=True)
+    special = "|".join(re.escape(token) for token in added)
+    items = [item for item in re.split(f"({special})", text) if item] if special else [text]
     return tuple(
         part
         for item in items
         for part in re.split(r"(?<=[^\s])(?=\s\{document\})|(?<=\{document\})", item)
         if part
     )
-
-
-def _json(path: Path, otherwise: Any) -> Any:
-    if not path.is_file():
-        return otherwise
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise FamilyError(f"{path} is not valid JSON: {error}") from error

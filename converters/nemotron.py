@@ -22,7 +22,7 @@ class LlamaBidirectionalConfig(LlamaConfig):  # type: ignore[misc]
         temperature: what the logit is divided by.
     """
 
-    model_type = "llama_bidirec"  # `checkpoint.NEMOTRON`, which imports this file
+    model_type = "llama_bidirec"  # `configuration.NEMOTRON`, which imports this file
     pooling: str = "avg"
     temperature: float = 1.0
 
@@ -40,6 +40,8 @@ class LlamaBidirectionalForSequenceClassification(LlamaPreTrainedModel):  # type
         super().__init__(config)
         if config.pooling != "avg":
             raise FamilyError(f"config.json has pooling = {config.pooling!r}; supported is: 'avg'")
+        if getattr(config, "is_causal", False):
+            raise FamilyError("config.json has is_causal = true; supported is: false")
         self.model = LlamaModel(config)
         self.score = torch.nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -12,8 +13,16 @@ _LONGEST = 900
 """Characters of a long probe times a growing factor: with the models' limits, 3 to 512 tokens."""
 
 
-def probe_pairs() -> list[tuple[str, str]]:
-    """Pairs of varied length, language and relevance: 44, from an empty document to a long one."""
+_WORDS = 4
+"""Words added to a vocabulary that are looked at."""
+
+
+def probe_pairs(words: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """Pairs of varied length, language and relevance: 44, from an empty document to a long one.
+
+    Args:
+        words: added to the model's vocabulary; two pairs more for each of a few of them.
+    """
     topics = _topics()
     documents = [text for topic in topics for text in (topic["answer"], topic["related"])]
     pairs = []
@@ -24,7 +33,13 @@ def probe_pairs() -> list[tuple[str, str]]:
         long = rotated[: _LONGEST * (i % 4 + 1)]
         pairs += [(query, text) for text in (topic["answer"], topic["related"], unrelated, long)]
     query = topics[0]["query"]
-    return [*pairs, (query, ""), (query, "Mars"), (query, "🪐 mars!!"), ("?", topics[2]["answer"])]
+    pairs += [(query, ""), (query, "Mars"), (query, "🪐 mars!!"), ("?", topics[2]["answer"])]
+    for i, word in enumerate(words[:: max(len(words) // _WORDS, 1)][:_WORDS]):
+        topic = topics[i % len(topics)]
+        # As a word, at both ends, within another, and in capitals: by its flags, it is one or not.
+        text = f"{word} {topic['related']} ({word}) x{word}y {word.upper()} {word.title()} {word}"
+        pairs += [(topic["query"], text), (f"{topic['query']} {word}", topic["answer"])]
+    return pairs
 
 
 def calibration_pairs() -> list[tuple[str, str]]:

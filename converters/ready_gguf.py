@@ -16,7 +16,8 @@ import numpy as np
 
 from qrank.backends.gguf import FILE, TYPE_STRIDE
 from qrank.backends.gguf_decoder import HEAD
-from qrank.converters.checkpoint import Checkpoint, read_config
+from qrank.converters.checkpoint import Checkpoint
+from qrank.converters.configuration import read_config
 from qrank.converters.gguf_layouts import Layout
 from qrank.converters.ready_graph import Floats, head_row
 from qrank.errors import ConversionError
@@ -169,7 +170,9 @@ def _head(
             "no labels to read from its output matrix. Convert the checkpoint itself"
         )
     transformers = need("transformers")
-    config = transformers.AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(
+        checkpoint.folder, local_files_only=True, trust_remote_code=False
+    )
     tied = config.tie_word_embeddings and "output.weight" not in tensors
     name = _WORDS if tied else "output.weight"
     if name not in tensors:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qrank.converters.checkpoint import Checkpoint, read_config
+from qrank.converters.checkpoint import Checkpoint
+from qrank.converters.configuration import read_config
 from qrank.errors import ConversionError
 from qrank.family import Family
 

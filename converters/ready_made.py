@@ -77,6 +77,12 @@ class Taker:
         self, checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work
     ) -> str:
         """Fill a variant's folder; see the converters of checkpoints."""
+        if checkpoint.window is not None:
+            raise ConversionError(
+                f"config.json has sliding_window = {checkpoint.window}: whether {self.path.name} "
+                "keeps to it beyond the length of the probes, nobody can see. Convert the "
+                "checkpoint itself"
+            )
         note: str = self._module.take(self.path, checkpoint, folder)
         return f"ready-made, from {self.path.name}" + (f"; {note}" if note else "")
 

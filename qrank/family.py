@@ -237,7 +237,7 @@ def find_card(family: str | None, config: dict[str, Any], hub_id: str | None = N
         )
     supported = ", ".join(name for card in known for name in card.architectures)
     raise FamilyError(
-        f"config.json names the architecture {', '.join(found) or '(none)'}; "
+        f"config.json names the architecture {', '.join(found) or '(none)'} (at architectures); "
         f"supported are: {supported}. If one of the families reads it, say so with --family"
     )
 

@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 
 def scorer(model: PreTrainedModel, family: Family) -> EncoderScorer | DecoderScorer:
     """The scoring graph of transformers' own model."""
+    for module in model.modules():
+        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
+            # Both scale positions anew beyond a length, which is beyond the family's limit.
+            module.rope_type = "default"
     if not family.decoder:
         return EncoderScorer(model)
-    return DecoderScorer(model, head_row(model, family))
+    return DecoderScorer(model, head_row(model, family), family.max_length)
 
 
 def input_names(family: Family) -> list[str]:
@@ -87,15 +91,22 @@ class DecoderScorer(torch.nn.Module):
         present: [layers, 2, heads, kept, width].
     """
 
-    def __init__(self, model: PreTrainedModel, head: torch.Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, head: torch.Tensor, max_length: int) -> None:
         """Take over a model.
 
         Args:
             model: transformers' own.
             head: the score's row, float32 [hidden].
+            max_length: tokens that it is given at most, the prefix's included.
         """
         super().__init__()
         self.model = model.base_model
+        # Which layers have a window: all where the configuration does not tell kinds apart.
+        self._kinds = getattr(model.config, "layer_types", None)
+        window = getattr(model.config, "sliding_window", None)
+        slides = self._kinds is None or "sliding_attention" in self._kinds
+        shortens = slides and window is not None and window < max_length
+        self._window = window if shortens else None
         self.head = torch.nn.Parameter(head.detach().clone(), requires_grad=False)
 
     @property
@@ -118,13 +129,24 @@ class DecoderScorer(torch.nn.Module):
         batch, length = input_ids.shape
         before = prefix.shape[3]
         places = torch.arange(length, device=input_ids.device) + before
-        seen = torch.arange(before + length, device=input_ids.device)[None] <= places[:, None]
-        lowest = torch.finfo(prefix.dtype).min
-        mask = torch.where(seen, 0.0, lowest).to(prefix.dtype)[None, None]
+        others = torch.arange(before + length, device=input_ids.device)[None]
+        seen = others <= places[:, None]
+
+        def mask(seen: torch.Tensor) -> torch.Tensor:
+            lowest = torch.finfo(prefix.dtype).min
+            values = torch.where(seen, 0.0, lowest).to(prefix.dtype)
+            return values[None, None].expand(batch, 1, length, before + length)
+
+        masks: torch.Tensor | dict[str, torch.Tensor] = mask(seen)
+        if self._window is not None:
+            # As transformers' `sliding_window_overlay`: a token and those before it.
+            near = mask(seen & (others > places[:, None] - self._window))
+            kinds = {"full_attention": masks, "sliding_attention": near}
+            masks = near if self._kinds is None else kinds
         cache = _Cache(prefix, keep)
         hidden = self.model(
             input_ids=input_ids,
-            attention_mask=mask.expand(batch, 1, length, before + length),
+            attention_mask=masks,
             position_ids=places[None].expand(batch, length),
             past_key_values=cache,
             use_cache=False,

@@ -1,13 +1,11 @@
 """Causal models: they conform, read their prompts rightly, and share what stands first."""
 
-import json
 import logging
 import random
 import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -396,49 +394,12 @@ def test_what_plain_llama_cpp_would_score_wrongly_has_no_vocabulary(
 
 # Checkpoints that say themselves how they score
 
-CHAT = (
-    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and "
-    'the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
-    "<|im_start|>user\n<Instruct>: {{ messages | selectattr('role', 'eq', 'system') "
-    "| map(attribute='content') | first }}\n<Query>: {{ messages "
-    "| selectattr('role', 'eq', 'query') | map(attribute='content') | first }}\n"
-    "<Document>: {{ messages "
-    "| selectattr('role', 'eq', 'document') | map(attribute='content') | first }}<|im_end|>\n"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
-)
-METADATA: dict[str, Any] = {
-    "modules.json": [
-        {
-            "idx": 0,
-            "path": "",
-            "type": "sentence_transformers.base.modules.transformer.Transformer",
-        },
-        {"idx": 1, "path": "1_LogitScore", "type": "sentence_transformers.x.LogitScore"},
-    ],
-    "config_sentence_transformers.json": {
-        "prompts": {
-            "query": "Given a web search query, retrieve relevant passages that answer the query"
-        },
-        "default_prompt_name": "query",
-    },
-    "sentence_bert_config.json": {
-        "processing_kwargs": {"chat_template": {"add_generation_prompt": True}}
-    },
-}
-
 
 @pytest.fixture
 def described(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Path:
     """Tiny Qwen3 with sentence-transformers' LogitScore metadata, as that library saves it."""
     folder = Path(shutil.copytree(checkpoint_of("qwen3"), tmp_path / "described"))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    yes, no = (tokenizer(x, add_special_tokens=False)["input_ids"][0] for x in ("yes", "no"))
-    (folder / "1_LogitScore").mkdir()
-    content = METADATA | {"1_LogitScore/config.json": {"true_token_id": yes, "false_token_id": no}}
-    for name, value in content.items():
-        (folder / name).write_text(json.dumps(value), "utf-8")
-    (folder / "chat_template.jinja").write_text(CHAT, "utf-8")
-    return folder
+    return tiny_decoders.describe(folder)
 
 
 def test_logit_score_metadata_needs_no_card(

@@ -75,7 +75,9 @@ def xlm_roberta(folder: Path) -> Path:
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    )
     characters, words = _pieces(tokenizer)
     pieces = dict.fromkeys(special, 0.0) | dict.fromkeys(characters, -9.0)
     # Longer is likelier, and no two words are equally likely: one way to cut a text is the best.

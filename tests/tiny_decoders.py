@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tiny
 import torch
@@ -172,3 +173,59 @@ def _tokenizer() -> Tokenizer:
     # As in the real one: added, and not special.
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<think>", "</think>")])
     return tokenizer
+
+
+CHAT = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and "
+    'the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
+    "<|im_start|>user\n<Instruct>: {{ messages | selectattr('role', 'eq', 'system') "
+    "| map(attribute='content') | first }}\n<Query>: {{ messages "
+    "| selectattr('role', 'eq', 'query') | map(attribute='content') | first }}\n"
+    "<Document>: {{ messages "
+    "| selectattr('role', 'eq', 'document') | map(attribute='content') | first }}<|im_end|>\n"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+)
+METADATA: dict[str, Any] = {
+    "modules.json": [
+        {
+            "idx": 0,
+            "name": "0",
+            "path": "",
+            "type": "sentence_transformers.base.modules.transformer.Transformer",
+        },
+        {
+            "idx": 1,
+            "name": "1",
+            "path": "1_LogitScore",
+            "type": "sentence_transformers.cross_encoder.modules.logit_score.LogitScore",
+        },
+    ],
+    "config_sentence_transformers.json": {
+        "model_type": "CrossEncoder",
+        "prompts": {
+            "query": "Given a web search query, retrieve relevant passages that answer the query"
+        },
+        "default_prompt_name": "query",
+    },
+    "sentence_bert_config.json": {
+        "transformer_task": "text-generation",
+        "modality_config": {
+            "text": {"method": "forward", "method_output_name": "logits"},
+            "message": {"method": "forward", "method_output_name": "logits", "format": "flat"},
+        },
+        "module_output_name": "causal_logits",
+        "processing_kwargs": {"chat_template": {"add_generation_prompt": True}},
+    },
+}
+
+
+def describe(folder: Path) -> Path:
+    """Add sentence-transformers' LogitScore metadata to a checkpoint, as that library saves it."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    yes, no = (tokenizer.encode(word).ids[0] for word in ("yes", "no"))
+    (folder / "1_LogitScore").mkdir()
+    ids = {"1_LogitScore/config.json": {"true_token_id": yes, "false_token_id": no}}
+    for name, value in (METADATA | ids).items():
+        (folder / name).write_text(json.dumps(value), "utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT, "utf-8")
+    return folder

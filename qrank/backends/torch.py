@@ -7,7 +7,9 @@ says, with the converters' own reading of it.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """torch's names of the precisions that a checkpoint can be run in."""
 
 DEVICES = ("cpu", "cuda", "mps")
+
+_NEAR = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
+"""How far our scoring may be from transformers' own, in times of the logit (of 1 where smaller)."""
 
 CPU_BATCH = 1024
 """Padded tokens a batch on the CPU, the prefix's counted in every sequence."""
@@ -51,9 +56,13 @@ def as_bundle(model: str, family: str | None = None) -> tuple[Path, Manifest, st
     for package in ("torch", "transformers", "safetensors"):
         need(package, extra="torch")
     from qrank.converters.checkpoint import read_checkpoint
-    from qrank.converters.tokenizer import text_tokenizer
+    from qrank.converters.fidelity import check_ids, encode_pairs
+    from qrank.converters.probes import probe_pairs
 
     checkpoint = read_checkpoint(model, family=family)
+    tokenizer = json.dumps(checkpoint.text_tokenizer())
+    pairs = probe_pairs(checkpoint.words)
+    check_ids(pairs, encode_pairs(pairs, tokenizer, checkpoint.family), checkpoint)
     exact = Fidelity(0.0, 0.0, 1.0, 1.0)
     variants = [Variant("torch", precision, {}, exact, {}) for precision in DTYPES]
     manifest = Manifest(
@@ -65,8 +74,7 @@ def as_bundle(model: str, family: str | None = None) -> tuple[Path, Manifest, st
         variants={variant.name: variant for variant in variants},
         dimensions=checkpoint.dimensions,
     )
-    original = json.loads(checkpoint.tokenizer.backend_tokenizer.to_str())
-    return checkpoint.folder, manifest, json.dumps(text_tokenizer(original))
+    return checkpoint.folder, manifest, tokenizer
 
 
 def version() -> str:
@@ -96,21 +104,58 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Torch
 
     Raises:
         MissingExtraError: torch, transformers or safetensors is not installed.
-        TargetError: the device is absent.
+        TargetError: the device is absent, or a causal model's score is no matter of its head alone.
         ConversionError: the weights do not fit the architecture.
     """
     if device not in (present := devices()):
         raise TargetError(
             f"{version()} here has no device {device!r}; present are: {', '.join(present)}"
         )
-    from qrank.converters.checkpoint import load_model
+    from qrank.converters.fidelity import run_reference
+    from qrank.converters.weights import load_model
     from qrank.scoring_graph import scorer
 
-    assert options.family is not None  # `Reranker` gives it where it runs a checkpoint
+    family = options.family
+    assert family is not None  # `Reranker` gives it where it runs a checkpoint
     model = load_model(folder, dtype=DTYPES[variant.precision], attention="sdpa")
-    return TorchBackend(
-        scorer(model, options.family).to(device).eval(), options.family, device, options
-    )
+    scoring = scorer(model, family).eval()
+    if family.decoder:
+        theirs = partial(run_reference, model, labels=family.labels)
+        # In a thread of its own, see `TorchBackend`.
+        with ThreadPoolExecutor(1) as once:
+            once.submit(_check, scoring, theirs, family, variant.precision).result()
+    return TorchBackend(scoring.to(device), family, device, options)
+
+
+def _check(
+    scoring: Any, reference: Callable[[Work], Logits], family: Family, precision: str
+) -> None:
+    """Hold our way to a causal model's score against transformers' own, on a few tokens.
+
+    A bundle has probes for that. What depends on the length is `converters.attention`'s.
+
+    Args:
+        scoring: our graph.
+        reference: transformers' own logits.
+        family: the checkpoint's.
+        precision: of DTYPES.
+
+    Raises:
+        TargetError: they differ: the score is more than a row times a hidden state.
+    """
+    torch = need("torch")
+    work = Work([np.arange(100, 112, dtype=np.int32)])
+    (theirs,) = reference(work)
+    ids = torch.tensor(work.sequences[0][None], dtype=torch.int64)
+    empty = torch.zeros(scoring.prefix_shape, dtype=scoring.model.dtype)
+    nothing = torch.empty(0, dtype=torch.int64)
+    with torch.inference_mode():
+        logits, _ = scoring(ids, torch.tensor([ids.shape[1] - 1]), empty, nothing)
+    if abs(logits.item() - theirs) > _NEAR[precision] * max(1.0, abs(theirs)):
+        raise TargetError(
+            f"{family.architecture} makes its score in a way that qrank does not know: "
+            f"transformers gives {theirs:.4g} where qrank gives {logits.item():.4g}"
+        )
 
 
 class TorchBackend:
