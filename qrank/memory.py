@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,7 +71,11 @@ class Dimensions:
 
 
 class Memory:
-    """Memory for batches. Those that run side by side share it; one that finds too little waits."""
+    """Memory for batches. Those that run side by side share it; one that finds too little waits.
+
+    First come, first served: behind a large one that waits, smaller ones wait too, or a stream of
+    them would keep it waiting for ever.
+    """
 
     def __init__(
         self,
@@ -90,23 +95,31 @@ class Memory:
         self._strict = strict
         self._size = None if dimensions is None else size
         self._free = self._size or 0
+        self._queue: deque[object] = deque()
         self._changed = threading.Condition()
 
     @classmethod
-    def beside(cls, files: int, most: int | None, dimensions: Dimensions | None) -> Memory:
+    def beside(
+        cls,
+        files: int,
+        most: int | None,
+        dimensions: Dimensions | None,
+        whole: int | None = None,
+    ) -> Memory:
         """What is left beside a model.
 
         Args:
             files: bytes of the model.
-            most: bytes that both may take, strictly. None: half of what the machine has beside the
-                model, and what takes more has it for itself.
+            most: bytes that both may take, strictly. None: half of what there is beside the model,
+                and what takes more has it for itself.
             dimensions: of the model; None where its bundle does not say.
+            whole: bytes that the device has for itself. None: it uses the machine's.
 
         Raises:
             TargetError: nothing is left, or nobody knows what batches take.
         """
         if most is None:
-            whole = machine.memory()
+            whole = whole or machine.memory()
             return cls(whole and max(whole - files, 0) // 2, dimensions, strict=False)
         if dimensions is None:
             raise TargetError(
@@ -153,9 +166,15 @@ class Memory:
             return
         # Never more than there is at all: that would wait for ever.
         taken = min(self._taken(count, length, before), self._size)
+        turn = object()
         with self._changed:
-            self._changed.wait_for(lambda: self._free >= taken)
-            self._free -= taken
+            self._queue.append(turn)
+            try:
+                self._changed.wait_for(lambda: self._queue[0] is turn and self._free >= taken)
+                self._free -= taken
+            finally:  # also where Ctrl-C ends the waiting
+                self._queue.remove(turn)
+                self._changed.notify_all()
         try:
             yield
         finally:

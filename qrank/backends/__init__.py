@@ -10,6 +10,7 @@ and, where it has them,
 
     executions(device) -> arithmetic it can compute in there, fastest first
     batches(device) -> what `Options.batch` may be worth trying there, its own choice first
+    memory(device) -> bytes that a device other than the CPU has; None where it uses the machine's
     product(a, b, device) -> the matrix product, computed there: what `qrank doctor` checks
     DEVICES -> every kind of device it might ever find
 
@@ -77,7 +78,10 @@ class Backend(Protocol):
         """One raw logit a sequence, in the order of `work`, shape [n]."""
 
     def close(self) -> None:
-        """Free the model. No call may follow."""
+        """Free the model. No call may follow.
+
+        One that is dropped without this must free it by itself, and wait for nothing then.
+        """
 
 
 class Opener(Protocol):
@@ -135,6 +139,13 @@ def batches(name: str, device: str) -> tuple[int, ...]:
     """What `Options.batch` may be worth trying for a backend on a device, its own choice first."""
     choices = getattr(module(name), "batches", None)
     return tuple(choices(device)) if choices else ()
+
+
+def memory(name: str, device: str) -> int | None:
+    """Bytes that a device has for itself; None where it uses the machine's, or nothing tells."""
+    tell = None if device == "cpu" or ":" in name else getattr(module(name), "memory", None)
+    found: int | None = tell(device) if tell else None
+    return found
 
 
 def opener(name: str) -> Opener:
