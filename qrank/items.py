@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, MappingView, Sequence, Set
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -136,8 +136,8 @@ def _items(values: object, name: str, kind: str, part: str = "values") -> Iterat
             f"{name} is a {type(values).__name__}, which would be read by its keys; "
             f"give {wanted}, such as list({name}.{part}())"
         )
-    # Of a dictionary's keys the order is known.
-    if isinstance(values, Set) and not isinstance(values, KeysView):
+    # A dictionary's keys and items are sets, whose order is known.
+    if isinstance(values, Set) and not isinstance(values, MappingView):
         raise InputError(
             f"{name} is a {type(values).__name__}, which has no order to tell results "
             f"by; give {wanted}"

@@ -189,7 +189,8 @@ class OnnxBackend:
         return np.asarray(logits, np.float32).reshape(len(batch))
 
     def _call(self, output: str, batch: Work, more: dict[str, NDArray[Any]]) -> NDArray[Any]:
-        return in_halves(batch, lambda some: self._compute(output, some, more))
+        found: NDArray[Any] = in_halves(batch, lambda some: self._compute(output, some, more))
+        return found
 
     def _compute(self, output: str, batch: Work, more: dict[str, NDArray[Any]]) -> NDArray[Any]:
         inputs = feed(self._names, batch, more=more)
