@@ -10,7 +10,8 @@ and, where it has them,
 
     executions(device) -> arithmetic it can compute in there, fastest first
     batches(device) -> what `Options.batch` may be worth trying there, its own choice first
-    memory(device) -> bytes that a device other than the CPU has; None where it uses the machine's
+    memory(device) -> bytes that a device other than the CPU has; None where it uses the machine's,
+        where nothing tells, and where there is no such device
     product(a, b, device) -> the matrix product, computed there: what `qrank doctor` checks
     DEVICES -> every kind of device it might ever find
 
@@ -142,7 +143,7 @@ def batches(name: str, device: str) -> tuple[int, ...]:
 
 
 def memory(name: str, device: str) -> int | None:
-    """Bytes that a device has for itself; None where it uses the machine's, or nothing tells."""
+    """Bytes that a device has for itself; None as a backend module's `memory`."""
     tell = None if device == "cpu" or ":" in name else getattr(module(name), "memory", None)
     found: int | None = tell(device) if tell else None
     return found

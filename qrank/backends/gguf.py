@@ -52,13 +52,13 @@ def devices() -> list[str]:
 
 
 def memory(device: str) -> int | None:
-    """Bytes that a device other than the CPU has."""
+    """Bytes that a device has; None where it is absent."""
+    if device not in devices():
+        return None
     tell = llama.tensors().ggml_backend_dev_memory
     tell.restype, tell.argtypes = None, [ctypes.c_void_p] + 2 * [ctypes.POINTER(ctypes.c_size_t)]
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    if (pointer := llama.device_pointer(device)) is None:
-        return None
-    tell(pointer, ctypes.byref(free), ctypes.byref(total))
+    tell(llama.device_pointer(device), ctypes.byref(free), ctypes.byref(total))
     return total.value or None
 
 

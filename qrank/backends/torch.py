@@ -85,9 +85,10 @@ def devices() -> list[str]:
 
 
 def memory(device: str) -> int | None:
-    """Bytes that a device has for itself; None where it uses the machine's."""
-    torch = need("torch", extra="torch")
-    return int(torch.cuda.get_device_properties(0).total_memory) if device == "cuda" else None
+    """Bytes that a device has for itself; None where it uses the machine's, or is absent."""
+    if device != "cuda" or device not in devices():
+        return None
+    return int(need("torch").cuda.get_device_properties(0).total_memory)
 
 
 def product(a: Floats, b: Floats, device: str) -> Floats:
