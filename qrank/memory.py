@@ -99,27 +99,20 @@ class Memory:
         self._changed = threading.Condition()
 
     @classmethod
-    def beside(
-        cls,
-        files: int,
-        most: int | None,
-        dimensions: Dimensions | None,
-        whole: int | None = None,
-    ) -> Memory:
+    def beside(cls, files: int, most: int | None, dimensions: Dimensions | None) -> Memory:
         """What is left beside a model.
 
         Args:
             files: bytes of the model.
-            most: bytes that both may take, strictly. None: half of what there is beside the model,
-                and what takes more has it for itself.
+            most: bytes that both may take, strictly. None: half of what the machine, or its
+                container, has beside the model; and what takes more has it for itself.
             dimensions: of the model; None where its bundle does not say.
-            whole: bytes that the device has for itself. None: it uses the machine's.
 
         Raises:
             TargetError: nothing is left, or nobody knows what batches take.
         """
         if most is None:
-            whole = whole or machine.memory()
+            whole = machine.memory()
             return cls(whole and max(whole - files, 0) // 2, dimensions, strict=False)
         if dimensions is None:
             raise TargetError(
@@ -132,6 +125,16 @@ class Memory:
                 f"{most / 1e6:,.0f} MB"
             )
         return cls(most - files, dimensions)
+
+    def move(self, whole: int, files: int) -> None:
+        """Count a device's own memory instead, where no bound was given; before any batch.
+
+        Args:
+            whole: bytes that it has.
+            files: bytes of the model.
+        """
+        if self._size is not None and not self._strict:
+            self._size = self._free = max(whole - files, 0) // 2
 
     def check(self, length: int, what: str) -> None:
         """Refuse a sequence that no batch may hold.

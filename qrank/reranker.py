@@ -119,13 +119,12 @@ class Rankings(list[Ranking]):
         return f"Rankings({super().__repr__()}, scored={self.scored})"
 
 
-class _Opened:
-    """A backend and how many calls compute with it; closed after the last of them."""
+class _Users:
+    """The calls that compute with a backend, and whether the last of them is to close it."""
 
-    def __init__(self, backend: backends.Backend) -> None:
-        self.backend = backend
-        self.users = 0
-        self.unwanted = False
+    def __init__(self) -> None:
+        self.count = 0
+        self.closing = False
 
 
 class Reranker:
@@ -235,8 +234,9 @@ class Reranker:
             tokenizer, self.manifest.family, max_length=max_length, threads=options.threads
         )
         self._pace = Pace()
-        self._lock = threading.Lock()
-        self._opened: _Opened | None = None
+        self._lock = threading.RLock()
+        self._backend: backends.Backend | None = None
+        self._users = _Users()
         _living.add(self)
         first_that_works(choices(self.manifest, wish, options), self._take)
 
@@ -249,8 +249,7 @@ class Reranker:
         variant = self.target.variant
         check_files(self._folder, variant.files)
         self._calibration = calibration.load(self.manifest, variant) if self._calibrated else None
-        with self._lock:
-            self._ready()
+        self._ready()
 
     @property
     def target(self) -> Target:
@@ -418,13 +417,12 @@ class Reranker:
         it. Whatever is dropped without this is freed, too.
         """
         with self._lock:
-            opened, self._opened = self._opened, None
-            if opened is None:
-                return
-            opened.unwanted = True
-            unused = not opened.users
-        if unused:
-            opened.backend.close()
+            backend, self._backend = self._backend, None
+            users, self._users = self._users, _Users()
+            users.closing = True
+            unused = not users.count
+        if backend is not None and unused:
+            backend.close()
 
     def __enter__(self) -> Reranker:
         return self
@@ -437,33 +435,34 @@ class Reranker:
     ) -> None:
         self.close()
 
-    def _ready(self) -> _Opened:
-        """The backend of this process, opened and proven if need be; the lock is held."""
-        if self._opened is None:
-            self._memory = Memory.beside(
-                self.target.variant.bytes,
-                self._max_memory,
-                self.manifest.dimensions,
-                backends.memory(self.target.backend, self.target.device),
-            )
-            options = replace(self.choice.options, memory=self._memory)
-            self._opened = _Opened(ready(self._folder, self.target, self.manifest, options))
-        return self._opened
+    def _ready(self) -> backends.Backend:
+        """The backend of this process, opened and proven if need be."""
+        with self._lock:
+            if self._backend is None:
+                files = self.target.variant.bytes
+                self._memory = Memory.beside(files, self._max_memory, self.manifest.dimensions)
+                options = replace(self.choice.options, memory=self._memory)
+                self._backend = ready(self._folder, self.target, self.manifest, options)
+                # Only now: to be asked, a device's driver is loaded.
+                own = backends.memory(self.target.backend, self.target.device)
+                if own is not None:
+                    self._memory.move(own, files)
+            return self._backend
 
     @contextmanager
-    def _backend(self) -> Iterator[backends.Backend]:
-        """The backend, to compute with: it is not closed meanwhile."""
+    def _in_use(self) -> Iterator[backends.Backend]:
+        """The backend, which nobody closes meanwhile."""
         with self._lock:
-            opened = self._ready()
-            opened.users += 1
+            backend, users = self._ready(), self._users
+            users.count += 1
         try:
-            yield opened.backend
+            yield backend
         finally:
             with self._lock:
-                opened.users -= 1
-                last = opened.unwanted and not opened.users
+                users.count -= 1
+                last = users.closing and not users.count
             if last:
-                opened.backend.close()
+                backend.close()
 
     def scores(self, logits: Logits) -> activation.Scores:
         """Logits after the family's activation, or the calibration; shape [n]."""
@@ -537,7 +536,7 @@ class Reranker:
             TargetError: as for `rank`; a document is named by its place in its own call.
         """
         logits = np.empty(len(items), np.float32)
-        with self._backend() as backend:
+        with self._in_use() as backend:
             for places, work in works(items):
                 found = np.asarray(backend.logits(work), np.float32)
                 if found.shape != (len(work),):
@@ -572,11 +571,12 @@ def _forget_backends() -> None:
     """
     for reranker in _living:
         # A thread the child does not have may hold the old ones.
-        reranker._lock = threading.Lock()
+        reranker._lock = threading.RLock()
         reranker._pace = Pace()
-        if reranker._opened is not None:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(reranker._opened))
-            reranker._opened = None
+        reranker._users = _Users()
+        if reranker._backend is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(reranker._backend))
+            reranker._backend = None
 
 
 if hasattr(os, "register_at_fork"):

@@ -146,12 +146,13 @@ def test_what_bench_does_not_take(name: str, value: object) -> None:
 def test_a_query_and_a_document_are_told_to_be_a_pair(mini: Reranker) -> None:
     for more in (["d"], [["d1", "d2"]], ["d", True]):
         with pytest.raises(InputError, match=r"score\(\[\(query, document\), \.\.\.\]\).*rank\("):
-            mini.score("q", *more)  # type: ignore[call-overload]
+            mini.score("q", *more)
 
 
 def test_numbers_of_numpy_are_numbers(mini: Reranker) -> None:
-    assert len(mini.rank(QUERY, DOCUMENTS, top_k=np.int64(2))) == 2  # type: ignore[arg-type]
-    assert mini.rank(QUERY, DOCUMENTS, budget_ms=np.float32(1e5)).scored == 3
+    two: Any = np.int64(2)
+    long: Any = np.float32(1e5)
+    assert len(mini.rank(QUERY, DOCUMENTS, top_k=two, budget_ms=long)) == 2
     assert mini.score([(QUERY, "a")], raw=np.True_).dtype == np.float32  # type: ignore[call-overload]
 
 
@@ -252,7 +253,8 @@ def test_documents_may_be_held_in_any_way(mini: Reranker, held: str) -> None:
 def test_pairs_may_be_held_in_any_way(mini: Reranker, held: str) -> None:
     pairs = [[QUERY, document] for document in DOCUMENTS]
     np.testing.assert_array_equal(mini.score(HELD[held](pairs)), mini.score(pairs))
-    for row in (tuple, np.array, Series, iter, lambda pair: list(map(Scalar, pair))):
+    rows: list[Any] = [tuple, np.array, Series, iter, lambda pair: list(map(Scalar, pair))]
+    for row in rows:
         np.testing.assert_array_equal(mini.score([row(pair) for pair in pairs]), mini.score(pairs))
 
 
@@ -355,7 +357,7 @@ def test_a_pool_of_processes_ranks_the_same(
     monkeypatch.chdir(folder.parent)
     reranker = Reranker(folder.name)
     with ProcessPoolExecutor(
-        1, get_context("spawn"), initializer=os.chdir, initargs=[str(tmp_path)]
+        1, get_context("spawn"), initializer=os.chdir, initargs=(str(tmp_path),)
     ) as pool:
         there = pool.submit(reranker.rank, QUERY, DOCUMENTS).result(120)
     assert there == mini.rank(QUERY, DOCUMENTS)

@@ -106,8 +106,12 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> OnnxB
         )
     settings = ort.SessionOptions()
     settings.log_severity_level = 4  # what fails is raised, and memory may suffice for less
-    settings.intra_op_num_threads = options.threads
-    # Streams share the session's threads: spinning for work would take them from each other.
+    # A stream's own thread is one of those that its batch runs on; the others are the session's,
+    # and all streams share them: together as many as there may be.
+    pool = (options.threads + 1) // 2 if device == "cpu" else options.threads
+    streams = options.threads + 1 - pool
+    settings.intra_op_num_threads = pool
+    # Spinning for work would take the threads from each other.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # x86 CPUs without VNNI saturate unsigned x signed int8 products; this widens them there.
     settings.add_session_config_entry("session.x64quantprecision", "1")
@@ -130,7 +134,6 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> OnnxB
     if device != "cpu":
         _require_most(session, device)
     batch = options.batch or batches(device)[0]
-    streams = options.threads if device == "cpu" else 1
     return OnnxBackend(session, batch=batch, streams=streams, memory=options.memory)
 
 
