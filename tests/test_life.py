@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -132,10 +133,12 @@ def test_one_that_is_closed_in_use_is_freed_by_its_last_call(bundle: Path) -> No
 
 
 DROP = """
-import gc, sys
+import ctypes, sys
 from qrank import Reranker
 
 def resident():
+    # What was freed goes back to the system, and not to the heap for its next use.
+    ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
 
@@ -148,14 +151,12 @@ print(after_three, resident())
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no such file here")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is told in other ways here")
 @pytest.mark.parametrize("backend", ["onnx-int8", "openvino-int8", "gguf-f16"])
 def test_one_that_is_dropped_frees_its_model(bundle: Path, backend: str) -> None:
     """20 opened, none closed: within a tenth of the memory of three."""
     done = subprocess.run(
         [sys.executable, "-c", DROP, str(bundle), backend],
-        # One heap for all threads, or what each keeps for its next use is most of what is seen.
-        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
         capture_output=True,
         text=True,
         timeout=300,
