@@ -13,6 +13,7 @@ import os
 import re
 import reprlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -43,14 +44,11 @@ def whole(name: str, value: object, least: int) -> int | None:
     """A whole number, not less than `least`; or None. NumPy's integers are whole numbers."""
     if value is None:
         return None
-    try:
-        # True counts as 1 in Python; here it is a mistake.
-        if isinstance(value, SupportsIndex) and not isinstance(value, bool):
-            found = operator.index(value)
-            if found >= least:
+    # True counts as 1 in Python; here it is a mistake.
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        with suppress(TypeError):  # an array, which has the method and is no number
+            if (found := operator.index(value)) >= least:
                 return found
-    except TypeError:
-        pass  # an array, which has the method and is no number
     raise wrong(name, value, f"a whole number, {least} or more, or None")
 
 

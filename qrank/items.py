@@ -148,9 +148,9 @@ def _items(values: object, name: str, kind: str, part: str = "values") -> Iterat
             f"{name} is a {type(values).__name__}, which would be read by its columns;"
             f" give {wanted}: one column, or the rows as a list or an array"
         )
+    if isinstance(values, bytes | bytearray):
+        raise wrong(name, values, wanted)
     try:
-        if isinstance(values, bytes | bytearray):
-            raise TypeError("their items are numbers")
         return iter(values)  # type: ignore[call-overload, no-any-return]
     except TypeError:
         raise wrong(name, values, wanted) from None

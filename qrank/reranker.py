@@ -241,6 +241,7 @@ class Reranker:
         first_that_works(choices(self.manifest, wish, options), self._take)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        """What `pickle` and `copy` keep: that it is opened with the same arguments."""
         return partial(type(self), **self._arguments), ()
 
     def _take(self, choice: Choice) -> None:

@@ -96,7 +96,10 @@ def memory(device: str) -> int | None:
     """Bytes that a GPU has, of its own or of the machine's; None for others, or an absent one."""
     if not device.startswith("gpu") or device not in devices():
         return None
-    return int(_core().get_property(device.upper(), "GPU_DEVICE_TOTAL_MEM_SIZE"))
+    try:
+        return int(_core().get_property(device.upper(), "GPU_DEVICE_TOTAL_MEM_SIZE"))
+    except RuntimeError:  # a driver that does not tell
+        return None
 
 
 def product(a: Floats, b: Floats, device: str) -> Floats:
