@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qrank.errors import TargetError
 from qrank.memory import Memory
 from qrank.work import Logits, Work
+
+_OUT_OF_MEMORY = re.compile(
+    # onnxruntime's arena; CUDA, ROCm and MPS; cuBLAS; C++; DirectML and Windows; torch on the CPU.
+    "failed to allocate memory|smaller than requested bytes|out of memory|alloc_failed|bad.alloc"
+    "|not enough memory|can't allocate memory",
+    re.IGNORECASE,
+)
 
 Most = Callable[[int], int | None]
 """Tokens of the longest sequence -> how many a batch may hold; None: any number."""
@@ -73,6 +83,38 @@ def cut_ragged(
         batches.append(order[start:end])
         start = end
     return batches
+
+
+def in_halves(batch: Work, run: Callable[[Work], Any]) -> Any:
+    """Run a batch; where memory does not suffice for it, its halves, and theirs.
+
+    Args:
+        batch: at least one sequence.
+        run: gives an array of a row a sequence, or raises MemoryError.
+
+    Returns:
+        Such an array; of a single sequence, whatever `run` gives.
+
+    Raises:
+        TargetError: memory does not suffice for a single sequence.
+    """
+    try:
+        return run(batch)
+    except MemoryError as error:
+        if len(batch) == 1:
+            length = len(batch.prefix) + int(batch.lengths[0])
+            raise TargetError(
+                f"memory does not suffice for a single pair of {length:,} tokens: {error}. Allow "
+                "fewer (--max-length), or name a smaller variant or another device"
+            ) from error
+    # Not within the handler: the error holds on to what the attempt had taken.
+    first, second = np.array_split(np.arange(len(batch)), 2)
+    return np.concatenate([in_halves(batch.take(half), run) for half in (first, second)])
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a runtime's error is that memory did not suffice: each says it in its own way."""
+    return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def _at_most(count: int, most: int | None) -> int:

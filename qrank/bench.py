@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from qrank import machine
+from qrank import arguments, machine
 from qrank.bundle import TOKENIZER, Manifest
 from qrank.encoding import Encoder
 from qrank.errors import InputError, QrankError
+from qrank.items import as_texts
 from qrank.locate import DEFAULT, locate
 from qrank.selection import Measurement, Wish, order
 from qrank.survey import surveys
@@ -91,11 +92,16 @@ def bench(
     Raises:
         QrankError: there is no such bundle, or nothing of it is named by `only`.
     """
+    model = arguments.place("model", model, "a bundled name, a bundle's folder or a hub id")
+    threads = arguments.whole("threads", threads, 1) or machine.processors()
+    arguments.number("seconds", seconds, "a number, 0 or more", lambda x: x >= 0, none=False)
+    arguments.function("progress", progress)
+    query = arguments.text("query", query) or QUERY
+    given = None if texts is None else as_texts(texts, "texts", "text")
+    only = as_texts(only, "only", "name")
     folder = locate(model)
     manifest = Manifest.load(folder)
-    threads = threads or machine.processors()
-    query = query or QUERY
-    given = list(texts) if texts is not None else documents(folder, manifest, "passages")
+    given = documents(folder, manifest, "passages") if given is None else given
     if not given:
         raise InputError("no documents: give at least one")
     work = [given[place % len(given)] for place in range(COUNTS[-1])]

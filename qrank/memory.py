@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,7 +71,11 @@ class Dimensions:
 
 
 class Memory:
-    """Memory for batches. Those that run side by side share it; one that finds too little waits."""
+    """Memory for batches. Those that run side by side share it; one that finds too little waits.
+
+    First come, first served: behind a large one that waits, smaller ones wait too, or a stream of
+    them would keep it waiting for ever.
+    """
 
     def __init__(
         self,
@@ -90,6 +95,7 @@ class Memory:
         self._strict = strict
         self._size = None if dimensions is None else size
         self._free = self._size or 0
+        self._queue: deque[object] = deque()
         self._changed = threading.Condition()
 
     @classmethod
@@ -98,8 +104,8 @@ class Memory:
 
         Args:
             files: bytes of the model.
-            most: bytes that both may take, strictly. None: half of what the machine has beside the
-                model, and what takes more has it for itself.
+            most: bytes that both may take, strictly. None: half of what the machine, or its
+                container, has beside the model; and what takes more has it for itself.
             dimensions: of the model; None where its bundle does not say.
 
         Raises:
@@ -119,6 +125,16 @@ class Memory:
                 f"{most / 1e6:,.0f} MB"
             )
         return cls(most - files, dimensions)
+
+    def move(self, whole: int, files: int) -> None:
+        """Count a device's own memory instead, where no bound was given; before any batch.
+
+        Args:
+            whole: bytes that it has.
+            files: bytes of the model.
+        """
+        if self._size is not None and not self._strict:
+            self._size = self._free = max(whole - files, 0) // 2
 
     def check(self, length: int, what: str) -> None:
         """Refuse a sequence that no batch may hold.
@@ -153,9 +169,15 @@ class Memory:
             return
         # Never more than there is at all: that would wait for ever.
         taken = min(self._taken(count, length, before), self._size)
+        turn = object()
         with self._changed:
-            self._changed.wait_for(lambda: self._free >= taken)
-            self._free -= taken
+            self._queue.append(turn)
+            try:
+                self._changed.wait_for(lambda: self._queue[0] is turn and self._free >= taken)
+                self._free -= taken
+            finally:  # also where Ctrl-C ends the waiting
+                self._queue.remove(turn)
+                self._changed.notify_all()
         try:
             yield
         finally:

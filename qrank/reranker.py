@@ -5,28 +5,40 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import reprlib
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, overload
+from typing import Any, Literal, SupportsIndex, get_args, overload
 
 import numpy as np
 
-from qrank import activation, backends, calibration
+from qrank import activation, arguments, backends, calibration
 from qrank.budget import Pace, spend
 from qrank.bundle import TOKENIZER, Manifest, check_files
 from qrank.encoding import Encoder, Prompt
 from qrank.errors import InputError, TargetError
-from qrank.items import Item, LongDocuments, best_items, check, works
+from qrank.items import Item, LongDocuments, as_pairs, as_text, as_texts, best_items, works
 from qrank.locate import DEFAULT, locate
 from qrank.machine import processors
 from qrank.memory import Memory
 from qrank.proof import Proof, ready
-from qrank.selection import Choice, Policy, Profile, Wish, choices, first_that_works
+from qrank.selection import (
+    POLICIES,
+    PROFILES,
+    Choice,
+    Policy,
+    Profile,
+    Wish,
+    choices,
+    first_that_works,
+)
 from qrank.targets import Target
 from qrank.work import Logits
 
@@ -53,9 +65,33 @@ class Ranking:
     part: tuple[int, int] | None = None
     scored: bool = True
 
+    def __eq__(self, other: object) -> bool:
+        """Whether all is the same: two that were not scored, and have no numbers, may be equal."""
+        return self._known() == other._known() if isinstance(other, Ranking) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._known())
+
+    def __repr__(self) -> str:
+        """Without what is as usual, and with a long text's ends alone."""
+        numbers = (
+            f"score={self.score:.6g}, logit={self.logit:.6g}" if self.scored else "scored=False"
+        )
+        more = ", truncated=True" if self.truncated else ""
+        more += f", part={self.part}" if self.part else ""
+        return f"Ranking(index={self.index}, {numbers}, text={_SHORT.repr(self.text)}{more})"
+
+    def _known(self) -> tuple[object, ...]:
+        known = (self.index, self.text, self.truncated, self.part)
+        return (*known, self.score, self.logit) if self.scored else known
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 80
+
 
 class Rankings(list[Ranking]):
-    """A ranked list.
+    """A ranked list; so is a slice of it, or a copy. Equal to any list of the same.
 
     Attributes:
         scored: how many of the documents were scored: all but for a budget.
@@ -65,12 +101,40 @@ class Rankings(list[Ranking]):
         super().__init__(ranked)
         self.scored = scored
 
+    @overload
+    def __getitem__(self, place: SupportsIndex) -> Ranking: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Rankings: ...
+
+    def __getitem__(self, place: SupportsIndex | slice) -> Ranking | Rankings:
+        found = super().__getitem__(place)
+        return found if isinstance(found, Ranking) else Rankings(found, self.scored)
+
+    def copy(self) -> Rankings:
+        """See `list`."""
+        return self[:]
+
+    def __repr__(self) -> str:
+        return f"Rankings({super().__repr__()}, scored={self.scored})"
+
+
+class _Users:
+    """The calls that compute with a backend, and whether the last of them is to close it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.closing = False
+
 
 class Reranker:
     """Scores (query, document) pairs with a bundle. Safe to use from several threads.
 
     After a fork the model is loaded again in the child at its first use: a runtime's threads do
     not survive a fork. Backend openvino refuses there: make the Reranker after the fork.
+
+    Pickled or copied, it is its arguments, and opens again where it arrives: it can be handed to
+    processes, of this machine or of others that have the model.
     """
 
     def __init__(
@@ -82,9 +146,9 @@ class Reranker:
         threads: int | None = None,
         execution: str | None = None,
         batch: int | None = None,
-        max_memory: int | None = None,
+        max_memory: int | str | None = None,
         max_length: int | None = None,
-        family: str | None = None,
+        family: str | Path | None = None,
         policy: Policy = "fastest",
         min_kendall: float | None = None,
         max_loss: float | None = None,
@@ -107,14 +171,16 @@ class Reranker:
             device: `cpu`, or what the backend offers: onnx `cuda`, `tensorrt`, `coreml`,
                 `directml`; openvino `gpu`, `npu`; gguf `metal`, `cuda`, `vulkan`; torch `cuda`,
                 `mps`. None: as measured, or `cpu`.
-            threads: CPU threads in all. None: every CPU this process may use.
+            threads: CPU threads in all. None: every CPU this process may use, by its affinity and
+                its container's quota.
             execution: arithmetic to compute in where the backend leaves a choice (openvino):
                 `fp32`, `bf16` or `fp16`. None: the fastest that reproduces the probes here.
             batch: padded tokens a batch, for onnx and openvino. None: as measured, or their own.
             max_memory: bytes that the model's files and what is computed at once may take, by an
-                estimate: batches are cut and wait for each other accordingly, and a document that
-                takes more is an error. None: half of what the machine has beside the model, and a
-                document that takes more is computed by itself.
+                estimate, or a size such as "2G": batches are cut and wait for each other
+                accordingly, and a document that takes more is an error. None: half of what the
+                machine, its container or the GPU has beside the model, and a document that takes
+                more is computed by itself.
             max_length: tokens a pair may have. None: what the model reads.
             family: with backend `torch`: the card that reads the checkpoint, by name or file, where
                 nothing in it tells. A bundle knows its own.
@@ -130,8 +196,23 @@ class Reranker:
         Raises:
             QrankError: see `qrank.errors`; the message says what to do.
         """
-        if threads is not None and threads < 1:
-            raise InputError(f"threads is {threads}; it must be 1 or more")
+        self._arguments = {name: value for name, value in locals().items() if name != "self"}
+        model = arguments.place("model", model, "a bundled name, a bundle's folder or a hub id")
+        for name, value in (("backend", backend), ("device", device), ("execution", execution)):
+            arguments.text(name, value)
+        threads = arguments.whole("threads", threads, 1)
+        batch = arguments.whole("batch", batch, 1)
+        max_length = arguments.whole("max_length", max_length, 1)
+        if family is not None:
+            family = str(arguments.place("family", family, "a card's name or file, or None"))
+        arguments.one_of("policy", policy, POLICIES)
+        arguments.one_of("profile", profile, list(PROFILES))
+        tau = "Kendall's tau, -1 to 1"
+        min_kendall = arguments.number("min_kendall", min_kendall, tau, lambda x: -1 <= x <= 1)
+        max_loss = arguments.number("max_loss", max_loss, "a finite number")
+        self._max_memory = arguments.memory("max_memory", max_memory)
+        self._calibrated = arguments.flag("calibrated", calibrated)
+        wish = Wish(backend, device, policy, min_kendall, max_loss, profile)
         tokenizer: Path | str
         if backend is not None and backend.partition("-")[0] == "torch":
             torch = backends.module("torch")
@@ -141,11 +222,10 @@ class Reranker:
                 raise InputError("family is for checkpoints (backend torch); a bundle has its own")
             folder = locate(model)
             self.manifest, tokenizer = Manifest.load(folder), folder / TOKENIZER
-        if max_memory is not None and max_memory < 1:
-            raise InputError(f"max_memory is {max_memory}; it must be 1 byte or more")
+        if folder == Path(model):
+            # Where a pickle of this arrives, the current folder may be another.
+            self._arguments["model"] = folder.absolute()
         self._folder = folder
-        self._max_memory = max_memory
-        self._calibrated = calibrated
         check_files(folder, self.manifest.files)
         options = backends.Options(
             threads or processors(), execution, batch, family=self.manifest.family
@@ -154,12 +234,16 @@ class Reranker:
             tokenizer, self.manifest.family, max_length=max_length, threads=options.threads
         )
         self._pace = Pace()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._backend: backends.Backend | None = None
         self._proof: Proof | None = None
+        self._users = _Users()
         _living.add(self)
-        wish = Wish(backend, device, policy, min_kendall, max_loss, profile)
         first_that_works(choices(self.manifest, wish, options), self._take)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What `pickle` and `copy` keep: that it is opened with the same arguments."""
+        return partial(type(self), **self._arguments), ()
 
     def _take(self, choice: Choice) -> None:
         """Open a target, for good if it works."""
@@ -204,7 +288,7 @@ class Reranker:
     def rank(
         self,
         query: str,
-        documents: Sequence[str],
+        documents: Iterable[str],
         *,
         top_k: int | None = None,
         instruction: str | None = None,
@@ -215,7 +299,8 @@ class Reranker:
 
         Args:
             query: cut with a warning (logger "qrank") where it alone exceeds the limit.
-            documents: any number; empty and blank ones are scored like any other.
+            documents: any number, in an order: a list, a generator, an array, a column of a table.
+                Empty and blank ones are scored like any other.
             top_k: keep only so many. None: all.
             instruction: what "relevant" means here, for families that take one (Qwen3-Reranker,
                 zerank, mxbai-rerank-v2). None: the family's own, or none.
@@ -226,21 +311,18 @@ class Reranker:
                 fast the model is is learnt from call to call, so the first few are less exact.
 
         Raises:
-            InputError: an argument is out of its range, a document is no string, one takes more
+            InputError: an argument is not what it may be, a document is no string, one takes more
                 memory than there is, or the family takes no instruction.
             TargetError: the backend failed, or gave a number that is not finite.
         """
-        if top_k is not None and top_k < 0:
-            raise InputError(f"top_k is {top_k}; it must be 0 or more")
-        if isinstance(documents, str):
-            raise InputError("documents is one string; give a list of strings")
-        if budget_ms is not None and not 0 < budget_ms < math.inf:
-            raise InputError(f"budget_ms is {budget_ms}; it must be more than 0, and finite")
-        documents = list(documents)
-        pairs = [(query, document) for document in documents]
-        check(pairs, long_documents)
+        top_k = arguments.whole("top_k", top_k, 0)
+        milliseconds = "milliseconds, more than 0"
+        budget_ms = arguments.number("budget_ms", budget_ms, milliseconds, lambda x: x > 0)
+        _check(instruction, long_documents)
+        query, documents = as_text(query, "query"), as_texts(documents, "documents", "document")
         if not documents:
             return Rankings()
+        pairs = [(query, document) for document in documents]
         prompts = {query: self._encoder.prompt(query, instruction)}
         items: list[Item] = []
         found: list[Logits] = []
@@ -289,7 +371,7 @@ class Reranker:
     @overload
     def score(
         self,
-        pairs: Iterable[tuple[str, str]],
+        pairs: Iterable[Sequence[str]],
         *,
         raw: Literal[False] = False,
         instruction: str | None = None,
@@ -299,7 +381,7 @@ class Reranker:
     @overload
     def score(
         self,
-        pairs: Iterable[tuple[str, str]],
+        pairs: Iterable[Sequence[str]],
         *,
         raw: Literal[True],
         instruction: str | None = None,
@@ -308,8 +390,8 @@ class Reranker:
 
     def score(
         self,
-        pairs: Iterable[tuple[str, str]],
-        *,
+        pairs: Iterable[Sequence[str]],
+        *more: object,
         raw: bool = False,
         instruction: str | None = None,
         long_documents: LongDocuments = "truncate",
@@ -317,7 +399,8 @@ class Reranker:
         """Score (query, document) pairs, in the caller's order.
 
         Args:
-            pairs: queries may differ.
+            pairs: queries may differ. A list, a generator, an array of two columns, ...
+            more: nothing: what else there is has names.
             raw: logits instead of scores.
             instruction: as for `rank`.
             long_documents: as for `rank`.
@@ -328,7 +411,13 @@ class Reranker:
         Raises:
             InputError, TargetError: as for `rank`.
         """
-        items = self.prepare(list(pairs), instruction, long_documents)
+        if more:
+            raise InputError(
+                "score takes one list of pairs: score([(query, document), ...]); for one query and "
+                "its documents there is rank(query, documents)"
+            )
+        raw = arguments.flag("raw", raw)
+        items = self.prepare(pairs, instruction, long_documents)
         if not items:
             return np.empty(0, np.float32) if raw else np.empty(0, np.float64)
         logits = self.logits(items)
@@ -336,11 +425,18 @@ class Reranker:
         return logits if raw else self.scores(logits)
 
     def close(self) -> None:
-        """Free the model; using the reranker again loads it again."""
+        """Free the model; using the reranker again loads it again.
+
+        Calls that compute meanwhile, on other threads, end as they would: the last of them frees
+        it. Whatever is dropped without this is freed, too.
+        """
         with self._lock:
-            if self._backend is not None:
-                self._backend.close()
-            self._backend = None
+            backend, self._backend = self._backend, None
+            users, self._users = self._users, _Users()
+            users.closing = True
+            unused = not users.count
+        if backend is not None and unused:
+            backend.close()
 
     def __enter__(self) -> Reranker:
         return self
@@ -357,9 +453,8 @@ class Reranker:
         """The backend of this process, opened and proven if need be."""
         with self._lock:
             if self._backend is None:
-                self._memory = Memory.beside(
-                    self.target.variant.bytes, self._max_memory, self.manifest.dimensions
-                )
+                files = self.target.variant.bytes
+                self._memory = Memory.beside(files, self._max_memory, self.manifest.dimensions)
                 options = replace(self.choice.options, memory=self._memory)
                 self._backend, self._proof = ready(
                     self._folder,
@@ -369,7 +464,26 @@ class Reranker:
                     least_kendall=self.choice.least_kendall,
                     known=self._proof,
                 )
+                # Only now: to be asked, a device's driver is loaded.
+                own = backends.memory(self.target.backend, self.target.device)
+                if own is not None:
+                    self._memory.move(own, files)
             return self._backend
+
+    @contextmanager
+    def _in_use(self) -> Iterator[backends.Backend]:
+        """The backend, which nobody closes meanwhile."""
+        with self._lock:
+            backend, users = self._ready(), self._users
+            users.count += 1
+        try:
+            yield backend
+        finally:
+            with self._lock:
+                users.count -= 1
+                last = users.closing and not users.count
+            if last:
+                backend.close()
 
     def scores(self, logits: Logits) -> activation.Scores:
         """Logits after the family's activation, or the calibration; shape [n]."""
@@ -380,7 +494,7 @@ class Reranker:
 
     def prepare(
         self,
-        pairs: list[tuple[str, str]],
+        pairs: Iterable[Sequence[str]],
         instruction: str | None = None,
         long_documents: LongDocuments = "truncate",
         document_tokens: int | None = None,
@@ -396,7 +510,8 @@ class Reranker:
         Raises:
             InputError: as for `rank`.
         """
-        check(pairs, long_documents)
+        _check(instruction, long_documents)
+        pairs = as_pairs(pairs)
         queries = dict.fromkeys(query for query, _ in pairs)
         prompts = {query: self._encoder.prompt(query, instruction) for query in queries}
         return self._items(pairs, prompts, instruction, long_documents, document_tokens)
@@ -441,15 +556,16 @@ class Reranker:
         Raises:
             TargetError: as for `rank`; a document is named by its place in its own call.
         """
-        backend = self._ready()
         logits = np.empty(len(items), np.float32)
-        for places, work in works(items):
-            found = np.asarray(backend.logits(work), np.float32)
-            if found.shape != (len(work),):
-                raise TargetError(
-                    f"{self.target.name} gave logits of shape {found.shape} for {len(work)} inputs"
-                )
-            logits[places] = found
+        with self._in_use() as backend:
+            for places, work in works(items):
+                found = np.asarray(backend.logits(work), np.float32)
+                if found.shape != (len(work),):
+                    raise TargetError(
+                        f"{self.target.name} gave logits of shape {found.shape} for {len(work)} "
+                        "inputs"
+                    )
+                logits[places] = found
         if not np.isfinite(logits).all():
             bad = items[int(np.flatnonzero(~np.isfinite(logits))[0])].owner
             raise TargetError(
@@ -457,6 +573,12 @@ class Reranker:
                 "no ranking can be made of that. Name another variant or device"
             )
         return logits
+
+
+def _check(instruction: object, long_documents: object) -> None:
+    """Refuse what is no instruction, and no way to treat long documents."""
+    arguments.text("instruction", instruction)
+    arguments.one_of("long_documents", long_documents, get_args(LongDocuments))
 
 
 _living: weakref.WeakSet[Reranker] = weakref.WeakSet()
@@ -470,8 +592,9 @@ def _forget_backends() -> None:
     """
     for reranker in _living:
         # A thread the child does not have may hold the old ones.
-        reranker._lock = threading.Lock()
+        reranker._lock = threading.RLock()
         reranker._pace = Pace()
+        reranker._users = _Users()
         if reranker._backend is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(reranker._backend))
             reranker._backend = None

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from qrank import machine, selection
+from qrank import arguments, machine, selection
 from qrank.bundle import TOKENIZER, Manifest
 from qrank.encoding import Encoder
 from qrank.errors import QrankError
@@ -153,9 +153,12 @@ def tune(
     Raises:
         QrankError: there is no such bundle.
     """
+    model = arguments.place("model", model, "a bundled name, a bundle's folder or a hub id")
+    threads = arguments.whole("threads", threads, 1) or machine.processors()
+    limit = arguments.number("limit", limit, "seconds, more than 0", lambda x: x > 0)
+    arguments.function("progress", progress)
     folder = locate(model)
     manifest = Manifest.load(folder)
-    threads = threads or machine.processors()
     found = surveys(manifest, limit or 60.0, progress)
     contest = Contest(
         folder, {profile: documents(folder, manifest, profile) for profile in PROFILES}, limit

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +98,44 @@ class _Sleepy(Fake):
 def sleepy(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
     """As `length`; takes NAP for each pair."""
     return _Sleepy(folder, len)
+
+
+class _Strict(Fake):
+    """Notes what no backend may be asked: a call after it was closed, to close during a call."""
+
+    def __init__(self, folder: Path, rule: Callable[[Ids], float]) -> None:
+        super().__init__(folder, rule)
+        self._users = 0
+        self._closed = False
+        self._lock = threading.Lock()
+        strict["opened"] += 1
+
+    def logits(self, work: Work) -> Logits:
+        with self._lock:
+            strict["used when closed"] += self._closed
+            self._users += 1
+        try:
+            time.sleep(0)  # another thread's turn
+            return super().logits(work)
+        finally:
+            with self._lock:
+                self._users -= 1
+
+    def close(self) -> None:
+        with self._lock:
+            strict["closed in use"] += self._users > 0
+            strict["closed twice"] += self._closed
+            self._closed = True
+        strict["closed"] += 1
+
+
+strict: Counter[str] = Counter()
+"""What happened to every `strict` backend."""
+
+
+def strict_length(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """As `length`; counts in `strict` what became of it."""
+    return _Strict(folder, len)
 
 
 class _Recording(Fake):

@@ -1,10 +1,13 @@
-"""Laws of cutting work into padded batches."""
+"""Laws of cutting work into batches, and those again where memory does not suffice."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrank.batching import cut_padded
+from qrank.batching import cut_padded, in_halves, out_of_memory
+from qrank.errors import TargetError
+from qrank.work import Logits, Work
 
 LENGTHS = st.lists(st.integers(0, 600), max_size=60)
 LIMIT = st.integers(1, 2000)
@@ -49,3 +52,59 @@ def test_empty_sequences_are_batched_too() -> None:
 
 def test_lengths_may_be_an_array() -> None:
     assert [b.tolist() for b in cut_padded(np.array([1, 3, 2]), 4)] == [[1], [2, 0]]
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=20), room=st.integers(9, 60))
+def test_where_memory_does_not_suffice_the_same_comes_of_smaller_batches(
+    lengths: list[int], room: int
+) -> None:
+    """Room for so many padded tokens, and at least for one sequence."""
+    tried: list[int] = []
+
+    def run(batch: Work) -> Logits:
+        tried.append(len(batch))
+        if len(batch) * int(batch.lengths.max()) > room:
+            raise MemoryError("too many")
+        return np.array([ids.sum() for ids in batch.sequences], np.float32)
+
+    work = Work([np.full(length, i, np.int32) for i, length in enumerate(lengths)])
+    expected = [i * length for i, length in enumerate(lengths)]
+    assert in_halves(work, run).tolist() == expected
+    assert tried[0] == len(lengths)
+    assert sum(tried[1:]) >= len(lengths) or len(tried) == 1
+
+
+def test_a_single_pair_that_is_too_large_is_told_with_its_tokens() -> None:
+    def run(batch: Work) -> Logits:
+        if max(map(len, batch.sequences)) > 5:
+            raise MemoryError("Failed to allocate memory")
+        return np.zeros(len(batch), np.float32)
+
+    work = Work([np.zeros(n, np.int32) for n in (3, 900, 2)], prefix=np.zeros(100, np.int32))
+    with pytest.raises(
+        TargetError, match=r"a single pair of 1,000 tokens: Failed to.*--max-length"
+    ):
+        in_halves(work, run)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        # onnxruntime: on CUDA by its arena and without it, on DirectML, on the CPU.
+        "Non-zero status code returned while running MatMul node. Status Message: bfc_arena.cc:376 "
+        "AllocateRawInternal Failed to allocate memory for requested buffer of size 1610612736",
+        "BFCArena::Extend Available memory of 0 is smaller than requested bytes of 2048",
+        "CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, size);",
+        "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0",
+        "8007000E Not enough memory resources are available to complete this operation.",
+        "running BiasGelu node. Name:'BiasGelu' Status Message: std::bad_alloc",
+        # torch: on CUDA, on MPS, on the CPU.
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB",
+        "MPS backend out of memory (MPS allocated: 17.92 GB, max allowed: 18.13 GB).",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4294967296 bytes.",
+    ],
+)
+def test_every_runtimes_word_for_too_little_memory_is_known(message: str) -> None:
+    assert out_of_memory(RuntimeError(message))
+    assert out_of_memory(MemoryError())
+    assert not out_of_memory(RuntimeError("Name:'Gather' indices element out of data bounds"))

@@ -33,6 +33,9 @@ ALONE = {
 }
 """How far a logit may move with its batch, by precision: a share of max(1, spread)."""
 
+FEW = ((3, 9, 17), (9,))
+"""Places of the pairs that a crowd asks for."""
+
 
 def ragged_pairs() -> list[tuple[str, str]]:
     """Pairs from nothing at all to beyond the limit, most of them short enough to share a batch."""
@@ -114,9 +117,10 @@ def conforms(
         together = reranker.score(pairs, raw=True)
         alone = np.concatenate([reranker.score([pair], raw=True) for pair in pairs])
         backwards = reranker.score(pairs[::-1], raw=True)[::-1]
-        few = [pairs[i % len(pairs)] for i in (3, 9, 17)]
+        # Also a pair by itself, for which a backend may take every thread that is idle.
+        few = [[pairs[i % len(pairs)] for i in places] for places in FEW]
         with ThreadPoolExecutor(64) as threads:
-            crowd = list(threads.map(lambda _: reranker.score(few, raw=True), range(64)))
+            crowd = list(threads.map(lambda some: reranker.score(some, raw=True), few * 32))
 
     assert together.dtype == np.float32
     for found in (together, alone, backwards):
@@ -124,5 +128,6 @@ def conforms(
     bound = alone_bounds[precision] * scale
     np.testing.assert_allclose(alone, together, rtol=0, atol=bound)
     np.testing.assert_allclose(backwards, together, rtol=0, atol=bound)
-    for found in crowd:
-        np.testing.assert_allclose(found, together[[3, 9, 17]], rtol=0, atol=bound)
+    for found, places in zip(crowd, FEW * 32, strict=True):
+        expected = together[[i % len(pairs) for i in places]]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=bound)

@@ -139,7 +139,7 @@ def test_what_was_found_out_is_remembered_and_a_failure_for_a_day(
         monkeypatch.setattr(subprocess, "Popen", no_process)
     monkeypatch.undo()
     tomorrow = time.time() + proof._FAILURE_SECONDS
-    monkeypatch.setattr(proof.time, "time", lambda: tomorrow)
+    monkeypatch.setattr(time, "time", lambda: tomorrow)
     Reranker(bundle, backend="openvino-int8").close()
 
 

@@ -1,9 +1,12 @@
 """Memory for batches: what they take, how they share it, and what does not fit."""
 
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -77,8 +80,80 @@ def test_batches_side_by_side_share_what_there_is() -> None:
             thread.start()
         for thread in threads:
             thread.join(30)
+            assert not thread.is_alive(), "it never got its share"
     assert running == 0
     assert most == 2
+
+
+def test_first_come_first_served() -> None:
+    """A large one that waits is not overtaken by small ones, or it would wait for ever."""
+    one = QWEN3.taken(100)
+    memory = Memory(10 * one, QWEN3)
+    entered: SimpleQueue[int] = SimpleQueue()
+
+    def run(count: int) -> None:
+        with memory.share(count, 100):
+            entered.put(count)
+
+    with ThreadPoolExecutor(3) as pool:
+        with memory.share(6, 100):
+            waiting = [pool.submit(run, 10)]
+            while not waiting[0].running():
+                time.sleep(0.01)
+            time.sleep(0.1)
+            waiting += [pool.submit(run, count) for count in (1, 2)]
+            time.sleep(0.2)
+            assert entered.empty()
+        for future in waiting:
+            future.result(30)
+    assert entered.get() == 10
+    assert {entered.get(), entered.get()} == {1, 2}
+
+
+def test_one_that_needs_everything_gets_it_beside_a_stream_of_small_ones() -> None:
+    memory = Memory(4 * QWEN3.taken(100), QWEN3)
+    done = threading.Event()
+
+    def small() -> None:
+        while not done.is_set():
+            with memory.share(2, 100):
+                time.sleep(0.002)
+
+    def large() -> None:
+        with memory.share(4, 100):
+            pass
+
+    with ThreadPoolExecutor(6) as pool:
+        streams = [pool.submit(small) for _ in range(5)]
+        try:
+            for _ in range(10):
+                pool.submit(large).result(30)
+        finally:
+            done.set()
+        for stream in streams:
+            stream.result(30)
+
+
+def test_one_that_is_interrupted_as_it_waits_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By Ctrl-C, which Python raises in the main thread, wherever it is."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    memory = Memory(QWEN3.taken(100), QWEN3)
+    with memory.share(1, 100), monkeypatch.context() as patched:
+        patched.setattr(threading.Condition, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt), memory.share(1, 100):
+            pass
+
+    def another() -> None:
+        with memory.share(1, 100):
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(another).result(30)
 
 
 @pytest.mark.parametrize("kind", ["bert", "qwen3"])
@@ -151,7 +226,7 @@ def test_a_conversion_that_memory_cannot_suffice_for_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize(
-    ("size", "code"), [("1G", 0), ("512 MiB", 0), ("1k", 3), ("much", 2), ("-1", 2)]
+    ("size", "code"), [("1G", 0), ("512 MiB", 0), ("1k", 3), ("much", 2), ("-1", 2), ("9" * 400, 2)]
 )
 def test_sizes_on_the_command_line(bundle: Path, size: str, code: int) -> None:
     arguments = ["score", "-m", str(bundle), "-q", "a", "--max-memory", size]

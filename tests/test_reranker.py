@@ -1,12 +1,5 @@
 """The public door: what comes back, in which order, and what is refused with which words."""
 
-import gc
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +8,7 @@ import numpy as np
 import pytest
 
 from qrank import Reranker
-from qrank.backends import BACKENDS, Options, onnx
+from qrank.backends import Options, onnx
 from qrank.bundle import TOKENIZER, Manifest, Probes
 from qrank.encoding import Encoder
 from qrank.errors import BundleError, InputError, ModelNotFoundError, TargetError
@@ -300,119 +293,9 @@ def test_an_absent_device_is_told_what_is_present(bundle: Path, device: str) -> 
         Reranker(bundle, backend="onnx", device=device)
 
 
-# Life of a reranker
-
-
 def test_every_variant_can_be_named(bundle: Path) -> None:
     for name, variant in Manifest.load(bundle).variants.items():
         with Reranker(bundle, backend=name) as reranker:
             assert reranker.target.name == f"{name}@cpu"
             assert reranker.format == variant.format
             assert len(reranker.rank(QUERY, DOCUMENTS)) == len(DOCUMENTS)
-
-
-def test_closing_frees_and_using_again_loads_again(bundle: Path) -> None:
-    fakes.closed.clear()
-    reranker = Reranker(bundle, backend="fakes:length")
-    before = reranker.score([("q", "d")])
-    reranker.close()
-    reranker.close()
-    assert fakes.closed == ["fake"]
-    assert reranker.score([("q", "d")]) == before
-    with reranker as same:
-        assert same is reranker
-    assert fakes.closed == ["fake", "fake"]
-
-
-def test_closing_the_real_one(bundle: Path) -> None:
-    with Reranker(bundle) as reranker:
-        before = reranker.score([(QUERY, "mars")] * 20)
-    gc.collect()
-    np.testing.assert_array_equal(reranker.score([(QUERY, "mars")] * 20), before)
-    reranker.close()
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_several_threads_at_once(bundle: Path, threads: int) -> None:
-    pairs = [(QUERY, text) for text in words(*range(20), 5, 100)]
-    with Reranker(bundle, threads=threads) as reranker:
-        alone = reranker.score(pairs, raw=True)
-        with ThreadPoolExecutor(4) as pool:
-            for together in pool.map(lambda _: reranker.score(pairs, raw=True), range(8)):
-                np.testing.assert_allclose(together, alone, atol=1e-4)
-
-
-FORK = """
-import json, os, sys, threading
-from qrank import Reranker
-
-folder, backend, threads, at_work = *sys.argv[1:3], int(sys.argv[3]) or None, int(sys.argv[4])
-pairs = [("which planet is red?", "mars is red " * n) for n in range(12)]
-reranker = Reranker(folder, backend=backend, threads=threads)
-before = reranker.score(pairs)
-others = [threading.Thread(target=reranker.score, args=[pairs * 5]) for _ in range(at_work)]
-for thread in others:
-    thread.start()
-child = os.fork()
-if child == 0:
-    print(json.dumps(abs(reranker.score(pairs) - before).max()), flush=True)
-    reranker.close()
-    print(json.dumps(abs(reranker.score(pairs) - before).max()), flush=True)
-    # As web workers end: with destructors, which must not wait for the parent's threads.
-    sys.exit(7)
-for thread in others:
-    thread.join()
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-assert abs(reranker.score(pairs) - before).max() < 1e-6
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "openvino"])
-@pytest.mark.parametrize(("threads", "at_work"), [(0, 0), (0, 2), (1, 0), (1, 2)])
-def test_a_forked_child_gives_the_same_scores(
-    bundle: Path, checkpoint_of: Callable[[str], Path], backend: str, threads: int, at_work: int
-) -> None:
-    """A web server's worker: forked after its parent scored, or while its threads do."""
-    model = checkpoint_of("bert") if backend == "torch" else bundle
-    done = subprocess.run(
-        [sys.executable, "-c", FORK, str(model), backend, str(threads), str(at_work)],
-        capture_output=True,
-        text=True,
-        # For a hang: it takes two seconds.
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
-    differences = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(differences) == 2
-    assert max(differences) < 1e-6
-
-
-FORK_WHILE_LOADING = """
-import os, sys, threading, time
-from qrank import Reranker
-
-reranker = Reranker(sys.argv[1], backend="fakes:slow")
-reranker.close()
-loading = threading.Thread(target=lambda: reranker.score([("a", "a")]))
-loading.start()
-time.sleep(0.1)
-child = os.fork()
-if child == 0:
-    os._exit(0 if len(reranker.score([("a", "a")])) == 1 else 1)
-loading.join()
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_child_forked_while_the_model_loads_does_not_wait_for_it(bundle: Path) -> None:
-    """The thread that loads holds a lock, and does not exist in the child."""
-    done = subprocess.run(
-        [sys.executable, "-c", FORK_WHILE_LOADING, str(bundle)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from click.testing import CliRunner
 
 from qrank import Reranker
@@ -53,6 +55,41 @@ def test_a_precision_can_be_named(bert: Path, precision: str, far: float) -> Non
         assert half.target.name == f"torch-{precision}@cpu"
         difference = np.abs(half.score(pairs, raw=True) - full.score(pairs, raw=True)).max()
     assert 0 < difference < far
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ..."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.92 GB, max allowed: 18 GB)"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+    ids=["cuda", "mps", "cpu"],
+)
+def test_where_memory_does_not_suffice_smaller_batches_give_the_same(
+    bert: Path, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    forward = transformers.BertModel.forward
+    room = 10**6
+    tried: list[int] = []
+
+    def limited(self: object, input_ids: torch.Tensor, *rest: object, **more: object) -> object:
+        tried.append(input_ids.numel())
+        if tried[-1] > room:
+            raise error
+        return forward(self, input_ids, *rest, **more)
+
+    monkeypatch.setattr(transformers.BertModel, "forward", limited)
+    pairs = [(QUERY, document) for document in [*DOCUMENTS, *DOCUMENTS]]
+    with Reranker(bert, backend="torch") as reranker:
+        expected = reranker.score(pairs, raw=True)
+        room = 200
+        np.testing.assert_allclose(reranker.score(pairs, raw=True), expected, atol=1e-4)
+        assert max(tried) > 200
+        room = 100
+        with pytest.raises(TargetError, match=r"a single pair of 160 tokens: .*memory.*--max-len"):
+            reranker.rank(QUERY, DOCUMENTS)
+        assert len(reranker.rank(QUERY, DOCUMENTS[:2])) == 2
 
 
 def test_from_the_command_line(bert: Path, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ and, where it has them,
 
     executions(device) -> arithmetic it can compute in there, fastest first
     batches(device) -> what `Options.batch` may be worth trying there, its own choice first
+    memory(device) -> bytes that a device other than the CPU has; None where it uses the machine's,
+        where nothing tells, and where there is no such device
     product(a, b, device) -> the matrix product, computed there: what `qrank doctor` checks
     DEVICES -> every kind of device it might ever find
 
@@ -80,7 +82,10 @@ class Backend(Protocol):
         """One raw logit a sequence, in the order of `work`, shape [n]."""
 
     def close(self) -> None:
-        """Free the model. No call may follow."""
+        """Free the model. No call may follow.
+
+        One that is dropped without this must free it by itself, and wait for nothing then.
+        """
 
 
 class Opener(Protocol):
@@ -175,6 +180,13 @@ def runtime(name: str) -> list[str]:
         spec = importlib.util.find_spec(module)
         if spec is not None and spec.origin is not None:
             found.append(str(Path(spec.origin).stat().st_mtime_ns))
+    return found
+
+
+def memory(name: str, device: str) -> int | None:
+    """Bytes that a device has for itself; None as a backend module's `memory`."""
+    tell = None if device == "cpu" or ":" in name else getattr(module(name), "memory", None)
+    found: int | None = tell(device) if tell else None
     return found
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qrank.backends import Backend, Options, llama
+from qrank.backends.gguf_context import Context, freed_with
 from qrank.backends.gguf_decoder import HEAD, GgufDecoder
 from qrank.batching import cut_ragged, in_order
 from qrank.bundle import Variant
@@ -47,6 +49,17 @@ product = llama.product
 def devices() -> list[str]:
     """Devices that this build of llama.cpp was made for and finds here."""
     return [device for device in llama.DEVICES if llama.device_pointer(device)]
+
+
+def memory(device: str) -> int | None:
+    """Bytes that a device has; None where it is absent."""
+    if device not in devices():
+        return None
+    tell = llama.tensors().ggml_backend_dev_memory
+    tell.restype, tell.argtypes = None, [ctypes.c_void_p] + 2 * [ctypes.POINTER(ctypes.c_size_t)]
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    tell(llama.device_pointer(device), ctypes.byref(free), ctypes.byref(total))
+    return total.value or None
 
 
 def open(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
@@ -97,14 +110,26 @@ class GgufBackend:
             threads: contexts.
             memory: for batches.
         """
-        self._model = model
         self._memory = memory
+        self._head = head
         self._sequences = sequences
         self._threads = threads
         self._stride = int(_metadata(model, TYPE_STRIDE) or 0)
-        self._idle: SimpleQueue[_Context] = SimpleQueue()
-        for _ in range(threads):
-            self._idle.put(_Context(model, head, sequences))
+        kind = "RANK" if head is None else "MEAN"
+        pooling = getattr(llama.library(), f"LLAMA_POOLING_TYPE_{kind}")
+        contexts = [
+            Context(
+                model,
+                sequences,
+                _GROWTH,
+                lambda room: {"n_ubatch": room, "embeddings": True, "pooling_type": pooling},
+            )
+            for _ in range(threads)
+        ]
+        self._idle: SimpleQueue[Context] = SimpleQueue()
+        for context in contexts:
+            self._idle.put(context)
+        self._free = freed_with(self, model, contexts)
         # Never the caller's thread: OpenMP's helpers of a thread do not survive a fork, and it
         # would wait for them.
         self._workers = ThreadPoolExecutor(threads, "qrank-gguf")
@@ -119,20 +144,33 @@ class GgufBackend:
     def close(self) -> None:
         """See `qrank.backends.Backend.close`."""
         self._workers.shutdown()
-        for _ in range(self._threads):
-            self._idle.get().close()
-        llama.library().llama_model_free(self._model)
+        self._free()
 
     def _run(self, batch: Work, width: int) -> Logits:
         held = [self._idle.get()]
         try:
-            while len(held) < width and not self._idle.empty():
-                held.append(self._idle.get_nowait())
+            # Another may take the last one first.
+            with suppress(Empty):
+                while len(held) < width:
+                    held.append(self._idle.get_nowait())
             with self._memory.share(len(batch), int(batch.lengths.max())):
-                return held[0].run(self._ids(batch), batch.lengths, threads=len(held))
+                return self._compute(batch, held[0], threads=len(held))
         finally:
             for context in held:
                 self._idle.put(context)
+
+    def _compute(self, batch: Work, context: Context, threads: int) -> Logits:
+        """Logits of a batch, shape [n]."""
+        library, ids = llama.library(), self._ids(batch)
+        pointer = context.fit(len(ids))
+        library.llama_set_n_threads(pointer, threads, threads)
+        llama.run(library.llama_encode, pointer, ids, *llama.places(batch.lengths))
+        values = [library.llama_get_embeddings_seq(pointer, i) for i in range(len(batch))]
+        if self._head is None:
+            return np.array([value[0] for value in values], np.float32)
+        means = np.stack([np.ctypeslib.as_array(value, self._head.shape) for value in values])
+        logits: Logits = means @ self._head
+        return logits
 
     def _ids(self, batch: Work) -> NDArray[np.int32]:
         """Token ids of a batch, one after the other, as the file's vocabulary counts them."""
@@ -140,54 +178,6 @@ class GgufBackend:
         if batch.segments is not None:
             ids += np.concatenate(batch.segments).astype(np.int32) * self._stride
         return ids
-
-
-class _Context:
-    """What one batch at a time is computed in; made at its first use, anew for a larger batch."""
-
-    def __init__(self, model: object, head: NDArray[np.float32] | None, sequences: int) -> None:
-        self._model = model
-        self._head = head
-        self._sequences = sequences
-        self._size = 0
-        self._pointer: object = None
-
-    def run(self, ids: NDArray[np.int32], lengths: NDArray[np.int64], threads: int) -> Logits:
-        """Logits of the sequences that lie in `ids` one after the other, shape [n]."""
-        library = llama.library()
-        self._fit(len(ids))
-        library.llama_set_n_threads(self._pointer, threads, threads)
-        llama.run(library.llama_encode, self._pointer, ids, *llama.places(lengths))
-        values = [library.llama_get_embeddings_seq(self._pointer, i) for i in range(len(lengths))]
-        if self._head is None:
-            return np.array([value[0] for value in values], np.float32)
-        means = np.stack([np.ctypeslib.as_array(value, self._head.shape) for value in values])
-        logits: Logits = means @ self._head
-        return logits
-
-    def close(self) -> None:
-        """Free the context; a later run makes it again."""
-        if self._pointer:
-            llama.library().llama_free(self._pointer)
-        self._pointer = None
-
-    def _fit(self, tokens: int) -> None:
-        """Make room for a batch. llama.cpp ends the process where there is none."""
-        if self._pointer and tokens <= self._size:
-            return
-        self.close()
-        library = llama.library()
-        self._size = -(-tokens // _GROWTH) * _GROWTH
-        self._pointer = llama.new_context(
-            self._model,
-            self._size,
-            self._sequences,
-            n_ubatch=self._size,
-            embeddings=True,
-            pooling_type=library.LLAMA_POOLING_TYPE_RANK
-            if self._head is None
-            else library.LLAMA_POOLING_TYPE_MEAN,
-        )
 
 
 def _metadata(model: object, key: str) -> str:

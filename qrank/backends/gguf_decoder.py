@@ -8,6 +8,7 @@ as it is computed, for the last tokens alone, and the head applied here in fp32.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrank.backends import Options, llama
+from qrank.backends.gguf_context import Context, freed_with
 from qrank.batching import cut_ragged, in_order
 from qrank.work import Ids, Logits, Work
 
@@ -48,16 +50,19 @@ class GgufDecoder:
             sequences: that a batch may have.
             options: threads that llama.cpp computes on, and memory for batches.
         """
-        self._model = model
         self._head = head
         self._sequences = sequences
-        self._threads = options.threads
         self._memory = options.memory
-        self._size = 0
-        self._pointer: object = None
         self._states: list[NDArray[np.float32]] = []
-        callback = llama.library().ggml_backend_sched_eval_callback
-        self._callback = callback(self._look)
+        look = llama.library().ggml_backend_sched_eval_callback(_looking(self._states))
+        threads = {"n_threads": options.threads, "n_threads_batch": options.threads}
+        self._context = Context(
+            model,
+            sequences + 1,
+            _GROWTH,
+            lambda room: {"n_ubatch": min(room, PHYSICAL_BATCH), "cb_eval": look, **threads},
+        )
+        self._free = freed_with(self, model, [self._context])
         # Never the caller's thread, see `qrank.backends.gguf.GgufBackend`; and one call at a time.
         self._worker = ThreadPoolExecutor(1, "qrank-gguf")
 
@@ -69,22 +74,22 @@ class GgufDecoder:
         """See `qrank.backends.Backend.close`."""
         self._worker.shutdown()
         self._free()
-        llama.library().llama_model_free(self._model)
 
     def _run(self, work: Work) -> Logits:
         before = len(work.prefix)
         most = partial(self._memory.most, before=before)
         batches = cut_ragged(work.lengths, BATCH, self._sequences, most)
-        self._fit(before + max(int(work.lengths[batch].sum()) for batch in batches))
-        memory = llama.library().llama_get_memory(self._pointer)
-        llama.library().llama_memory_clear(memory, False)
+        library = llama.library()
+        room = before + max(int(work.lengths[batch].sum()) for batch in batches)
+        library.llama_memory_clear(library.llama_get_memory(self._context.fit(room)), False)
         if before:
             self._decode([work.prefix], 0, first=0, wanted=False)
-        return in_order(batches, (self._score(work.take(batch), memory) for batch in batches))
+        return in_order(batches, (self._score(work.take(batch)) for batch in batches))
 
-    def _score(self, batch: Work, memory: object) -> Logits:
+    def _score(self, batch: Work) -> Logits:
         """Logits of sequences behind the prefix, which is sequence 0; the batch's are 1, 2, ..."""
         library = llama.library()
+        memory = library.llama_get_memory(self._context.fit(0))
         for owner in range(1, len(batch) + 1):
             library.llama_memory_seq_cp(memory, 0, owner, -1, -1)
         self._states.clear()
@@ -108,35 +113,22 @@ class GgufDecoder:
         if wanted:
             outputs[np.cumsum(lengths) - 1] = 1
         placed = llama.places(lengths, before, first)
-        llama.run(llama.library().llama_decode, self._pointer, ids, *placed, outputs)
+        llama.run(llama.library().llama_decode, self._context.fit(0), ids, *placed, outputs)
 
-    def _look(self, tensor: int, asking: bool, _: object) -> bool:
-        """llama.cpp asks about each result whether it is to be seen, and then shows it."""
-        ggml = llama.tensors()
+
+def _looking(states: list[NDArray[np.float32]]) -> Callable[[int, bool, object], bool]:
+    """What llama.cpp asks about each result whether it is to be seen, and then shows it to.
+
+    It knows where states go and not the decoder, which would then hold itself.
+    """
+    ggml = llama.tensors()
+
+    def look(tensor: int, asking: bool, _: object) -> bool:
         if asking:
             return bool(ggml.ggml_get_name(tensor) == _STATE)
         state = np.empty(ggml.ggml_nbytes(tensor) // 4, np.float32)
         ggml.ggml_backend_tensor_get(tensor, state.ctypes.data_as(ctypes.c_void_p), 0, state.nbytes)
-        self._states.append(state)
+        states.append(state)
         return True
 
-    def _fit(self, tokens: int) -> None:
-        """Make room for the prefix and a batch."""
-        if self._pointer and tokens <= self._size:
-            return
-        self._free()
-        self._size = -(-tokens // _GROWTH) * _GROWTH
-        self._pointer = llama.new_context(
-            self._model,
-            self._size,
-            self._sequences + 1,
-            n_ubatch=min(self._size, PHYSICAL_BATCH),
-            n_threads=self._threads,
-            n_threads_batch=self._threads,
-            cb_eval=self._callback,
-        )
-
-    def _free(self) -> None:
-        if self._pointer:
-            llama.library().llama_free(self._pointer)
-        self._pointer = None
+    return look

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import ctypes
+import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -12,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrank.backends import Options
-from qrank.batching import cut, in_order
+from qrank.batching import cut, in_halves, in_order, out_of_memory
 from qrank.bundle import Variant
 from qrank.errors import TargetError
 from qrank.extras import need
@@ -62,6 +65,24 @@ def batches(device: str) -> tuple[int, ...]:
     return (CPU_BATCH, 4 * CPU_BATCH) if device == "cpu" else (DEVICE_BATCH, DEVICE_BATCH // 4)
 
 
+def memory(device: str) -> int | None:
+    """Bytes that a device has for itself; None where nothing tells."""
+    if device not in ("cuda", "tensorrt"):
+        return None
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return None
+    # The first that the process may see: CUDA_VISIBLE_DEVICES counts.
+    first, size = ctypes.c_int(), ctypes.c_size_t()
+    failed = (
+        driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(first), 0)
+        or driver.cuDeviceTotalMem_v2(ctypes.byref(size), first)
+    )
+    return None if failed else size.value
+
+
 def product(a: Floats, b: Floats, device: str) -> Floats:
     """The matrix product, computed on a device."""
     session = need("onnxruntime").InferenceSession(_PRODUCT, providers=[PROVIDERS[device]])
@@ -84,27 +105,53 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> OnnxB
             f"present are: {', '.join(present)}"
         )
     settings = ort.SessionOptions()
-    settings.log_severity_level = 3
-    settings.intra_op_num_threads = options.threads
-    # Streams share the session's threads: spinning for work would take them from each other.
+    settings.log_severity_level = 4  # what fails is raised, and memory may suffice for less
+    # A stream's own thread is one of those that its batch runs on; the others are the session's,
+    # and all streams share them: together as many as there may be.
+    pool = (options.threads + 1) // 2 if device == "cpu" else options.threads
+    streams = options.threads + 1 - pool
+    settings.intra_op_num_threads = pool
+    # Spinning for work would take the threads from each other.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # x86 CPUs without VNNI saturate unsigned x signed int8 products; this widens them there.
     settings.add_session_config_entry("session.x64quantprecision", "1")
     # The arena keeps the peak of every length it ever saw, and gains nothing here.
     settings.enable_cpu_mem_arena = False
+    provider = PROVIDERS[device]
+    if device != "cpu":
+        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     path = folder / variant.name / "model.onnx"
     try:
-        session = ort.InferenceSession(str(path), settings, providers=[PROVIDERS[device]])
+        # Left to itself, it goes on on the CPU where a device fails.
+        session = ort.InferenceSession(str(path), settings, providers=[provider], enable_fallback=0)
     except Exception as error:  # onnxruntime's own exceptions share no base
         raise TargetError(f"onnxruntime cannot load {path} on {device}: {error}") from error
-    if session.get_providers()[0] != PROVIDERS[device]:
+    if session.get_providers()[0] != provider:
         raise TargetError(
-            f"onnxruntime fell back from {PROVIDERS[device]} to {session.get_providers()[0]}: "
+            f"onnxruntime fell back from {provider} to {session.get_providers()[0]}: "
             f"the libraries of {device} are missing or do not match"
         )
+    if device != "cpu":
+        _require_most(session, device)
     batch = options.batch or batches(device)[0]
-    streams = options.threads if device == "cpu" else 1
     return OnnxBackend(session, batch=batch, streams=streams, memory=options.memory)
+
+
+def _require_most(session: onnxruntime.InferenceSession, device: str) -> None:
+    """Refuse a graph most of whose matrix products, nearly all of the work, a device leaves out.
+
+    The CPU computes those without a word. Older onnxruntimes do not tell: there all is taken.
+    """
+    tell = getattr(session, "get_provider_graph_assignment_info", list)
+    products: Counter[str] = Counter()
+    for part in tell():
+        names = (node.op_type for node in part.get_nodes())
+        products[part.ep_name] += sum("MatMul" in name or "Gemm" in name for name in names)
+    if 2 * (here := products[PROVIDERS[device]]) < products.total():
+        raise TargetError(
+            f"onnxruntime computes only {here} of this graph's {products.total()} matrix products "
+            f"on {device}, and the others on the CPU: name another variant, or device cpu"
+        )
 
 
 class OnnxBackend:
@@ -145,9 +192,15 @@ class OnnxBackend:
         return np.asarray(logits, np.float32).reshape(len(batch))
 
     def _call(self, output: str, batch: Work, more: dict[str, NDArray[Any]]) -> NDArray[Any]:
+        found: NDArray[Any] = in_halves(batch, lambda some: self._compute(output, some, more))
+        return found
+
+    def _compute(self, output: str, batch: Work, more: dict[str, NDArray[Any]]) -> NDArray[Any]:
         inputs = feed(self._names, batch, more=more)
         try:
             (found,) = self._session.run([output], inputs)
         except Exception as error:  # onnxruntime's own exceptions share no base
+            if out_of_memory(error):
+                raise MemoryError(str(error)) from error
             raise TargetError(f"onnxruntime failed: {error}") from error
         return np.asarray(found)

@@ -102,6 +102,16 @@ def batches(device: str) -> tuple[int, ...]:
     return (CPU_BATCH, 4 * CPU_BATCH) if device == "cpu" else (DEVICE_BATCH, DEVICE_BATCH // 4)
 
 
+def memory(device: str) -> int | None:
+    """Bytes that a GPU has, of its own or of the machine's; None for others, or an absent one."""
+    if not device.startswith("gpu") or device not in devices():
+        return None
+    try:
+        return int(_core().get_property(device.upper(), "GPU_DEVICE_TOTAL_MEM_SIZE"))
+    except RuntimeError:  # a driver that does not tell
+        return None
+
+
 def product(a: Floats, b: Floats, device: str) -> Floats:
     """The matrix product, computed on a device."""
     openvino, core = need("openvino"), _core()

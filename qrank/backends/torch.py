@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from qrank.backends import Options
-from qrank.batching import cut, in_order
+from qrank.batching import cut, in_halves, in_order, out_of_memory
 from qrank.bundle import Manifest, Probes, Variant
 from qrank.errors import TargetError
 from qrank.extras import need
@@ -90,6 +90,13 @@ def devices() -> list[str]:
     torch = need("torch", extra="torch")
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     return ["cpu", *(device for device, there in present.items() if there)]
+
+
+def memory(device: str) -> int | None:
+    """Bytes that a device has for itself; None where it uses the machine's, or is absent."""
+    if device != "cuda" or device not in devices():
+        return None
+    return int(need("torch").cuda.get_device_properties(0).total_memory)
 
 
 def product(a: Floats, b: Floats, device: str) -> Floats:
@@ -177,7 +184,9 @@ class TorchBackend:
         limit = CPU_BATCH if self._device == "cpu" else DEVICE_BATCH
         batches = cut(work, limit, self._memory)
         prefix = self._worker.submit(self._read, work).result()
-        results = self._worker.map(lambda batch: self._run(work.take(batch), prefix), batches)
+        results = self._worker.map(
+            lambda batch: in_halves(work.take(batch), lambda some: self._run(some, prefix)), batches
+        )
         return in_order(batches, results)
 
     def close(self) -> None:
@@ -195,7 +204,8 @@ class TorchBackend:
         nothing = torch.empty(0, dtype=torch.int64, device=self._device)
         if count:
             keep = torch.arange(count, device=self._device)
-            _, empty = self._call(Work([work.prefix]), {"prefix": empty, "keep": keep})
+            more = {"prefix": empty, "keep": keep}
+            _, empty = in_halves(Work([work.prefix]), lambda prefix: self._call(prefix, more))
         return {"prefix": empty, "keep": nothing}
 
     def _run(self, batch: Work, prefix: dict[str, Any]) -> Logits:
@@ -214,4 +224,6 @@ class TorchBackend:
                     *(torch.as_tensor(x, device=self._device) for x in inputs.values())
                 )
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise MemoryError(str(error)) from error
             raise TargetError(f"torch failed on {self._device}: {error}") from error

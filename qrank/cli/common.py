@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import logging
-import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,7 +12,8 @@ from typing import Any, TypeVar
 
 import click
 
-from qrank.errors import QrankError
+from qrank.arguments import size
+from qrank.errors import InputError, QrankError
 from qrank.selection import POLICIES, PROFILES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -101,12 +101,10 @@ def wish_options(command: Command) -> Command:
 
 def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
     """Sizes as people write them: 4G, 512M, 1.5GiB; powers of 1024."""
-    if value is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(?:I?B)?", value.upper())
-    if found is None:
-        raise click.BadParameter(f"{value!r} is no size; give one like 512M or 4G")
-    return int(float(found[1]) * 1024 ** ("KMGT".find(found[2] or " ") + 1))
+    try:
+        return None if value is None else size(value)
+    except InputError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def memory_option(command: Command) -> Command:

@@ -1,0 +1,110 @@
+"""Arguments of the public API, by type and by range: told before anything is loaded.
+
+Each function returns the argument as a plain Python value, or raises an InputError that names the
+argument, what was given and what may be.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+import os
+import re
+import reprlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import SupportsIndex
+
+import numpy as np
+
+from qrank.errors import InputError
+
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT]?)(?:I?B)?")
+
+
+def size(text: str) -> int:
+    """Bytes of a size as people write it: 4G, 512 MiB, 1.5gb; powers of 1024."""
+    found = _SIZE.fullmatch(text.strip().upper())
+    if found is None:
+        raise InputError(f"{text!r} is no size; give one like 512M or 4G")
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+
+
+def memory(name: str, value: object) -> int | None:
+    """Bytes, 1 or more, as a number or a `size`; or None."""
+    try:
+        return whole(name, size(value) if isinstance(value, str) else value, 1)
+    except InputError:
+        raise wrong(name, value, "bytes, 1 or more, or a size like 512M or 4G, or None") from None
+
+
+def whole(name: str, value: object, least: int) -> int | None:
+    """A whole number, not less than `least`; or None. NumPy's integers are whole numbers."""
+    if value is None:
+        return None
+    # True counts as 1 in Python; here it is a mistake.
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        with suppress(TypeError):  # an array, which has the method and is no number
+            if (found := operator.index(value)) >= least:
+                return found
+    raise wrong(name, value, f"a whole number, {least} or more, or None")
+
+
+def number(
+    name: str,
+    value: object,
+    wanted: str,
+    fits: Callable[[float], bool] = math.isfinite,
+    *,
+    none: bool = True,
+) -> float | None:
+    """A finite number that fits; or None, where that may be."""
+    if value is None and none:
+        return None
+    if not isinstance(value, bool) and isinstance(value, numbers.Real):
+        found = float(value)
+        if math.isfinite(found) and fits(found):
+            return found
+    raise wrong(name, value, f"{wanted}, or None" if none else wanted)
+
+
+def function(name: str, value: object) -> None:
+    """Something that can be called."""
+    if not callable(value):
+        raise wrong(name, value, "a function")
+
+
+def text(name: str, value: object) -> str | None:
+    """A string; or None."""
+    if value is None or isinstance(value, str):
+        return value
+    raise wrong(name, value, "a string, or None")
+
+
+def place(name: str, value: object, wanted: str) -> str | Path:
+    """A name, or a path."""
+    if isinstance(value, os.PathLike) and isinstance(path := os.fspath(value), str):
+        return Path(path)
+    if isinstance(value, str) and value:
+        return value
+    raise wrong(name, value, wanted)
+
+
+def flag(name: str, value: object) -> bool:
+    """True or False."""
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise wrong(name, value, "True or False")
+
+
+def one_of(name: str, value: object, known: Sequence[str]) -> None:
+    """One of several strings."""
+    if not isinstance(value, str) or value not in known:
+        raise wrong(name, value, f"one of {', '.join(map(repr, known))}")
+
+
+def wrong(name: str, value: object, wanted: str) -> InputError:
+    """The error that a value is, shortened where it is long."""
+    return InputError(f"{name} is {reprlib.repr(value)}; give {wanted}")

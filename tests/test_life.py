@@ -1,0 +1,247 @@
+"""The life of a reranker: closed, dropped, shared by threads, forked, and still the same scores."""
+
+import gc
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fakes
+import numpy as np
+import pytest
+
+from qrank import Reranker
+from qrank.backends import BACKENDS
+
+QUERY = "which planet is red?"
+
+
+def words(*counts: int) -> list[str]:
+    """Documents of so many one-letter words."""
+    return [" ".join("a" * count) for count in counts]
+
+
+def test_closing_frees_and_using_again_loads_again(bundle: Path) -> None:
+    fakes.closed.clear()
+    reranker = Reranker(bundle, backend="fakes:length")
+    before = reranker.score([("q", "d")])
+    reranker.close()
+    reranker.close()
+    assert fakes.closed == ["fake"]
+    assert reranker.score([("q", "d")]) == before
+    with reranker as same:
+        assert same is reranker
+    assert fakes.closed == ["fake", "fake"]
+
+
+def test_closing_the_real_one(bundle: Path) -> None:
+    with Reranker(bundle) as reranker:
+        before = reranker.score([(QUERY, "mars")] * 20)
+    gc.collect()
+    np.testing.assert_array_equal(reranker.score([(QUERY, "mars")] * 20), before)
+    reranker.close()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_several_threads_at_once(bundle: Path, threads: int) -> None:
+    pairs = [(QUERY, text) for text in words(*range(20), 5, 100)]
+    with Reranker(bundle, threads=threads) as reranker:
+        alone = reranker.score(pairs, raw=True)
+        with ThreadPoolExecutor(4) as pool:
+            for together in pool.map(lambda _: reranker.score(pairs, raw=True), range(8)):
+                np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
+def test_a_crowd_with_a_pair_each_shares_what_is_idle(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On llama.cpp a call takes every idle context along: several reach for the last one."""
+    interval = sys.getswitchinterval()
+    with Reranker(bundle, backend="gguf-f16", threads=3) as reranker:
+        expected = reranker.score([(QUERY, "a")], raw=True)
+        sys.setswitchinterval(1e-6)
+        try:
+            with ThreadPoolExecutor(8) as pool:
+                calls = [pool.submit(reranker.score, [(QUERY, "a")], raw=True) for _ in range(1500)]
+                for call in calls:
+                    assert abs(call.result() - expected).max() < 1e-4
+        finally:
+            sys.setswitchinterval(interval)
+
+
+def used_and_closed(reranker: Reranker, calls: int, pause: float) -> None:
+    """Score on two threads, so many calls in all, and close it meanwhile at random moments."""
+    chance = random.Random(7)
+    pairs = [(QUERY, text) for text in words(1, 5)]
+    expected = reranker.score(pairs, raw=True)
+    done = threading.Event()
+
+    def score() -> None:
+        for _ in range(calls // 2):
+            assert abs(reranker.score(pairs, raw=True) - expected).max() < 1e-4
+
+    def close() -> None:
+        while not done.wait(chance.uniform(0, pause)):
+            reranker.close()
+
+    with ThreadPoolExecutor(3) as pool:
+        closing = pool.submit(close)
+        scoring = [pool.submit(score) for _ in range(2)]
+        try:
+            for future in scoring:
+                future.result(300)
+        finally:
+            done.set()
+        closing.result(60)
+    reranker.close()
+
+
+def test_closed_at_random_moments_ten_thousand_calls_are_answered(bundle: Path) -> None:
+    fakes.strict.clear()
+    used_and_closed(Reranker(bundle, backend="fakes:strict_length"), 10_000, pause=0.2)
+    opened = fakes.strict["opened"]
+    assert opened > 5
+    assert +fakes.strict == {"opened": opened, "closed": opened}
+
+
+@pytest.mark.parametrize(
+    ("backend", "calls"), [("onnx-int8", 400), ("openvino-int8", 12), ("gguf-f16", 400)]
+)
+def test_a_real_model_is_closed_after_its_last_call(bundle: Path, backend: str, calls: int) -> None:
+    used_and_closed(Reranker(bundle, backend=backend, threads=2), calls, pause=0.2)
+
+
+def test_one_that_is_closed_in_use_is_freed_by_its_last_call(bundle: Path) -> None:
+    fakes.closed.clear()
+    reranker = Reranker(bundle, backend="fakes:sleepy")
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(reranker.score, [(QUERY, "a")] * count) for count in (10, 40)]
+        time.sleep(10 * fakes.NAP / 2)
+        reranker.close()
+        assert fakes.closed == []
+        calls[0].result(60)
+        assert fakes.closed == []
+        calls[1].result(60)
+    assert fakes.closed == ["fake"]
+
+
+DROP = """
+import ctypes, sys
+from qrank import Reranker
+
+def resident():
+    # What was freed goes back to the system, and not to the heap for its next use.
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+
+documents = ["mars is red " * count for count in (1, 5, 40)]
+for number in range(20):
+    Reranker(sys.argv[1], backend=sys.argv[2], threads=2).rank("which planet is red?", documents)
+    if number == 2:
+        after_three = resident()
+print(after_three, resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is told in other ways here")
+@pytest.mark.parametrize("backend", ["onnx-int8", "openvino-int8", "gguf-f16"])
+def test_one_that_is_dropped_frees_its_model(bundle: Path, backend: str) -> None:
+    """20 opened, none closed: within a tenth of the memory of three."""
+    done = subprocess.run(
+        [sys.executable, "-c", DROP, str(bundle), backend],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    after_three, after_twenty = map(int, done.stdout.split())
+    assert after_twenty < 1.1 * after_three
+
+
+FORK = """
+import gc, json, os, sys, threading, time
+from qrank import Reranker
+
+folder, backend, threads, at_work = *sys.argv[1:3], int(sys.argv[3]) or None, int(sys.argv[4])
+pairs = [("which planet is red?", "mars is red " * n) for n in range(12)]
+reranker = Reranker(folder, backend=backend, threads=threads)
+before = reranker.score(pairs)
+others = [threading.Thread(target=reranker.score, args=[pairs * 5]) for _ in range(at_work)]
+for thread in others:
+    thread.start()
+if sys.argv[5:]:
+    time.sleep(0.05)
+    reranker.close()
+child = os.fork()
+if child == 0:
+    print(json.dumps(abs(reranker.score(pairs) - before).max()), flush=True)
+    reranker.close()
+    print(json.dumps(abs(reranker.score(pairs) - before).max()), flush=True)
+    # Dropped, and then as web workers end: no destructor may wait for the parent's threads.
+    del reranker, others
+    gc.collect()
+    sys.exit(7)
+for thread in others:
+    thread.join()
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert abs(reranker.score(pairs) - before).max() < 1e-6
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "openvino"])
+@pytest.mark.parametrize("arguments", ["0 0", "0 2", "1 0", "1 2", "0 2 closed"])
+def test_a_forked_child_gives_the_same_scores(
+    bundle: Path, checkpoint_of: Callable[[str], Path], backend: str, arguments: str
+) -> None:
+    """A web server's worker: forked after its parent scored, while threads do, or as it closes."""
+    model = checkpoint_of("bert") if backend == "torch" else bundle
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, str(model), backend, *arguments.split()],
+        capture_output=True,
+        text=True,
+        # For a hang: it takes two seconds.
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    differences = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(differences) == 2
+    assert max(differences) < 1e-6
+
+
+FORK_WHILE_LOADING = """
+import os, sys, threading, time
+from qrank import Reranker
+
+reranker = Reranker(sys.argv[1], backend="fakes:slow")
+reranker.close()
+loading = threading.Thread(target=lambda: reranker.score([("a", "a")]))
+loading.start()
+time.sleep(0.1)
+child = os.fork()
+if child == 0:
+    os._exit(0 if len(reranker.score([("a", "a")])) == 1 else 1)
+loading.join()
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_forked_while_the_model_loads_does_not_wait_for_it(bundle: Path) -> None:
+    """The thread that loads holds a lock, and does not exist in the child."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORK_WHILE_LOADING, str(bundle)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,220 @@
+"""ONNX Runtime where it has little: memory, threads, and doubles of devices that are not here."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from qrank import Reranker, backends
+from qrank.backends import Options, gguf, onnx
+from qrank.bundle import Manifest
+from qrank.errors import TargetError
+from qrank.locate import bundled
+
+QUERY = "which planet is red?"
+DOCUMENTS = ["mars is red " * count for count in (1, 5, 2, 40, 3, 4)]
+
+run = onnxruntime.InferenceSession.run
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Memory for so many padded tokens; beyond, what onnxruntime raises on a GPU."""
+
+    def limit(tokens: int) -> list[int]:
+        tried: list[int] = []
+
+        def limited(session: Any, outputs: list[str], inputs: dict[str, Any]) -> Any:
+            tried.append(inputs["input_ids"].size)
+            if tried[-1] > tokens:
+                raise onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException(
+                    "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned "
+                    "while running MatMul node. Status Message: Failed to allocate memory for "
+                    f"requested buffer of size {4 * tried[-1]}"
+                )
+            return run(session, outputs, inputs)
+
+        monkeypatch.setattr(onnxruntime.InferenceSession, "run", limited)
+        return tried
+
+    return limit
+
+
+def test_where_memory_does_not_suffice_smaller_batches_give_the_same(
+    room: Callable[[int], list[int]],
+) -> None:
+    pairs = [(QUERY, document) for document in DOCUMENTS]
+    with Reranker("mini", backend="onnx", batch=10**6) as reranker:
+        expected = reranker.score(pairs, raw=True)
+        tried = room(300)
+        found = reranker.score(pairs, raw=True)
+    assert max(tried) > 300
+    np.testing.assert_allclose(found, expected, atol=0.02 * float(np.ptp(expected)))
+
+
+def test_a_pair_that_memory_does_not_suffice_for_is_told_and_the_next_call_works(
+    room: Callable[[int], list[int]],
+) -> None:
+    with Reranker("mini", backend="onnx", batch=10**6) as reranker:
+        room(100)
+        with pytest.raises(TargetError, match=r"a single pair of \d+ tokens: .*--max-length"):
+            reranker.rank(QUERY, DOCUMENTS)
+        assert len(reranker.rank(QUERY, DOCUMENTS[:2])) == 2
+
+
+THREADS = """
+import os, sys
+from qrank import Reranker
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+before = threads()
+documents = ["mars is red " * count for count in range(1, 30)]
+with Reranker("mini", backend="onnx", threads=int(sys.argv[1])) as reranker:
+    reranker.rank("which planet is red?", documents)
+    print(threads() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no such folder here")
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_no_more_threads_compute_than_may(threads: int) -> None:
+    """Streams and the session's own together; the calling thread waits for them."""
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS, str(threads)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) <= threads
+
+
+# Devices that are not here
+
+
+@pytest.fixture
+def coreml(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A CPU that claims to be CoreML, and to compute so many of a graph's 74 matrix products."""
+    mine, rest = "CoreMLExecutionProvider", "CPUExecutionProvider"
+    real = onnxruntime.InferenceSession
+
+    def pretend(products: int) -> None:
+        def session(path: str, settings: Any, *, providers: list[str], **more: Any) -> Any:
+            assert providers == [mine]
+            assert more == {"enable_fallback": 0}
+            entry = "session.record_ep_graph_assignment_info"
+            assert settings.get_session_config_entry(entry) == "1"
+            made = real(path, settings, providers=[rest], **more)
+            made.get_providers = lambda: [mine, rest]
+            parts = [part(rest, Shape=9, Add=90), part(mine, MatMul=products, Gelu=8)]
+            parts += [part(rest, FusedGemm=24), part(rest, MatMulIntegerToFloat=50 - products)]
+            made.get_provider_graph_assignment_info = lambda: parts
+            return made
+
+        monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [mine, rest])
+    return pretend
+
+
+def part(provider: str, **nodes: int) -> Any:
+    """A part of a graph, as onnxruntime tells who computes it."""
+    names = [name for name, count in nodes.items() for _ in range(count)]
+    made = [SimpleNamespace(op_type=name) for name in names]
+    return SimpleNamespace(ep_name=provider, get_nodes=lambda: made)
+
+
+def opened(device: str) -> onnx.OnnxBackend:
+    folder = bundled()["mini"]
+    variant = Manifest.load(folder).variants["onnx-int8"]
+    return onnx.open(folder, variant, device, Options(1))
+
+
+def test_a_device_that_leaves_most_of_the_work_to_the_cpu_is_refused(
+    coreml: Callable[[int], None],
+) -> None:
+    coreml(36)
+    with pytest.raises(TargetError, match="only 36 of this graph's 74 matrix products on coreml"):
+        opened("coreml")
+    coreml(37)
+    backend = opened("coreml")
+    work = Manifest.load(bundled()["mini"]).probes.work.take(np.array([0]))
+    assert backend.logits(work).shape == (1,)
+    backend.close()
+
+
+def test_an_onnxruntime_that_does_not_tell_who_computes_is_believed(
+    coreml: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coreml(0)
+    session = onnxruntime.InferenceSession
+
+    def old(*arguments: Any, **more: Any) -> Any:
+        made = session(*arguments, **more)
+        return SimpleNamespace(get_providers=made.get_providers, get_inputs=made.get_inputs)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", old)
+    opened("coreml").close()
+
+
+class Driver:
+    """CUDA's, of a GPU of 8 GB; or without one."""
+
+    def __init__(self, there: bool) -> None:
+        self._there = there
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return 0 if self._there else 100
+
+    def cuDeviceGet(self, device: Any, number: int) -> int:  # noqa: N802
+        return 0
+
+    def cuDeviceTotalMem_v2(self, size: Any, device: Any) -> int:  # noqa: N802
+        size._obj.value = 8 * 2**30
+        return 0
+
+
+def test_a_gpus_memory_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(True))
+    assert [backends.memory("onnx", device) for device in ("cuda", "tensorrt")] == 2 * [8 * 2**30]
+    assert [backends.memory("onnx", device) for device in ("cpu", "coreml")] == 2 * [None]
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(False))
+    assert backends.memory("onnx", "cuda") is None
+
+
+def test_batches_are_cut_by_the_memory_of_the_device(
+    room: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of what it has beside the model, however much the machine has."""
+    manifest = Manifest.load(bundled()["mini"])
+    assert manifest.dimensions is not None
+    pair = manifest.dimensions.taken(40)
+    whole = manifest.variants["onnx-int8"].bytes + 2 * 3 * pair
+    with Reranker("mini", backend="onnx", batch=10**6) as reranker:
+        tried = room(10**9)
+        reranker.score([(QUERY, "mars is red " * 10)] * 12)
+        assert max(tried) == tried[0] >= 12 * 30
+    monkeypatch.setattr(backends, "memory", lambda name, device: whole)
+    with Reranker("mini", backend="onnx", batch=10**6) as reranker:
+        tried.clear()
+        reranker.score([(QUERY, "mars is red " * 10)] * 12)
+        assert max(tried) <= 3 * 40
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+def test_a_device_that_is_absent_has_no_memory(backend: str) -> None:
+    """So that opening it says that it is absent."""
+    for device in ("cuda", "tensorrt", "gpu", "gpu.1", "npu", "metal", "mps", "nonsense"):
+        if device not in backends.module(backend).devices():
+            assert backends.memory(backend, device) is None
+
+
+def test_llama_cpp_tells_what_a_device_has() -> None:
+    """Here of the CPU, whose memory is the machine's."""
+    assert gguf.memory("cpu") == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
