@@ -2,19 +2,150 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
-from qrank.errors import ModelNotFoundError
+from qrank import disk
+from qrank.errors import InputError, ModelNotFoundError
+
+HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+
+_PART = re.compile(r"[A-Za-z0-9][\w.-]*")
+"""What an owner and a name are made of."""
+
+_VIEWS = ("tree", "blob", "resolve", "raw", "commit")
+"""What stands in front of a revision in the hub's own addresses."""
+
+_OTHERS = {"datasets": "a dataset", "spaces": "a space", "buckets": "a bucket"}
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name has the form `owner/name`."""
-    owner, slash, repository = name.partition("/")
-    return bool(slash and owner.strip(".~") and repository and "/" not in repository)
+@dataclass(frozen=True)
+class HubName:
+    """What a name or an address means on the hub.
+
+    Attributes:
+        repository: `owner/name`.
+        revision: branch, tag or commit; None for the main branch.
+        path: of a file or folder in the repository; "" for all of it.
+    """
+
+    repository: str
+    revision: str | None = None
+    path: str = ""
+
+    def at(self, revision: str | None) -> HubName:
+        """The same at a revision that is named elsewhere, or where it was, if none is.
+
+        Raises:
+            InputError: two different ones are named.
+        """
+        if None not in (revision, self.revision) and revision != self.revision:
+            raise InputError(
+                f"{self.repository} is named with revision {self.revision} and with {revision}: "
+                "name one"
+            )
+        return replace(self, revision=revision or self.revision)
+
+
+def parse(text: str) -> HubName | None:
+    """What a text means on the hub; None where it has no form of a hub's name.
+
+    `owner/name`, `owner/name@revision`, `owner/name/FILE`, `owner/name/tree/main`, and the
+    addresses that browsers, git and huggingface_hub (`hf://`) have of these.
+
+    Raises:
+        ModelNotFoundError: an address of something else: a data set, another site.
+    """
+    address, rest = True, text
+    if text.startswith("hf://"):
+        rest = text.removeprefix("hf://")
+    elif text.startswith(("git@hf.co:", "git@huggingface.co:")):
+        rest = text.partition(":")[2]
+    elif "://" in text:
+        url = urlsplit(text)
+        if url.hostname not in (*HOSTS, urlsplit(_endpoint()).hostname):
+            raise ModelNotFoundError(
+                f"{text} is an address of {url.hostname or url.scheme}; of addresses, qrank takes "
+                f"those of the hub ({_endpoint()}/owner/name)"
+            )
+        rest = url.path
+    elif text.partition("/")[0] in HOSTS:
+        rest = re.split(r"[?#]", text.partition("/")[2])[0]
+    else:
+        address = False
+    parts = rest.strip("/" if address else "").rstrip("/").split("/")
+    if address:
+        parts = [unquote(part) for part in parts if part]
+        if parts[:1] == ["models"] and len(parts) > 2:
+            del parts[0]
+        if parts and parts[0] in _OTHERS:
+            raise ModelNotFoundError(f"{text} is {_OTHERS[parts[0]]}, and no model")
+    if len(parts) < 2:
+        return None
+    owner, (name, _, revision), path = parts[0], parts[1].partition("@"), parts[2:]
+    name = name.removesuffix(".git")
+    if not (_PART.fullmatch(owner) and _PART.fullmatch(name)):
+        return None
+    if path and path[0] in _VIEWS and len(path) > 1 and not revision:
+        # Of a pull request: refs/pr/1.
+        end = 4 if path[1] == "refs" else 2
+        revision, path = "/".join(path[1:end]), path[end:]
+    return HubName(f"{owner}/{name}", revision or None, "/".join(path))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a folder in huggingface_hub's cache is: a repository at a commit."""
+
+    repository: str
+    commit: str
+    cache: Path
+
+
+def snapshot(folder: Path) -> Snapshot | None:
+    """What of the hub a folder is, by where huggingface_hub puts it; None of any other folder.
+
+    See https://huggingface.co/docs/huggingface_hub/guides/manage-cache:
+    `models--owner--name/snapshots/COMMIT`.
+    """
+    folder = folder.resolve()
+    home = folder.parent.parent
+    kind, *names = home.name.split("--")
+    if kind != "models" or not names or folder.parent.name != "snapshots":
+        return None
+    if not _COMMIT.fullmatch(folder.name):
+        return None
+    return Snapshot("/".join(names), folder.name, home.parent)
+
+
+def newest_snapshot(folder: Path) -> Path | None:
+    """The main branch's folder, or the only one, in a repository's folder of the cache."""
+    reference, snapshots = folder / "refs" / "main", folder / "snapshots"
+    if not folder.name.startswith("models--") or not snapshots.is_dir():
+        return None
+    if reference.is_file():
+        return snapshots / reference.read_text("utf-8").strip()
+    found = list(snapshots.iterdir())
+    return found[0] if len(found) == 1 else None
 
 
 def download(
-    repository: str, files: list[str], *, revision: str | None = None, offline: bool = False
+    repository: str,
+    files: Sequence[str],
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    cache: Path | None = None,
+    bars: bool = True,
 ) -> Path:
     """Fetch some files of a repository, or find them where they were fetched before.
 
@@ -23,28 +154,28 @@ def download(
         files: names or patterns; what matches nothing is not an error.
         revision: branch, tag or commit; None for the main branch.
         offline: look at what is on disk only.
+        cache: huggingface_hub's; None: where it is by its own conventions.
+        bars: draw how far it is, where stderr is a terminal.
 
     Returns:
         A folder named after the commit.
 
     Raises:
-        ModelNotFoundError: no such repository or revision, no access, or no network.
+        ModelNotFoundError: no such repository or revision, no access, no network, or no space.
     """
     # Takes a fifth of a second, and most models are on disk.
     import huggingface_hub as hub
 
-    try:
+    with _bars(bars and not offline), _explained(repository, revision, offline):
         return Path(
             hub.snapshot_download(
-                repository, revision=revision, allow_patterns=files, local_files_only=offline
+                repository,
+                revision=revision,
+                allow_patterns=list(files),
+                local_files_only=offline,
+                cache_dir=cache,
             )
         )
-    # The hub's errors are OSErrors, but for a malformed id's.
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelNotFoundError(
-            f"{repository} is no folder here, and the hub did not give it: {reason}"
-        ) from error
 
 
 def listing(repository: str, revision: str) -> list[str]:
@@ -55,11 +186,136 @@ def listing(repository: str, revision: str) -> list[str]:
     """
     import huggingface_hub as hub
 
-    try:
+    with _explained(repository, revision, offline=False):
         return hub.list_repo_files(repository, revision=revision)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelNotFoundError(
-            f"the hub does not say what {repository} holds: {reason}. Name the file, as in "
-            f"{repository}/onnx/model.onnx, or say --offline"
-        ) from error
+
+
+_AROUND_BARS: ContextVar[Callable[[], AbstractContextManager[object]]] = ContextVar(
+    "around_bars", default=nullcontext
+)
+
+
+@contextmanager
+def stepping_aside(pause: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+    """Lets what draws on the terminal make way for the hub's progress bars.
+
+    Args:
+        pause: entered while bars are drawn.
+    """
+    token = _AROUND_BARS.set(pause)
+    try:
+        yield
+    finally:
+        _AROUND_BARS.reset(token)
+
+
+@contextmanager
+def _bars(wanted: bool) -> Iterator[None]:
+    """huggingface_hub's progress bars, on a terminal alone, and with nothing else drawn there."""
+    from huggingface_hub import utils
+
+    if wanted and sys.stderr is not None and sys.stderr.isatty():
+        with _AROUND_BARS.get()():
+            yield
+        return
+    # The user's own variable has the last word, and the hub warns where it is contradicted.
+    named = "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ
+    if named or utils.are_progress_bars_disabled():
+        yield
+        return
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()
+
+
+@contextmanager
+def _explained(repository: str, revision: str | None, offline: bool) -> Iterator[None]:
+    """Turns whatever the hub raises into an error that says what to do."""
+    try:
+        yield
+    # OSErrors, ValueErrors, and those of httpx or (before 1.0) requests: they share no base.
+    except Exception as error:
+        reason = _reason(error, repository, revision, offline)
+        raise ModelNotFoundError(f"{repository} is no folder here, and {reason}") from error
+
+
+def _reason(error: Exception, repository: str, revision: str | None, offline: bool) -> str:
+    """Why something is not to be had of the hub, and what helps."""
+    from huggingface_hub import constants, errors
+
+    causes = list(disk.chain(error))
+
+    def found(kind: type[BaseException] | tuple[type[BaseException], ...]) -> bool:
+        return any(isinstance(cause, kind) for cause in causes)
+
+    page = f"{_endpoint()}/{repository}"
+    if full := disk.reported(error, Path(constants.HF_HUB_CACHE)):
+        return f"it cannot be stored: {full}. HF_HOME names another folder for the hub's files"
+    if found(errors.GatedRepoError):
+        return (
+            f"the hub gives it to those who accepted its licence: do so at {page}, then log in "
+            "with `hf auth login`, or set HF_TOKEN"
+        )
+    if found(errors.DisabledRepoError):
+        return f"the hub has disabled it: see {page}"
+    if found(errors.RevisionNotFoundError):
+        return (
+            f"the hub's has no revision {revision or 'main'}: {page}/tree/main shows its branches "
+            "and tags"
+        )
+    if found(errors.RepositoryNotFoundError):
+        return (
+            f"the hub has none of that name, or a private one: look at {page}. For a private one "
+            "log in with `hf auth login`, or set HF_TOKEN"
+        )
+    if offline or found(errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+        how = "--offline" if offline else "HF_HUB_OFFLINE"
+        return (
+            f"it was not downloaded before{_at(revision)}: {how} keeps qrank from asking the hub. "
+            "Leave that out once"
+        )
+    for cause in causes:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status is not None:
+            return f"the hub answered {status}: {_line(cause)}{_HELP.get(status, '')}"
+    if isinstance(error, errors.HFValidationError):
+        return f"the hub has no such names: {_line(error)}"
+    if found(_unreachable()):
+        return (
+            f"{_endpoint()} cannot be reached ({_line(causes[-1])}): see to the network or the "
+            "proxy (HTTPS_PROXY), or name a mirror by HF_ENDPOINT"
+        )
+    return f"the hub did not give it: {_line(error)}"
+
+
+_HELP = {
+    401: "; log in anew with `hf auth login`, or set HF_TOKEN",
+    403: "; see whether your token may read it (`hf auth login`, HF_TOKEN)",
+    429: "; wait a little, or log in with `hf auth login`",
+}
+"""By HTTP status, what to do."""
+
+
+def _unreachable() -> tuple[type[BaseException], ...]:
+    """What errors of the network are."""
+    kinds: list[type[BaseException]] = [ConnectionError, TimeoutError]
+    for module, name in (("httpx", "TransportError"), ("requests", "ConnectionError")):
+        if (loaded := sys.modules.get(module)) is not None:
+            kinds.append(getattr(loaded, name))
+    return tuple(kinds)
+
+
+def _line(error: BaseException) -> str:
+    """An error's first line; its kind where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _at(revision: str | None) -> str:
+    return "" if revision is None else f" at revision {revision}"
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")

@@ -22,7 +22,7 @@ from qrank.bundle import TOKENIZER, Manifest, check_files
 from qrank.encoding import Encoder, Prompt
 from qrank.errors import InputError, TargetError
 from qrank.items import Item, LongDocuments, best_items, check, works
-from qrank.locate import DEFAULT, locate
+from qrank.locate import DEFAULT, locate, provide
 from qrank.machine import processors
 from qrank.memory import Memory
 from qrank.proof import ready
@@ -139,7 +139,7 @@ class Reranker:
         else:
             if family is not None:
                 raise InputError("family is for checkpoints (backend torch); a bundle has its own")
-            folder = locate(model)
+            folder = locate(model, whole=False)
             self.manifest, tokenizer = Manifest.load(folder), folder / TOKENIZER
         if max_memory is not None and max_memory < 1:
             raise InputError(f"max_memory is {max_memory}; it must be 1 byte or more")
@@ -164,7 +164,7 @@ class Reranker:
         """Open a target, for good if it works."""
         self.choice = choice
         variant = self.target.variant
-        check_files(self._folder, variant.files)
+        provide(self._folder, variant)
         self._calibration = calibration.load(self.manifest, variant) if self._calibrated else None
         self._ready()
 

@@ -109,7 +109,7 @@ def interrupted(folder: Path) -> None:
         (nothing, FidelityError),
         (empty, FidelityError),
         (stub, ConversionError),
-        (full_disk, OSError),
+        (full_disk, ConversionError),
         (interrupted, KeyboardInterrupt),
     ],
 )
@@ -170,8 +170,8 @@ def test_weights_beside_the_graph(
     """As for models above 2 GB, with a limit that a tiny one exceeds."""
     monkeypatch.setattr(graph_file, "_LARGEST_PROTO", 0)
     name = f"onnx-{precision}"
-    target, manifest = convert(bert, [("onnx", precision)], tmp_path / "out")
-    files = manifest.variants[name].files
+    made = convert(bert, [("onnx", precision)], tmp_path / "out")
+    target, files = made.folder, made.manifest.variants[name].files
     assert set(files) == {f"{name}/model.onnx", f"{name}/model.onnx.data"}
     assert files[f"{name}/model.onnx.data"].bytes > files[f"{name}/model.onnx"].bytes
     with Reranker(target) as reranker:
@@ -227,8 +227,7 @@ def test_killed_in_the_middle(add: bool, without_fp32: Path, bert: str) -> None:
     if add:
         Reranker(target).close()
     # The next run works as if nothing had been, and clears what was left.
-    _, manifest = convert(bert, FP32, target)
-    assert "onnx-fp32" in manifest.variants
+    assert "onnx-fp32" in convert(bert, FP32, target).manifest.variants
     assert {path.name for path in folder.iterdir()} == {target.name, without_fp32.name}
 
 
