@@ -334,6 +334,8 @@ def _disks_explained(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except ConversionError:
+        raise
     except (OSError, QrankError) as error:
         said = disk.reported(error, path)
         if said is None and isinstance(error, QrankError):

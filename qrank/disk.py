@@ -106,7 +106,7 @@ def _disk(path: Path) -> str:
     # Path's own knows no Windows before Python 3.12.
     while not os.path.ismount(place):
         place = place.parent
-    return f"the disk at {place} (of {path})"
+    return f"the disk at {place}"
 
 
 def _existing(path: Path) -> Path:

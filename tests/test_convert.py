@@ -323,7 +323,21 @@ def test_the_command_shows_the_proof_and_what_to_do_next(
     assert "qrank score -m ./tiny-qrank" in result.stdout
 
 
-@pytest.mark.parametrize("formats", [[], ["--to", "onnx", "--to", "onnx"]])
+@pytest.mark.usefixtures("ready_graph")
+def test_a_precision_named_twice_makes_both(bert: str, without_fp32: Path) -> None:
+    target = without_fp32
+    manifest = Manifest.load(target)
+    del manifest.variants["onnx-fp16"]
+    manifest.save(target)
+    both = ["--precision", "fp16", "--precision", "fp32", "--precision", "fp32"]
+    result = CliRunner().invoke(main, ["convert", bert, "--to", "onnx", *both, "-o", str(target)])
+    assert result.exit_code == 0, result.output
+    assert list(Manifest.load(target).variants)[-2:] == ["onnx-fp16", "onnx-fp32"]
+    assert "onnx-fp16" in result.stdout
+    assert "onnx-fp32" in result.stdout
+
+
+@pytest.mark.parametrize("formats", [[], ["--to", "onnx", "--to", "gguf"]])
 def test_a_precision_goes_with_one_format(formats: list[str], bert: str, tmp_path: Path) -> None:
     command = ["convert", bert, *formats, "--precision", "fp32", "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(main, command)

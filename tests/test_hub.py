@@ -83,16 +83,20 @@ def test_what_people_paste_is_understood(text: str, name: HubName | None) -> Non
     assert parse(text) == name
 
 
-@given(
-    repository=st.from_regex(r"[A-Za-z0-9][\w.-]{0,8}/[A-Za-z0-9][\w-]{0,8}", fullmatch=True),
-    revision=st.from_regex(r"[A-Za-z0-9][\w.-]{0,6}(/[a-z0-9]{1,4})?", fullmatch=True),
-)
-def test_an_address_and_a_name_are_the_same(repository: str, revision: str) -> None:
-    name = parse(f"https://huggingface.co/{repository}/tree/{quote(revision, safe='')}")
-    if repository.isascii() and not repository.startswith(("datasets/", "spaces/", "buckets/")):
-        assert name == HubName(repository, revision)
-        if "/" not in revision:
-            assert parse(f"{repository}@{revision}") == name
+WORDS = st.text("abAB09._-", min_size=1, max_size=6).map(lambda word: f"x{word}y")
+
+
+@given(owner=WORDS, name=WORDS, revision=WORDS, branch=WORDS)
+def test_an_address_and_a_name_are_the_same(
+    owner: str, name: str, revision: str, branch: str
+) -> None:
+    repository = f"{owner}/{name}"
+    named = parse(f"{repository}@{revision}")
+    assert named == HubName(repository, revision)
+    assert parse(f"https://huggingface.co/{repository}/tree/{revision}") == named
+    slashed = quote(f"{revision}/{branch}", safe="")
+    found = parse(f"https://huggingface.co/{repository}/tree/{slashed}")
+    assert found == HubName(repository, f"{revision}/{branch}")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +128,7 @@ def test_a_part_of_a_model_stands_for_it(bundle: Path, bert: str, tmp_path: Path
         assert place(f"{bert}/{name}") == Path(bert)
         with pytest.raises(ModelNotFoundError, match=r"is a checkpoint, not a bundle; convert it"):
             Reranker(f"{bert}/{name}")
-    with pytest.raises(ModelNotFoundError, match="is a part of the bundle .*--backend"):
+    with pytest.raises(ModelNotFoundError, match=r"is a part of the bundle .*--backend"):
         Reranker(bundle / "onnx-int8" / "model.onnx")
     for part in (bundle, bundle / MANIFEST, bundle / "onnx-int8" / "model.onnx"):
         with pytest.raises(ConversionError, match=r"bundle already: score with it .*of, tiny$"):
@@ -257,11 +261,11 @@ def refusal(name: str = "they/locked", **options: Any) -> str:
         (
             403,
             "GatedRepo",
-            r"accepted its licence: do so at {url}/they/locked, then log in with `hf",
+            "accepted its licence: do so at {url}/they/locked, then log in with `hf",
         ),
-        (401, "RepoNotFound", r"none of that name, or a private one: look at {url}/they/locked\."),
-        (403, "", r"the hub answered 403: .*whether your token may read it"),
-        (404, "RevisionNotFound", r"has no revision main: {url}/they/locked/tree/main shows"),
+        (401, "RepoNotFound", "none of that name, or a private one: look at {url}/they/locked."),
+        (403, "", "; see whether your token may read it (`hf auth login`, HF_TOKEN)"),
+        (404, "RevisionNotFound", "has no revision main: {url}/they/locked/tree/main shows"),
     ],
 )
 def test_a_refusal_says_what_to_do(
@@ -269,7 +273,7 @@ def test_a_refusal_says_what_to_do(
 ) -> None:
     server.push("they/locked", bundle)
     server.refused["they/locked"] = (status, code)
-    assert message.format(url=server.url).split(r"\.")[0].split(".*")[-1] in refusal()
+    assert message.format(url=server.url) in refusal()
 
 
 def test_no_such_repository_is_told(server: Hub) -> None:
@@ -319,6 +323,7 @@ def test_bars_are_drawn_on_a_terminal_while_the_rest_stands_still(
 ) -> None:
     server.push(REPOSITORY, bundle)
     terminal, marks = Terminal(), []
+    huggingface_hub.utils.enable_progress_bars()  # transformers, where it is quiet, stops them
     monkeypatch.setattr(sys, "stderr", terminal)
 
     @contextmanager
@@ -338,6 +343,7 @@ def test_elsewhere_nothing_is_drawn(
     server: Hub, bundle: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     server.push(REPOSITORY, bundle)
+    huggingface_hub.utils.enable_progress_bars()
     Reranker(REPOSITORY, backend="onnx-int8").close()
     assert capfd.readouterr() == ("", "")
     assert not huggingface_hub.utils.are_progress_bars_disabled()

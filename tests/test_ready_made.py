@@ -343,6 +343,20 @@ def test_a_damaged_file_is_refused(
         convert(str(folder), None, tmp_path / "out")
 
 
+def test_of_several_files_what_is_damaged_or_missing_is_left_out(
+    layout_of: Folders, tmp_path: Path
+) -> None:
+    theirs = Path(shutil.copytree(layout_of("types"), tmp_path / "theirs"))
+    (theirs / "openvino_model.xml").write_bytes(b"<net")
+    variants = [("onnx", None), ("openvino", None), ("gguf", None), ("onnx", "int8")]
+    made = convert(str(theirs), variants, tmp_path / "out")
+    assert list(made.manifest.variants) == ["onnx-fp32"]
+    reasons = {name: str(error) for name, error in made.failed.items()}
+    assert "openvino cannot read" in reasons["openvino_model.xml"]
+    assert "and none of gguf" in reasons["gguf"]
+    assert "model.onnx is fp32, and not int8" in reasons["model.onnx"]
+
+
 def test_what_is_missing_or_unclear_is_told(
     checkpoint_of: Folders, layout_of: Folders, tmp_path: Path
 ) -> None:

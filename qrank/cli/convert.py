@@ -125,4 +125,6 @@ def convert(
 def _shown(folder: Path) -> str:
     """A path as short as it can be said from here."""
     here = Path.cwd()
+    if folder == here:
+        return "."
     return f"./{folder.relative_to(here)}" if folder.is_relative_to(here) else str(folder)
