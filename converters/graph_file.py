@@ -45,12 +45,11 @@ def load_graph(path: Path, *, weights: bool = True) -> onnx.ModelProto:
         ConversionError: it names a file outside its folder, or one that is missing or cut off.
         Exception: what onnx and protobuf raise of a file that is no graph; they share no base.
     """
-    onnx = need("onnx")
-    model: onnx.ModelProto = onnx.load(path, load_external_data=False)
+    model: onnx.ModelProto = need("onnx").load(path, load_external_data=False)
     for tensor in _tensors(model) if weights else ():
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        if tensor.data_location == tensor.EXTERNAL:
             tensor.raw_data = _external(tensor, path)
-            tensor.data_location = onnx.TensorProto.DEFAULT
+            tensor.data_location = tensor.DEFAULT
             del tensor.external_data[:]
     return model
 

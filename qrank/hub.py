@@ -212,7 +212,11 @@ def stepping_aside(pause: Callable[[], AbstractContextManager[object]]) -> Itera
 @contextmanager
 def _bars(wanted: bool) -> Iterator[None]:
     """huggingface_hub's progress bars, on a terminal alone, and with nothing else drawn there."""
-    from huggingface_hub import utils
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     if wanted and sys.stderr is not None and sys.stderr.isatty():
         with _AROUND_BARS.get()():
@@ -220,14 +224,14 @@ def _bars(wanted: bool) -> Iterator[None]:
         return
     # The user's own variable has the last word, and the hub warns where it is contradicted.
     named = "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ
-    if named or utils.are_progress_bars_disabled():
+    if named or are_progress_bars_disabled():
         yield
         return
-    utils.disable_progress_bars()
+    disable_progress_bars()
     try:
         yield
     finally:
-        utils.enable_progress_bars()
+        enable_progress_bars()
 
 
 @contextmanager

@@ -99,8 +99,9 @@ class Reranker:
         "qrank"), and the next is taken; what is named is taken, or an error is raised.
 
         Args:
-            model: a bundled name, the folder `qrank convert` wrote, or a bundle's hub id; with
-                backend `torch` a checkpoint's folder or hub id.
+            model: a bundled name, the folder `qrank convert` wrote, or a bundle's hub id
+                (`owner/name`, or `owner/name@revision`); with backend `torch` a checkpoint's
+                folder or hub id.
             backend: a format (`onnx`), a variant (`openvino-int8`), `torch` (or `torch-fp16`, ...)
                 to run a checkpoint as it is, or "module:function" of your own (see
                 `qrank.backends`). None: the best target, by `policy`.

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import subset
 from hub_server import Hub, serving
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -323,7 +324,7 @@ def test_bars_are_drawn_on_a_terminal_while_the_rest_stands_still(
 ) -> None:
     server.push(REPOSITORY, bundle)
     terminal, marks = Terminal(), []
-    huggingface_hub.utils.enable_progress_bars()  # transformers, where it is quiet, stops them
+    enable_progress_bars()  # transformers, where it is quiet, stops them
     monkeypatch.setattr(sys, "stderr", terminal)
 
     @contextmanager
@@ -343,10 +344,10 @@ def test_elsewhere_nothing_is_drawn(
     server: Hub, bundle: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     server.push(REPOSITORY, bundle)
-    huggingface_hub.utils.enable_progress_bars()
+    enable_progress_bars()
     Reranker(REPOSITORY, backend="onnx-int8").close()
     assert capfd.readouterr() == ("", "")
-    assert not huggingface_hub.utils.are_progress_bars_disabled()
+    assert not are_progress_bars_disabled()
 
 
 def test_a_hub_bundle_runs_by_the_real_variable(server: Hub, bundle: Path, tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def test_force_never_touches_the_reference_or_the_calibration_file(
         (str(theirs), {"reference": str(copy / "checkpoint")}),
     ):
         with pytest.raises(ConversionError, match="it is, holds or lies in"):
-            convert(source, FP32, copy, force=True, **options)  # type: ignore[arg-type]
+            convert(source, FP32, copy, force=True, **options)
     assert contents(copy.parent) == before
 
 
