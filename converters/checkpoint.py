@@ -18,7 +18,7 @@ from qrank.converters import logit_score
 from qrank.errors import ConversionError, FamilyError, ModelNotFoundError
 from qrank.extras import need
 from qrank.family import POOLINGS, ROLES, Card, Family, find_card
-from qrank.locate import fetch, place
+from qrank.locate import Fetched, fetch, place
 from qrank.memory import Dimensions
 
 if TYPE_CHECKING:
@@ -191,12 +191,16 @@ def read_checkpoint(
         offline: use what was downloaded before only.
 
     Raises:
-        ModelNotFoundError: nothing of that name is there.
-        ConversionError: it is a bundle.
+        ModelNotFoundError: nothing of that name is there, or a bundle.
         FamilyError: no card reads it; or not one label; or no safetensors.
     """
     where = place(source, revision)
-    found = fetch(where, source, [*DESCRIPTION, *WEIGHTS], offline=offline)
+    return of_fetched(fetch(where, source, [*DESCRIPTION, *WEIGHTS], offline=offline), family)
+
+
+def of_fetched(found: Fetched, family: str | None) -> Checkpoint:
+    """The same of a checkpoint that was found, or downloaded, already."""
+    source = found.id if found.commit else str(found.folder)
     return describe(
         found.folder, found.id, found.commit, family, lambda: _weights(found.folder, source)
     )

@@ -13,13 +13,13 @@ from pathlib import Path
 from qrank import disk
 from qrank.bundle import MANIFEST, TOKENIZER, FileRecord, Manifest, Probes, Variant
 from qrank.converters import makers
-from qrank.converters.checkpoint import Checkpoint, read_checkpoint
+from qrank.converters.checkpoint import Checkpoint, of_fetched, read_checkpoint
 from qrank.converters.fidelity import encode_pairs, make_probes, measure, own_probes
 from qrank.converters.makers import Failed, Maker, Name
 from qrank.converters.probes import calibration_pairs, read_pairs
 from qrank.converters.publish import check_output, workshop
 from qrank.converters.ready_find import find
-from qrank.converters.ready_made import SUFFIXES, Asked
+from qrank.converters.ready_made import SUFFIXES, Asked, ReadyMade
 from qrank.converters.resources import lacking, space, versions
 from qrank.converters.tokenizer import text_tokenizer
 from qrank.errors import (
@@ -30,7 +30,7 @@ from qrank.errors import (
     QrankError,
 )
 from qrank.fidelity import Fidelity
-from qrank.locate import place
+from qrank.locate import Fetched, place
 from qrank.work import Work
 
 Progress = Callable[[str], object]
@@ -152,39 +152,52 @@ def _read(
     calibration: Path | None,
 ) -> _Model:
     """Find what is to be converted, and what can convert it."""
-    ready = find(source, asked, revision=revision, offline=offline)
-    if ready is None:
+    found = find(source, asked, revision=revision, offline=offline)
+    if isinstance(found, ReadyMade):
+        if calibration is not None:
+            raise ConversionError(f"--calibration is for quantizing; {source} is ready-made")
+        model = _ready_made(found, reference, family, offline)
+    else:
         if reference is not None:
             raise ConversionError(
                 f"--reference is what ready-made files are proven against; {source} is none of "
                 f"them: {', '.join(f'*{suffix}' for suffix in SUFFIXES.values())}"
             )
-        able, failed = makers.of_checkpoint(asked)
-    else:
-        if calibration is not None:
-            raise ConversionError(f"--calibration is for quantizing; {source} is ready-made")
-        able, failed = makers.of_files(ready)
+        model = _checkpoint(found, asked, family, calibration)
+    if isinstance(where := place(source), Path):
+        model.sources.append(where)
+    return model
+
+
+def _checkpoint(
+    found: Fetched, asked: Asked | None, family: str | None, calibration: Path | None
+) -> _Model:
+    able, failed = makers.of_checkpoint(asked)
     if not able:
         raise _nothing(failed)
     # Never the user's alone: activations are wrong beyond what was seen, and theirs may be all
     # alike, none of them empty or long.
     pairs = calibration_pairs() + ([] if calibration is None else read_pairs(calibration))
-    if ready is None:
-        checkpoint = read_checkpoint(source, family=family, revision=revision, offline=offline)
-        able, unfit = _suited(able, checkpoint, named=asked is not None)
-        failed |= unfit
-    elif reference is None:
-        checkpoint = ready.describe(family)
-    else:
-        checkpoint = read_checkpoint(reference, family=family, offline=offline)
+    checkpoint = of_fetched(found, family)
+    able, unfit = _suited(able, checkpoint, named=asked is not None)
+    failed |= unfit
     if not able:
         raise _nothing(failed)
-    sources = [path for path in (place(source), calibration) if isinstance(path, Path)]
-    if ready is not None:
-        sources += [taker.path for taker in ready.takers]
-    if verified := ready is None or reference is not None:
-        sources.append(checkpoint.folder)
-    return _Model(checkpoint, able, failed, pairs, verified, sources)
+    sources = [found.folder] if calibration is None else [found.folder, calibration]
+    return _Model(checkpoint, able, failed, pairs, True, sources)
+
+
+def _ready_made(
+    found: ReadyMade, reference: str | None, family: str | None, offline: bool
+) -> _Model:
+    able, failed = makers.of_files(found)
+    if not able:
+        raise _nothing(failed)
+    sources = [taker.path for taker in found.takers]
+    if reference is None:
+        return _Model(found.describe(family), able, failed, [], False, sources)
+    checkpoint = read_checkpoint(reference, family=family, offline=offline)
+    return _Model(checkpoint, able, failed, [], True, [*sources, checkpoint.folder])
 
 
 def _suited(

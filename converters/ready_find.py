@@ -39,8 +39,8 @@ _ORDER = {
 
 def find(
     source: str, asked: Asked | None, *, revision: str | None = None, offline: bool = False
-) -> ReadyMade | None:
-    """The ready-made files of a source; None where it is a checkpoint, or nothing known.
+) -> ReadyMade | Fetched:
+    """The ready-made files of a source; or where it is, if it holds a checkpoint or nothing known.
 
     Args:
         source: what `qrank.locate.place` takes: a folder, a file, a name on the hub.
@@ -49,17 +49,17 @@ def find(
         offline: use what was downloaded before only.
 
     Raises:
-        ConversionError: nothing that is wanted is there; or it is a bundle already.
-        ModelNotFoundError: a hub's repository is not to be had.
+        ConversionError: nothing that is wanted is there.
+        ModelNotFoundError: a hub's repository is not to be had; or it is a bundle already.
     """
     where = place(source, revision)
     if isinstance(where, HubName):
         return _on_hub(where, asked, source, offline)
     if where.is_dir():
-        return _in_folder(fetch(where, source, []).folder, asked, source)
+        return _in_folder(fetch(where, source, []), asked, source)
     refuse_bundle(source, where)
     if (format := format_of(where.name)) is None:
-        return None
+        return fetch(where, source, [])
     home = _home(where.parent, where.resolve().parent)
     made, missing = _choose_all({format: [where.name]}, where.parent, asked, source)
     origin = Fetched.of(home)
@@ -67,33 +67,36 @@ def find(
     return ReadyMade(home, origin.id if known else where.stem, origin.commit, made, missing)
 
 
-def _in_folder(folder: Path, asked: Asked | None, source: str) -> ReadyMade | None:
+def _in_folder(found: Fetched, asked: Asked | None, source: str) -> ReadyMade | Fetched:
+    folder = found.folder
     candidates = _candidates(_names(folder))
     if any(folder.glob("*.safetensors")) or not candidates:
-        return None
+        return found
     made, missing = _choose_all(candidates, folder, asked, source)
     origin = Fetched.of(home := _home(folder))
     return ReadyMade(home, origin.id, origin.commit, made, missing)
 
 
-def _on_hub(name: HubName, asked: Asked | None, source: str, offline: bool) -> ReadyMade | None:
+def _on_hub(name: HubName, asked: Asked | None, source: str, offline: bool) -> ReadyMade | Fetched:
     """Of a repository, or of a file or a known folder in it."""
     whole = replace(name, path="")
     format = format_of(name.path)
     if name.path and format is None and name.path not in _FOLDERS:
-        return None
+        return fetch(name, source, [])
     found = fetch(
         whole, source, DESCRIPTION if name.path else [*DESCRIPTION, *WEIGHTS], offline=offline
     )
     if any(found.folder.glob("*.safetensors")) and not name.path:
-        return None
+        return found
     if format is not None:
         candidates = {format: [name.path]}
     else:
         names = _names(found.folder) if offline else listing(found.id, found.folder.name)
         candidates = _candidates(n for n in names if n.startswith(name.path))
+    if not candidates and name.path:
+        raise ModelNotFoundError(f"{found.id} on the hub has no model in {name.path} ({source})")
     if not candidates:
-        return None
+        return found
     made, missing = _choose_all(candidates, found.folder, asked, source)
     files = [p for m in made for p in patterns(m.path.relative_to(found.folder).as_posix())]
     download(found.id, files, revision=found.folder.name, offline=offline)

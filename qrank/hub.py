@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
@@ -220,7 +221,11 @@ def _bars(wanted: bool) -> Iterator[None]:
 
     if wanted and sys.stderr is not None and sys.stderr.isatty():
         with _AROUND_BARS.get()():
-            yield
+            try:
+                yield
+            finally:
+                # The hub leaves bars open in a cycle: they would draw themselves once more later.
+                gc.collect()
         return
     # The user's own variable has the last word, and the hub warns where it is contradicted.
     named = "HF_HUB_DISABLE_PROGRESS_BARS" in os.environ

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from qrank import hub
 from qrank.bundle import MANIFEST, TOKENIZER, Manifest, Variant, check_files
-from qrank.errors import ConversionError, InputError, ModelNotFoundError, TargetError
+from qrank.errors import InputError, ModelNotFoundError, TargetError
 from qrank.fidelity import TOLERANCES
 from qrank.hub import HubName
 
@@ -63,9 +63,11 @@ def place(model: str | Path, revision: str | None = None) -> Path | HubName:
         return hub.newest_snapshot(path) or path
     if (name := hub.parse(text)) is not None:
         return replace(name.at(revision), path="" if _is_part(name.path) else name.path)
+    if (bundle := bundled().get(text)) is not None:
+        return bundle
     raise ModelNotFoundError(
         f"no model {text!r}: it is neither a folder or file here nor a hub id (owner/name, "
-        "owner/name@revision), nor the hub's address of one"
+        "owner/name@revision)"
     )
 
 
@@ -191,20 +193,19 @@ def fetch(
         offline: use what was downloaded before only.
 
     Raises:
-        ModelNotFoundError: it is not to be had, or is a file.
-        ConversionError: it is a bundle already.
+        ModelNotFoundError: it is not to be had, is a file, or a bundle already.
     """
+    if where.path if isinstance(where, HubName) else not where.is_dir():
+        raise ModelNotFoundError(
+            f"{source} is a file or no folder; give all of a checkpoint (config.json, "
+            "*.safetensors and the tokenizer), or an OpenVINO, ONNX or GGUF file"
+        )
     if isinstance(where, Path):
         found = Fetched.of(where)
     else:
         wanted = [*files, MANIFEST]
         folder = hub.download(where.repository, wanted, revision=where.revision, offline=offline)
         found = Fetched(folder, where.repository, folder.name)
-    if not found.folder.is_dir() or (isinstance(where, HubName) and where.path):
-        raise ModelNotFoundError(
-            f"{source} is a file or no folder; give all of a checkpoint (config.json, "
-            "*.safetensors and the tokenizer), or an OpenVINO, ONNX or GGUF file"
-        )
     refuse_bundle(source, found.folder)
     return found
 
@@ -213,14 +214,14 @@ def refuse_bundle(source: str, path: Path) -> None:
     """See that what is to be converted is no bundle, and no part of one.
 
     Raises:
-        ConversionError: it is.
+        ModelNotFoundError: it is.
     """
     # Beside a bundle, a repository may hold the checkpoint that it was made of.
     whole = (path / MANIFEST).is_file() and not (path / "config.json").is_file()
     if (bundle := path if whole else _bundle_around(path)) is not None:
-        raise ConversionError(
+        raise ModelNotFoundError(
             f"{source} is {'a' if whole else 'a part of a'} bundle already: score with it "
-            f"(qrank score -m {bundle}), or convert what it was made of, "
+            f"(qrank score -m {source if whole else bundle}), or convert what it was made of, "
             f"{Manifest.load(bundle).source.id}"
         )
 

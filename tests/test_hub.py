@@ -23,7 +23,7 @@ from qrank import Reranker, hub
 from qrank.bundle import MANIFEST, TOKENIZER, Manifest
 from qrank.cli import main
 from qrank.converters.convert import convert
-from qrank.errors import ConversionError, InputError, ModelNotFoundError
+from qrank.errors import InputError, ModelNotFoundError
 from qrank.hub import HubName, parse
 from qrank.locate import locate, place
 
@@ -131,10 +131,12 @@ def test_a_part_of_a_model_stands_for_it(bundle: Path, bert: str, tmp_path: Path
             Reranker(f"{bert}/{name}")
     with pytest.raises(ModelNotFoundError, match=r"is a part of the bundle .*--backend"):
         Reranker(bundle / "onnx-int8" / "model.onnx")
+    with pytest.raises(ModelNotFoundError, match=r"^mini is a bundle already: .* -m mini\)"):
+        convert("mini", None, tmp_path / "out")
     for part in (bundle, bundle / MANIFEST, bundle / "onnx-int8" / "model.onnx"):
-        with pytest.raises(ConversionError, match=r"bundle already: score with it .*of, tiny$"):
+        with pytest.raises(ModelNotFoundError, match=r"bundle already: score with it .*of, tiny$"):
             convert(str(part), None, tmp_path / "out")
-    with pytest.raises(ConversionError, match="is a bundle already"):
+    with pytest.raises(ModelNotFoundError, match="is a bundle already"):
         Reranker(bundle, backend="torch")
 
 
@@ -201,7 +203,9 @@ def test_a_bundle_is_not_converted_and_a_checkpoint_not_run(
 ) -> None:
     server.push(REPOSITORY, bundle)
     server.push("they/their-model", Path(bert))
-    with pytest.raises(ConversionError, match=r"their-bundle is a bundle already: score with it"):
+    with pytest.raises(
+        ModelNotFoundError, match=r"their-bundle is a bundle already: score with it"
+    ):
         convert(REPOSITORY)
     with pytest.raises(ModelNotFoundError, match=r"their-model on the hub is no bundle; convert"):
         Reranker("they/their-model")
