@@ -163,7 +163,7 @@ def measure(folder: Path, variant: Variant, probes: Probes) -> Fidelity:
         like = "the original" if probes.verified else probes.reference
         raise FidelityError(
             f"{variant.name} does not rank like {like}: {missed} "
-            f"(spread of the reference {fidelity.spread:.4g}); nothing was written"
+            f"(spread of the reference {fidelity.spread:.4g})"
         )
     return fidelity
 

@@ -12,7 +12,7 @@ from typing import Protocol, cast
 from qrank.backends import FORMATS
 from qrank.converters.checkpoint import Checkpoint
 from qrank.converters.ready_made import Asked, ReadyMade
-from qrank.errors import ConversionError, QrankError
+from qrank.errors import ConversionError, FidelityError, MissingExtraError, QrankError
 from qrank.extras import EXTRA_OF, installed, need, pip_line
 from qrank.fidelity import TOLERANCES
 from qrank.work import Work
@@ -82,6 +82,8 @@ def of_checkpoint(asked: Asked | None) -> tuple[dict[Name, Maker], Failed]:
     makers: dict[Name, Maker] = {}
     failed: Failed = {}
     for format, named in asked:
+        if format not in FORMATS:
+            raise ConversionError(f"there is no format {format!r}; there are: {', '.join(FORMATS)}")
         module, precision = converter(format), named or default_precision(format)
         if precision not in module.PRECISIONS:
             raise ConversionError(
@@ -114,3 +116,13 @@ def _require(maker: Maker) -> None:
     for name in maker.MODULES:
         if not installed(name):
             need(name)
+
+
+def nothing(failed: Failed) -> QrankError:
+    """What to raise where nothing can be made."""
+    errors = list(failed.values())
+    if len(errors) == 1 or all(isinstance(error, MissingExtraError) for error in errors):
+        return errors[0]
+    worst = any(isinstance(error, FidelityError) for error in errors)
+    reasons = "".join(f"\n  {name}: {error}" for name, error in failed.items())
+    return (FidelityError if worst else ConversionError)(f"nothing could be made:{reasons}")

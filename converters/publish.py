@@ -15,33 +15,24 @@ What makes the new files count is the manifest, replaced last in one step.
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
-import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from qrank import paths
+from qrank import disk, paths
 from qrank.backends import FORMATS
 from qrank.bundle import MANIFEST, TOKENIZER, Manifest, is_plain
+from qrank.converters.lock import LOCK, locked
 from qrank.errors import BundleError, ConversionError
 from qrank.fidelity import TOLERANCES
 
-LOCK = ".qrank-lock"
 WORK = ".qrank-work"
 _NEW, _OLD, _MOVES = "new", "old", "moves.json"
 
 _OF_NOBODY = (LOCK, WORK, "lost+found", ".DS_Store", ".gitkeep")
 """What an empty folder may hold: ours, and what systems put into a volume."""
-
-_POLL = 0.2
-"""Seconds between two looks at a lock that another conversion holds."""
-
-log = logging.getLogger("qrank")
 
 
 def check_output(target: Path, sources: Iterable[Path] = (), *, force: bool = False) -> None:
@@ -67,7 +58,7 @@ def check_output(target: Path, sources: Iterable[Path] = (), *, force: bool = Fa
     if not above.is_dir():
         raise ConversionError(f"{above} is a file; name another folder with -o")
     # Of a bundle that has all that is wanted already, nothing is written.
-    if not os.access(above, os.W_OK | os.X_OK) and (force or not bundle):
+    if not disk.writable(above) and (force or not bundle):
         raise ConversionError(f"{above} cannot be written; name another folder with -o")
     if target.is_dir() and not bundle and _foreign(target):
         raise ConversionError(
@@ -176,7 +167,7 @@ def workshop(target: Path) -> Iterator[Workshop]:
     """
     made = [path for path in (target, *target.parents) if not path.exists()]
     try:
-        with _locked(target):
+        with locked(target):
             _recover(target)
             try:
                 shop = Workshop(target)
@@ -231,73 +222,3 @@ def _remove_empty(folder: Path, names: Sequence[str]) -> None:
     for parent in sorted({(folder / name).parent for name in names} - {folder}):
         if parent.is_dir() and not any(parent.iterdir()):
             parent.rmdir()
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which the system frees when its holder ends, however that ends."""
-    file, path = _acquire(target)
-    try:
-        yield
-    finally:
-        if sys.platform == "win32":  # which removes no file that is open
-            file.close()
-            with suppress(PermissionError):  # the next one has it
-                path.unlink(missing_ok=True)
-        else:
-            path.unlink(missing_ok=True)
-            file.close()
-
-
-def _acquire(target: Path) -> tuple[IO[str], Path]:
-    path, told = target / LOCK, False
-    while True:
-        target.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # its holder has just removed what it had made
-            file = path.open("a+", encoding="utf-8")
-            try:
-                if _try_lock(file) and _same(file, path):
-                    file.truncate(0)
-                    file.write(str(os.getpid()))
-                    file.flush()
-                    return file, path
-                if not told and _same(file, path):
-                    file.seek(0)
-                    holder = file.read().strip()
-                    log.warning("waiting for process %s, which converts into %s", holder, target)
-                    told = True
-            except BaseException:
-                file.close()
-                raise
-            file.close()
-        time.sleep(_POLL)
-
-
-def _same(file: IO[str], path: Path) -> bool:
-    """Whether a path still leads to an open file: the holder before may have removed it."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _try_lock(file: IO[str]) -> bool:
-    if sys.platform == "win32":
-        import msvcrt
-
-        try:
-            # Behind the text, so that others can read who holds it.
-            file.seek(2**20)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:  # some network file systems have no locks
-        log.warning("%s cannot be locked (%s): convert into it once at a time", file.name, error)
-    return True

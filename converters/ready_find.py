@@ -11,7 +11,8 @@ from qrank.backends import FORMATS
 from qrank.converters.checkpoint import DESCRIPTION, WEIGHTS
 from qrank.converters.ready_made import SUFFIXES, Asked, ReadyMade, Taker, format_of, patterns
 from qrank.errors import ConversionError, ModelNotFoundError, QrankError
-from qrank.hub import HubName, download, listing
+from qrank.hub import download, listing
+from qrank.hub_names import HubName
 from qrank.locate import Fetched, fetch, place, refuse_bundle
 
 _FOLDERS = ("onnx", "openvino")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +24,8 @@ def size(count: int) -> str:
 
 def free(path: Path) -> int:
     """Bytes that can still be written to the disk of a path, which need not exist."""
+    import shutil  # here, not above: slow to import, and importing qrank needs it not
+
     return shutil.disk_usage(_existing(path)).free
 
 
@@ -92,7 +93,10 @@ def _fuller(path: Path) -> Path:
     """A path, or the folder for temporary files where that is what is full."""
     import tempfile
 
-    temporary = Path(tempfile.gettempdir())
+    try:
+        temporary = Path(tempfile.gettempdir())
+    except FileNotFoundError:  # none of the usual ones can be written
+        return path
     return temporary if free(temporary) < _NOTHING_LEFT <= free(path) else path
 
 

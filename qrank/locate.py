@@ -9,7 +9,7 @@ from qrank import hub
 from qrank.bundle import MANIFEST, TOKENIZER, Manifest, Variant, check_files
 from qrank.errors import InputError, ModelNotFoundError, TargetError
 from qrank.fidelity import TOLERANCES
-from qrank.hub import HubName
+from qrank.hub_names import HubName, newest_snapshot, parse, snapshot
 
 DEFAULT = "mini"
 
@@ -60,8 +60,8 @@ def place(model: str | Path, revision: str | None = None) -> Path | HubName:
             raise ModelNotFoundError(f"{text} is a folder or file; --revision is for hub ids")
         if path.is_file() and _is_part(path.name):
             return path.parent
-        return hub.newest_snapshot(path) or path
-    if (name := hub.parse(text)) is not None:
+        return newest_snapshot(path) or path
+    if (name := parse(text)) is not None:
         return replace(name.at(revision), path="" if _is_part(name.path) else name.path)
     if (bundle := bundled().get(text)) is not None:
         return bundle
@@ -96,23 +96,25 @@ def locate(model: str | Path, *, whole: bool = True) -> Path:
     except ModelNotFoundError as error:
         known = ", ".join(found) or "none"
         raise ModelNotFoundError(f"{error}; bundled models are: {known}") from error
-    folder = where if isinstance(where, Path) else _manifest_from_hub(model, where)
+    folder = where if isinstance(where, Path) else _described_on_hub(model, where)
     if not (folder / MANIFEST).is_file():
         raise ModelNotFoundError(_no_bundle(model, folder))
-    if hub.snapshot(folder) is not None:
+    if snapshot(folder) is not None:
         manifest = Manifest.load(folder)
         variants = manifest.variants.values() if whole else ()
         _fetch_missing(folder, [*manifest.files, *(name for v in variants for name in v.files)])
     return folder
 
 
-def _manifest_from_hub(model: str | Path, name: HubName) -> Path:
+def _described_on_hub(model: str | Path, name: HubName) -> Path:
+    """Download what is read of every bundle: little, so that no bars are drawn."""
     if name.path:
         raise ModelNotFoundError(
             f"{model} is no bundle: on the hub, a bundle is a whole repository "
             f"({name.repository}). Other files are to be converted first: qrank convert {model}"
         )
-    return hub.download(name.repository, [MANIFEST], revision=name.revision, bars=False)
+    wanted = [MANIFEST, TOKENIZER]
+    return hub.download(name.repository, wanted, revision=name.revision, bars=False)
 
 
 def _no_bundle(model: str | Path, path: Path) -> str:
@@ -121,7 +123,7 @@ def _no_bundle(model: str | Path, path: Path) -> str:
         return f"{path} is a part of the bundle {bundle}: name that, and --backend for the variant"
     if path.is_file():
         return f"{path} is a file, not a bundle; convert it first: qrank convert {path}"
-    if (found := hub.snapshot(path)) is not None:
+    if (found := snapshot(path)) is not None:
         return (
             f"{found.repository} on the hub is no bundle; convert it first: qrank convert {model} "
             "(or run it as it is, with --backend torch)"
@@ -155,7 +157,7 @@ def provide(folder: Path, variant: Variant) -> None:
 
 def _fetch_missing(folder: Path, files: list[str]) -> None:
     missing = [name for name in files if not (folder / name).exists()]
-    if missing and (found := hub.snapshot(folder)) is not None:
+    if missing and (found := snapshot(folder)) is not None:
         hub.download(found.repository, missing, revision=found.commit, cache=found.cache)
 
 
@@ -176,7 +178,7 @@ class Fetched:
     @classmethod
     def of(cls, folder: Path) -> Fetched:
         """A folder as what it is: that of the hub's cache is the hub's."""
-        if (found := hub.snapshot(folder)) is not None:
+        if (found := snapshot(folder)) is not None:
             return cls(folder, found.repository, found.commit)
         return cls(folder, folder.resolve().name, None)
 

@@ -25,7 +25,7 @@ from qrank.converters import onnx as onnx_converter
 from qrank.converters.checkpoint import Checkpoint
 from qrank.converters.convert import convert
 from qrank.converters.resources import versions
-from qrank.errors import BundleError, ConversionError, FidelityError, MissingExtraError
+from qrank.errors import BundleError, ConversionError, FidelityError, InputError, MissingExtraError
 from qrank.fidelity import TOLERANCES, Tolerance
 from qrank.work import Work
 
@@ -161,7 +161,11 @@ def test_a_checkpoint_of_nans_is_refused(bert: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_precision_is_refused(bert: str, tmp_path: Path) -> None:
+def test_an_unknown_format_or_precision_is_refused(bert: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="variants is empty"):
+        convert(bert, [], tmp_path / "out")
+    with pytest.raises(ConversionError, match="no format 'convert'; there are: onnx, "):
+        convert(bert, [("convert", None)], tmp_path / "out")
     with pytest.raises(ConversionError, match="onnx has no q4; it has: int8, fp16, fp32"):
         convert(bert, [("onnx", "q4")], tmp_path / "out")
 

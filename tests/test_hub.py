@@ -24,7 +24,7 @@ from qrank.bundle import MANIFEST, TOKENIZER, Manifest
 from qrank.cli import main
 from qrank.converters.convert import convert
 from qrank.errors import InputError, ModelNotFoundError
-from qrank.hub import HubName, parse
+from qrank.hub_names import HubName, parse
 from qrank.locate import locate, place
 
 REPOSITORY = "they/their-bundle"

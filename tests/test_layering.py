@@ -23,7 +23,17 @@ FLOORS = [
         "bundle",
     }
     | {"memory"},
-    {"hub", "locate", "encoding", "batching", "budget", "activation", "items", "scoring_graph"}
+    {
+        "hub",
+        "hub_names",
+        "locate",
+        "encoding",
+        "batching",
+        "budget",
+        "activation",
+        "items",
+        "scoring_graph",
+    }
     | {"calibration", "collection", "losses", "measures", "records"},
     {
         "backends",

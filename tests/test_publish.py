@@ -25,7 +25,8 @@ from qrank.converters import onnx as onnx_converter
 from qrank.converters import publish
 from qrank.converters.checkpoint import Checkpoint
 from qrank.converters.convert import convert
-from qrank.converters.publish import LOCK, WORK, workshop
+from qrank.converters.lock import LOCK
+from qrank.converters.publish import WORK, workshop
 from qrank.errors import ConversionError, ModelNotFoundError, QrankError
 from qrank.work import Work
 
@@ -403,7 +404,7 @@ def test_a_disk_too_full_for_what_stands_around_a_variant_is_told(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(publish, "_acquire", fail)
+    monkeypatch.setattr("qrank.converters.lock._acquire", fail)
     with pytest.raises(ConversionError, match=r"the disk at .* is full: .* free"):
         convert(bert, FP32, tmp_path / "out")
 

@@ -10,7 +10,7 @@ import click
 from qrank.bundle import Manifest, Variant, check_files
 from qrank.cli.common import debug_option, megabytes
 from qrank.family import cards
-from qrank.hub import snapshot
+from qrank.hub_names import snapshot
 from qrank.locate import bundled, locate
 
 
