@@ -65,7 +65,8 @@ def main() -> None:
         variants = [("onnx", "fp32"), ("onnx", "int8")]
         # Random weights of many layers may be refused; here they are measured.
         TOLERANCES.update(dict.fromkeys(TOLERANCES, Tolerance(math.inf)))
-        _, manifest = convert(options.checkpoint, variants, folder, family=options.family)
+        made = convert(options.checkpoint, variants, folder, family=options.family)
+        manifest = made.manifest
         encoder = Encoder(folder / TOKENIZER, manifest.family, threads=options.threads)
         names = {"fp32": "fp32", "int8": "qrank int8"}
         if not manifest.family.decoder:

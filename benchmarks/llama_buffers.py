@@ -54,12 +54,12 @@ def measure() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         wide = _wide(Path(temporary) / "wide")
         for name, source in (("mini", options.checkpoint), ("1024 wide", wide)):
-            bundle, manifest = convert(
-                str(source), [("gguf", "f16")], Path(temporary) / f"{source.name}-qrank"
-            )[:2]
+            target = Path(temporary) / f"{source.name}-qrank"
+            made = convert(str(source), [("gguf", "f16")], target)
             for precision in PRECISIONS:
-                _quantize(bundle, precision)
-                rows.append(_compare(name, bundle, manifest, precision, options.rounds))
+                _quantize(made.folder, precision)
+                row = _compare(name, made.folder, made.manifest, precision, options.rounds)
+                rows.append(row)
     report("llama.cpp's rearranged weights", COLUMNS, rows, as_json=options.json)
 
 

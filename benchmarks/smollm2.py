@@ -79,7 +79,8 @@ def main() -> None:
 def _row(checkpoint: Path, bundle: Path, card: Path, name: str) -> dict[str, object]:
     format, _, precision = name.partition("-")
     try:
-        _, manifest = convert(str(checkpoint), [(format, precision)], bundle, family=str(card))
+        made = convert(str(checkpoint), [(format, precision)], bundle, family=str(card))
+        manifest = made.manifest
     except FidelityError as error:
         sys.stderr.write(f"{error}\n")
         return {"variant": name, "refused": "yes"}

@@ -27,10 +27,10 @@ from qrank.converters.read_tokenizer import control_tokens, read_tokenizer
 from qrank.converters.sentence_transformers import read_metadata
 from qrank.converters.tokenizer import text_tokenizer
 from qrank.converters.weights import INDEX, load_model, refuse_adapter, weight_files, widened
-from qrank.errors import FamilyError, ModelNotFoundError
+from qrank.errors import FamilyError
 from qrank.extras import need
 from qrank.family import Card, Family, find_card
-from qrank.hub import download, is_hub_id
+from qrank.locate import Fetched, fetch, place
 from qrank.memory import Dimensions
 
 if TYPE_CHECKING:
@@ -143,43 +143,25 @@ def read_checkpoint(
     """Find a checkpoint and make its family concrete. No weights are loaded yet.
 
     Args:
-        source: a folder, or a hub id.
+        source: a folder, or a name on the hub; see `qrank.locate.place`.
         family: a card's name or file; None to match by config.json.
         revision: of the hub's repository.
         offline: use what was downloaded before only.
 
     Raises:
-        ModelNotFoundError: neither a folder nor a hub id.
+        ModelNotFoundError: nothing of that name is there, or a bundle.
         FamilyError: no card reads it; or not one label; or no safetensors.
     """
-    folder, commit = fetch(source, [*DESCRIPTION, *WEIGHTS], revision=revision, offline=offline)
-    identity = source if commit else folder.resolve().name
-    return describe(folder, identity, commit, family, lambda: weight_files(folder, source))
+    where = place(source, revision)
+    return of_fetched(fetch(where, source, [*DESCRIPTION, *WEIGHTS], offline=offline), family)
 
 
-def fetch(
-    source: str, files: list[str], *, revision: str | None = None, offline: bool = False
-) -> tuple[Path, str | None]:
-    """The folder of a source, and of the hub's the commit.
-
-    Args:
-        source: a folder, or a hub id.
-        files: of the hub's repository; names or patterns.
-        revision: of the hub's repository.
-        offline: use what was downloaded before only.
-
-    Raises:
-        ModelNotFoundError: neither a folder nor a hub id.
-    """
-    folder = Path(source)
-    if folder.is_dir():
-        if revision is not None:
-            raise ModelNotFoundError(f"{source} is a folder; --revision is for hub ids")
-        return folder, None
-    if is_hub_id(source):
-        folder = download(source, files, revision=revision, offline=offline)
-        return folder, folder.name
-    raise ModelNotFoundError(f"{source} is neither a folder nor a hub id (owner/name)")
+def of_fetched(found: Fetched, family: str | None) -> Checkpoint:
+    """The same of a checkpoint that was found, or downloaded, already."""
+    source = found.id if found.commit else str(found.folder)
+    return describe(
+        found.folder, found.id, found.commit, family, lambda: weight_files(found.folder, source)
+    )
 
 
 def describe(

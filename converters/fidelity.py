@@ -138,7 +138,13 @@ def make_probes(checkpoint: Checkpoint, tokenizer: Path) -> Probes:
     )
 
 
-def own_probes(checkpoint: Checkpoint, tokenizer: Path, folder: Path, variant: Variant) -> Probes:
+def own_probes(
+    checkpoint: Checkpoint,
+    tokenizer: Path,
+    folder: Path,
+    variant: Variant,
+    worker: isolation.Worker,
+) -> Probes:
     """The probe pairs with a ready-made model's own logits: of each pair alone, computed exactly.
 
     Raises:
@@ -148,7 +154,7 @@ def own_probes(checkpoint: Checkpoint, tokenizer: Path, folder: Path, variant: V
     work = encode_pairs(pairs, tokenizer, checkpoint.family)
     check_ids(pairs, work, checkpoint)
     singles = [work.take(np.array([i])) for i in range(len(work))]
-    logits = np.concatenate(_run(folder, variant, singles))
+    logits = np.concatenate(_run(folder, variant, singles, worker))
     if not np.isfinite(logits).all() or not np.ptp(logits):
         raise ConversionError(
             f"the ready-made {variant.name} does not tell pairs apart: its logits run from "
@@ -159,25 +165,33 @@ def own_probes(checkpoint: Checkpoint, tokenizer: Path, folder: Path, variant: V
     return Probes(work, logits, f"the ready-made {variant.name} itself, {runtime}", verified=False)
 
 
-def measure(folder: Path, variant: Variant, probes: Probes) -> Fidelity:
+def measure(folder: Path, variant: Variant, probes: Probes, worker: isolation.Worker) -> Fidelity:
     """Run a variant on the probes with the backend that will run it.
+
+    Args:
+        folder: the bundle.
+        variant: of it.
+        probes: what it is held against.
+        worker: where a native library may crash.
 
     Raises:
         FidelityError: it is further from the reference than its precision may be.
         ConversionError: it does not load or run at all.
     """
-    (logits,) = _run(folder, variant, [probes.work])
+    (logits,) = _run(folder, variant, [probes.work], worker)
     fidelity = Fidelity.of(logits, probes.logits)
     if missed := tolerance(variant.precision).shortfall(fidelity):
         like = "the original" if probes.verified else probes.reference
         raise FidelityError(
             f"{variant.name} does not rank like {like}: {missed} "
-            f"(spread of the reference {fidelity.spread:.4g}); nothing was written"
+            f"(spread of the reference {fidelity.spread:.4g})"
         )
     return fidelity
 
 
-def _run(folder: Path, variant: Variant, works: list[Work]) -> list[Logits]:
+def _run(
+    folder: Path, variant: Variant, works: list[Work], worker: isolation.Worker
+) -> list[Logits]:
     """Logits of each work by the backend of a variant, in its most exact arithmetic.
 
     In a process of its own where a native library could end this one.
@@ -186,8 +200,7 @@ def _run(folder: Path, variant: Variant, works: list[Work]) -> list[Logits]:
     try:
         if isolation.advised(variant.format, "cpu"):
             try:
-                with isolation.Worker() as worker:
-                    return worker.logits(folder, variant, works, options)
+                return worker.logits(folder, variant, works, options)
             except NoChildError as error:
                 log.warning("%s: so %s is tried in this one", error, variant.name)
         backend = opener(variant.format)(folder, variant, "cpu", options)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrank.converters.checkpoint import Checkpoint
-from qrank.converters.graph_file import save_graph
+from qrank.converters.graph_file import load_graph, save_graph
 from qrank.converters.ready_graph import (
     IDS,
     LARGE,
@@ -100,7 +100,9 @@ def take(path: Path, checkpoint: Checkpoint, folder: Path) -> str:
 
 def _read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
     try:
-        model: onnx.ModelProto = need("onnx").load(path, load_external_data=weights)
+        model = load_graph(path, weights=weights)
+    except ConversionError:
+        raise
     except Exception as error:  # protobuf's, OSErrors, onnx's own: they share no base
         reason = " ".join(str(error).split())
         raise ConversionError(f"onnx cannot read {path}: {reason}") from error

@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import re
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ import numpy as np
 
 from qrank import cache, paths
 from qrank.errors import BundleError
-from qrank.family import Family
+from qrank.family import ACTIVATIONS, POOLINGS, Family
 from qrank.fidelity import Fidelity
 from qrank.memory import Dimensions
 from qrank.work import Logits, Work
@@ -146,48 +149,77 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Write `qrank.json` into a bundle, whole or not at all."""
         content = {**_to_json(self), "digest": self.digest}
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        # One line a list of numbers: the probes would fill thousands otherwise.
-        text = re.sub(r"\[[-\d.,e\s]+\]", lambda m: re.sub(r"\s+", " ", m[0]), text)
-        paths.write_atomically(folder / MANIFEST, text + "\n")
+        for wait in _WAITS:
+            try:
+                return paths.write_atomically(folder / MANIFEST, _laid_out(content) + "\n")
+            except PermissionError:
+                time.sleep(wait)
+        paths.write_atomically(folder / MANIFEST, _laid_out(content) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
         """Read a bundle's manifest. Files are checked by `check_files`.
 
+        Anybody may have written it: it names no files outside the bundle and of each variant, and
+        has enough probes to tell a right backend from a wrong one.
+
         Raises:
-            BundleError: no manifest, or one that is damaged or of another schema version.
+            BundleError: no manifest, or one that is damaged, of another schema version, or that
+                asks for what no bundle does.
         """
         path = folder / MANIFEST
         try:
             content = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
             raise BundleError(f"{folder} is no bundle: it holds no {MANIFEST}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BundleError(f"{path} cannot be read: {error}; {_AGAIN}") from error
         schema = content.get("schema") if isinstance(content, dict) else None
         if schema != SCHEMA:
             raise BundleError(
-                f"{path} has schema version {schema!r}; this qrank reads {SCHEMA}: "
-                "convert the model again with this qrank, or install the one that wrote it"
+                f"{path} has schema version {schema!r}; this qrank reads {SCHEMA}: {_AGAIN}, or "
+                "install the qrank that wrote it"
             )
-        try:
-            manifest = _from_json(content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BundleError(f"{path} is damaged ({error!r}); {_AGAIN}") from error
-        # Of what was read, not of what was understood: a key of no meaning here counts too.
+        # Of what was read, not of what is understood: a key of no meaning here counts too.
         if _digest(content) != content.get("digest"):
             raise BundleError(f"{path} does not match its own digest: it was changed; {_AGAIN}")
+        try:
+            manifest = _from_json(content)
+            _check(manifest)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise BundleError(f"{path} is damaged ({error!r}); {_AGAIN}") from error
         return manifest
 
 
-_AGAIN = "convert the model again"
+_AGAIN = "convert the model again, with --force to replace it"
+
+_WAITS = (0.05, 0.1, 0.2, 0.4, 0.8) if os.name == "nt" else ()
+"""Seconds to wait for those who read the manifest: Windows replaces no file that is open."""
+
+MIN_PROBES = 32
+"""Fewer do not tell a backend that computes rightly from one that does not."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def _digest(content: dict[str, Any]) -> str:
     rest = {key: value for key, value in content.items() if key != "digest"}
     canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _laid_out(value: Any, indent: str = "") -> str:
+    """JSON for people, one line a list of numbers: the probes would fill thousands otherwise."""
+    inner = f"{indent}  "
+    if isinstance(value, dict) and value:
+        rows = [
+            f"{json.dumps(k, ensure_ascii=False)}: {_laid_out(v, inner)}" for k, v in value.items()
+        ]
+        return f"{{\n{inner}" + f",\n{inner}".join(rows) + f"\n{indent}}}"
+    if isinstance(value, (list, tuple)) and any(not isinstance(v, (int, float)) for v in value):
+        rows = [_laid_out(v, inner) for v in value]
+        return f"[\n{inner}" + f",\n{inner}".join(rows) + f"\n{indent}]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
@@ -252,6 +284,61 @@ def _from_json(content: dict[str, Any]) -> Manifest:
 
 def _records(content: dict[str, Any]) -> dict[str, FileRecord]:
     return {name: FileRecord(**record) for name, record in content.items()}
+
+
+def _check(manifest: Manifest) -> None:
+    """See that a manifest asks for nothing that no bundle does.
+
+    Raises:
+        ValueError: it does; with what was found and what was expected.
+    """
+    family, probes = manifest.family, manifest.probes
+    if not isinstance(manifest.name, str) or not isinstance(manifest.source.id, str):
+        raise ValueError("name and source.id must be texts")
+    if family.activation not in ACTIVATIONS:
+        raise ValueError(
+            f"the activation is {family.activation!r}; known are: {', '.join(ACTIVATIONS)}"
+        )
+    if family.pooling not in POOLINGS:
+        raise ValueError(f"the pooling is {family.pooling!r}; known are: {', '.join(POOLINGS)}")
+    if not 0 < family.temperature < math.inf or family.max_length < 1:
+        raise ValueError("temperature and max_length of the family must be above 0")
+    if TOKENIZER not in manifest.files:
+        raise ValueError(f"files names no {TOKENIZER}")
+    _check_records(manifest.files, "files")
+    for name, variant in manifest.variants.items():
+        # The name is the folder's, too.
+        if name != variant.name or not is_plain(name) or "/" in name:
+            raise ValueError(f"variant {name!r} must be named by format and precision, one word")
+        if not variant.files:
+            raise ValueError(f"variant {name} has no files")
+        _check_records(variant.files, name)
+        if outside := [file for file in variant.files if not file.startswith(f"{name}/")]:
+            raise ValueError(f"variant {name} has a file outside its folder: {outside[0]!r}")
+    count, lengths = len(probes.work), probes.work.lengths
+    if count < MIN_PROBES or len(probes.logits) != count:
+        raise ValueError(
+            f"there are {count} probes with {len(probes.logits)} logits; as many of both were "
+            f"expected, {MIN_PROBES} or more"
+        )
+    if (segments := probes.work.segments) is not None and [*map(len, segments)] != [*lengths]:
+        raise ValueError("the probes' segments are not as long as their sequences")
+    if not np.isfinite(probes.logits).all() or not lengths.all():
+        raise ValueError("a probe is empty, or its logit is not finite")
+
+
+def _check_records(files: dict[str, FileRecord], where: str) -> None:
+    for name, record in files.items():
+        if not is_plain(name):
+            raise ValueError(f"{where} names {name!r}, which is no path within a bundle")
+        if not _SHA256.fullmatch(record.sha256) or type(record.bytes) is not int:
+            raise ValueError(f"{where} has no sha256 and size of {name}")
+
+
+def is_plain(name: str) -> bool:
+    """Whether a path stays below the folder it is read from, on every system."""
+    parts = name.split("/")
+    return all(part not in ("", ".", "..") and not set(part) & set("\\:\0*?[]") for part in parts)
 
 
 def check_files(folder: Path, files: dict[str, FileRecord], *, always_hash: bool = False) -> None:

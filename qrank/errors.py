@@ -67,12 +67,12 @@ class TargetError(QrankError):
 
 
 class ConversionError(QrankError):
-    """A conversion cannot be done; nothing was written."""
+    """A variant, or all of a conversion, cannot be made; of that, nothing was written."""
 
     exit_code = 8
 
 
 class FidelityError(ConversionError):
-    """A converted variant does not rank like the original; nothing was written."""
+    """A converted variant does not rank like the original; it was not written."""
 
     exit_code = 9

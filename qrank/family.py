@@ -52,6 +52,7 @@ class Card:
         max_length: tokens the model was made for, where its config knows a larger number.
         models: hub ids. A decoder family has architectures that chat models have too: it reads
             these, and what `--family` says.
+        unsupported: formats that models of this family cannot be run as: `gguf`.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Card:
     labels: tuple[str, ...] = ()
     max_length: int | None = None
     models: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, text: str, where: str) -> Card:
@@ -172,6 +174,7 @@ _LISTS = {
     "instructed": str,
     "labels": str,
     "models": str,
+    "unsupported": str,
 }
 _SINGLES: dict[str, tuple[type, ...]] = {
     "name": (str,),

@@ -25,7 +25,7 @@ from qrank.bundle import TOKENIZER, Manifest, check_files
 from qrank.encoding import Encoder, Prompt
 from qrank.errors import InputError, TargetError
 from qrank.items import Item, LongDocuments, as_pairs, as_text, as_texts, best_items, works
-from qrank.locate import DEFAULT, locate
+from qrank.locate import DEFAULT, locate, provide
 from qrank.machine import processors
 from qrank.memory import Memory
 from qrank.proof import Proof, ready
@@ -163,8 +163,9 @@ class Reranker:
         "qrank"), and the next is taken; what is named is taken, or an error is raised.
 
         Args:
-            model: a bundled name, the folder `qrank convert` wrote, or a bundle's hub id; with
-                backend `torch` a checkpoint's folder or hub id.
+            model: a bundled name, the folder `qrank convert` wrote, or a bundle's hub id
+                (`owner/name`, or `owner/name@revision`); with backend `torch` a checkpoint's
+                folder or hub id.
             backend: a format (`onnx`), a variant (`openvino-int8`), `torch` (or `torch-fp16`, ...)
                 to run a checkpoint as it is, or "module:function" of your own (see
                 `qrank.backends`). None: the best target, by `policy`.
@@ -220,7 +221,7 @@ class Reranker:
         else:
             if family is not None:
                 raise InputError("family is for checkpoints (backend torch); a bundle has its own")
-            folder = locate(model)
+            folder = locate(model, whole=False)
             self.manifest, tokenizer = Manifest.load(folder), folder / TOKENIZER
         if folder == Path(model):
             # Where a pickle of this arrives, the current folder may be another.
@@ -250,7 +251,7 @@ class Reranker:
         self.choice = choice
         self._proof = None
         variant = self.target.variant
-        check_files(self._folder, variant.files)
+        provide(self._folder, variant)
         self._calibration = calibration.load(self.manifest, variant) if self._calibrated else None
         self._ready()
 

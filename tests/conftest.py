@@ -63,7 +63,9 @@ def bundle_of(
             target = tmp_path_factory.mktemp(f"{kind}-bundle") / "tiny-qrank"
             family = tiny_decoders.FAMILIES.get(kind)
             variants = tiny_decoders.VARIANTS if family else tiny.VARIANTS
-            made[kind], _ = convert(str(checkpoint_of(kind)), variants, target, family=family)
+            result = convert(str(checkpoint_of(kind)), variants, target, family=family)
+            assert not result.failed, result.failed
+            made[kind] = result.folder
         return made[kind]
 
     return get

@@ -128,9 +128,8 @@ def test_a_bundle_scores_as_the_original_and_llama_cpp_knows_the_words(
 ) -> None:
     words = [AddedToken("planetoid"), AddedToken("GmbH"), AddedToken("<e1>")]
     folder = add(checkpoint_of("qwen3"), words, tmp_path / "model")
-    bundle, manifest = convert(
-        str(folder), [("gguf", "f16")], tmp_path / "bundle", family=family(folder)
-    )
+    made = convert(str(folder), [("gguf", "f16")], tmp_path / "bundle", family=family(folder))
+    bundle, manifest = made.folder, made.manifest
     number = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("planetoid")
     assert any(number in sequence for sequence in manifest.probes.work.sequences)
     with Reranker(bundle) as reranker:

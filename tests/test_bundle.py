@@ -4,6 +4,9 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from hypothesis import strategies as st
 from qrank import Reranker
 from qrank.bundle import MANIFEST, SCHEMA, TOKENIZER, Manifest
 from qrank.cli import main
-from qrank.errors import BundleError
+from qrank.errors import BundleError, TargetError
 
 MODEL = "onnx-int8/model.onnx"
 
@@ -168,3 +171,142 @@ def test_a_manifest_survives_being_written_and_read(bundle: Path, tmp_path: Path
     ):
         np.testing.assert_array_equal(ours, theirs)
         assert ours.dtype == np.int32
+
+
+# What anybody may have written
+
+
+def resigned(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest and give it the digest of what it has become."""
+    path = folder / MANIFEST
+    content = json.loads(path.read_text("utf-8"))
+    del content["digest"]
+    change(content)
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    content["digest"] = hashlib.sha256(canonical.encode()).hexdigest()
+    path.write_text(json.dumps(content), "utf-8")
+
+
+def rename(content: dict[str, Any], name: str, precision: str) -> None:
+    """Give a variant, and its files, another place."""
+    variant = content["variants"].pop("onnx-int8")
+    variant["precision"] = precision
+    variant["files"] = {f"{name}/model.onnx": variant["files"]["onnx-int8/model.onnx"]}
+    content["variants"][name] = variant
+
+
+def put(content: dict[str, Any], name: str, key: str = "onnx-int8") -> None:
+    """Name one more file."""
+    files = content["variants"][key]["files"] if key else content["files"]
+    files[name] = {"sha256": "0" * 64, "bytes": 1}
+
+
+FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a folder elsewhere": lambda c: rename(c, "onnx-int8/../../out", "int8/../../out"),
+    "a name that is not the variant's": lambda c: rename(c, "onnx-int9", "int8"),
+    "no files": lambda c: c["variants"]["onnx-int8"].update(files={}),
+    "a file above": lambda c: put(c, "onnx-int8/../../secret"),
+    "a file of another variant": lambda c: put(c, "onnx-fp16/model.onnx"),
+    "a file anywhere": lambda c: put(c, "/etc/passwd"),
+    "a file of Windows": lambda c: put(c, "onnx-int8/..\\..\\secret"),
+    "a drive": lambda c: put(c, "onnx-int8/C:secret"),
+    "a pattern": lambda c: put(c, "onnx-int8/*"),
+    "a file above the bundle": lambda c: put(c, "../secret", ""),
+    "no tokenizer": lambda c: c["files"].pop(TOKENIZER),
+    "no hash": lambda c: c["files"][TOKENIZER].update(sha256=""),
+    "no size": lambda c: c["files"][TOKENIZER].update(bytes="1"),
+    "no probes": lambda c: c["probes"].update(logits=[], sequences=[], segments=None),
+    "few probes": lambda c: c["probes"].update(
+        {key: c["probes"][key][:4] for key in ("logits", "sequences", "segments")}
+    ),
+    "fewer logits": lambda c: c["probes"].update(logits=c["probes"]["logits"][:-1]),
+    "shorter types": lambda c: c["probes"]["segments"][3].pop(),
+    "a logit that is none": lambda c: c["probes"]["logits"].__setitem__(0, float("nan")),
+    "an empty probe": lambda c: [
+        c["probes"][k].__setitem__(0, []) for k in ("sequences", "segments")
+    ],
+    "an unknown activation": lambda c: c["family"].update(activation="eval"),
+    "an unknown pooling": lambda c: c["family"].update(pooling="best"),
+    "no temperature": lambda c: c["family"].update(temperature=0),
+    "a name that is no text": lambda c: c.update(name=["tiny"]),
+}
+
+
+@pytest.mark.parametrize("forged", FORGED)
+def test_a_manifest_that_asks_for_what_no_bundle_does_is_refused(
+    forged: str, bundle: Path, copy: Path
+) -> None:
+    """Its digest is right: anybody can work it out."""
+    shutil.copytree(bundle / "onnx-int8", copy.parent / "out")
+    resigned(copy, FORGED[forged])
+    with pytest.raises(BundleError, match="is damaged"):
+        Reranker(copy)
+
+
+def test_a_precision_of_a_later_version_is_left_out_and_the_others_run(copy: Path) -> None:
+    def later(content: dict[str, Any]) -> None:
+        rename(content, "onnx-int2", "int2")
+
+    (copy / "onnx-int8").rename(copy / "onnx-int2")
+    resigned(copy, later)
+    with Reranker(copy, backend="onnx-fp16") as reranker:
+        assert len(reranker.rank("a", ["b", "c"])) == 2
+    with pytest.raises(TargetError, match="knows no precision 'int2'"):
+        Reranker(copy, backend="onnx-int2")
+
+
+@pytest.mark.parametrize("text", ["[0,  1]", "[1,\n2]", "[ -1.5e3 ]", '"[0,   0]"', "\\[3,  4]"])
+def test_texts_that_look_like_lists_of_numbers_stay_as_they_are(bundle: Path, text: str) -> None:
+    manifest = Manifest.load(bundle)
+    family = replace(manifest.family, template=(*manifest.family.template, text), instruction=text)
+    with tempfile.TemporaryDirectory() as temporary:
+        replace(manifest, family=family).save(Path(temporary))
+        assert Manifest.load(Path(temporary)).family == family
+
+
+def test_a_manifest_is_laid_out_for_people(bundle: Path) -> None:
+    """A list of numbers is a line; everything else has a line of its own."""
+    lines = (bundle / MANIFEST).read_text("utf-8").splitlines()
+    probes = Manifest.load(bundle).probes
+    for sequence in probes.work.sequences:
+        assert f"      {json.dumps(sequence.tolist())}" in [line.rstrip(",") for line in lines]
+    assert len(lines) < 1000
+
+
+def test_json_that_is_nested_very_deeply_is_refused(copy: Path) -> None:
+    (copy / MANIFEST).write_text("[" * 200_000 + "]" * 200_000, "utf-8")
+    with pytest.raises(BundleError, match="cannot be read"):
+        Reranker(copy)
+
+
+def test_what_helps_is_said_and_helps(copy: Path, bert: str, ready_graph: object) -> None:
+    """Converting again into the same folder, without --force, would give the same error."""
+    edit(copy, schema=SCHEMA + 1)
+    command = ["convert", bert, "--to", "onnx", "--precision", "fp32", "-o", str(copy)]
+    refused = CliRunner().invoke(main, command)
+    assert refused.exit_code == BundleError.exit_code
+    assert "convert the model again, with --force" in refused.stderr
+    assert CliRunner().invoke(main, [*command, "--force"]).exit_code == 0
+    Reranker(copy).close()
+
+
+def test_a_manifest_that_is_being_read_is_replaced_a_little_later(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, where no file that is open can be replaced."""
+    monkeypatch.setattr("qrank.bundle._WAITS", (0.0, 0.0, 0.0))
+    change, left = Path.replace, 2
+
+    def busy(path: Path, target: Path) -> Path:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise PermissionError("The process cannot access the file")
+        return change(path, target)
+
+    monkeypatch.setattr(Path, "replace", busy)
+    replace(Manifest.load(copy), name="other").save(copy)
+    assert Manifest.load(copy).name == "other"
+    left = 9
+    with pytest.raises(PermissionError):
+        Manifest.load(copy).save(copy)

@@ -190,7 +190,8 @@ def test_a_variant_is_added_and_the_others_stay(without_fp32: Path, bert: str) -
     before = contents(without_fp32)
     old = Manifest.load(without_fp32)
 
-    target, manifest = convert(bert, FP32, without_fp32)
+    made = convert(bert, FP32, without_fp32)
+    target, manifest = made.folder, made.manifest
 
     assert target == without_fp32
     assert set(manifest.variants) == {f"{f}-{p}" for f, p in tiny.VARIANTS}
@@ -246,24 +247,41 @@ def test_a_changed_checkpoint_is_another_one(
 
 
 @pytest.mark.usefixtures("ready_graph")
-def test_force_replaces_whatever_is_there(copy: Path, bert: str) -> None:
+@pytest.mark.parametrize("damaged", [False, True])
+def test_force_replaces_the_bundle_and_nothing_else(damaged: bool, copy: Path, bert: str) -> None:
     (copy / "notes.txt").write_text("mine", "utf-8")
-    _, manifest = convert(bert, FP32, copy, force=True)
+    (copy / "onnx-int8" / "notes.txt").write_text("mine too", "utf-8")
+    if damaged:
+        (copy / MANIFEST).write_text("{", "utf-8")
+    manifest = convert(bert, FP32, copy, force=True).manifest
     assert list(manifest.variants) == ["onnx-fp32"]
-    assert set(contents(copy)) == {MANIFEST, TOKENIZER, "onnx-fp32/model.onnx"}
+    assert set(contents(copy)) == {
+        MANIFEST,
+        TOKENIZER,
+        "onnx-fp32/model.onnx",
+        "onnx-int8/notes.txt",
+        "notes.txt",
+    }
+    assert sorted(path.name for path in copy.iterdir() if path.is_dir()) == [
+        "onnx-fp32",
+        "onnx-int8",
+    ]
     assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+    Reranker(copy).close()
 
 
 def test_what_is_no_bundle_is_refused(bert: str, tmp_path: Path) -> None:
     folder = tmp_path / "thesis"
     folder.mkdir()
     (folder / "chapter.txt").write_text("years of work", "utf-8")
-    with pytest.raises(ConversionError, match=r"exists and is no bundle.*--force"):
-        convert(bert, FP32, folder)
-    assert contents(folder) == {"chapter.txt": b"years of work"}
-    with pytest.raises(ConversionError, match="exists and is no bundle"):
-        convert(bert, FP32, folder / "chapter.txt")
-    assert contents(folder) == {"chapter.txt": b"years of work"}
+    for force in (False, True):
+        with pytest.raises(ConversionError, match=r"is no bundle: it holds chapter.txt"):
+            convert(bert, FP32, folder, force=force)
+        with pytest.raises(ConversionError, match=r"chapter\.txt is a file; name a folder"):
+            convert(bert, FP32, folder / "chapter.txt", force=force)
+        with pytest.raises(ConversionError, match=r"chapter\.txt is a file; name another folder"):
+            convert(bert, FP32, folder / "chapter.txt" / "out", force=force)
+        assert contents(folder) == {"chapter.txt": b"years of work"}
 
 
 def test_a_damaged_bundle_is_not_added_to(without_fp32: Path, bert: str) -> None:
@@ -286,8 +304,7 @@ def test_the_default_output_is_named_after_the_checkpoint(
     bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    target, _ = convert(bert, FP32)
-    assert target == tmp_path / "tiny-qrank"
+    assert convert(bert, FP32).folder == tmp_path / "tiny-qrank"
 
 
 # The command
@@ -306,7 +323,21 @@ def test_the_command_shows_the_proof_and_what_to_do_next(
     assert "qrank score -m ./tiny-qrank" in result.stdout
 
 
-@pytest.mark.parametrize("formats", [[], ["--to", "onnx", "--to", "onnx"]])
+@pytest.mark.usefixtures("ready_graph")
+def test_a_precision_named_twice_makes_both(bert: str, without_fp32: Path) -> None:
+    target = without_fp32
+    manifest = Manifest.load(target)
+    del manifest.variants["onnx-fp16"]
+    manifest.save(target)
+    both = ["--precision", "fp16", "--precision", "fp32", "--precision", "fp32"]
+    result = CliRunner().invoke(main, ["convert", bert, "--to", "onnx", *both, "-o", str(target)])
+    assert result.exit_code == 0, result.output
+    assert list(Manifest.load(target).variants)[-2:] == ["onnx-fp16", "onnx-fp32"]
+    assert "onnx-fp16" in result.stdout
+    assert "onnx-fp32" in result.stdout
+
+
+@pytest.mark.parametrize("formats", [[], ["--to", "onnx", "--to", "gguf"]])
 def test_a_precision_goes_with_one_format(formats: list[str], bert: str, tmp_path: Path) -> None:
     command = ["convert", bert, *formats, "--precision", "fp32", "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(main, command)

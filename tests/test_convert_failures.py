@@ -1,28 +1,31 @@
-"""Conversion that fails: what is refused, and what a run that is cut short leaves."""
+"""Conversion that fails: what is refused, by itself, and with which reason."""
 
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import metadata, resources
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import contents
 from onnx import numpy_helper
 from transformers import AutoModelForSequenceClassification
 
 from qrank import Reranker
-from qrank.converters import graph_file
+from qrank.bundle import MANIFEST, TOKENIZER, Manifest
+from qrank.cli import main
+from qrank.converters import graph_file, makers
 from qrank.converters import onnx as onnx_converter
 from qrank.converters.checkpoint import Checkpoint
 from qrank.converters.convert import convert
-from qrank.errors import BundleError, ConversionError, FidelityError, QrankError
+from qrank.converters.resources import versions
+from qrank.errors import BundleError, ConversionError, FidelityError, InputError, MissingExtraError
 from qrank.fidelity import TOLERANCES, Tolerance
 from qrank.work import Work
 
@@ -109,7 +112,7 @@ def interrupted(folder: Path) -> None:
         (nothing, FidelityError),
         (empty, FidelityError),
         (stub, ConversionError),
-        (full_disk, OSError),
+        (full_disk, ConversionError),
         (interrupted, KeyboardInterrupt),
     ],
 )
@@ -158,7 +161,11 @@ def test_a_checkpoint_of_nans_is_refused(bert: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_precision_is_refused(bert: str, tmp_path: Path) -> None:
+def test_an_unknown_format_or_precision_is_refused(bert: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="variants is empty"):
+        convert(bert, [], tmp_path / "out")
+    with pytest.raises(ConversionError, match="no format 'convert'; there are: onnx, "):
+        convert(bert, [("convert", None)], tmp_path / "out")
     with pytest.raises(ConversionError, match="onnx has no q4; it has: int8, fp16, fp32"):
         convert(bert, [("onnx", "q4")], tmp_path / "out")
 
@@ -170,8 +177,8 @@ def test_weights_beside_the_graph(
     """As for models above 2 GB, with a limit that a tiny one exceeds."""
     monkeypatch.setattr(graph_file, "_LARGEST_PROTO", 0)
     name = f"onnx-{precision}"
-    target, manifest = convert(bert, [("onnx", precision)], tmp_path / "out")
-    files = manifest.variants[name].files
+    made = convert(bert, [("onnx", precision)], tmp_path / "out")
+    target, files = made.folder, made.manifest.variants[name].files
     assert set(files) == {f"{name}/model.onnx", f"{name}/model.onnx.data"}
     assert files[f"{name}/model.onnx.data"].bytes > files[f"{name}/model.onnx"].bytes
     with Reranker(target) as reranker:
@@ -182,88 +189,149 @@ def test_weights_beside_the_graph(
         Reranker(target)
 
 
-# Cut short
-
-CUT_SHORT = """
-import signal, sys
-# A shell's background jobs ignore Ctrl-C, and with them what they start.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from qrank.cli import main
-main(["convert", sys.argv[1], "--to", "onnx", "--precision", "fp32", "-o", sys.argv[2]])
-"""
+# Each by itself
 
 
-def cut_short(source: str, target: Path, number: int) -> tuple[int, str]:
-    """Start a conversion, send it a signal once it writes; its exit code and stderr."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", CUT_SHORT, source, str(target)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while process.poll() is None and not list(target.parent.glob(f".{target.name}.partial-*")):
-        time.sleep(0.005)
-    process.send_signal(number)
-    _, errors = process.communicate()
-    return process.returncode, errors
+@pytest.fixture
+def one_variant(copy: Path) -> Path:
+    """A bundle to add to: its probes are there already, and the reference need not run."""
+    manifest = Manifest.load(copy)
+    kept = manifest.variants["onnx-fp16"]
+    replace(manifest, variants={kept.name: kept}).save(copy)
+    for name in manifest.variants.keys() - {kept.name}:
+        shutil.rmtree(copy / name)
+    return copy
 
 
-posix = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.fixture
+def failing(
+    ready_graph: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, Exception], None]:
+    """Makes a format's converter fail, once half of a file is written. onnx works."""
+
+    def fail(format: str, error: Exception) -> None:
+        def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work) -> str:
+            (folder / "half").write_bytes(b"half")
+            raise error
+
+        monkeypatch.setattr(f"qrank.converters.{format}.convert", convert)
+
+    return fail
 
 
-@posix
-@pytest.mark.usefixtures("ready_graph")
-@pytest.mark.parametrize("add", [False, True])
-def test_killed_in_the_middle(add: bool, without_fp32: Path, bert: str) -> None:
-    folder = without_fp32.parent
-    target = without_fp32 if add else folder / "new-qrank"
-    before = contents(target) if add else {}
-    code, _ = cut_short(bert, target, signal.SIGKILL)
-    assert code == -signal.SIGKILL
-    (partial,) = folder.glob(f".{target.name}.partial-*")
-    with pytest.raises(QrankError):
-        Reranker(partial)
-    assert (contents(target) if target.exists() else {}) == before
-    if add:
-        Reranker(target).close()
-    # The next run works as if nothing had been, and clears what was left.
-    _, manifest = convert(bert, FP32, target)
-    assert "onnx-fp32" in manifest.variants
-    assert {path.name for path in folder.iterdir()} == {target.name, without_fp32.name}
+ALL = ["--to", "onnx", "--to", "openvino", "--to", "gguf"]
 
 
-@posix
-def test_interrupted_in_the_middle(without_fp32: Path, bert: str) -> None:
-    folder = without_fp32.parent
-    before = contents(folder)
-    code, errors = cut_short(bert, without_fp32, signal.SIGINT)
-    assert code != 0
-    assert "Traceback" not in errors
-    assert contents(folder) == before
-    assert [path.name for path in folder.iterdir()] == [without_fp32.name]
+@pytest.mark.parametrize(
+    ("named", "first", "code"),
+    [
+        ([], FidelityError("is too far from it"), 0),
+        (ALL, ConversionError("knows no such operation"), ConversionError.exit_code),
+        (ALL, FidelityError("is too far from it"), FidelityError.exit_code),
+        (ALL, MissingExtraError('pip install "qrank[gguf]"'), ConversionError.exit_code),
+    ],
+)
+def test_what_is_proven_is_kept_and_the_rest_told(
+    named: list[str],
+    first: Exception,
+    code: int,
+    failing: Callable[[str, Exception], None],
+    one_variant: Path,
+    bert: str,
+) -> None:
+    failing("openvino", first)
+    failing("gguf", RuntimeError("Check 'is_static()'\n  failed"))
+    target = one_variant
+    result = CliRunner().invoke(main, ["convert", bert, *named, "-o", str(target)])
+    assert result.exit_code == code, result.output
+    assert f"openvino-int8 was not made: {first}" in result.stderr
+    reason = "gguf-q4_k_m cannot be made: RuntimeError: Check 'is_static()' failed"
+    assert f"gguf-q4_k_m was not made: {reason}" in result.stderr
+    assert "is ready" in result.stdout
+    assert list(Manifest.load(target).variants) == ["onnx-fp16", "onnx-int8"]
+    assert {path.name for path in target.iterdir()} == {
+        "onnx-fp16",
+        "onnx-int8",
+        MANIFEST,
+        TOKENIZER,
+    }
 
 
-@posix
-def test_killed_while_replacing(copy: Path, bert: str) -> None:
-    """Between setting the old bundle aside and moving the new one in: the old one comes back."""
-    gone = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
-    )
-    aside = copy.with_name(f".{copy.name}.old-{int(gone.stdout)}")
-    before = contents(copy)
-    copy.rename(aside)
-    convert(bert, FP32, copy)
-    assert contents(copy) == before
-    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+def test_where_nothing_can_be_made_every_reason_is_told(
+    failing: Callable[[str, Exception], None], one_variant: Path, bert: str
+) -> None:
+    failing("openvino", FidelityError("is too far from it"))
+    failing("gguf", ConversionError("knows no such operation"))
+    before = contents(one_variant)
+    variants = [("openvino", "fp16"), ("gguf", "f16")]
+    with pytest.raises(FidelityError) as caught:
+        convert(bert, variants, one_variant)
+    assert str(caught.value).splitlines() == [
+        "nothing could be made:",
+        "  openvino-fp16: is too far from it",
+        "  gguf-f16: knows no such operation",
+    ]
+    # What the bundle has already counts as made.
+    made = convert(bert, [("onnx", "fp16"), *variants], one_variant)
+    assert list(made.failed) == ["openvino-fp16", "gguf-f16"]
+    assert contents(one_variant) == before
 
 
-@posix
-def test_a_run_that_still_works_is_left_alone(copy: Path, bert: str) -> None:
-    """What it has written so far is not taken for a leftover."""
-    partial = copy.with_name(f".{copy.name}.partial-{os.getppid()}")
-    partial.mkdir()
-    other = copy.with_name(f".{copy.name}.partial-notes")
-    other.mkdir()
-    convert(bert, FP32, copy)
-    assert partial.is_dir()
-    assert other.is_dir()
+def test_a_package_that_is_missing_fails_its_format_alone(
+    failing: Callable[[str, Exception], None],
+    one_variant: Path,
+    bert: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(makers, "installed", lambda module: module != "llama_cpp")
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    made = convert(bert, [*FP32, ("gguf", None)], one_variant)
+    assert list(made.manifest.variants) == ["onnx-fp16", "onnx-fp32"]
+    assert [*made.failed] == ["gguf-q4_k_m"]
+    assert 'pip install "qrank[gguf]"' in str(made.failed["gguf-q4_k_m"])
+    with pytest.raises(MissingExtraError, match="llama_cpp"):
+        convert(bert, [("gguf", None)], tmp_path / "other")
+
+
+def test_a_family_says_which_formats_are_not_for_it(
+    failing: Callable[[str, Exception], None],
+    one_variant: Path,
+    bert: str,
+    tmp_path: Path,
+) -> None:
+    card = tmp_path / "mine.toml"
+    text = resources.files("qrank.models").joinpath("bert.toml").read_text("utf-8")
+    card.write_text(text + '\nunsupported = ["gguf", "openvino"]\n', "utf-8")
+    command = ["convert", bert, "--family", str(card), "-o", str(one_variant)]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    assert list(Manifest.load(one_variant).variants) == ["onnx-fp16", "onnx-int8"]
+    assert "models of family bert cannot be run as gguf" in result.stderr
+    result = CliRunner().invoke(main, [*command, "--to", "gguf"])
+    assert result.exit_code == ConversionError.exit_code
+    assert "error: models of family bert cannot be run as gguf" in result.stderr
+
+
+def test_onnxruntime_may_be_another_build(
+    failing: Callable[[str, Exception], None],
+    without_fp32: Path,
+    bert: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """onnxruntime-gpu is the same module."""
+    version = metadata.version
+
+    def of_other(name: str) -> str:
+        if name == "onnxruntime":
+            raise metadata.PackageNotFoundError(name)
+        return "9.9" if name == "onnxruntime-gpu" else version(name)
+
+    monkeypatch.setattr(metadata, "version", of_other)
+    others = {"onnxruntime": ["onnxruntime-gpu"]}
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: others)
+    tools = convert(bert, FP32, without_fp32).manifest.variants["onnx-fp32"].tools
+    assert tools["onnxruntime-gpu"] == "9.9"
+    assert "onnxruntime" not in tools
+    monkeypatch.setattr(metadata, "packages_distributions", dict)
+    assert versions(("onnxruntime",)) == {"onnxruntime": onnxruntime.__version__}

@@ -207,7 +207,8 @@ def test_where_rows_fit_nothing_stands_in(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(folder)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    target, manifest = convert(str(folder), [("gguf", "q4_k_m")], tmp_path / "out")
+    made = convert(str(folder), [("gguf", "q4_k_m")], tmp_path / "out")
+    target, manifest = made.folder, made.manifest
     assert manifest.variants["gguf-q4_k_m"].note == (
         "rows of 288 do not fit 256: 2 of 13 matrices are Q5_1"
     )

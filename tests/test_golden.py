@@ -164,8 +164,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def converted(model: str, folder: Path) -> Path:
     """A model's bundle, made once."""
-    target, _ = convert(model, [("onnx", "fp32")], folder / model.replace("/", "--"))
-    return target
+    return convert(model, [("onnx", "fp32")], folder / model.replace("/", "--")).folder
 
 
 @pytest.mark.usefixtures("hub")

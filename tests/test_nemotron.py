@@ -67,7 +67,7 @@ def nemotron(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(nemotron: Path) -> Path:
-    return convert(str(nemotron), tiny.VARIANTS, nemotron.parent / "bundle")[0]
+    return convert(str(nemotron), tiny.VARIANTS, nemotron.parent / "bundle").folder
 
 
 def prompt(query: str, document: str) -> str:

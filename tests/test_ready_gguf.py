@@ -33,7 +33,8 @@ def gguf_of(
             folder = tmp_path_factory.mktemp(f"{kind}-gguf")
             family = tiny_decoders.FAMILIES.get(kind)
             source = str(checkpoint_of(kind))
-            bundle, _ = convert(source, [("gguf", "q8_0")], folder / "bundle", family=family)
+            target = folder / "bundle"
+            bundle = convert(source, [("gguf", "q8_0")], target, family=family).folder
             made[kind] = ready_files.describe(checkpoint_of(kind), folder / "theirs") / "a.gguf"
             shutil.copy(bundle / "gguf-q8_0" / "model.gguf", made[kind])
         return made[kind]
@@ -63,7 +64,8 @@ def test_qwen3_in_gguf_with_a_head_in_either_order_or_none(
         # llama.cpp asks for the rows that the file announces.
         fields = {"qwen3.classifier.output_labels": None, "qwen3.pooling_type": None}
         path = rewritten(path, tmp_path / "bare", tensors=left_out, fields=fields)
-    target, manifest = convert(str(path), None, tmp_path / "out", family="qwen3-reranker")
+    made = convert(str(path), None, tmp_path / "out", family="qwen3-reranker")
+    target, manifest = made.folder, made.manifest
     (variant,) = manifest.variants.values()
     assert variant.name == "gguf-q8_0"
     assert ("token_embd.weight, in Q8_0" if "," not in head else "cls.output") in variant.note
@@ -74,7 +76,8 @@ def test_qwen3_in_gguf_with_a_head_in_either_order_or_none(
 
 
 def test_an_encoder_in_gguf(gguf_of: Folders, checkpoint_of: Folders, tmp_path: Path) -> None:
-    target, manifest = convert(str(gguf_of("xlm-roberta")), None, tmp_path / "out")
+    made = convert(str(gguf_of("xlm-roberta")), None, tmp_path / "out")
+    target, manifest = made.folder, made.manifest
     assert not manifest.probes.verified
     theirs, _ = test_conformance.reference(checkpoint_of("xlm-roberta"))
     with Reranker(target) as reranker:

@@ -119,7 +119,8 @@ def test_it_scores_as_transformers_does(
     tmp_path: Path,
 ) -> None:
     source = str(layout_of(layout) / file)
-    target, manifest = convert(source, None, tmp_path / "out", family=family_of(layout))
+    made = convert(source, None, tmp_path / "out", family=family_of(layout))
+    target, manifest = made.folder, made.manifest
     pairs, theirs = expected(layout, checkpoint_of)
     assert list(manifest.variants) == [name]
     assert not manifest.probes.verified
@@ -152,7 +153,8 @@ def test_the_cut_changes_nothing(
 ) -> None:
     """The head is what the graph itself computes by, in whatever it is stored."""
     source = layout_of(layout) / file
-    target, manifest = convert(str(source), None, tmp_path / "out", family=family_of(layout))
+    made = convert(str(source), None, tmp_path / "out", family=family_of(layout))
+    target, manifest = made.folder, made.manifest
     encoder = Encoder(target / TOKENIZER, manifest.family)
     run_theirs, run_ours = ready_files.runner(source), ready_files.runner(target / variant)
     labels, ours, theirs = manifest.family.labels, [], []
@@ -168,7 +170,7 @@ def test_the_cut_changes_nothing(
 
 def test_nothing_is_as_large_as_the_vocabulary(layout_of: Folders, tmp_path: Path) -> None:
     source = str(layout_of("xenova") / "onnx" / "model.onnx")
-    target, _ = convert(source, None, tmp_path / "out", family="zerank")
+    target = convert(source, None, tmp_path / "out", family="zerank").folder
     graph = onnx.load(target / "onnx-fp32" / "model.onnx").graph
     words = max(max(weight.dims, default=0) for weight in graph.initializer)
     large = [w.name for w in graph.initializer if words in w.dims]
@@ -179,7 +181,7 @@ def test_nothing_is_as_large_as_the_vocabulary(layout_of: Folders, tmp_path: Pat
 
 def test_a_graph_without_a_cache_says_so(layout_of: Folders, tmp_path: Path) -> None:
     source = str(layout_of("whole") / "onnx" / "model.onnx")
-    _, manifest = convert(source, None, tmp_path / "out", family="qwen3-reranker")
+    manifest = convert(source, None, tmp_path / "out", family="qwen3-reranker").manifest
     (variant,) = manifest.variants.values()
     assert "a prompt is read anew with every document" in variant.note
 
@@ -208,7 +210,7 @@ def test_not_verified_is_told_and_verified_is_not(
     assert "BertForSequenceClassification, fp32" in manifest.probes.reference
     assert manifest.variants["openvino-int8"].fidelity.max_abs > 0
     # It is the checkpoint's bundle, and gains what the checkpoint is converted to.
-    _, grown = convert(str(checkpoint_of("bert")), [("onnx", "fp32")], tmp_path / "proven")
+    grown = convert(str(checkpoint_of("bert")), [("onnx", "fp32")], tmp_path / "proven").manifest
     assert list(grown.variants) == ["openvino-int8", "onnx-fp32"]
 
 
@@ -228,11 +230,11 @@ def test_a_reference_that_it_is_not_like_refuses_it(
 
 
 def test_several_files_are_held_against_the_most_exact(layout_of: Folders, tmp_path: Path) -> None:
-    _, manifest = convert(str(layout_of("types")), None, tmp_path / "out")
+    manifest = convert(str(layout_of("types")), None, tmp_path / "out").manifest
     assert list(manifest.variants) == ["onnx-fp32", "openvino-int8"]
     assert "onnx-fp32" in manifest.probes.reference
     assert 0.01 < manifest.variants["openvino-int8"].fidelity.max_abs < 1
-    _, same = convert(str(layout_of("types")), None, tmp_path / "out")
+    same = convert(str(layout_of("types")), None, tmp_path / "out").manifest
     assert same.digest == manifest.digest
 
 
@@ -254,11 +256,11 @@ def test_a_repository_of_the_hub_gives_what_is_needed_and_no_more(
     names = [p.relative_to(theirs).as_posix() for p in theirs.rglob("*") if p.is_file()]
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: names)
-    _, manifest = convert("they/zerank-onnx", None, tmp_path / "out", family="zerank")
+    manifest = convert("they/zerank-onnx", None, tmp_path / "out", family="zerank").manifest
     assert set(taken) == {*ready_files.TOKENIZER_FILES, "onnx/model_quantized.onnx"}
     assert (manifest.name, manifest.source.revision) == ("zerank-onnx", "0123abcd")
     file = "they/zerank-onnx/onnx/model_q4.onnx"
-    _, manifest = convert(file, None, tmp_path / "q4", family="zerank")
+    manifest = convert(file, None, tmp_path / "q4", family="zerank").manifest
     assert list(manifest.variants) == ["onnx-int4"]
 
 
@@ -339,6 +341,20 @@ def test_a_damaged_file_is_refused(
     (folder / name).write_bytes(content)
     with pytest.raises(ConversionError, match="cannot read"):
         convert(str(folder), None, tmp_path / "out")
+
+
+def test_of_several_files_what_is_damaged_or_missing_is_left_out(
+    layout_of: Folders, tmp_path: Path
+) -> None:
+    theirs = Path(shutil.copytree(layout_of("types"), tmp_path / "theirs"))
+    (theirs / "openvino_model.xml").write_bytes(b"<net")
+    variants = [("onnx", None), ("openvino", None), ("gguf", None), ("onnx", "int8")]
+    made = convert(str(theirs), variants, tmp_path / "out")
+    assert list(made.manifest.variants) == ["onnx-fp32"]
+    reasons = {name: str(error) for name, error in made.failed.items()}
+    assert "openvino cannot read" in reasons["openvino_model.xml"]
+    assert "and none of gguf" in reasons["gguf"]
+    assert "model.onnx is fp32, and not int8" in reasons["model.onnx"]
 
 
 def test_what_is_missing_or_unclear_is_told(

@@ -22,7 +22,7 @@ from qrank.backends import FORMATS, module
 from qrank.bundle import Manifest
 from qrank.cache import store
 from qrank.cli import main
-from qrank.converters.convert import converter
+from qrank.converters.makers import converter
 from qrank.errors import BundleError, InputError, MissingExtraError, TargetError
 from qrank.losses import Loss
 from qrank.selection import ALIKE, PROFILES, Measurement, Wish, order, recalled, remember

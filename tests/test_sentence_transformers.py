@@ -108,7 +108,7 @@ def test_its_prompt_stands_before_every_query(folder: Path, tmp_path: Path) -> N
         ]
     with Reranker(folder, backend="torch") as reranker:
         np.testing.assert_allclose(reranker.score(PAIRS, raw=True), theirs, atol=1e-4)
-    bundle, _ = convert(str(folder), [("gguf", "f16")], tmp_path / "bundle")
+    bundle = convert(str(folder), [("gguf", "f16")], tmp_path / "bundle").folder
     assert Manifest.load(bundle).family.template[1] == PROMPT + "{query}"
     with Reranker(bundle) as reranker:
         np.testing.assert_allclose(reranker.score(PAIRS, raw=True), theirs, atol=2e-2)

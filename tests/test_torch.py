@@ -105,7 +105,7 @@ def test_from_the_command_line(bert: Path, tmp_path: Path) -> None:
 
 
 def test_what_it_cannot_run_is_told(bundle: Path, bert: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFoundError, match=r"holds no config\.json"):
+    with pytest.raises(ModelNotFoundError, match=r"is a bundle already"):
         Reranker(bundle, backend="torch")
     with pytest.raises(TargetError, match="no variant for backend 'torch-int8'; it has: "):
         Reranker(bert, backend="torch-int8")

@@ -154,7 +154,7 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_exported_graph_sees_it_too(windowed: Path, tmp_path: Path) -> None:
     """The one graph that ONNX Runtime and OpenVINO run."""
     target = tmp_path / "bundle"
-    bundle, _ = convert(str(windowed), [("onnx", "fp32")], target, family="qwen3-reranker")
+    bundle = convert(str(windowed), [("onnx", "fp32")], target, family="qwen3-reranker").folder
     theirs = reference(windowed, "qwen3-reranker")
     np.testing.assert_allclose(logits(bundle, "onnx-fp32"), theirs, atol=1e-4)
 

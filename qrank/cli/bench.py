@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TextIO
 
 import click
-from rich.console import Console
 
 from qrank.bench import COUNTS, Row, chosen
 from qrank.bench import bench as run
 from qrank.bundle import Manifest
 from qrank.cli.common import debug_option, policy_options
+from qrank.cli.spinner import spinner
 from qrank.locate import locate
 from qrank.machine import cpu_name, processors
 from qrank.plots import check_plot, plot_bench
@@ -70,8 +70,7 @@ def bench(
     """
     if plot is not None:
         check_plot(plot)
-    console = Console(stderr=True)
-    with console.status("starting") as status:
+    with spinner() as progress:
         rows = run(
             bundle,
             texts=None if documents is None else [line.rstrip("\r\n") for line in documents],
@@ -79,7 +78,7 @@ def bench(
             threads=threads,
             only=only,
             seconds=seconds,
-            progress=status.update if console.is_terminal else lambda step: None,
+            progress=progress,
         )
     wish = Wish(policy=policy, min_kendall=min_kendall)
     best = chosen(rows, wish, doubtful(Manifest.load(locate(bundle)), wish))

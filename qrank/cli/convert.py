@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from qrank.backends import FORMATS
-from qrank.cli.common import debug_option
+from qrank.cli.common import debug_option, notice
 from qrank.cli.models import fidelity_lines, standing
+from qrank.cli.spinner import spinner
+from qrank.errors import ConversionError, FidelityError
 
 
 @click.command()
@@ -24,8 +27,10 @@ from qrank.cli.models import fidelity_lines, standing
 )
 @click.option(
     "--precision",
+    "precisions",
+    multiple=True,
     help="onnx: int8, fp16, fp32; openvino: int8, int8-full, fp16; gguf: q4_k_m, q8_0, f16. "
-    "With exactly one --to.  [default: the first of each]",
+    "With exactly one --to; repeat for more.  [default: the first of each]",
 )
 @click.option(
     "--calibration",
@@ -44,14 +49,20 @@ from qrank.cli.models import fidelity_lines, standing
     help="What ready-made files were made of, folder or hub id: proves them against it.",
 )
 @click.option("--family", help="Card that reads the checkpoint: a name (qrank models) or *.toml.")
-@click.option("--revision", help="Branch, tag or commit of a hub repository.")
+@click.option(
+    "--revision", help="Branch, tag or commit of a hub repository; also as owner/name@REVISION."
+)
 @click.option("--offline", is_flag=True, help="Use what was downloaded from the hub before only.")
-@click.option("--force", is_flag=True, help="Replace what is at the output.")
+@click.option(
+    "--force", is_flag=True, help="Replace the bundle at the output; no other file is touched."
+)
 @debug_option
+@click.pass_context
 def convert(
+    ctx: click.Context,
     source: str,
     formats: tuple[str, ...],
-    precision: str | None,
+    precisions: tuple[str, ...],
     calibration: Path | None,
     output: Path | None,
     reference: str | None,
@@ -64,7 +75,9 @@ def convert(
 
     SOURCE is the folder of a checkpoint (config.json, *.safetensors, tokenizer) or a hub id. A
     bundle of the same checkpoint gains what it lacks. Every variant is run on probe pairs against
-    the original in fp32; one that is not faithful is refused, and nothing is written.
+    the original in fp32; one that is not faithful is refused and told, and the others are kept. The
+    exit code is 0 if all that --to and --precision name is in the bundle; without them, if
+    anything is.
 
     SOURCE may also be what somebody converted already: an OpenVINO, ONNX or GGUF file, or a folder
     or hub repository of such files, with config.json and the tokenizer. Without --reference the
@@ -77,13 +90,13 @@ def convert(
     """
     from qrank.converters.convert import convert as run
 
-    if precision is not None and len(formats) != 1:
+    if precisions and len(set(formats)) != 1:
         raise click.UsageError("--precision goes with exactly one --to")
-    console = Console(stderr=True)
-    with console.status("starting") as status:
-        folder, manifest = run(
+    named = [(f, p) for f in dict.fromkeys(formats) for p in dict.fromkeys(precisions or (None,))]
+    with spinner() as progress:
+        result = run(
             source,
-            [(format, precision) for format in dict.fromkeys(formats)] or None,
+            named or None,
             output,
             reference=reference,
             family=family,
@@ -91,17 +104,27 @@ def convert(
             offline=offline,
             force=force,
             calibration=calibration,
-            progress=status.update if console.is_terminal else lambda step: None,
+            progress=progress,
         )
-    wanted = [v for v in manifest.variants.values() if not formats or v.format in formats]
-    for line in fidelity_lines(v for v in wanted if precision in (None, v.precision)):
+    wanted = [v for v in result.manifest.variants.values() if not formats or v.format in formats]
+    for line in fidelity_lines(v for v in wanted if not precisions or v.precision in precisions):
         click.echo(line)
-    for line in standing(manifest):
+    for line in standing(result.manifest):
         click.echo(line)
-    click.echo(f"{_shown(folder)} is ready: qrank score -m {_shown(folder)} -q QUERY FILE")
+    folder = _shown(result.folder)
+    click.echo(f"{folder} is ready: qrank score -m {folder} -q QUERY FILE")
+    for name, error in result.failed.items():
+        if ctx.meta.get("qrank.debug"):
+            traceback.print_exception(error)
+        notice(f"{name} was not made: {error}")
+    if named and result.failed:
+        unfaithful = any(isinstance(error, FidelityError) for error in result.failed.values())
+        sys.exit((FidelityError if unfaithful else ConversionError).exit_code)
 
 
 def _shown(folder: Path) -> str:
     """A path as short as it can be said from here."""
     here = Path.cwd()
+    if folder == here:
+        return "."
     return f"./{folder.relative_to(here)}" if folder.is_relative_to(here) else str(folder)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import click
 
 from qrank.bundle import Manifest, Variant, check_files
 from qrank.cli.common import debug_option, megabytes
 from qrank.family import cards
+from qrank.hub_names import snapshot
 from qrank.locate import bundled, locate
 
 
@@ -35,9 +37,10 @@ def models() -> None:
 def inspect(bundle: str, verify: bool) -> None:
     """Show what a bundle says of itself: origin, sizes, fidelity.
 
-    BUNDLE is a bundled name, a folder or a hub id.
+    BUNDLE is a bundled name, a folder or a hub id; variants of a bundle on the hub are downloaded
+    when they first run, and verified where they are.
     """
-    folder = locate(bundle)
+    folder = locate(bundle, whole=False)
     manifest = Manifest.load(folder)
     family, source = manifest.family, manifest.source
     facts = {
@@ -58,11 +61,21 @@ def inspect(bundle: str, verify: bool) -> None:
     for line in (*fidelity_lines(manifest.variants.values()), *standing(manifest)):
         click.echo(line)
     if verify:
+        absent = [v for v in manifest.variants.values() if _on_the_hub_yet(folder, v)]
         files = dict(manifest.files)
         for variant in manifest.variants.values():
-            files |= variant.files
+            if variant not in absent:
+                files |= variant.files
         check_files(folder, files, always_hash=True)
         click.echo(f"\nall {len(files)} files are as the manifest says")
+        if absent:
+            click.echo(f"not downloaded yet: {', '.join(variant.name for variant in absent)}")
+
+
+def _on_the_hub_yet(folder: Path, variant: Variant) -> bool:
+    """Whether a variant of a hub's bundle was not downloaded; of other bundles it is missing."""
+    there = any((folder / name).exists() for name in variant.files)
+    return not there and snapshot(folder) is not None
 
 
 def fidelity_lines(variants: Iterable[Variant]) -> Iterator[str]:

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from qrank.bundle import Manifest
 from qrank.cli.common import debug_option, megabytes, wish_options
+from qrank.cli.spinner import spinner
 from qrank.locate import locate
 from qrank.selection import PROFILES, Measurement, Policy, Profile, Wish, doubtful, order
 
@@ -64,9 +64,7 @@ def measure(bundle: str | Path, threads: int | None, limit: float | None) -> lis
     """Measure, and say on a terminal what is being done."""
     from qrank.tuning import tune as run
 
-    console = Console(stderr=True)
-    with console.status("starting") as status:
-        progress = status.update if console.is_terminal else lambda step: None
+    with spinner() as progress:
         return run(bundle, threads=threads, limit=limit, progress=progress)
 
 

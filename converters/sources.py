@@ -1,0 +1,106 @@
+"""What is converted, and what can convert it: a checkpoint, or files that are ready-made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qrank.converters import makers
+from qrank.converters.checkpoint import Checkpoint, of_fetched, read_checkpoint
+from qrank.converters.makers import Failed, Maker, Name
+from qrank.converters.probes import calibration_pairs, read_pairs
+from qrank.converters.ready_find import find
+from qrank.converters.ready_made import SUFFIXES, Asked, ReadyMade
+from qrank.errors import ConversionError
+from qrank.family import Card
+from qrank.locate import Fetched, place
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is converted, and by what.
+
+    Attributes:
+        checkpoint: or what ready-made files are of.
+        makers: of the variants asked for.
+        failed: what cannot even be tried.
+        pairs: that quantization looks at.
+        verified: variants are held against the original.
+        sources: what is read, and must not be written to.
+    """
+
+    checkpoint: Checkpoint
+    makers: dict[Name, Maker]
+    failed: Failed
+    pairs: list[tuple[str, str]]
+    verified: bool
+    sources: list[Path]
+
+
+def read(
+    source: str,
+    asked: Asked | None,
+    reference: str | None,
+    family: str | None,
+    revision: str | None,
+    offline: bool,
+    calibration: Path | None,
+) -> Model:
+    """Find what is to be converted, and what can convert it."""
+    found = find(source, asked, revision=revision, offline=offline)
+    if isinstance(found, ReadyMade):
+        if calibration is not None:
+            raise ConversionError(f"--calibration is for quantizing; {source} is ready-made")
+        model = _ready_made(found, reference, family, offline)
+    else:
+        if reference is not None:
+            raise ConversionError(
+                f"--reference is what ready-made files are proven against; {source} is none of "
+                f"them: {', '.join(f'*{suffix}' for suffix in SUFFIXES.values())}"
+            )
+        model = _checkpoint(found, asked, family, calibration)
+    if isinstance(where := place(source), Path):
+        model.sources.append(where)
+    return model
+
+
+def _checkpoint(
+    found: Fetched, asked: Asked | None, family: str | None, calibration: Path | None
+) -> Model:
+    able, failed = makers.of_checkpoint(asked)
+    if not able:
+        raise makers.nothing(failed)
+    # Never the user's alone: activations are wrong beyond what was seen, and theirs may be all
+    # alike, none of them empty or long.
+    pairs = calibration_pairs() + ([] if calibration is None else read_pairs(calibration))
+    checkpoint = of_fetched(found, family)
+    able, unfit = _suited(able, checkpoint.card)
+    failed |= unfit
+    if not able:
+        raise makers.nothing(failed)
+    sources = [found.folder] if calibration is None else [found.folder, calibration]
+    return Model(checkpoint, able, failed, pairs, True, sources)
+
+
+def _ready_made(
+    found: ReadyMade, reference: str | None, family: str | None, offline: bool
+) -> Model:
+    able, failed = makers.of_files(found)
+    if not able:
+        raise makers.nothing(failed)
+    sources = [taker.path for taker in found.takers]
+    if reference is None:
+        return Model(found.describe(family), able, failed, [], False, sources)
+    checkpoint = read_checkpoint(reference, family=family, offline=offline)
+    return Model(checkpoint, able, failed, [], True, [*sources, checkpoint.folder])
+
+
+def _suited(able: Mapping[Name, Maker], card: Card) -> tuple[dict[Name, Maker], Failed]:
+    """What makes variants in formats that a family is for, and why the others are not made."""
+    failed: Failed = {
+        "-".join(name): ConversionError(f"models of family {card.name} cannot be run as {name[0]}")
+        for name in able
+        if name[0] in card.unsupported
+    }
+    return {n: maker for n, maker in able.items() if "-".join(n) not in failed}, failed

@@ -1,0 +1,34 @@
+"""What is being done, on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from qrank.hub import stepping_aside
+
+
+@contextmanager
+def spinner() -> Iterator[Callable[[str], object]]:
+    """Show steps on a terminal's stderr as they are told to what this gives; elsewhere nothing.
+
+    It makes way for the hub's progress bars: both at once would draw over each other.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda step: None
+        return
+    with console.status("starting") as status:
+
+        @contextmanager
+        def pause() -> Iterator[None]:
+            status.stop()
+            try:
+                yield
+            finally:
+                status.start()
+
+        with stepping_aside(pause):
+            yield status.update
