@@ -14,7 +14,7 @@ import tiny_decoders
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, normalizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -262,10 +262,14 @@ def test_tokenizer_json_counts_where_transformers_makes_another_of_it(
 ) -> None:
     """transformers 5 forgets the normalizer of XLM-RoBERTa's: its author and others do not."""
     folder = copy_of("xlm-roberta")
+    path = str(folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.save(path)
     with caplog.at_level(logging.WARNING, "qrank"):
         read = read_checkpoint(str(folder)).tokenizer
     assert "qrank takes the file" in caplog.text
-    written = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    written = Tokenizer.from_file(path)
     texts = ("ＦＵＬＬ ｗｉｄｔｈ ﬁne", "Mars")
     assert read(*texts)["input_ids"] == written.encode(*texts).ids
     assert AutoTokenizer.from_pretrained(folder)(*texts)["input_ids"] != written.encode(*texts).ids

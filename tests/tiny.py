@@ -74,7 +74,6 @@ def xlm_roberta(folder: Path) -> Path:
     """XLM-RoBERTa: Unigram pieces that, like the real ones, hold `<s>`, `<pad>`, `<mask>`."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
     )
@@ -258,7 +257,8 @@ def _pieces(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     """
     words: set[str] = set()
     for text in texts():
-        normal = tokenizer.normalizer.normalize_str(text)
+        normalizer = tokenizer.normalizer
+        normal = text if normalizer is None else normalizer.normalize_str(text)
         words |= {word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)}
     return sorted({c for word in words for c in word}), sorted(words)[::2]
 
