@@ -393,7 +393,8 @@ class Reranker:
         """Model inputs of pairs; `owner` is a pair's place, counted from `first`."""
         encoder = self._encoder
         texts = dict.fromkeys(document for _, document in pairs)
-        found = encoder.documents(list(texts), instruction)
+        most = max((encoder.room(p, document_tokens) for p in prompts.values()), default=0)
+        found = encoder.documents(list(texts), instruction, most)
         documents = dict(zip(texts, found, strict=True))
         items = []
         for owner, (query, document) in enumerate(pairs, first):

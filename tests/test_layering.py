@@ -12,7 +12,17 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"errors", "child", "extras", "machine", "work", "paths", "family", "fidelity", "bundle"}
     | {"memory"},
-    {"hub", "locate", "encoding", "batching", "budget", "activation", "items", "scoring_graph"}
+    {
+        "hub",
+        "locate",
+        "encoding",
+        "windows",
+        "batching",
+        "budget",
+        "activation",
+        "items",
+        "scoring_graph",
+    }
     | {"calibration", "collection", "losses", "measures", "records"},
     {
         "backends",
