@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -376,10 +376,29 @@ class Reranker:
         Raises:
             InputError: as for `rank`.
         """
+        steps = self.preparing(pairs, instruction, long_documents, document_tokens)
+        return [item for step in steps for item in step]
+
+    def preparing(
+        self,
+        pairs: list[tuple[str, str]],
+        instruction: str | None = None,
+        long_documents: LongDocuments = "truncate",
+        document_tokens: int | None = None,
+        characters: int | None = None,
+    ) -> Iterator[list[Item]]:
+        """As `prepare`, in steps of about so many characters of documents; None: all in one."""
         check(pairs, long_documents)
-        queries = dict.fromkeys(query for query, _ in pairs)
-        prompts = {query: self._encoder.prompt(query, instruction) for query in queries}
-        return self._items(pairs, prompts, instruction, long_documents, document_tokens)
+        prompts: dict[str, Prompt] = {}
+        start = 0
+        for end in _steps([len(document) for _, document in pairs], characters):
+            some = pairs[start:end]
+            prompts = {
+                query: prompts.get(query) or self._encoder.prompt(query, instruction)
+                for query in dict.fromkeys(query for query, _ in some)
+            }
+            yield self._items(some, prompts, instruction, long_documents, document_tokens, start)
+            start = end
 
     def _items(
         self,
@@ -438,6 +457,16 @@ class Reranker:
                 "no ranking can be made of that. Name another variant or device"
             )
         return logits
+
+
+def _steps(sizes: list[int], most: int | None) -> Iterator[int]:
+    """Where to stop on the way through things of these sizes: each time at `most` or beyond."""
+    passed = 0
+    for place, size in enumerate(sizes, 1):
+        passed += size
+        if place == len(sizes) or (most is not None and passed >= most):
+            yield place
+            passed = 0
 
 
 _living: weakref.WeakSet[Reranker] = weakref.WeakSet()

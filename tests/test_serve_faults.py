@@ -25,7 +25,8 @@ from qrank import Reranker
 from qrank.cli import main
 from qrank.serve import server
 from qrank.serve.app import build
-from qrank.serve.guard import Guard, Limits
+from qrank.serve.guard import Guard
+from qrank.serve.request import Limits
 
 LIMITS = Limits(body=1_000_000, body_seconds=2.0, queue_tokens=2_000)
 
