@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -176,3 +177,20 @@ class _Failing(Fake):
 def failing(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
     """As `length`; every tenth call raises what is no QrankError."""
     return _Failing(folder, len)
+
+
+def queue_breaking(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """As `plodding`; and the server's queue has a bug from its fourth slice on."""
+    from qrank.serve import batcher
+
+    cut, slices = batcher.cut, 0
+
+    def broken(*arguments: Any) -> list[batcher.Turn]:
+        nonlocal slices
+        slices += 1
+        if slices > 3:
+            raise ZeroDivisionError("a bug of the queue's")
+        return cut(*arguments)
+
+    batcher.cut = broken
+    return _Plodding(folder, len)
