@@ -175,7 +175,7 @@ def _repeated(known: Tokens, found: Tokens) -> int | None:
     if agree == 0:
         return 0
     last = known.take(len(known.ids) - agree, len(known.ids))
-    for place in np.flatnonzero((found.spans == last.spans[-1]).all(1)):
+    for place in np.flatnonzero((found.spans == last.spans[-1]).all(1)).tolist():
         same = found.take(max(place + 1 - agree, 0), place + 1)
         if np.array_equal(same.ids, last.ids) and np.array_equal(same.spans, last.spans):
             return int(place) + 1

@@ -8,6 +8,7 @@ anything else a logit that a test can foresee.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -183,14 +184,12 @@ def queue_breaking(folder: Path, variant: Variant, device: str, options: Options
     """As `plodding`; and the server's queue has a bug from its fourth slice on."""
     from qrank.serve import batcher
 
-    cut, slices = batcher.cut, 0
+    cut, slices = batcher.cut, itertools.count(1)
 
     def broken(*arguments: Any) -> list[batcher.Turn]:
-        nonlocal slices
-        slices += 1
-        if slices > 3:
+        if next(slices) > 3:
             raise ZeroDivisionError("a bug of the queue's")
         return cut(*arguments)
 
-    batcher.cut = broken
+    vars(batcher)["cut"] = broken
     return _Plodding(folder, len)

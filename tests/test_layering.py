@@ -42,13 +42,17 @@ FLOORS = [
         "serve",
         "serve.app",
         "serve.batcher",
+        "serve.body",
         "serve.dialects",
         "serve.guard",
+        "serve.listening",
         "serve.metrics",
         "serve.request",
+        "serve.routing",
         "serve.schemas",
         "serve.server",
         "serve.service",
+        "serve.validation",
     },
     {"cli", "cli.common", "cli.convert", "cli.models", "cli.output", "cli.score"}
     | {

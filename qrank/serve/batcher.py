@@ -218,8 +218,7 @@ class Batcher:
         """
         arrived = time.perf_counter()
         self._check()
-        characters = sum(map(len, {text for pair in asked.pairs for text in pair}))
-        guess = characters // CHARACTERS_A_TOKEN + len(asked.pairs)
+        guess = self._guess(asked)
         if self.queued and self.queued + guess > self._limit:
             self._metrics.dropped["overflow"].inc()
             raise RefusedError(
@@ -234,7 +233,7 @@ class Batcher:
         try:
             async with asyncio.timeout(timeout):
                 ends = None if asked.budget is None else arrived + asked.budget
-                items = await self._encode(asked, characters, ends)
+                items = await self._encode(asked, ends)
                 tokens = sum(map(reading, items, [None, *items]))
                 self._hold(tokens - held)
                 held = tokens
@@ -264,7 +263,13 @@ class Batcher:
             self._metrics.queue_requests.dec()
         return self._outcome(job, len(asked.pairs))
 
-    async def _encode(self, asked: Asked, characters: int, ends: float | None) -> list[Item]:
+    def _guess(self, asked: Asked) -> int:
+        """Tokens of a request that is not encoded yet."""
+        most = math.inf if asked.long_documents == "chunk" else self.reranker.max_length
+        sizes = (len(query) + len(document) for query, document in asked.pairs)
+        return int(sum(min(size // CHARACTERS_A_TOKEN + 1, most) for size in sizes))
+
+    async def _encode(self, asked: Asked, ends: float | None) -> list[Item]:
         """A request's items; a part of them where its budget is used before the others are made.
 
         Long requests take turns, and short ones have a thread of their own.
@@ -276,7 +281,8 @@ class Batcher:
             asked.document_tokens,
             STEP_CHARACTERS,
         )
-        threads = self._quick_encoder if characters <= STEP_CHARACTERS else self._encoders
+        short = sum(map(len, {text for pair in asked.pairs for text in pair})) <= STEP_CHARACTERS
+        threads = self._quick_encoder if short else self._encoders
         loop = asyncio.get_running_loop()
         items: list[Item] = []
         while some := await loop.run_in_executor(threads, next, steps, None):

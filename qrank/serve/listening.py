@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import socket
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from qrank.errors import InputError, QrankError
 
@@ -105,7 +107,7 @@ def listen(host: str, port: int) -> Listening:
     return Listening(sockets)
 
 
-def _bind_all(addresses: list[tuple[int, tuple[object, ...]]]) -> list[socket.socket]:
+def _bind_all(addresses: Sequence[tuple[int, tuple[Any, ...]]]) -> list[socket.socket]:
     """A socket for each address that this machine has, all at the first one's port."""
     sockets: list[socket.socket] = []
     missing: OSError | None = None
@@ -115,7 +117,7 @@ def _bind_all(addresses: list[tuple[int, tuple[object, ...]]]) -> list[socket.so
                 port = sockets[0].getsockname()[1]
             try:
                 found = socket.create_server(
-                    (host, port, *rest),  # type: ignore[arg-type]
+                    (host, port, *rest),
                     family=family,
                     backlog=_BACKLOG,
                     dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6(),
