@@ -6,7 +6,8 @@ tokens are those of the whole text:
 
 - What follows a window changes only its last tokens: the merges of BPE, the best path of Unigram
   and the words of WordPiece look a few tokens ahead. So the last `margin` tokens of a window are
-  not used; the next window gives them.
+  not used; the next window gives them. (Unigram looks further in a word that repeats itself: see
+  `Windows.sure`.)
 - A window begins where a token begins, twice `margin` tokens before the last one used, and must
   repeat the last AGREE of those. From a boundary that both windows have, each of the three
   algorithms goes on as if it had read everything before it. Where two windows disagree, longer
