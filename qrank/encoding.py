@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from qrank.errors import BundleError, InputError
 from qrank.family import Family, fill
+from qrank.windows import MARGIN, WINDOW, Tokens, Windows
 from qrank.work import Ids, Segments
 
 log = logging.getLogger("qrank")
@@ -73,7 +75,7 @@ class Encoder:
             tokenizer: the bundle's tokenizer.json, or the text of one.
             family: the bundle's family.
             max_length: tokens a pair may have, the template's included; None: the model's limit.
-            threads: 1 keeps tokenizing on the calling thread.
+            threads: that tokenize many texts; 1 keeps to the calling thread.
 
         Raises:
             InputError: `max_length` is beyond the model's limit, or leaves no room for text.
@@ -81,6 +83,7 @@ class Encoder:
         """
         # Here, not above: a native library that `import qrank` need not wait for.
         from tokenizers import Tokenizer
+        from tokenizers.models import Unigram
 
         try:
             if isinstance(tokenizer, str):
@@ -89,6 +92,13 @@ class Encoder:
                 self._tokenizer = Tokenizer.from_file(str(tokenizer))
         except Exception as error:  # the library raises bare Exception
             raise BundleError(f"{tokenizer} cannot be read: {error}") from error
+        # WordPiece's alone: up to so many tokens depend on where their word ends.
+        word = getattr(self._tokenizer.model, "max_input_chars_per_word", 0)
+        self._windows = Windows(
+            self._tokens,
+            margin=max(MARGIN, word),
+            longest=self._longest if isinstance(self._tokenizer.model, Unigram) else None,
+        )
         self._family = family
         self._threads = threads
         self.limit = family.max_length if max_length is None else max_length
@@ -99,17 +109,64 @@ class Encoder:
                 f"{family.max_length} tokens"
             )
 
-    def ids(self, texts: Sequence[str]) -> list[Ids]:
-        """Token ids of each text, whole and without special tokens.
+    def ids(self, texts: Sequence[str], most: int | None = None) -> list[Ids]:
+        """Token ids of each text without special tokens, as of the text read at once.
 
         Surrogates, which no tokenizer takes, become U+FFFD.
+
+        Args:
+            texts: of any length; of a long one the tokenizer is given a part at a time.
+            most: of a text with more tokens, at least one more than these is given. None: all are.
         """
-        clean = [_clean(text) for text in texts]
-        if self._threads == 1 or sum(map(len, clean)) < _PARALLEL_FROM:
-            encodings = (self._tokenizer.encode(t, add_special_tokens=False) for t in clean)
+        threads = min(self._threads, len(texts))
+        if threads < 2 or sum(map(len, texts)) < _PARALLEL_FROM:
+            return [self._read(text, most) for text in texts]
+        # The library's own threads are as many as the machine has cores. It is given one text at a
+        # time by each of ours, so no more than these work.
+        with ThreadPoolExecutor(threads, "qrank-encode") as pool:
+            shares = pool.map(
+                lambda i: [self._read(text, most, share=True) for text in texts[i::threads]],
+                range(threads),
+            )
+            found = dict(enumerate(shares))
+        return [found[i % threads][i // threads] for i in range(len(texts))]
+
+    def _read(self, text: str, most: int | None, share: bool = False) -> Ids:
+        """As `ids`, of one text; `share`: let other threads run meanwhile."""
+        if most is None:
+            if len(text) > WINDOW:
+                return self._windows.read(text).ids
+            return self._ids(text, share)
+        beginning = self._windows.beginning(text, most)
+        ids = self._ids(beginning, share)
+        if len(beginning) == len(text):
+            return ids
+        ids = ids[: self._windows.sure(beginning, ids)]
+        return ids if len(ids) > most else self._windows.read(text, most).ids
+
+    def _ids(self, text: str, share: bool) -> Ids:
+        """Of a text that is read at once."""
+        text = _clean(text)
+        if share:
+            (found,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         else:
-            encodings = iter(self._tokenizer.encode_batch_fast(clean, add_special_tokens=False))
-        return [np.array(e.ids, np.int32) for e in encodings]
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+        return np.array(found.ids, np.int32)
+
+    def _longest(self) -> int:
+        """Characters of the vocabulary's longest piece."""
+        return max(map(len, self._tokenizer.get_vocab()))
+
+    def _tokens(self, text: str) -> Tokens:
+        """Likewise, with their places."""
+        text = _clean(text)
+        if self._threads > 1 and len(text) >= _PARALLEL_FROM:
+            # As `encode`, but other threads run meanwhile.
+            (found,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
+        else:
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+        spans = np.array(found.offsets, np.int32).reshape(-1, 2)
+        return Tokens(np.array(found.ids, np.int32), spans)
 
     def prompt(self, query: str, instruction: str | None = None) -> Prompt:
         """A query, and an instruction where the family takes one, in the template.
@@ -127,18 +184,20 @@ class Encoder:
                 f"the instruction leaves {max(room, 0)} of {self.limit} tokens for query and "
                 "document"
             )
-        items = self._fill(query, instruction)
+        shown = self._shown(query)
+        items = self._fill(shown, instruction)
         found = _length(items) - template_length
         if found >= room:
             kept = max(room * 3 // 4, 1)
             log.warning(
-                "the query has %d tokens, and query and document together may have %d: "
+                "the query has %s%d tokens, and query and document together may have %d: "
                 "only its first %d are read",
+                "" if shown == query else "more than ",
                 found,
                 room,
                 kept,
             )
-            items = self._fill_cut(query, instruction, kept)
+            items = self._fill_cut(shown, instruction, kept)
         place = [item is None for item in items].index(True)
         shared = place if self._family.decoder else 0
         return Prompt(
@@ -148,10 +207,12 @@ class Encoder:
             room=self.limit - _length(items),
         )
 
-    def documents(self, texts: Sequence[str], instruction: str | None = None) -> list[Ids]:
-        """Token ids of whole documents with what leads to them; the first `Prompt.room` fit."""
+    def documents(
+        self, texts: Sequence[str], instruction: str | None = None, most: int | None = None
+    ) -> list[Ids]:
+        """Token ids of documents with what leads to them, as `ids`; the first `Prompt.room` fit."""
         lead = self._lead(instruction)
-        return self.ids([lead + text for text in texts])
+        return self.ids([lead + text for text in texts], most)
 
     def pair(self, prompt: Prompt, document: Ids) -> tuple[Ids, Segments | None]:
         """What follows the prompt's prefix for a document that fits, with its token types."""
@@ -167,7 +228,8 @@ class Encoder:
         self, query: str, document: str, instruction: str | None = None
     ) -> tuple[Ids, Segments | None]:
         """One pair's whole input, cut to fit: what the model reads, with its token types."""
-        prompt, (ids,) = self.prompt(query, instruction), self.documents([document], instruction)
+        prompt = self.prompt(query, instruction)
+        (ids,) = self.documents([document], instruction, prompt.room)
         sequence, types = self.pair(prompt, ids[: prompt.room])
         return np.concatenate((prompt.prefix, sequence)), types
 
@@ -179,8 +241,11 @@ class Encoder:
         return min(prompt.room, lead + tokens)
 
     def end(self, text: str, prompt: Prompt, room: int) -> Ids:
-        """Token ids of what leads to a document and of its end, `room` tokens in all."""
-        ids, _, leading = self._led(text, prompt)
+        """Token ids of what leads to a document and of its end, `room` tokens in all.
+
+        All of it is read: where its last tokens begin depends on those before.
+        """
+        (ids, _), leading = self._led(text, prompt)
         return np.concatenate((ids[:leading], ids[leading:][max(len(ids) - room, 0) :]))
 
     def chunks(self, text: str, prompt: Prompt, limit: int | None = None) -> list[Part]:
@@ -190,7 +255,7 @@ class Encoder:
         document stands in front of each. Of the document at most `limit` tokens are read.
         """
         lead = len(prompt.lead)
-        ids, offsets, leading = self._led(text, prompt)
+        (ids, spans), leading = self._led(text, prompt, limit)
         if limit is not None:
             ids = ids[: leading + limit]
         size = max(min(prompt.room, CHUNK_TOKENS) - leading, 1)
@@ -199,19 +264,30 @@ class Encoder:
         return [
             Part(
                 np.concatenate((ids[:leading], ids[start : start + size])),
-                max(offsets[start][0] - lead, 0) if start < len(ids) else 0,
-                max(offsets[min(start + size, len(ids)) - 1][1] - lead, 0) if len(ids) else 0,
+                max(int(spans[start, 0]) - lead, 0) if start < len(ids) else 0,
+                max(int(spans[min(start + size, len(ids)) - 1, 1]) - lead, 0) if len(ids) else 0,
             )
             for start in starts
         ]
 
-    def _led(self, text: str, prompt: Prompt) -> tuple[Ids, list[tuple[int, int]], int]:
-        """Ids and offsets of a document behind its lead, and how many are the lead's alone."""
-        encoding = self._tokenizer.encode(_clean(prompt.lead + text), add_special_tokens=False)
+    def _led(self, text: str, prompt: Prompt, limit: int | None = None) -> tuple[Tokens, int]:
+        """Tokens of a document behind its lead, and how many are the lead's alone.
+
+        Of the document at least `limit`, if it has so many.
+        """
+        most = None if limit is None else len(self.ids([prompt.lead])[0]) + limit
+        tokens = self._windows.read(prompt.lead + text, most)
         # A token of the lead and the document's beginning is the document's.
         lead = len(prompt.lead)
-        leading = sum(end <= lead for _, end in encoding.offsets) if lead else 0
-        return np.array(encoding.ids, np.int32), encoding.offsets, leading
+        return tokens, int((tokens.spans[:, 1] <= lead).sum()) if lead else 0
+
+    def _shown(self, query: str) -> str:
+        """A query, or of one far beyond the limit a beginning that is beyond it too."""
+        if len(query) <= WINDOW:
+            return query
+        enough = 2 * self.limit + MARGIN
+        spans = self._windows.read(query, enough).spans
+        return query[: spans[enough, 0]] if len(spans) > enough else query
 
     def _fill(self, query: str, instruction: str | None) -> list[Ids | None]:
         """The template's items as token ids; None for the document's."""
@@ -230,11 +306,11 @@ class Encoder:
 
     def _fill_cut(self, query: str, instruction: str | None, kept: int) -> list[Ids | None]:
         """`_fill` with so many tokens of the query."""
-        offsets = self._tokenizer.encode(_clean(query), add_special_tokens=False).offsets
+        ends = self._windows.read(query, kept).spans[:, 1]
         most = _length(self._fill("", instruction)) + kept
         # Text that is cut may come to more tokens than it was cut at.
-        for count in range(min(kept, len(offsets)), 0, -1):
-            items = self._fill(query[: offsets[count - 1][1]], instruction)
+        for count in range(min(kept, len(ends)), 0, -1):
+            items = self._fill(query[: ends[count - 1]], instruction)
             if _length(items) <= most:
                 return items
         return self._fill("", instruction)

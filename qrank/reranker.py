@@ -511,11 +511,30 @@ class Reranker:
         Raises:
             InputError: as for `rank`.
         """
+        steps = self.preparing(pairs, instruction, long_documents, document_tokens)
+        return [item for step in steps for item in step]
+
+    def preparing(
+        self,
+        pairs: Iterable[Sequence[str]],
+        instruction: str | None = None,
+        long_documents: LongDocuments = "truncate",
+        document_tokens: int | None = None,
+        characters: int | None = None,
+    ) -> Iterator[list[Item]]:
+        """As `prepare`, in steps of about so many characters of documents; None: all in one."""
         _check(instruction, long_documents)
         pairs = as_pairs(pairs)
-        queries = dict.fromkeys(query for query, _ in pairs)
-        prompts = {query: self._encoder.prompt(query, instruction) for query in queries}
-        return self._items(pairs, prompts, instruction, long_documents, document_tokens)
+        prompts: dict[str, Prompt] = {}
+        start = 0
+        for end in _steps([len(document) for _, document in pairs], characters):
+            some = pairs[start:end]
+            prompts = {
+                query: prompts.get(query) or self._encoder.prompt(query, instruction)
+                for query in dict.fromkeys(query for query, _ in some)
+            }
+            yield self._items(some, prompts, instruction, long_documents, document_tokens, start)
+            start = end
 
     def _items(
         self,
@@ -529,7 +548,8 @@ class Reranker:
         """Model inputs of pairs; `owner` is a pair's place, counted from `first`."""
         encoder = self._encoder
         texts = dict.fromkeys(document for _, document in pairs)
-        found = encoder.documents(list(texts), instruction)
+        most = max((encoder.room(p, document_tokens) for p in prompts.values()), default=0)
+        found = encoder.documents(list(texts), instruction, most)
         documents = dict(zip(texts, found, strict=True))
         items = []
         for owner, (query, document) in enumerate(pairs, first):
@@ -580,6 +600,16 @@ def _check(instruction: object, long_documents: object) -> None:
     """Refuse what is no instruction, and no way to treat long documents."""
     arguments.text("instruction", instruction)
     arguments.one_of("long_documents", long_documents, get_args(LongDocuments))
+
+
+def _steps(sizes: list[int], most: int | None) -> Iterator[int]:
+    """Where to stop on the way through things of these sizes: each time at `most` or beyond."""
+    passed = 0
+    for place, size in enumerate(sizes, 1):
+        passed += size
+        if place == len(sizes) or (most is not None and passed >= most):
+            yield place
+            passed = 0
 
 
 _living: weakref.WeakSet[Reranker] = weakref.WeakSet()

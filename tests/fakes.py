@@ -8,11 +8,13 @@ anything else a logit that a test can foresee.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -215,3 +217,18 @@ class _Failing(Fake):
 def failing(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
     """As `length`; every tenth call raises what is no QrankError."""
     return _Failing(folder, len)
+
+
+def queue_breaking(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """As `plodding`; and the server's queue has a bug from its fourth slice on."""
+    from qrank.serve import batcher
+
+    cut, slices = batcher.cut, itertools.count(1)
+
+    def broken(*arguments: Any) -> list[batcher.Turn]:
+        if next(slices) > 3:
+            raise ZeroDivisionError("a bug of the queue's")
+        return cut(*arguments)
+
+    vars(batcher)["cut"] = broken
+    return _Plodding(folder, len)

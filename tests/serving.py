@@ -11,11 +11,13 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from qrank import Reranker
 from qrank.serve.app import build
-from qrank.serve.guard import Limits
-from qrank.serve.server import listen, server
+from qrank.serve.listening import listen
+from qrank.serve.request import Limits
+from qrank.serve.server import server
 
 SECONDS = 30
 
@@ -27,21 +29,25 @@ def serving(
     limits: Limits | None = None,
     keys: tuple[bytes, ...] = (),
     cors: Sequence[str] = (),
+    host: str = "127.0.0.1",
+    **more: Any,
 ) -> Iterator[str]:
-    """Serve models from a thread; gives the URL."""
-    listening = listen("127.0.0.1", 0)
+    """Serve models from a thread, built with `more`; gives the URL."""
+    listening = listen(host, 0)
+    (url, *_) = listening.addresses("http")
     started = threading.Event()
-    guard = build(models, limits=limits, keys=keys)
+    guard = build(models, limits=limits, keys=keys, **more)
     made = server(guard, ready=started.set, drain_seconds=5, cors=cors)
-    thread = threading.Thread(target=lambda: asyncio.run(made.serve(sockets=[listening])))
+    thread = threading.Thread(target=lambda: asyncio.run(made.serve(sockets=listening.sockets)))
     thread.start()
     try:
         assert started.wait(SECONDS)
-        yield "http://{}:{}".format(*listening.getsockname())
+        yield url
     finally:
         made.should_exit = True
         thread.join(SECONDS)
         assert not thread.is_alive()
+        listening.close()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ FLOORS = [
     {"errors", "child", "disk", "extras", "machine", "work", "paths", "family", "fidelity"}
     | {"arguments", "bundle", "cache", "cgroups", "memory", "version"},
     {"hub", "hub_names", "locate", "encoding", "batching", "budget", "activation", "items"}
-    | {"calibration", "collection", "measures", "records", "scoring_graph"},
+    | {"calibration", "collection", "measures", "records", "scoring_graph", "windows"},
     {
         "isolation",
         "backends",
@@ -34,13 +34,17 @@ FLOORS = [
         "serve",
         "serve.app",
         "serve.batcher",
+        "serve.body",
         "serve.dialects",
         "serve.guard",
+        "serve.listening",
         "serve.metrics",
         "serve.request",
+        "serve.routing",
         "serve.schemas",
         "serve.server",
         "serve.service",
+        "serve.validation",
     },
     {"cli", "cli.common", "cli.convert", "cli.models", "cli.output", "cli.score"}
     | {

@@ -14,7 +14,8 @@ from serving import serving
 from qrank import Ranking, Reranker
 from qrank.errors import InputError
 from qrank.serve import server
-from qrank.serve.guard import Limits, read_keys
+from qrank.serve.guard import read_keys
+from qrank.serve.request import Limits
 
 QUERY = "which planet is red?"
 TEXTS = ["bread is baked", "mars is the red planet", "", "venus is a planet", "red wine"]
@@ -232,14 +233,15 @@ def test_errors_are_in_the_dialects_shape(client: httpx.Client, path: str) -> No
     wrong: list[tuple[int, str, dict[str, Any]]] = [
         (404, "there are: mini, length", {"json": {**good, "model": "gpt"}}),
         (422, "no instruction", {"json": {**good, "instruction": "x"}}),
-        (422, "Field required", {"json": {k: v for k, v in good.items() if v == TEXTS}}),
+        (422, "is missing", {"json": {k: v for k, v in good.items() if v == TEXTS}}),
         (422, "budget_ms", {"json": {**good, "budget_ms": 0}}),
         (422, "unicode", {"content": json.dumps(body(path, ["\ud800"])).encode()}),
         (422, "at least 1 item", {"json": body(path, [])}),
         (422, "body", {"json": [1]}),
         (400, "no JSON", {"content": b'{"query": '}),
-        (400, "parsing the body", {"content": b'{"query": "\xff\xfe"}'}),
-        (400, "parsing the body", {"content": b"[" * 100_000}),
+        (400, "no UTF-8: byte 0xff at 11", {"content": b'{"query": "\xff\xfe"}'}),
+        (400, "nested too deeply", {"content": b"[" * 100_000}),
+        (400, "too many digits", {"content": b"[" + b"1" * 5_000 + b"]"}),
         (422, "content-type", {"content": b"hello", "headers": {"content-type": "text/plain"}}),
     ]
     for status, text, request in wrong:

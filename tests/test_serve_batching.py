@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import fakes
 import numpy as np
@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrank import Reranker
-from qrank.items import Item
-from qrank.serve.batcher import PREFIX_TURNS, Batcher, Job, cut
+from qrank.items import Item, LongDocuments
+from qrank.serve.batcher import PREFIX_TURNS, Batcher, Job, Turn, cut
 from qrank.serve.metrics import Metrics
 from qrank.serve.request import Asked, Outcome, RefusedError
 
@@ -167,20 +167,123 @@ def test_a_budget_is_kept_and_the_rest_stays_in_order(plodding: Reranker) -> Non
     assert set(outcome.logits[known:]) == {min(outcome.logits[:known])}
 
 
-def test_a_budget_that_is_used_before_its_turn() -> None:
+@pytest.mark.parametrize("way", ["truncate", "chunk"])
+def test_a_budget_that_is_used_before_its_turn_scores_the_first(way: LongDocuments) -> None:
+    """As `Reranker.rank` does: a document is there to stand for the others."""
+
     async def scene(reranker: Reranker) -> Outcome:
         async with queue(reranker) as batcher:
             first = asyncio.create_task(batcher.score(asked(40), 30))
             await asyncio.sleep(0.05)
-            outcome = await batcher.score(asked(3, budget=1e-6), 30)
+            short = replace(asked(3, text="a " * 600, budget=1e-6), long_documents=way)
+            outcome = await batcher.score(short, 30)
             await first
             return outcome
 
     with Reranker("mini", backend="fakes:plodding", threads=1) as reranker:
         outcome = run(scene(reranker))
-    assert outcome.scored == [False] * 3
+        alone = reranker.score(asked(1, text="a " * 600).pairs, raw=True, long_documents=way)
+    assert outcome.scored == [True, False, False]
     assert outcome.order == [0, 1, 2]
-    assert outcome.scores == outcome.logits == [0.0] * 3
+    assert outcome.logits == [float(alone[0])] * 3
+    assert outcome.tokens > 0
+
+
+def test_a_budget_ends_the_reading_too() -> None:
+    """10 million characters in parts are not all turned into tokens for a budget of a moment."""
+
+    async def scene(reranker: Reranker) -> Outcome:
+        async with queue(reranker) as batcher:
+            return await batcher.score(
+                replace(
+                    asked(400, text="mars is red " * 2_000, budget=0.01), long_documents="tail"
+                ),
+                60,
+            )
+
+    with Reranker("mini", backend="fakes:length", threads=1) as reranker:
+        started = time.perf_counter()
+        reranker.prepare(asked(20, text="mars is red " * 2_000).pairs, None, "tail")
+        twentieth = time.perf_counter() - started
+        outcome = run(scene(reranker))
+    assert outcome.scored[0]
+    assert outcome.scored.count(True) < 200
+    assert len(outcome.scored) == len(outcome.logits) == 400
+    assert outcome.seconds < 10 * twentieth
+
+
+def test_short_requests_do_not_wait_for_the_reading_of_long_ones() -> None:
+    """Four requests of 5 million characters, of which all are read."""
+
+    async def scene(reranker: Reranker) -> tuple[float, bool]:
+        async with queue(reranker, 10**9) as batcher:
+            long = [
+                asyncio.create_task(
+                    batcher.score(
+                        replace(asked(50, text=f"mars {n} " * 12_000), long_documents="tail"), 300
+                    )
+                )
+                for n in range(4)
+            ]
+            await asyncio.sleep(0.3)
+            outcome = await batcher.score(asked(1), 60)
+            reading = not any(task.done() for task in long)
+            for task in long:
+                task.cancel()
+            await asyncio.gather(*long, return_exceptions=True)
+            assert batcher.queued == 0
+            started = time.perf_counter()
+            await batcher.score(asked(40, text="mars " * 1_000), 60)
+            return max(outcome.seconds, time.perf_counter() - started), reading
+
+    with Reranker("mini", backend="fakes:length", threads=1) as reranker:
+        started = time.perf_counter()
+        reranker.prepare(asked(2, text="mars " * 12_000).pairs, None, "tail")
+        little = time.perf_counter() - started  # of a hundredth of the long ones
+        waited, reading = run(scene(reranker))
+    # They were still read; and once they were cancelled, no more.
+    assert reading
+    assert waited < 20 * little
+
+
+def test_steps_are_what_is_prepared_at_once() -> None:
+    with Reranker("mini", backend="fakes:length") as reranker:
+        pairs = [(f"q {n % 3}", "mars is red " * (n * 37 % 90)) for n in range(60)]
+        for way in get_args(LongDocuments):
+            whole = reranker.prepare(pairs, None, way)
+            steps = list(reranker.preparing(pairs, None, way, None, 2_000))
+            assert len(steps) > 5
+            found = [item for step in steps for item in step]
+            assert [item.owner for item in found] == [item.owner for item in whole]
+            assert [item.ids.tolist() for item in found] == [item.ids.tolist() for item in whole]
+    assert len({id(item.prefix) for item in found}) <= len(steps) * 3
+
+
+def test_a_queue_that_fails_tells_everyone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[bool] = []
+
+    def broken(*arguments: object) -> list[Turn]:
+        raise ZeroDivisionError("a bug")
+
+    async def scene(reranker: Reranker) -> None:
+        batcher = Batcher(
+            "m", reranker, Metrics(), queue_tokens=10**6, failed=lambda: ended.append(True)
+        )
+        waiting = [asyncio.create_task(batcher.score(asked(50), 30)) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        monkeypatch.setattr("qrank.serve.batcher.cut", broken)
+        found = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(error) for error in found] == [RefusedError] * 3
+        assert {error.status for error in found if isinstance(error, RefusedError)} == {500}
+        with pytest.raises(RefusedError, match="the queue of m has failed") as refused:
+            await batcher.score(asked(1), 30)
+        assert refused.value.status == 503
+        assert batcher.queued == 0
+        await batcher.close()
+
+    with Reranker("mini", backend="fakes:plodding", threads=1) as reranker:
+        run(scene(reranker))
+    assert ended == [True]
 
 
 def test_what_takes_too_long_is_given_up(plodding: Reranker) -> None:

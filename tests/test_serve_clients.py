@@ -82,12 +82,30 @@ def test_cohere_v1(url: str, expected: list[Ranking]) -> None:
         assert item.document.text == TEXTS[item.index]
 
 
-def test_coheres_errors_are_told_apart(url: str) -> None:
+def test_a_hosted_services_model_names_stand_for_the_only_model(
+    url: str, expected: list[Ranking]
+) -> None:
+    """Clients insist on a name, and people leave what they had."""
     import cohere
 
     client = cohere.ClientV2(api_key=KEY, base_url=url)
-    with pytest.raises(cohere.NotFoundError, match="there are: mini"):
-        client.rerank(model="rerank-v3.5", query=QUERY, documents=TEXTS)
+    found = client.rerank(model="rerank-v3.5", query=QUERY, documents=TEXTS)
+    check([(x.index, x.relevance_score) for x in found.results], expected)
+    asked = {"query": QUERY, "documents": TEXTS, "model": "jina-reranker-v2-base-multilingual"}
+    assert post(url, "/v1/rerank", asked)["model"] == "mini"
+    headers = {"Authorization": f"Bearer {KEY}"}
+    answer = httpx.post(f"{url}/v2/rerank", json=asked, headers=headers)
+    assert answer.headers["x-qrank-model"] == "mini"
+
+
+def test_coheres_errors_are_told_apart(mini: Reranker, url: str) -> None:
+    import cohere
+
+    with serving({"mini": mini, "other": mini}) as two:
+        client = cohere.ClientV2(api_key=KEY, base_url=two)
+        with pytest.raises(cohere.NotFoundError, match="there are: mini, other"):
+            client.rerank(model="rerank-v3.5", query=QUERY, documents=TEXTS)
+    client = cohere.ClientV2(api_key=KEY, base_url=url)
     with pytest.raises(cohere.UnprocessableEntityError):
         client.rerank(model="mini", query=QUERY, documents=[])
     with pytest.raises(cohere.UnauthorizedError):

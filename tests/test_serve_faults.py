@@ -25,7 +25,9 @@ from qrank import Reranker
 from qrank.cli import main
 from qrank.serve import server
 from qrank.serve.app import build
-from qrank.serve.guard import Guard, Limits
+from qrank.serve.guard import Guard
+from qrank.serve.listening import listen
+from qrank.serve.request import Limits
 
 LIMITS = Limits(body=1_000_000, body_seconds=2.0, queue_tokens=2_000)
 
@@ -163,8 +165,42 @@ def test_a_head_that_dawdles_is_given_up(plodding: str, monkeypatch: pytest.Monk
     assert answer.status_code == 200
 
 
+def test_uvicorn_has_the_private_parts_that_are_built_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raise the bound in pyproject.toml once this and the tests around it pass."""
+    seen: list[server.Protocol] = []
+
+    class Seen(server.Protocol):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            seen.append(self)
+
+    async def scene(guard: Guard) -> None:
+        made = server.server(guard, ready=lambda: None, drain_seconds=1)
+        with listen("127.0.0.1", 0) as listening:
+            serving = asyncio.create_task(made.serve(sockets=listening.sockets))
+            while not made.started:
+                await asyncio.sleep(0.01)
+            (url,) = listening.addresses("http")
+            async with httpx.AsyncClient() as client:
+                await client.get(f"{url}/health")
+                (connection,) = made.server_state.connections
+                assert connection is seen[0]
+                assert connection.cycle.response_complete is True
+                assert connection.loop is asyncio.get_running_loop()
+                assert not connection.transport.is_closing()
+                (listener,) = made.servers
+                assert listener.is_serving()
+            made.should_exit = True
+            await serving
+            assert not listener.is_serving()
+
+    monkeypatch.setattr(server, "Protocol", Seen)
+    with Reranker("mini", backend="fakes:length") as reranker:
+        asyncio.run(scene(build({"mini": reranker})))
+
+
 def test_noise_is_no_request(plodding: str) -> None:
-    for noise in (b"\x00\xff\x16\x03\x01" * 100, b"GET / HTTP/9.9\r\n\r\n", b"\r\n" * 50):
+    for noise in (b"\x00\xff\x16\x03\x01" * 100, b"GET /no HTTP/9.9\r\n\r\n", b"\r\n" * 50):
         with connect(plodding) as client:
             client.sendall(noise)
             client.shutdown(socket.SHUT_WR)
@@ -268,6 +304,43 @@ def test_a_server_that_drains_says_so() -> None:
         answer = asyncio.run(scene(build({"mini": reranker})))
     assert answer.status_code == 503
     assert answer.headers["connection"] == "close"
+
+
+def test_a_queue_that_fails_ends_the_server() -> None:
+    """Who waits gets an error at once, and a supervisor starts it again."""
+    with process("--backend", "fakes:queue_breaking", "--threads", "1") as (url, running):
+        started = time.monotonic()
+        answer = httpx.post(f"{url}/v1/rerank", json=body("/v1/rerank", ["a"] * 200), timeout=60)
+        assert answer.status_code == 500
+        assert "its log says why" in answer.json()["detail"]
+        assert time.monotonic() - started < 30
+        assert running.wait(30) == 1
+
+
+def test_a_server_whose_queue_failed_says_so() -> None:
+    async def scene(guard: Guard) -> httpx.Response:
+        guard.fail()
+        transport = httpx.ASGITransport(guard)
+        async with httpx.AsyncClient(transport=transport, base_url="http://a") as client:
+            return await client.get("/ready")
+
+    with Reranker("mini", backend="fakes:length") as reranker:
+        answer = asyncio.run(scene(build({"mini": reranker})))
+    assert answer.status_code == 503
+    assert answer.json() == {"status": "failed"}
+
+
+@pytest.mark.parametrize("path", EVERY)
+def test_a_budget_scores_one_document_at_least(plodding: str, path: str) -> None:
+    asked = {**body(path, ["a", "b", "c"]), "budget_ms": 0.001}
+    found = httpx.post(plodding + path, json=asked, timeout=60).json()
+    items = found if isinstance(found, list) else found.get("results", found.get("data"))
+    assert [item["index"] for item in items] == [0, 1, 2]
+    scores = {item.get("score", item.get("relevance_score")) for item in items}
+    assert len(scores) == 1
+    assert scores != {0.0}
+    if path != "/rerank" and not path.startswith("/api"):
+        assert [item.get("scored") for item in items] == [None, False, False]
 
 
 def test_a_budget_is_kept(plodding: str) -> None:

@@ -13,7 +13,7 @@ from schemathesis.checks import not_a_server_error
 from serving import serving
 
 from qrank import Reranker
-from qrank.serve.guard import Limits
+from qrank.serve.request import Limits
 
 
 @pytest.fixture(scope="module")

@@ -1,232 +1,254 @@
-"""What changes beyond the longest probe: sliding windows, and positions scaled by the length."""
+"""Long texts: the same tokens as of the whole text, in memory and threads that are bounded."""
+
+from __future__ import annotations
 
 import json
-import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import tiny
 import tiny_decoders
-import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from qrank import Reranker
-from qrank.converters import gguf
+from qrank.bundle import TOKENIZER
 from qrank.converters.checkpoint import read_checkpoint
-from qrank.converters.convert import convert
-from qrank.converters.fidelity import PROBE_TOKENS
+from qrank.converters.tokenizer import text_tokenizer
 from qrank.encoding import Encoder
-from qrank.errors import ConversionError, FamilyError, TargetError
-from qrank.work import Logits, Work
+from qrank.locate import locate
+from qrank.windows import WINDOW, Tokens, Windows
 
-LENGTH = 700
-WINDOW = 560
-assert PROBE_TOKENS < WINDOW < LENGTH
-SIZES = {**tiny_decoders.SIZES, "max_position_embeddings": LENGTH}
-LLAMA = tiny_decoders.FAMILIES["llama"]
-DOCUMENTS = [
-    "the moon and the tide " * 90,
-    "mars is red " * 200,
-    "the red planet is mars " * 150,
-    "a",
-]
-PAIRS = [("why", document) for document in DOCUMENTS]
+HERE = Path(__file__).parent
 
 
-def reference(folder: Path, family: str) -> Logits:
-    """By transformers' own forward pass, each pair alone and whole."""
-    checkpoint = read_checkpoint(str(folder), family=family)
-    encoder = Encoder(json.dumps(checkpoint.text_tokenizer()), checkpoint.family)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    found = []
-    for query, document in PAIRS:
-        ids, _ = encoder.whole(query, document)
-        with torch.inference_mode():
-            last = model(input_ids=torch.tensor(ids[None], dtype=torch.int64)).logits[0, -1]
-        yes, *no = (last[label].item() for label in checkpoint.family.labels)
-        found.append(yes - sum(no))
-    return np.array(found, np.float32)
+def text_only(path: Path, normalizer: object = None, pre_tokenizer: object = None) -> Tokenizer:
+    """A checkpoint's tokenizer as a bundle has it, or a variation of it."""
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.normalizer = normalizer or tokenizer.normalizer
+    tokenizer.pre_tokenizer = pre_tokenizer or tokenizer.pre_tokenizer
+    return Tokenizer.from_str(json.dumps(text_tokenizer(json.loads(tokenizer.to_str()))))
 
 
-def logits(model: Path, backend: str, family: str | None = None) -> Logits:
-    with Reranker(model, backend=backend, family=family, threads=1) as reranker:
-        return np.asarray(reranker.score(PAIRS, raw=True))
+def gemma() -> Tokenizer:
+    """Of Gemma's kind: BPE over the whole text, whose spaces are characters like others."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200, special_tokens=special, show_progress=False, max_token_length=12
+    )
+    tokenizer.train_from_iterator(tiny.texts(), trainer)
+    return Tokenizer.from_str(json.dumps(text_tokenizer(json.loads(tokenizer.to_str()))))
 
 
-def qwen3(folder: Path, **changes: Any) -> Path:
-    config = Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True)
-    tiny_decoders.save(folder, Qwen3ForCausalLM, config)
-    tiny.edit_config(folder, **changes)
-    return folder
-
-
-SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW}
-MIXED = {**SLIDING, "layer_types": ["full_attention", "sliding_attention"]}
-
-
-ROPE = {"rope_theta": 10_000.0, "factor": 4.0}
-SHORT = 300
-ROPES = {
-    "linear": {**ROPE, "rope_type": "linear"},
-    "dynamic": {**ROPE, "rope_type": "dynamic"},
-    "yarn": {**ROPE, "rope_type": "yarn", "original_max_position_embeddings": SHORT},
-    "longrope": {
-        **ROPE,
-        "rope_type": "longrope",
-        "original_max_position_embeddings": SHORT,
-        "short_factor": [1.0] * 8,
-        "long_factor": [4.0] * 8,
-    },
+KINDS: dict[str, Callable[[Callable[[str], Path]], Tokenizer]] = {
+    "mini": lambda of: Tokenizer.from_file(str(locate("mini") / TOKENIZER)),
+    "bert": lambda of: text_only(of("bert")),
+    "xlm-roberta": lambda of: text_only(of("xlm-roberta")),
+    "unigram, no words": lambda of: text_only(
+        of("xlm-roberta"), None, pre_tokenizers.Metaspace(split=False)
+    ),
+    "unigram, white space joined": lambda of: text_only(
+        of("xlm-roberta"),
+        normalizers.Sequence(
+            [normalizers.NFKC(), normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        ),
+    ),
+    "modernbert": lambda of: text_only(of("modernbert-mean")),
+    "qwen3": lambda of: text_only(of("qwen3")),
+    "gemma": lambda of: gemma(),
 }
 
 
-def test_a_window_changes_what_these_documents_score(tmp_path: Path) -> None:
-    plain, windowed = qwen3(tmp_path / "a"), qwen3(tmp_path / "b", **MIXED)
-    apart = np.abs(reference(plain, "qwen3-reranker") - reference(windowed, "qwen3-reranker"))
-    assert apart[:3].min() > 1e-2
-    assert apart[3] < 1e-5
+@cache
+def tokenizer_of(kind: str, of: Callable[[str], Path]) -> Tokenizer:
+    return KINDS[kind](of)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        MIXED,
-        {**SLIDING, "max_window_layers": 1, "layer_types": None},
-        {**SLIDING, "sliding_window": 48, "layer_types": ["sliding_attention"] * 2},
-        {**MIXED, "sliding_window": LENGTH},
-        {"sliding_window": 48, "layer_types": None},
-    ],
-    ids=["mixed", "max_window_layers", "short", "no shorter than a pair", "unused"],
+def encoded(tokenizer: Tokenizer, text: str) -> Tokens:
+    found = tokenizer.encode(text, add_special_tokens=False)
+    spans = np.array(found.offsets, np.int32).reshape(-1, 2)
+    return Tokens(np.array(found.ids, np.int32), spans)
+
+
+# What some tokenizer cuts, drops, joins, counts or puts in another order.
+PIECES = (
+    *("mars is red ", "planet", "m", "ab", "aab", "zq", "don't ", "é", "ﬁ", "한", "का"),
+    *(" ", "\n", "  \n", "\t", "\u00a0", "\u3000", "\u200b", "a\u200b", "\ufffd"),
+    *(
+        "火星是红色的",
+        "哈",
+        "🪐",
+        "👩‍👩‍👧‍👦",
+        "🇩🇪",
+        "e\u0301",
+        "\u0301",
+        "\u0323",
+        "\u1112\u1161\u11ab",
+    ),
+    *("7", "12", "0x3f", "...", "=", "-", "x" * 99 + " ", "y" * 101 + " "),
 )
-def test_qwen3_sees_its_window(changes: dict[str, Any], tmp_path: Path) -> None:
-    folder = qwen3(tmp_path / "model", **changes)
-    np.testing.assert_allclose(
-        logits(folder, "torch", "qwen3-reranker"), reference(folder, "qwen3-reranker"), atol=1e-4
-    )
-
-
-@pytest.mark.parametrize(
-    ("kind", "config", "family"),
-    [
-        (
-            Qwen2ForCausalLM,
-            Qwen2Config(**SIZES, **SLIDING, max_window_layers=1, tie_word_embeddings=True),
-            "mxbai-rerank-v2",
-        ),
-        (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=WINDOW), LLAMA),
-    ],
-    ids=["qwen2", "mistral"],
+RUNS = st.tuples(st.sampled_from(PIECES), st.integers(1, 2500)).map(
+    lambda run: (run[0] * run[1])[:3000]
 )
-def test_other_models_see_their_window(
-    kind: type[PreTrainedModel], config: PretrainedConfig, family: str, tmp_path: Path
+MIXED = st.lists(st.sampled_from(PIECES), min_size=1, max_size=300).map("".join)
+LONG = st.lists(RUNS | MIXED, min_size=2, max_size=6).map("".join)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=15)
+@given(text=LONG, window=st.sampled_from([1500, 2500]), most=st.sampled_from([1, 5, 50, 400]))
+def test_windows_have_the_tokens_of_the_whole_text(
+    checkpoint_of: Callable[[str], Path], kind: str, text: str, window: int, most: int
 ) -> None:
-    folder = tiny_decoders.save(tmp_path / "model", kind, config)
-    np.testing.assert_allclose(
-        logits(folder, "torch", family), reference(folder, family), atol=1e-4
+    tokenizer = tokenizer_of(kind, checkpoint_of)
+    unigram = isinstance(tokenizer.model, models.Unigram)
+    windows = Windows(
+        lambda part: encoded(tokenizer, part),
+        window=window,
+        longest=(lambda: max(map(len, tokenizer.get_vocab()))) if unigram else None,
     )
+    whole = encoded(tokenizer, text)
+    found = windows.read(text)
+    assert found.ids.tolist() == whole.ids.tolist()
+    # Of blanks that become one, which one the tokenizer names depends on how many it saw.
+    strays = 1 if "joined" in kind else 0
+    assert (np.abs(found.spans - whole.spans) <= strays).all()
+    some = windows.read(text, most).ids
+    assert len(some) > most or len(some) == len(whole.ids)
+    assert some.tolist() == whole.ids[: len(some)].tolist()
+    beginning = windows.beginning(text, most)
+    ids = encoded(tokenizer, beginning).ids
+    sure = windows.sure(beginning, ids) if len(beginning) < len(text) else len(ids)
+    assert ids[:sure].tolist() == whole.ids[:sure].tolist()
 
 
-@pytest.fixture(scope="module")
-def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With positions, too, whose scale transformers chooses as it runs."""
-    longrope = {**ROPES["longrope"], "original_max_position_embeddings": LENGTH}
-    folder = tmp_path_factory.mktemp("windowed") / "model"
-    return qwen3(folder, **MIXED, rope_parameters=longrope)
+@pytest.fixture(scope="module", params=["bert", "xlm-roberta", "modernbert-mean", "qwen3"])
+def pieces(
+    request: pytest.FixtureRequest,
+    checkpoint_of: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Encoder, Tokenizer]:
+    """An encoder of each kind, and its tokenizer."""
+    kind: str = request.param
+    folder = checkpoint_of(kind)
+    tokenizer = text_only(folder)
+    path = tmp_path_factory.mktemp("tokenizer") / TOKENIZER
+    tokenizer.save(str(path))
+    family = read_checkpoint(str(folder), family=tiny_decoders.FAMILIES.get(kind)).family
+    return Encoder(path, family, threads=2), tokenizer
 
 
-def test_an_exported_graph_sees_it_too(windowed: Path, tmp_path: Path) -> None:
-    """The one graph that ONNX Runtime and OpenVINO run."""
-    target = tmp_path / "bundle"
-    bundle = convert(str(windowed), [("onnx", "fp32")], target, family="qwen3-reranker").folder
-    theirs = reference(windowed, "qwen3-reranker")
-    np.testing.assert_allclose(logits(bundle, "onnx-fp32"), theirs, atol=1e-4)
+TEXTS = {
+    "words": "Mars is the 4th planet, é and 火星; " * 4000,
+    "one word": "m" * (WINDOW + 5000) + " red planet",
+    "blanks": "red" + " " * 2 * WINDOW + "planet",
+    "surrogates": "mars \ud800 " * 10_000,
+}
 
 
-def test_llama_cpp_has_none_and_says_so(windowed: Path, tmp_path: Path) -> None:
-    checkpoint = read_checkpoint(str(windowed), family="qwen3-reranker")
-    with pytest.raises(ConversionError, match=f"not to a window of {WINDOW}"):
-        gguf.convert(checkpoint, "f16", tmp_path, Work([]))
-    assert not list(tmp_path.iterdir())
-
-
-def test_ready_made_files_of_a_windowed_model_are_refused(windowed: Path, tmp_path: Path) -> None:
-    """Whoever made them may have forgotten it, and the probes are too short to tell."""
-    out = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [1])
-    node = onnx.helper.make_node("Constant", [], ["logits"], value_floats=[1.0])
-    graph = onnx.helper.make_graph([node], "g", [], [out])
-    onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
-    with pytest.raises(ConversionError, match=f"sliding_window = {WINDOW}.*model.onnx"):
-        convert(
-            str(tmp_path / "model.onnx"),
-            [("onnx", None)],
-            tmp_path / "bundle",
-            reference=str(windowed),
-            family="qwen3-reranker",
-        )
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"layer_types": ["sliding_attention"] * 2}, "no sliding_window that is in use"),
-        ({"layer_types": ["full_attention", "chunked_attention"]}, "layers of chunked_attention"),
-        ({**MIXED, "sliding_window": 0}, "sliding_window = 0"),
-        ({**MIXED, "sliding_window": -3}, "sliding_window = -3"),
-        ({"is_causal": False}, "is_causal"),
-    ],
-)
-def test_attention_of_other_kinds_is_refused(
-    changes: dict[str, Any], message: str, tmp_path: Path
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_long_document_is_read_as_if_at_once(
+    pieces: tuple[Encoder, Tokenizer], name: str
 ) -> None:
-    folder = qwen3(tmp_path / "model", **changes)
-    with pytest.raises((FamilyError, ConversionError), match=message):
-        Reranker(folder, backend="torch", family="qwen3-reranker")
+    """Its beginning, its end and its parts; another one beside it."""
+    encoder, tokenizer = pieces
+    text = TEXTS[name]
+    prompt = encoder.prompt("which planet?")
+    clean = (prompt.lead + text).replace("\ud800", "\ufffd")
+    whole = tokenizer.encode(clean, add_special_tokens=False)
+    ids, lead = whole.ids, sum(end <= len(prompt.lead) for _, end in whole.offsets)
+    short, long = encoder.documents(["mars", text], most=prompt.room)
+    assert short.tolist() == encoder.documents(["mars"])[0].tolist()
+    assert long.tolist() == ids[: len(long)]
+    assert len(long) > prompt.room or len(long) == len(ids)
+    assert encoder.end(text, prompt, lead + 40).tolist() == ids[:lead] + ids[lead:][-40:]
+    first, *_, last = encoder.chunks(text, prompt) * 2
+    assert first.ids.tolist() == ids[: len(first.ids)]
+    assert last.ids.tolist() == ids[:lead] + ids[lead:][lead - len(last.ids) :]
+    assert last.end == whole.offsets[-1][1] - len(prompt.lead)
+    few = encoder.chunks(text, prompt, 50)
+    assert [n for part in few for n in part.ids.tolist()] == ids[: lead + 50]
 
 
-def card(folder: Path, max_length: int | None) -> str:
-    path = folder / "mine.toml"
-    limit = "" if max_length is None else f"max_length = {max_length}\n"
-    path.write_text(Path(LLAMA).read_text("utf-8") + limit, "utf-8")
-    return str(path)
+MEMORY = """
+import resource, sys
+from qrank import Reranker
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+text = "word 0 " * 1_000_000
+long = text[:1_000_000]
+with Reranker("mini", backend="fakes:length", max_memory=300 * 2**20, threads=2) as reranker:
+    reranker.rank("red", ["word 0 " * 600] * 20)
+    before = peak()
+    reranker.rank("red", [text, text + "a", "m" * 2_000_000])
+    reranker.rank(text, ["red"])
+    for way in ("tail", "chunk"):
+        reranker.rank("red", [long, long + "a"], long_documents=way)
+    print((peak() - before) / len(text))
+"""
 
 
-def test_a_model_whose_window_is_not_built_is_read_up_to_it(tmp_path: Path) -> None:
-    """And its score, squeezed behind the output matrix, is no row times a hidden state."""
-    config = Gemma2Config(**SIZES, head_dim=16, sliding_window=WINDOW, final_logit_softcapping=2.0)
-    folder = tiny_decoders.save(tmp_path / "model", Gemma2ForCausalLM, config)
-    with pytest.raises(FamilyError, match=f"sliding_window = {WINDOW}.*max_length = {WINDOW}"):
-        Reranker(folder, backend="torch", family=card(tmp_path, None))
-    with pytest.raises(TargetError, match="in a way that qrank does not know"):
-        Reranker(folder, backend="torch", family=card(tmp_path, WINDOW))
-
-
-@pytest.mark.parametrize("kind", list(ROPES))
-def test_scaled_positions_are_the_originals_at_every_length(
-    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = qwen3(tmp_path / "model", rope_parameters=ROPES[kind])
-    with caplog.at_level(logging.WARNING, "qrank"):
-        limit = read_checkpoint(str(folder), family="qwen3-reranker").family.max_length
-    # Beyond, longrope scales otherwise, for short pairs of a batch as well.
-    assert limit == (SHORT if kind == "longrope" else LENGTH)
-    assert ("longrope" in caplog.text) == (kind == "longrope")
-    np.testing.assert_allclose(
-        logits(folder, "torch", "qwen3-reranker"), reference(folder, "qwen3-reranker"), atol=1e-4
+def python(code: str, **variables: str) -> str:
+    """What code prints, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(HERE), **variables},
+        capture_output=True,
+        text=True,
     )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_text_of_7_mb_takes_a_few_times_its_size() -> None:
+    """As a document, beside others as long, as a query; a part of it at its end and in parts."""
+    pytest.importorskip("resource")
+    assert float(python(MEMORY)) < 5
+
+
+THREADS = """
+import sys, threading, time
+from pathlib import Path
+from qrank.bundle import TOKENIZER, Manifest
+from qrank.encoding import Encoder
+from qrank.locate import locate
+
+folder = locate("mini")
+encoder = Encoder(folder / TOKENIZER, Manifest.load(folder).family, threads=int(sys.argv[1]))
+texts = ["which planet is red and why " * 400] * 100
+done, running = threading.Event(), []
+
+def watch():
+    own = threading.get_native_id()
+    while not done.wait(0.005):
+        states = 0
+        for task in Path("/proc/self/task").iterdir():
+            if int(task.name) != own:
+                states += (task / "stat").read_text().rpartition(")")[2].split()[0] == "R"
+        running.append(states)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+encoder.ids(texts)
+done.set()
+watcher.join()
+print(sorted(running)[len(running) // 2])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc here")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_more_threads_tokenize_than_there_may(threads: int) -> None:
+    """Of a pool of 16, as the library has on a machine of 16 cores."""
+    code = f"import sys; sys.argv.append('{threads}')\n{THREADS}"
+    assert int(python(code, RAYON_NUM_THREADS="16")) <= threads

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
-from qrank.cli.common import debug_option, memory_option, notice
+from qrank.cli.common import debug_option, memory_option, notice, wish_options
+from qrank.errors import InputError
 from qrank.extras import need
 from qrank.locate import DEFAULT
 from qrank.reranker import Reranker
+from qrank.selection import Policy, Profile
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _COUNT = click.IntRange(min=1)
@@ -19,7 +23,13 @@ _SECONDS = click.FloatRange(min=0, min_open=True)
 
 @click.command()
 @click.argument("models", nargs=-1, metavar="[[NAME=]MODEL]...")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address or name to listen at; :: is every address of this machine, IPv6 and IPv4, and "
+    "unix:PATH a Unix socket.",
+)
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
@@ -27,8 +37,43 @@ _SECONDS = click.FloatRange(min=0, min_open=True)
     show_default=True,
     help="Port to listen at; 0 takes a free one.",
 )
-@click.option("--backend", help="onnx, openvino-int8, ...  [default: the preferred variant]")
-@click.option("--device", help="cpu, cuda, gpu, npu, metal, ...  [default: cpu]")
+@click.option("--unix-socket", metavar="PATH", help="Listen at this Unix socket instead.")
+@click.option(
+    "--root-path",
+    default="",
+    metavar="PREFIX",
+    help="Path under which a proxy offers the server, as /rank; whether it strips that or not.",
+)
+@click.option(
+    "--alias",
+    "aliases",
+    multiple=True,
+    metavar="ALIAS=NAME",
+    help="Another name that requests may give for the model NAME; repeat for more.",
+)
+@click.option(
+    "--instruction",
+    help="What relevant means, for requests that do not say it; for models that take that.",
+)
+@click.option(
+    "--scores",
+    type=click.Choice(["model", "calibrated"]),
+    default="model",
+    show_default=True,
+    help="The model's own, or the probabilities that qrank calibrate fitted.",
+)
+@click.option(
+    "--backend",
+    help="onnx, openvino-int8, ...  [default: as measured, or what is expected to be the fastest]",
+)
+@click.option("--device", help="cpu, cuda, gpu, npu, metal, ...  [default: as measured, or cpu]")
+@click.option("--execution", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]")
+@wish_options
+@click.option(
+    "--max-loss",
+    type=float,
+    help="Most nDCG@10 that qrank eval may have found a variant to lose against fp32.",
+)
 @click.option("--threads", type=_COUNT, help="CPU threads of each model.  [default: all]")
 @click.option("--max-length", type=int, help="Tokens of a pair.  [default: the model's limit]")
 @memory_option
@@ -88,12 +133,24 @@ _SECONDS = click.FloatRange(min=0, min_open=True)
     help="Seconds for what runs when it is told to stop.",
 )
 @debug_option
+@click.pass_context
 def serve(
+    context: click.Context,
     models: tuple[str, ...],
     host: str,
     port: int,
+    unix_socket: str | None,
+    root_path: str,
+    aliases: tuple[str, ...],
+    instruction: str | None,
+    scores: str,
     backend: str | None,
     device: str | None,
+    execution: str | None,
+    policy: Policy,
+    min_kendall: float | None,
+    max_loss: float | None,
+    profile: Profile,
     threads: int | None,
     max_length: int | None,
     max_memory: int | None,
@@ -111,24 +168,33 @@ def serve(
 ) -> None:
     """Answer rerank requests over HTTP, in the dialects of other servers.
 
-    MODEL is a bundled name, a bundle's folder or a hub id, "mini" by default; requests choose one
-    by its NAME, and get the first if they name none. Clients of TEI, Jina, Cohere, vLLM, llama.cpp
-    and Ollama work as they are; /docs describes all there is.
+    MODEL is a bundled name, a bundle's folder or a hub id, "mini" by default. Requests choose one
+    by its NAME; those that name none get the first. Where one model is served, every name stands
+    for it. Clients of TEI, Jina, Cohere, vLLM, llama.cpp and Ollama work as they are; /docs
+    describes all there is.
 
     \b
       qrank serve
       qrank serve mini legal=./my-bundle --port 8080
+      qrank serve --host unix:/run/qrank.sock
       curl localhost:8000/rerank -H 'content-type: application/json' \\
         -d '{"query": "which planet is red?", "texts": ["mars", "bread"]}'
     """
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         need(module)
     from qrank.serve.app import build
-    from qrank.serve.guard import Limits, read_keys
-    from qrank.serve.server import listen, run, server
+    from qrank.serve.guard import read_keys
+    from qrank.serve.listening import UNIX, listen
+    from qrank.serve.request import Limits
+    from qrank.serve.server import run, server
 
     if (tls_cert is None) != (tls_key is None):
         raise click.UsageError("--tls-cert and --tls-key go together")
+    if unix_socket is not None:
+        if context.get_parameter_source("host") is not ParameterSource.DEFAULT:
+            raise click.UsageError("give --host or --unix-socket, not both")
+        host = f"{UNIX}{unix_socket}"
+    root = f"/{root_path.strip('/')}" if root_path.strip("/") else ""
     keys = read_keys(api_key_file) if api_key_file else ()
     limits = Limits(
         documents=max_documents,
@@ -142,15 +208,21 @@ def serve(
         listening = opened.enter_context(listen(host, port))
         served: dict[str, Reranker] = {}
         for model in models or (DEFAULT,):
-            name, _, source = model.rpartition("=")
+            name, source = _named(model)
             reranker = opened.enter_context(
                 Reranker(
                     source,
                     backend=backend,
                     device=device,
                     threads=threads,
+                    execution=execution,
                     max_length=max_length,
                     max_memory=max_memory,
+                    policy=policy,
+                    min_kendall=min_kendall,
+                    max_loss=max_loss,
+                    profile=profile,
+                    calibrated=scores == "calibrated",
                 )
             )
             # A folder is no name to ask for.
@@ -158,23 +230,69 @@ def serve(
             if name in served:
                 raise click.UsageError(f"two models are called {name!r}; name one: NAME={source}")
             served[name] = reranker
-        here = listening.getsockname()
-        where = f"[{here[0]}]" if ":" in here[0] else here[0]
-        url = f"http{'s' if tls_cert else ''}://{where}:{here[1]}"
+        urls = listening.addresses("https" if tls_cert else "http")
 
         def ready() -> None:
             for name, reranker in served.items():
                 notice(f"{name} is {reranker.target.name}")
-            notice(f"serving at {url}")
+            notice(f"serving at {' and '.join(urls)}")
 
-        if not keys and not (here[0].startswith("127.") or here[0] == "::1"):
+        if not keys and listening.public:
             notice("anyone who reaches this address can use it: no --api-key-file is given")
+        guard = build(
+            served,
+            limits=limits,
+            keys=keys,
+            aliases=_aliases(aliases, served),
+            instructions=_instructed(served, instruction),
+            root=root,
+        )
         made = server(
-            build(served, limits=limits, keys=keys),
+            guard,
             ready=ready,
             drain_seconds=drain_timeout,
             cors=cors_origin,
             certificate=tls_cert,
             key=tls_key,
         )
-        run(made, listening)
+        run(made, listening.sockets)
+
+
+def _named(model: str) -> tuple[str, str]:
+    """[NAME=]MODEL -> NAME, or "", and MODEL: a path may hold an equals sign, a name does not."""
+    name, equals, source = model.partition("=")
+    if not equals or Path(model).exists() or name.startswith(("/", ".", "~")):
+        return "", model
+    return name, source
+
+
+def _aliases(given: Iterable[str], served: Mapping[str, Reranker]) -> dict[str, str]:
+    found = {}
+    for pair in given:
+        alias, _, name = pair.partition("=")
+        if not alias or name not in served:
+            raise click.UsageError(
+                f"--alias {pair!r}: give ALIAS=NAME, where NAME is one of: {', '.join(served)}"
+            )
+        if alias in served or alias in found:
+            raise click.UsageError(f"--alias {pair!r}: {alias!r} is the name of a model already")
+        found[alias] = name
+    return found
+
+
+def _instructed(served: Mapping[str, Reranker], instruction: str | None) -> dict[str, str]:
+    """The instruction for each model that takes one."""
+    if instruction is None:
+        return {}
+    found: dict[str, str] = {}
+    refusal: InputError | None = None
+    for name, reranker in served.items():
+        try:
+            reranker.prepare([("", "")], instruction)
+        except InputError as error:
+            refusal = error
+        else:
+            found[name] = instruction
+    if not found and refusal is not None:
+        raise InputError(f"--instruction: {refusal}")
+    return found

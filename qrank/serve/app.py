@@ -17,9 +17,9 @@ from starlette.exceptions import HTTPException
 import qrank
 from qrank.reranker import Reranker
 from qrank.serve import dialects
-from qrank.serve.guard import Guard, Limits, refuse
+from qrank.serve.guard import Guard, refuse
 from qrank.serve.metrics import Metrics
-from qrank.serve.request import RefusedError
+from qrank.serve.request import Limits, RefusedError
 from qrank.serve.schemas import (
     CohereResponse,
     ModelCard,
@@ -33,22 +33,29 @@ from qrank.serve.schemas import (
     TeiRequest,
 )
 from qrank.serve.service import Service
+from qrank.serve.validation import reasons, tag
 
 log = logging.getLogger("qrank.serve")
 
 
 def _dialect(body: object) -> str:
-    return "texts" if isinstance(body, Mapping) and "texts" in body else "documents"
+    return tag("texts" if isinstance(body, Mapping) and "texts" in body else "documents")
 
 
 TeiOrRerank = Annotated[
-    Annotated[TeiRequest, Tag("texts")] | Annotated[RerankRequest, Tag("documents")],
+    Annotated[TeiRequest, Tag(tag("texts"))] | Annotated[RerankRequest, Tag(tag("documents"))],
     Discriminator(_dialect),
 ]
 
 
 def build(
-    models: Mapping[str, Reranker], *, limits: Limits | None = None, keys: tuple[bytes, ...] = ()
+    models: Mapping[str, Reranker],
+    *,
+    limits: Limits | None = None,
+    keys: tuple[bytes, ...] = (),
+    aliases: Mapping[str, str] | None = None,
+    instructions: Mapping[str, str] | None = None,
+    root: str = "",
 ) -> Guard:
     """The whole application.
 
@@ -56,9 +63,19 @@ def build(
         models: by name, the first the default.
         limits: of requests.
         keys: one of which a request must have; none: no key is needed.
+        aliases: other names -> names of models.
+        instructions: name of a model -> instruction of requests that bring none.
+        root: the prefix under which a proxy offers it, as `/rank`.
     """
     limits = limits or Limits()
-    service = Service(models, limits, Metrics())
+    service = Service(
+        models,
+        limits,
+        Metrics(),
+        aliases=aliases,
+        instructions=instructions,
+        failed=lambda: guard.fail(),
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -71,15 +88,17 @@ def build(
         version=qrank.__version__,
         description="Reranking in the dialects of TEI, Jina, Cohere, vLLM, llama.cpp and Ollama.",
         lifespan=lifespan,
+        # A client would have to send its body and key again; the guard knows both forms.
+        redirect_slashes=False,
     )
-    guard = Guard(app, keys=keys, limits=limits, metrics=service.metrics)
+    guard = Guard(app, keys=keys, limits=limits, metrics=service.metrics, root=root)
     _add_reranking(app, service)
     _add_state(app, service, guard)
     app.add_exception_handler(RefusedError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _failed)
-    guard.paths = frozenset(path for route in app.routes if (path := getattr(route, "path", "")))
+    guard.routes = frozenset(path for route in app.routes if (path := getattr(route, "path", "")))
     return guard
 
 
@@ -129,10 +148,9 @@ def _add_state(app: FastAPI, service: Service, guard: Guard) -> None:
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        """Whether to send requests here: 503 while it drains."""
-        if guard.draining:
-            return JSONResponse({"status": "draining"}, 503)
-        return JSONResponse({"status": "ok"})
+        """Whether to send requests here: 503 while it drains, or once it has failed."""
+        status = "failed" if guard.failed else "draining" if guard.draining else "ok"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/info")
     async def info() -> dict[str, Any]:
@@ -142,7 +160,7 @@ def _add_state(app: FastAPI, service: Service, guard: Guard) -> None:
     @app.get("/v1/models")
     async def models() -> ModelList:
         """OpenAI's list."""
-        return ModelList(data=[ModelCard(id=m, created=service.started) for m in service.models])
+        return ModelList(data=[ModelCard(id=m, created=service.started) for m in service.names])
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
@@ -186,7 +204,7 @@ def _info(service: Service) -> dict[str, Any]:
 
 
 def _path(request: Request) -> str:
-    return str(getattr(request.state, "path", request.url.path))
+    return str(request.state.path)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -196,27 +214,37 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    path, body = _path(request), error.body
-    found = error.errors()
-    # "body", and where there are two dialects which of them.
-    skip = 2 if path == "/rerank" else 1
-    if path == "/rerank" and isinstance(body, dict) and _dialect(body) == "documents":
-        path = "/v1/rerank"
+    path, found = _path(request), error.errors()
     if found[0]["type"] == "json_invalid":
-        reason = found[0].get("ctx", {}).get("error", "")
-        return refuse(path, RefusedError(400, f"the body is no JSON: {reason}"))
-    if isinstance(body, bytes):
-        return refuse(path, RefusedError(422, "send JSON, with content-type: application/json"))
-    # Without what was sent: an error must not repeat documents.
-    said = [f"{'.'.join(map(str, e['loc'][skip:])) or 'body'}: {e['msg']}" for e in found[:3]]
-    return refuse(path, RefusedError(422, "; ".join(said)))
+        reason, place = found[0]["ctx"]["error"], found[0]["loc"][-1]
+        refusal = RefusedError(400, f"the body is no JSON: {reason}, at character {place}")
+    elif isinstance(error.body, bytes):
+        refusal = RefusedError(422, "send JSON, with content-type: application/json")
+    else:
+        if path == "/rerank" and tag("documents") in found[0]["loc"]:
+            path = "/v1/rerank"
+        refusal = RefusedError(422, reasons(found))
+    return refuse(path, refusal)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    response = refuse(_path(request), RefusedError(error.status_code, str(error.detail)))
+    said = _unreadable(error.__cause__) or str(error.detail)
+    response = refuse(_path(request), RefusedError(error.status_code, said))
     response.headers.update(error.headers or {})
     return response
+
+
+def _unreadable(error: BaseException | None) -> str | None:
+    """Why a body could not be parsed, where that was the reason of an HTTPException."""
+    match error:
+        case UnicodeDecodeError():
+            return f"the body is no UTF-8: byte {error.object[error.start]:#04x} at {error.start}"
+        case RecursionError():
+            return "the body is nested too deeply"
+        case ValueError():
+            return "the body holds a number with too many digits"
+    return None
 
 
 async def _failed(request: Request, error: Exception) -> Response:

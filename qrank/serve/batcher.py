@@ -14,7 +14,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -43,7 +43,10 @@ IN_FLIGHT = 2
 """Slices given to the engine at a time: what one leaves idle, the next takes up."""
 
 ENCODERS = 2
-"""Threads that turn text into tokens, beside the engine's."""
+"""Threads that turn text into tokens, beside the engine's; and one for short requests alone."""
+
+STEP_CHARACTERS = 100_000
+"""Text that is turned into tokens at a time, so that requests take turns and can be left."""
 
 CHARACTERS_A_TOKEN = 4
 """To judge a request by before it is encoded."""
@@ -59,7 +62,9 @@ class Job:
         ends: when its budget is used; None: never.
         logits: of its items; shape [n].
         scored: which of them are; shape [n].
+        first: items of its first pair, which are scored whatever its budget.
         handed: items given to the engine, from the first.
+        end: items that will be given to it: all, or fewer once the budget is used.
         flying: slices with items of it that are not back yet.
         had: tokens given to the engine.
         done: resolves when nothing more is to come.
@@ -71,6 +76,8 @@ class Job:
     done: asyncio.Future[None]
     logits: Logits = field(init=False)
     scored: NDArray[np.bool_] = field(init=False)
+    first: int = field(init=False)
+    end: int = field(init=False)
     handed: int = 0
     flying: int = 0
     had: int = 0
@@ -78,11 +85,13 @@ class Job:
     def __post_init__(self) -> None:
         self.logits = np.zeros(len(self.items), np.float32)
         self.scored = np.zeros(len(self.items), np.bool_)
+        self.first = sum(item.owner == self.items[0].owner for item in self.items)
+        self.end = len(self.items)
 
     @property
     def waiting(self) -> int:
-        """Items the engine has not been given."""
-        return len(self.items) - self.handed
+        """Items the engine is still to be given."""
+        return self.end - self.handed
 
 
 @dataclass(frozen=True)
@@ -145,7 +154,13 @@ class Batcher:
     """Scores requests with one reranker. Made and used on one event loop."""
 
     def __init__(
-        self, name: str, reranker: Reranker, metrics: Metrics, *, queue_tokens: int
+        self,
+        name: str,
+        reranker: Reranker,
+        metrics: Metrics,
+        *,
+        queue_tokens: int,
+        failed: Callable[[], None] = lambda: None,
     ) -> None:
         """Start.
 
@@ -155,9 +170,12 @@ class Batcher:
             metrics: where to count.
             queue_tokens: how many may wait; a request that would be more is refused, but for one
                 that finds the queue empty.
+            failed: called when a bug of ours ends the queue: it serves nothing any more.
         """
         self.reranker = reranker
         self.queued = 0
+        self._failed = failed
+        self._broken = False
         self._name = name
         self._metrics = metrics.of(name, reranker.target.name)
         self._limit = queue_tokens
@@ -169,7 +187,10 @@ class Batcher:
         self._recent = np.zeros(2)
         self._engine = ThreadPoolExecutor(IN_FLIGHT, f"qrank-engine-{name}")
         self._encoders = ThreadPoolExecutor(ENCODERS, f"qrank-encode-{name}")
+        self._quick_encoder = ThreadPoolExecutor(1, f"qrank-encode-short-{name}")
         self._feeders = [asyncio.create_task(self._feed()) for _ in range(IN_FLIGHT)]
+        for feeder in self._feeders:
+            feeder.add_done_callback(self._fed)
 
     async def close(self) -> None:
         """Stop; what still waits is cancelled."""
@@ -178,8 +199,8 @@ class Batcher:
         await asyncio.gather(*self._feeders, return_exceptions=True)
         for job in self._jobs:
             job.done.cancel()
-        self._engine.shutdown()
-        self._encoders.shutdown()
+        for threads in (self._engine, self._encoders, self._quick_encoder):
+            threads.shutdown()
 
     async def score(self, asked: Asked, timeout: float) -> Outcome:
         """Score a request's pairs, among those of others.
@@ -192,11 +213,12 @@ class Batcher:
 
         Raises:
             RefusedError: 413 for a pair that does not fit, 422 for what the model does not take,
-                429 where too much waits, 500 where the engine fails, 503 where the time is up.
+                429 where too much waits, 500 where the engine fails, 503 where the time is up or
+                the queue has ended.
         """
         arrived = time.perf_counter()
-        texts = {text for pair in asked.pairs for text in pair}
-        guess = sum(map(len, texts)) // CHARACTERS_A_TOKEN + len(asked.pairs)
+        self._check()
+        guess = self._guess(asked)
         if self.queued and self.queued + guess > self._limit:
             self._metrics.dropped["overflow"].inc()
             raise RefusedError(
@@ -210,11 +232,12 @@ class Batcher:
         self._metrics.queue_requests.inc()
         try:
             async with asyncio.timeout(timeout):
-                items = await self._encode(asked)
+                ends = None if asked.budget is None else arrived + asked.budget
+                items = await self._encode(asked, ends)
                 tokens = sum(map(reading, items, [None, *items]))
                 self._hold(tokens - held)
                 held = tokens
-                ends = None if asked.budget is None else arrived + asked.budget
+                self._check()
                 job = Job(items, arrived, ends, asyncio.get_running_loop().create_future())
                 self._jobs.append(job)
                 self._wake.set()
@@ -238,24 +261,57 @@ class Batcher:
         finally:
             self._hold(-held)
             self._metrics.queue_requests.dec()
-        return self._outcome(job)
+        return self._outcome(job, len(asked.pairs))
 
-    async def _encode(self, asked: Asked) -> list[Item]:
-        prepare = self.reranker.prepare
-        items = await asyncio.get_running_loop().run_in_executor(
-            self._encoders,
-            prepare,
+    def _guess(self, asked: Asked) -> int:
+        """Tokens of a request that is not encoded yet."""
+        most = math.inf if asked.long_documents == "chunk" else self.reranker.max_length
+        sizes = (len(query) + len(document) for query, document in asked.pairs)
+        return int(sum(min(size // CHARACTERS_A_TOKEN + 1, most) for size in sizes))
+
+    async def _encode(self, asked: Asked, ends: float | None) -> list[Item]:
+        """A request's items; a part of them where its budget is used before the others are made.
+
+        Long requests take turns, and short ones have a thread of their own.
+        """
+        steps = self.reranker.preparing(
             asked.pairs,
             asked.instruction,
             asked.long_documents,
             asked.document_tokens,
+            STEP_CHARACTERS,
         )
+        short = sum(map(len, {text for pair in asked.pairs for text in pair})) <= STEP_CHARACTERS
+        threads = self._quick_encoder if short else self._encoders
+        loop = asyncio.get_running_loop()
+        items: list[Item] = []
+        while some := await loop.run_in_executor(threads, next, steps, None):
+            items += some
+            if ends is not None and time.perf_counter() >= ends:
+                break
         long = next((item.owner for item in items if item.truncated), None)
         if asked.whole and long is not None:
             raise RefusedError(
                 413, f"text {long} does not fit the model with the query; ask for truncate"
             )
         return items
+
+    def _check(self) -> None:
+        if self._broken:
+            raise RefusedError(
+                503, f"the queue of {self._name} has failed, and the server ends; its log says why"
+            )
+
+    def _fed(self, feeder: asyncio.Task[None]) -> None:
+        """A feeder has ended, which it never does by itself: what waits would wait for ever."""
+        if feeder.cancelled() or self._broken:
+            return
+        self._broken = True
+        log.critical("%s: the queue failed", self._name, exc_info=feeder.exception())
+        for job in self._jobs:
+            if not job.done.done():
+                job.done.set_exception(QrankError("the server failed; its log says why"))
+        self._failed()
 
     async def _feed(self) -> None:
         """Hand slices to the engine, one after the other."""
@@ -328,7 +384,7 @@ class Batcher:
     def _fail(self, turn: Turn, error: Exception) -> None:
         job = turn.job
         job.flying -= 1
-        job.handed = len(job.items)
+        job.end = job.handed
         if not job.done.done():
             if not isinstance(error, QrankError):
                 log.error("%s: the backend failed", self._name, exc_info=error)
@@ -336,22 +392,23 @@ class Batcher:
             job.done.set_exception(error)
 
     def _settle(self, job: Job, now: float) -> None:
-        """Let a job go whose items are all scored, or whose budget is used."""
+        """Let a job go whose items are all scored, or those for which its budget was enough."""
         if job.ends is not None and now >= job.ends:
-            job.handed = len(job.items)
+            job.end = max(job.handed, job.first)
         if not job.waiting and not job.flying and not job.done.done():
             job.done.set_result(None)
 
-    def _outcome(self, job: Job) -> Outcome:
+    def _outcome(self, job: Job, pairs: int) -> Outcome:
         """By pair: of a document's parts the best, if all of them were scored."""
         owners = [item.owner for item in job.items]
-        whole = np.ones(owners[-1] + 1, np.bool_)
+        whole = np.arange(pairs) <= owners[-1]
         np.logical_and.at(whole, owners, job.scored)
-        logits = job.logits[best_items(owners, job.logits)]
-        logits[~whole] = logits[whole].min() if whole.any() else 0
-        # Of what was not scored at all there is no logit to activate.
-        scores = self.reranker.scores(logits) if whole.any() else np.zeros(len(logits))
-        cut = np.zeros(len(whole), np.bool_)
+        best = best_items(owners, job.logits)
+        logits = np.zeros(pairs, np.float32)
+        logits[: len(best)] = job.logits[best]
+        logits[~whole] = logits[whole].min()
+        scores = self.reranker.scores(logits)
+        cut = np.zeros(pairs, np.bool_)
         np.logical_or.at(cut, owners, [item.truncated for item in job.items])
         tokens = sum(
             item.tokens for item, scored in zip(job.items, job.scored, strict=True) if scored

@@ -18,6 +18,27 @@ class RefusedError(Exception):
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a request may be.
+
+    Attributes:
+        documents: of one request.
+        characters: of one text.
+        body: bytes.
+        body_seconds: for a body to come in.
+        queue_tokens: that may wait for a model.
+        seconds: for an answer, with the waiting.
+    """
+
+    documents: int = 2_000
+    characters: int = 1_000_000
+    body: int = 10_000_000
+    body_seconds: float = 10.0
+    queue_tokens: int = 500_000
+    seconds: float = 60.0
+
+
+@dataclass(frozen=True)
 class Asked:
     """What any request comes to.
 
@@ -27,7 +48,8 @@ class Asked:
         instruction: as for `Reranker.rank`.
         long_documents: as for `Reranker.rank`.
         document_tokens: most tokens that are read of a document; None: what fits.
-        budget: seconds after which what is not scored yet is left as it is; None: no end.
+        budget: seconds after which what is not scored yet is left as it is, but for the first
+            pair, which is always scored; None: no end.
         whole: refuse a pair that does not fit.
     """
 
@@ -46,10 +68,10 @@ class Outcome:
 
     Attributes:
         model: that scored them.
-        logits: floats; of pairs that were not scored the lowest of the others', or 0.
+        logits: floats; of pairs that were not scored the lowest of the others'.
         scores: after the family's activation, likewise.
         truncated: whether only a part was read.
-        scored: False where the time was up.
+        scored: False where the time was up; the first is True.
         tokens: that the model read.
         seconds: from the request's coming to its last score.
     """

@@ -13,10 +13,24 @@ Fields that qrank has no use for are ignored, as the peers do among each other.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import to_json
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticSerializationError, to_json
+
+from qrank.serve.validation import WANTED, tag
+
+_HALF = "it holds half of a surrogate pair, which is no unicode"
 
 
 def _sound(text: str) -> str:
@@ -24,13 +38,33 @@ def _sound(text: str) -> str:
     try:
         text.isascii() or text.encode()
     except UnicodeEncodeError:
-        raise ValueError("it holds half of a surrogate pair, which is no unicode") from None
+        raise ValueError(_HALF) from None
     return text
+
+
+def _one_or_list(value: object) -> str | None:
+    if isinstance(value, str):
+        return tag("string")
+    return tag("list") if isinstance(value, list) else None
+
+
+def _text_or_object(value: object) -> str | None:
+    if isinstance(value, str):
+        return tag("string")
+    return tag("object") if isinstance(value, Mapping | BaseModel) else None
 
 
 Text = Annotated[str, AfterValidator(_sound)]
 Texts = Annotated[list[Text], Field(min_length=1)]
 Count = Annotated[int, Field(ge=0)]
+OneOrMore = Annotated[
+    Annotated[Text, Tag(tag("string"))] | Annotated[Texts, Tag(tag("list"))],
+    Discriminator(
+        _one_or_list,
+        custom_error_type=WANTED,
+        custom_error_message="a string, or a list of strings",
+    ),
+]
 
 
 class Extended(BaseModel):
@@ -85,15 +119,29 @@ class Document(BaseModel):
     @model_validator(mode="after")
     def _returnable(self) -> Document:
         # In as many lists as an answer may be around it: there is a deepest that can be written.
-        to_json([[[[[[self.model_dump()]]]]]])
+        try:
+            to_json([[[[[[self.model_dump()]]]]]])
+        except PydanticSerializationError as error:
+            surrogate = "surrogates not allowed" in str(error)
+            raise ValueError(_HALF if surrogate else "it is nested too deeply") from None
         return self
+
+
+TextOrObject = Annotated[
+    Annotated[Text, Tag(tag("string"))] | Annotated[Document, Tag(tag("object"))],
+    Discriminator(
+        _text_or_object,
+        custom_error_type=WANTED,
+        custom_error_message='a string, or an object with "text"',
+    ),
+]
 
 
 class RerankRequest(Extended):
     """As Jina's, Cohere's, vLLM's, llama.cpp's and Ollama's."""
 
     query: Text
-    documents: list[Text | Document] = Field(min_length=1)
+    documents: list[TextOrObject] = Field(min_length=1)
     top_n: Count | None = Field(None, description="Return only so many; 0 and null: all.")
     return_documents: bool | None = Field(
         None, description="Default: true, but false at /v2/rerank, as Cohere has it."
@@ -191,8 +239,8 @@ class OllamaResponse(BaseModel):
 class ScoreRequest(Extended):
     """As vLLM's POST /score: one query for all documents, or one for each."""
 
-    text_1: Text | Texts = Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))
-    text_2: Text | Texts = Field(
+    text_1: OneOrMore = Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))
+    text_2: OneOrMore = Field(
         validation_alias=AliasChoices("text_2", "documents", "items", "data_2")
     )
     max_tokens_per_doc: Count | None = None

@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from qrank.errors import QrankError
 from qrank.serve.guard import Guard
 
 HEAD_SECONDS = 10.0
@@ -56,7 +57,8 @@ class Protocol(H11Protocol):
         # asyncio does so for sockets that name their protocol, which Python's own listening ones do
         # not. Without, an answer's body waits 40 ms for the client to acknowledge its head.
         connection = transport.get_extra_info("socket")
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if connection.family in (socket.AF_INET, socket.AF_INET6):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -89,12 +91,21 @@ class Server(uvicorn.Server):
 
         Args:
             config: uvicorn's.
-            guard: is told when draining begins.
+            guard: is told when draining begins, and tells when it has failed: then this ends.
             ready: called when requests are taken.
         """
         super().__init__(config)
         self._guard = guard
         self._ready = ready
+        guard.on_failure = self._end
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended because of a bug."""
+        return self._guard.failed
+
+    def _end(self) -> None:
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """See uvicorn."""
@@ -110,16 +121,6 @@ class Server(uvicorn.Server):
         if self.server_state.connections:
             await asyncio.sleep(GRACE_SECONDS)
         await super().shutdown(sockets)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes any that is free.
-
-    Raises:
-        OSError: the address is taken, or not this machine's.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048)
 
 
 def server(
@@ -145,7 +146,11 @@ def server(
     if cors:
         # Outside the guard: a browser asks first, and without the key.
         app = CORSMiddleware(
-            guard, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"]
+            guard,
+            allow_origins=list(cors),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["retry-after", "x-request-id", "x-qrank-model"],
         )
     config = uvicorn.Config(
         app,
@@ -163,8 +168,12 @@ def server(
     return Server(config, guard, ready)
 
 
-def run(server: Server, listening: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT, and then until everything accepted is answered."""
+def run(server: Server, sockets: list[socket.socket]) -> None:
+    """Serve until SIGTERM or SIGINT, and then until everything accepted is answered.
+
+    Raises:
+        QrankError: a bug of ours ended a queue; what could be answered was.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     for name, level in (("qrank.serve", logging.INFO), ("uvicorn", logging.WARNING)):
@@ -174,4 +183,6 @@ def run(server: Server, listening: socket.socket) -> None:
     # uvicorn raises the signal again once it is done: that is an end like any other.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    server.run(sockets=[listening])
+    server.run(sockets=sockets)
+    if server.failed:
+        raise QrankError("a queue of the server failed; the log above says why")

@@ -4,39 +4,80 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
 
 from qrank.reranker import Reranker
 from qrank.serve.batcher import Batcher
-from qrank.serve.guard import Limits
 from qrank.serve.metrics import Metrics
-from qrank.serve.request import Asked, Outcome, RefusedError
+from qrank.serve.request import Asked, Limits, Outcome, RefusedError
 
 
 class Service:
     """Models by name, each with a queue."""
 
-    def __init__(self, models: Mapping[str, Reranker], limits: Limits, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, Reranker],
+        limits: Limits,
+        metrics: Metrics,
+        *,
+        aliases: Mapping[str, str] | None = None,
+        instructions: Mapping[str, str] | None = None,
+        failed: Callable[[], None] = lambda: None,
+    ) -> None:
         """Take models.
 
         Args:
             models: the first is the default.
             limits: of requests.
             metrics: where to count.
+            aliases: other names -> names of models.
+            instructions: name of a model -> instruction of requests that bring none.
+            failed: called when a queue has ended by a bug.
         """
         self.models = dict(models)
         self.limits = limits
         self.metrics = metrics
         self.started = int(time.time())
+        self._names = {name: name for name in self.models} | dict(aliases or {})
+        self._instructions = dict(instructions or {})
+        self._failed = failed
         self._batchers: dict[str, Batcher] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Every name that a request may give."""
+        return list(self._names)
+
+    def named(self, name: str | None) -> str:
+        """The model that a request's `model` stands for.
+
+        Where one model is served, that is what every name stands for: clients of hosted services
+        name those services' models, or refuse to leave the name out.
+
+        Raises:
+            RefusedError: 404 where several are served and none has the name.
+        """
+        if name is None or (name not in self._names and len(self.models) == 1):
+            return next(iter(self.models))
+        if name not in self._names:
+            raise RefusedError(404, f"no such model here; there are: {', '.join(self._names)}")
+        return self._names[name]
 
     async def open(self) -> None:
         """Start the queues, on the loop that serves."""
         self._batchers = {
-            name: Batcher(name, model, self.metrics, queue_tokens=self.limits.queue_tokens)
+            name: Batcher(
+                name,
+                model,
+                self.metrics,
+                queue_tokens=self.limits.queue_tokens,
+                failed=self._failed,
+            )
             for name, model in self.models.items()
         }
 
@@ -54,10 +95,9 @@ class Service:
         """
         limits = self.limits
         said = request.state.said = {"pairs": len(asked.pairs)}
-        name = next(iter(self.models)) if asked.model is None else asked.model
-        if name not in self.models:
-            raise RefusedError(404, f"no such model here; there are: {', '.join(self.models)}")
-        said["model"] = name
+        name = said["model"] = self.named(asked.model)
+        if asked.instruction is None:
+            asked = replace(asked, instruction=self._instructions.get(name))
         if len(asked.pairs) > limits.documents:
             raise RefusedError(
                 413,

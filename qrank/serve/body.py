@@ -1,0 +1,147 @@
+"""Bodies of requests: bounded in size and time before anything reads them, and decompressed."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.datastructures import Headers
+from starlette.types import Receive
+
+from qrank.serve.request import Limits, RefusedError
+
+HELD_BODIES = 8
+"""Bodies of the largest size that may be held at a time; beyond, requests are refused."""
+
+ENCODINGS = "gzip, deflate"
+"""What a body may be compressed with, as the header Accept-Encoding has it."""
+
+_ENCODED_TWICE = 2
+"""Most encodings of a body, one after the other."""
+
+
+class Bodies:
+    """Reads bodies, and counts the bytes of those that are in use."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._held = 0
+
+    @asynccontextmanager
+    async def read(self, headers: Headers, receive: Receive) -> AsyncIterator[bytes]:
+        """A whole body as it was before it was compressed; counted until the block ends.
+
+        Raises:
+            RefusedError: 400 for what is not compressed as it says, 408 for what does not come in
+                time, 413 for what is too large, 415 for an unknown encoding, 429 where too many
+                large bodies are in use.
+        """
+        body = await self._received(headers, receive)
+        held = len(body)
+        try:
+            if encodings := ",".join(headers.getlist("content-encoding")):
+                body = inflated(body, encodings, self._limits.body)
+                self._hold(len(body) - held)
+                held = len(body)
+            yield body
+        finally:
+            self._held -= held
+
+    def _hold(self, size: int) -> None:
+        if self._held + size > self._limits.body * HELD_BODIES:
+            raise RefusedError(429, "too many large bodies at a time", retry_after=1)
+        self._held += size
+
+    async def _received(self, headers: Headers, receive: Receive) -> bytes:
+        """The body as it comes; what is returned counts as held.
+
+        What is too large is read to its end and let go, for the time a body has: a client that
+        still sends would not see the answer.
+        """
+        limit, size, held = self._limits.body, 0, 0
+        parts: list[bytes] = []
+        length = headers.get("content-length", "")
+        large = length.isdigit() and int(length) > limit
+        if large and headers.get("expect"):
+            raise _too_large(limit)  # it waits to be told
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise RefusedError(400, "the client hung up before its body was there")
+                    part = message.get("body", b"")
+                    size += len(part)
+                    if size > limit or large:
+                        parts.clear()
+                    else:
+                        self._hold(len(part))
+                        held += len(part)
+                        parts.append(part)
+                    if not message.get("more_body"):
+                        break
+            if size > limit:
+                raise _too_large(limit)
+        except BaseException as error:
+            self._held -= held
+            if isinstance(error, TimeoutError):
+                raise (
+                    _too_large(limit)
+                    if large or size > limit
+                    else RefusedError(
+                        408, f"the body did not come within {self._limits.body_seconds:g} s"
+                    )
+                ) from None
+            raise
+        return b"".join(parts)
+
+
+def inflated(body: bytes, encodings: str, limit: int) -> bytes:
+    """A body before it was compressed.
+
+    Args:
+        body: as it came.
+        encodings: the header Content-Encoding: names, in the order they were applied.
+        limit: bytes that it may have.
+
+    Raises:
+        RefusedError: 400 for what is not compressed so, 413 beyond the limit, 415 for an unknown
+            encoding.
+    """
+    names = [name for part in encodings.split(",") if (name := part.strip().lower())]
+    names = [name for name in names if name != "identity"]
+    if len(names) > _ENCODED_TWICE or set(names) - {"gzip", "x-gzip", "deflate"}:
+        raise RefusedError(
+            415, f"content-encoding is {encodings[:100]!r}; send {ENCODINGS} or no encoding"
+        )
+    for name in reversed(names):
+        try:
+            body = _inflated(body, name, limit)
+        except zlib.error:
+            raise RefusedError(400, f"the body is no {name}, which content-encoding says") from None
+    return body
+
+
+def _inflated(body: bytes, name: str, limit: int) -> bytes:
+    gzip, zlib_format, raw = 31, 15, -15
+    if name == "deflate":
+        # The standard means zlib's format; some clients send what is in it alone.
+        head = int.from_bytes(body[:2])
+        headed = head >> 8 & 15 == zlib.DEFLATED and head % 31 == 0
+        decompressor = zlib.decompressobj(zlib_format if headed else raw)
+    else:
+        decompressor = zlib.decompressobj(gzip)
+    found = decompressor.decompress(body, limit + 1)
+    if len(found) > limit:
+        raise _too_large(limit)
+    if not decompressor.eof or decompressor.unused_data:
+        raise zlib.error("it ends early, or goes on behind its end")
+    return found
+
+
+def _too_large(limit: int) -> RefusedError:
+    return RefusedError(
+        413, f"the body is larger than {limit:,} bytes (--max-body); send fewer documents at a time"
+    )

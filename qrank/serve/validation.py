@@ -1,0 +1,72 @@
+"""What is wrong with a request, in words: pydantic's errors name its own types and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+WANTED = "wanted"
+"""Type of an error whose message is what to give instead."""
+
+_SHOWN = 3
+"""Errors that are told of; the others are mostly more of the same."""
+
+_NAMES = {
+    "string_type": "a string",
+    "list_type": "a list",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "dict_type": "an object",
+    "model_attributes_type": "an object",
+}
+"""Type of an error -> what to give instead."""
+
+_KINDS = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def tag(name: str) -> str:
+    """The tag of a union's member; it is left out of the places that errors name."""
+    return f"<{name}>"
+
+
+def reasons(errors: Sequence[Any]) -> str:
+    """Errors as pydantic lists them, in words. What was sent is not repeated."""
+    return "; ".join(_reason(error) for error in errors[:_SHOWN])
+
+
+def _reason(error: dict[str, Any]) -> str:
+    place, kind = _place(error["loc"]), error["type"]
+    if kind == "missing":
+        return f"{place} is missing"
+    if kind == "too_short":
+        return f"{place} is empty; give at least {error['ctx']['min_length']} item"
+    wanted = error["msg"] if kind == WANTED else _NAMES.get(kind)
+    if wanted is not None:
+        return f"{place} is {_KINDS.get(type(error['input']), 'something else')}; give {wanted}"
+    if kind == "literal_error":
+        return f"{place}: give {error['ctx']['expected']}"
+    return f"{place}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _place(location: Sequence[int | str]) -> str:
+    """("body", "documents", 1, "<object>", "text") -> documents[1].text."""
+    place = ""
+    for step in location[1:]:
+        if isinstance(step, int):
+            place += f"[{step}]"
+        elif not step.startswith("<"):
+            place += f".{step}"
+    return place.removeprefix(".") or "the body"
