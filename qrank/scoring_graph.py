@@ -137,11 +137,12 @@ class DecoderScorer(torch.nn.Module):
             values = torch.where(seen, 0.0, lowest).to(prefix.dtype)
             return values[None, None].expand(batch, 1, length, before + length)
 
-        masks: torch.Tensor | dict[str, torch.Tensor] = mask(seen)
+        everything = mask(seen)
+        masks: torch.Tensor | dict[str, torch.Tensor] = everything
         if self._window is not None:
             # As transformers' `sliding_window_overlay`: a token and those before it.
             near = mask(seen & (others > places[:, None] - self._window))
-            kinds = {"full_attention": masks, "sliding_attention": near}
+            kinds = {"full_attention": everything, "sliding_attention": near}
             masks = near if self._kinds is None else kinds
         cache = _Cache(prefix, keep)
         hidden = self.model(
