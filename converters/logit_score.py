@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qrank.converters.configuration import explained, read_json
 from qrank.converters.read_tokenizer import control_tokens
-from qrank.converters.sentence_transformers import Metadata
+from qrank.converters.sentence_transformers import TRANSFORMER, Metadata
 from qrank.errors import FamilyError
 from qrank.family import Card
 
@@ -99,6 +99,12 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, metadata: Metadata, source: st
     """The chat template with slots for query and document."""
     if tokenizer.chat_template is None:
         raise FamilyError(f"{source} scores by LogitScore, and has no chat template to ask with")
+    if metadata.chat is None:
+        raise FamilyError(
+            f"{source}: {TRANSFORMER} has no message in modality_config: sentence-transformers "
+            "would ask this causal model without its chat template; say which family it is with "
+            "--family"
+        )
 
     def message(role: str, text: str) -> dict[str, Any]:
         parts = [{"type": "text", "text": text}]
@@ -107,7 +113,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, metadata: Metadata, source: st
     messages = [message("system", metadata.prompt)] if metadata.prompt else []
     messages += [message(role, f"{{{role}}}") for role in ("query", "document")]
     with explained(f"{source}: its chat template fails"):
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **(metadata.chat or {}))
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **metadata.chat)
     if not isinstance(text, str) or "{query}" not in text or "{document}" not in text:
         raise FamilyError(
             f'{source}: its chat template shows no messages of the roles "query" and "document"; '

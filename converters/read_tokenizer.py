@@ -33,7 +33,7 @@ _NAMED = ("bos", "cls", "eos", "mask", "pad", "sep", "unk")
 _KINDS: dict[str, tuple[type, ...]] = {
     "auto_map": (dict,),
     "chat_template": (str, list, dict, NoneType),
-    "do_lower_case": (bool,),
+    "do_lower_case": (bool, NoneType),
     "model_input_names": (list,),
     "model_max_length": (int, float, NoneType),
     "tokenizer_class": (str, NoneType),

@@ -104,12 +104,8 @@ def read_metadata(folder: Path, source: str) -> Metadata:
     task = reader.take("transformer_task", (str,), "a text")
     if task not in (None, expected):
         reader.refuse(f"has transformer_task = {task!r}; expected {expected!r} by {MODULES}")
+    _check_options(reader)
     chat, structured = _chat(reader)
-    if chat is None and logit_score is not None:
-        reader.refuse(
-            "has no modality_config for messages: sentence-transformers would ask this causal "
-            "model without its chat template; say which family it is with --family"
-        )
     return Metadata(
         activation=activation,
         prompt=prompt,
@@ -172,9 +168,12 @@ def _logit_score(reader: _Reader, modules: list[Any]) -> str | None:
     return str(places[1])
 
 
-def _chat(reader: _Reader) -> tuple[dict[str, Any] | None, bool]:
-    """Options of the chat template, and whether messages are lists of parts."""
-    reader.take("modality_config", (dict,), "an object")
+def _check_options(reader: _Reader) -> None:
+    """See that a Transformer's options change nothing that is not read.
+
+    Raises:
+        FamilyError: one does.
+    """
     for key in _OVERRIDES:
         given = dict(reader.take(key, (dict,), "an object") or {})
         given.pop("trust_remote_code", None)
@@ -200,10 +199,16 @@ def _chat(reader: _Reader) -> tuple[dict[str, Any] | None, bool]:
                 f"has processing_kwargs.{part}.{unknown[0]} = {given[unknown[0]]!r}, which qrank "
                 "does not know"
             )
+
+
+def _chat(reader: _Reader) -> tuple[dict[str, Any] | None, bool]:
+    """Options of the chat template, and whether messages are lists of parts."""
+    reader.take("modality_config", (dict,), "an object")
     message = reader.take("message", (dict,), "an object", inside="modality_config")
     if message is None:
         return None, False
-    chat = dict(options.get("chat_template") or {})
+    options = reader.take("chat_template", (dict,), "an object", inside="processing_kwargs")
+    chat = dict(options or {})
     for key in (*_HARMLESS, "max_length", "restore_suffix"):
         chat.pop(key, None)
     return chat, message.get("format") == "structured"
