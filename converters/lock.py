@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from qrank.errors import ConversionError
+
 LOCK = ".qrank-lock"
 
 _POLL = 0.2
@@ -41,6 +43,8 @@ def locked(target: Path) -> Iterator[None]:
 
 def _acquire(target: Path) -> tuple[IO[str], Path]:
     path, told = target / LOCK, False
+    if path.is_symlink():  # to a file of somebody's, which would be written to
+        raise ConversionError(f"{path} is a link: remove it")
     while True:
         target.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # its holder has just removed what it had made

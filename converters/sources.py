@@ -47,7 +47,20 @@ def read(
     offline: bool,
     calibration: Path | None,
 ) -> Model:
-    """Find what is to be converted, and what can convert it."""
+    """Find what is to be converted, and what can convert it.
+
+    Args:
+        source: what the user calls it.
+        asked: formats and precisions; None: all that can be had.
+        reference: as for `convert`, and so are the others.
+        family: a card's name or file.
+        revision: of the hub's repository.
+        offline: do not ask the hub.
+        calibration: a file of pairs.
+
+    Raises:
+        QrankError: nothing that is asked for can be made, or the source cannot be read.
+    """
     found = find(source, asked, revision=revision, offline=offline)
     if isinstance(found, ReadyMade):
         if calibration is not None:

@@ -228,6 +228,15 @@ def test_a_lock_that_nobody_holds_is_no_hindrance(without_fp32: Path, bert: str)
     assert not (without_fp32 / LOCK).exists()
 
 
+def test_a_lock_that_is_a_link_is_not_written_to(copy: Path, bert: str) -> None:
+    mine = copy.parent / "mine.txt"
+    mine.write_text("mine", "utf-8")
+    (copy / LOCK).symlink_to(mine)
+    with pytest.raises(ConversionError, match=r"\.qrank-lock is a link: remove it"):
+        convert(bert, FP32, copy, force=True)
+    assert mine.read_text("utf-8") == "mine"
+
+
 def test_moves_that_lead_out_of_the_bundle_are_not_undone(copy: Path, bert: str) -> None:
     """A bundle may come from anybody, and with it what a killed run seems to have left."""
     outside = copy.parent / "outside.txt"
