@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from qrank.safejson import parse_json
+
 log = logging.getLogger("qrank")
 
 
@@ -54,7 +56,7 @@ def recall(name: str) -> dict[str, Any]:
     if folder is None:
         return {}
     try:
-        content = json.loads((folder / f"{name}.json").read_text("utf-8"))
+        content = parse_json((folder / f"{name}.json").read_text("utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ from qrank.backends import module
 from qrank.collection import Collection, Run
 from qrank.items import LongDocuments
 from qrank.reranker import Reranker
+from qrank.safejson import parse_json
 from qrank.targets import Target
 from qrank.work import Logits
 
@@ -145,7 +146,7 @@ def _read(file: Path) -> dict[str, Logits]:
         return {}
     for line in filter(None, lines):
         try:
-            key, values = json.loads(line)
+            key, values = parse_json(line)
             known[key] = np.array(values, np.float32)
         except (ValueError, TypeError):
             log.info("ignoring a line of %s that was not written to its end", file)

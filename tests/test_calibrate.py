@@ -66,8 +66,8 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def calibrate(bundle: Path, data: Path, *more: str | Path) -> Result:
-    options = ("--backend", VARIANT, "--data", data, "--judged")
+def calibrate(bundle: Path, data: Path, *more: str | Path, backend: str = VARIANT) -> Result:
+    options = ("--backend", backend, "--data", data, "--judged")
     return CliRunner().invoke(main, ["calibrate", *map(str, (bundle, *options, *more))])
 
 
@@ -210,7 +210,7 @@ def test_a_bundle_that_gains_a_variant_keeps_its_calibration(
 
 def test_options_that_do_not_go_together(bundle: Path, data: Path) -> None:
     assert "--raw prints logits" in score(bundle, "--raw", "--scores", "calibrated").stderr
-    custom = calibrate(bundle, data, "--backend", "fakes:length")
+    custom = calibrate(bundle, data, backend="fakes:length")
     assert custom.exit_code == 2
     assert "belongs to a variant" in custom.stderr
 

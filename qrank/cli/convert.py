@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 
 from qrank.backends import FORMATS
-from qrank.cli.common import debug_option
+from qrank.cli.common import InputFile, debug_option
 from qrank.cli.models import fidelity_lines, standing
 
 
@@ -29,7 +29,7 @@ from qrank.cli.models import fidelity_lines, standing
 )
 @click.option(
     "--calibration",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=InputFile(),
     help='JSON lines with "query" and "document" to quantize by, beside qrank\'s own pairs.',
 )
 @click.option(

@@ -1,0 +1,26 @@
+"""What to say when something cannot be written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def cannot_write(error: OSError, path: Path, variable: str) -> OSError:
+    """The same error, with what could not be written, how much room is there, and what to do.
+
+    An error of writing, other than one of opening, names no file.
+
+    Args:
+        error: what was raised.
+        path: of the file or folder.
+        variable: of the environment, that names another folder.
+    """
+    import shutil  # slow to import, and not needed but here
+
+    try:
+        folder = next(place for place in (path, *path.parents) if place.is_dir())
+        free = f"; {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there"
+    except (OSError, StopIteration):
+        free = ""
+    advice = f"{error.strerror or error}{free}; {variable} names another folder"
+    return OSError(error.errno, advice, str(path))
