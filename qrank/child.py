@@ -8,12 +8,14 @@ import queue
 import signal
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import IO, Any
 
 from qrank.errors import TargetError
+from qrank.signals import held
 
 _GOODBYE = 5.0
 """Seconds a process may take to end when it is told to, or was killed."""
@@ -35,17 +37,19 @@ class Child:
         import subprocess  # here, not above: importing qrank needs it not
 
         path = os.pathsep.join(place for place in sys.path if place)
-        self._process = subprocess.Popen(
-            # -P: a file of the current folder never stands for a library's.
-            [sys.executable, "-P", "-m", module],
-            env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-        )
+        with held():  # Ctrl-C between the two would leave the process behind
+            self._process = subprocess.Popen(
+                # -P: a file of the current folder never stands for a library's.
+                [sys.executable, "-P", "-m", module],
+                env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+            )
+            weakref.finalize(self, _end, self._process)
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._said: deque[str] = deque(maxlen=3)
         assert self._process.stdout is not None
@@ -121,6 +125,13 @@ class Child:
         if code is not None and code < 0 and -code in {s.value for s in signal.Signals}:
             return f"its process crashed ({signal.Signals(-code).name}){said}"
         return f"its process ended (exit code {code}){said}"
+
+
+def _end(process: Any) -> None:
+    """Kill a process that nobody closed, if it still runs: this one may be about to end."""
+    if process.poll() is None:
+        process.kill()
+        process.wait(_GOODBYE)
 
 
 def _read(file: IO[str], keep: Callable[[str], None]) -> threading.Thread:

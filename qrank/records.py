@@ -244,8 +244,11 @@ class Judgement:
     relevance: int
 
 
-_NAMES = re.compile(r"(query|topic|q|t)[-_ ]?(id|no|num|number)?", re.IGNORECASE)
-"""The first of the names in a file's first line."""
+_NAMES = re.compile(
+    r"\W?(query|topic|q|t)[-_ ]?(id|no|num|number)?\s.*\s\W?(rel|score|label|grad|judg|rat)\S*",
+    re.IGNORECASE,
+)
+"""A line that names columns: the first is a query's, the last one of grades."""
 
 
 def judgements(file: TextFile) -> Iterator[Judgement]:
@@ -266,8 +269,7 @@ def judgements(file: TextFile) -> Iterator[Judgement]:
         fields = _between_tabs(line) if tabs else line.split()
         if first:
             first = False
-            names = _between_tabs(line) if "\t" in line else fields
-            if len(names) in (3, 4) and _NAMES.fullmatch(names[0]) and _grade(names[-1]) is None:
+            if _NAMES.fullmatch(line.strip()):
                 tabs = "\t" in line
                 continue
         relevance = _grade(fields[-1])

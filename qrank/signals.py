@@ -35,8 +35,7 @@ def signals() -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)  # told once is enough
         raise Ended(number)
 
-    known = [getattr(signal, name) for name in _ENDS if hasattr(signal, name)]
-    ours = [number for number in known if signal.getsignal(number) is signal.SIG_DFL]
+    ours = [number for number in _known() if signal.getsignal(number) is signal.SIG_DFL]
     if threading.current_thread() is not threading.main_thread():
         ours = []  # elsewhere Python knows no signals
     for number in ours:
@@ -46,6 +45,32 @@ def signals() -> Iterator[None]:
     finally:
         for number in ours:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Let signals that end a command wait: for what must not be left between two steps."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # they are handled in the main thread alone
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: came.append(number))
+        for number in _known()
+        if signal.getsignal(number) not in (signal.SIG_IGN, None)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
+def _known() -> list[int]:
+    """Those of the signals that this system has."""
+    return [getattr(signal, name) for name in _ENDS if hasattr(signal, name)]
 
 
 def die_of(end: Ended) -> None:

@@ -58,7 +58,7 @@ def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
     marks = _marks()
     unspaced = f"{_UNSPACED}\uac00-\ud7a3"
     return (
-        re.compile(rf"[\w{marks}]+"),
+        re.compile(rf"\w[\w{marks}]*"),
         re.compile(f"([{unspaced}][{unspaced}{marks}]*)|([^{unspaced}]+)"),
     )
 
