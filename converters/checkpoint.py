@@ -20,7 +20,6 @@ from qrank.extras import need
 from qrank.family import POOLINGS, ROLES, Card, Family, find_card
 from qrank.hub import download, is_hub_id
 from qrank.memory import Dimensions
-from qrank.safejson import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -301,7 +300,7 @@ def read_config(folder: Path, source: str | None = None) -> dict[str, Any]:
     """
     source = source or str(folder)
     try:
-        config = parse_json((folder / "config.json").read_text("utf-8"))
+        config = json.loads((folder / "config.json").read_text("utf-8"))
     except FileNotFoundError:
         raise ModelNotFoundError(f"{source} is no checkpoint: it holds no config.json") from None
     except ValueError as error:

@@ -7,6 +7,7 @@ Source: cross_encoder/modules/logit_score.py and base/modules/transformer.py of 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from qrank.errors import FamilyError
 from qrank.family import Card
-from qrank.safejson import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,6 +105,6 @@ def _json(path: Path, otherwise: Any) -> Any:
     if not path.is_file():
         return otherwise
     try:
-        return parse_json(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise FamilyError(f"{path} is not valid JSON: {error}") from error

@@ -12,7 +12,8 @@ def main() -> None:
         from qrank.cli import main as command  # most of the time that it takes to start
     except KeyboardInterrupt:
         end = Ended(signal.SIGINT)
-        sys.stderr.write(f"qrank: {end.message}\n")
+        if sys.stderr is not None:
+            sys.stderr.write(f"qrank: {end.message}\n")
         die_of(end)
         raise end from None
     command()

@@ -25,7 +25,6 @@ from qrank.errors import BundleError
 from qrank.family import Family
 from qrank.fidelity import Fidelity
 from qrank.memory import Dimensions
-from qrank.safejson import parse_json
 from qrank.work import Logits, Work
 
 MANIFEST = "qrank.json"
@@ -161,7 +160,7 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            content = parse_json(path.read_text("utf-8"))
+            content = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
             raise BundleError(f"{folder} is no bundle: it holds no {MANIFEST}") from None
         except (OSError, ValueError) as error:

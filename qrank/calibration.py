@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from qrank import paths
 from qrank.activation import Scores, activate
 from qrank.bundle import Manifest, Variant
-from qrank.disk import cannot_write
 from qrank.errors import InputError
 from qrank.extras import need
 from qrank.safejson import parse_json
 from qrank.work import Logits
+from qrank.writing import cannot_write
 
 Labels = NDArray[np.bool_]
 """Whether a pair is relevant, shape [n]."""
@@ -129,7 +129,7 @@ def check_folder() -> None:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        raise cannot_write(error, folder, "QRANK_DATA") from error
+        raise cannot_write(error, folder, "QRANK_DATA names another folder") from error
 
 
 def save(manifest: Manifest, variant: Variant, calibration: Calibration) -> Path:
@@ -147,7 +147,7 @@ def save(manifest: Manifest, variant: Variant, calibration: Calibration) -> Path
         path.parent.mkdir(parents=True, exist_ok=True)
         paths.write_atomically(path, json.dumps({"method": method, **asdict(calibration)}) + "\n")
     except OSError as error:
-        raise cannot_write(error, path, "QRANK_DATA") from error
+        raise cannot_write(error, path, "QRANK_DATA names another folder") from error
     return path
 
 

@@ -49,7 +49,7 @@ class Child:
                 encoding="utf-8",
                 errors="replace",
             )
-            weakref.finalize(self, _end, self._process)
+            weakref.finalize(self, _end, self._process, os.getpid())
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._said: deque[str] = deque(maxlen=3)
         assert self._process.stdout is not None
@@ -127,9 +127,9 @@ class Child:
         return f"its process ended (exit code {code}){said}"
 
 
-def _end(process: Any) -> None:
+def _end(process: Any, parent: int) -> None:
     """Kill a process that nobody closed, if it still runs: this one may be about to end."""
-    if process.poll() is None:
+    if os.getpid() == parent and process.poll() is None:  # and not a fork of this one
         process.kill()
         process.wait(_GOODBYE)
 

@@ -93,33 +93,33 @@ class Collection:
 
     def __init__(self, files: Files) -> None:
         lies = files.documents
-        self.name = "standard input" if lies == STANDARD_INPUT else lies.absolute().parent.name
+        self.name = lies.absolute().parent.name if lies.is_file() else "a pipe"
         with ExitStack() as opened:
-            self.documents = opened.enter_context(closing(Texts(files.documents, "document")))
+            self.documents = opened.enter_context(closing(Texts(lies, "document")))
             with closing(Texts(files.queries, "query")) as asked, TextFile(files.qrels) as file:
                 qrels = _judgements(file)
                 self.queries = {query: asked[query] for query in asked if query in qrels}
                 self.qrels = {query: qrels[query] for query in self.queries}
-                _tell(
-                    f"{len(qrels) - len(self.queries)} of {len(qrels)} judged queries of "
-                    f"{file.name} are not in {asked.name} and left out",
-                    len(qrels) - len(self.queries),
-                    len(qrels),
-                )
-                _tell(
-                    f"{len(asked) - len(self.queries)} of {len(asked)} queries of {asked.name} are "
-                    "not judged and left out",
-                    len(asked) - len(self.queries),
-                )
-                judged = {document for found in self.qrels.values() for document in found}
-                lacking = sum(document not in self.documents for document in judged)
-                _tell(
-                    f"{lacking} of {len(judged)} judged documents of {file.name} are not in "
-                    f"{self.documents.name}; they count as not found",
-                    lacking,
-                    len(judged),
-                )
+                self._tell_what_lacks(asked, file.name, len(qrels))
             self._opened = opened.pop_all()
+
+    def _tell_what_lacks(self, asked: Texts, qrels: str, judged: int) -> None:
+        """Warn of what one of the files names and another has not.
+
+        Args:
+            asked: all queries.
+            qrels: what the judgements' file is called.
+            judged: queries it names.
+        """
+        known = len(self.queries)
+        _tell(
+            f"judged in {qrels}, not in {asked.name}, left out", judged - known, judged, "queries"
+        )
+        _tell(f"in {asked.name}, not judged, left out", len(asked) - known, len(asked), "queries")
+        named = {document for found in self.qrels.values() for document in found}
+        lacking = sum(document not in self.documents for document in named)
+        what = f"judged in {qrels}, not in {self.documents.name}, counted as not found"
+        _tell(what, lacking, len(named), "documents")
 
     @classmethod
     def read(cls, folder: Path) -> Collection:
@@ -206,7 +206,8 @@ class Collection:
                 raise InputError(
                     f"{file.name} names no query that is judged; is it of this collection?"
                 )
-            _tell(f"{len(others)} queries of {file.name} are not judged and left out", len(others))
+            what = f"in {file.name}, not judged, left out"
+            _tell(what, len(others), len(others) + len(found), "queries")
         queries = [query for query in self.queries if query in found][:limit]
         ranked = {
             query: dict(sorted(found[query].items(), key=lambda item: -item[1]))
@@ -237,8 +238,13 @@ class Collection:
 
 def _without(run: Run, itself: Set[str], depth: int) -> Run:
     """The best candidates of every query but itself."""
-    left_out = sum(query in found for query, found in run.items() if query in itself)
-    _tell(f"{left_out} candidates are the query itself (same id and text) and left out", left_out)
+    found_itself = sum(query in found for query, found in run.items() if query in itself)
+    if found_itself:
+        log.warning(
+            "among its own candidates (same id and text), left out there: %d of %d queries",
+            found_itself,
+            len(run),
+        )
     kept: Run = {}
     for query, found in run.items():
         names = [name for name in found if not (name == query and query in itself)]
@@ -251,16 +257,16 @@ def _holds(document: str, query: str) -> bool:
     return f" {' '.join(document.split())}".endswith(f" {' '.join(query.split())}")
 
 
-def _tell(message: str, count: int, of: int | None = None) -> None:
-    """A warning if something was left out.
+def _tell(what: str, count: int, of: int, kind: str) -> None:
+    """A warning if there is something to tell of.
 
     Raises:
-        InputError: it is all there was.
+        InputError: it is so of all.
     """
-    if count and count == of:
-        raise InputError(f"{message}: these files do not belong together")
+    if count == of:
+        raise InputError(f"{what}: all {of} {kind}; these files do not belong together")
     if count:
-        log.warning("%s", message)
+        log.warning("%s: %d of %d %s", what, count, of, kind)
 
 
 def _judgements(file: TextFile) -> dict[str, dict[str, int]]:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qrank.disk import cannot_write
 from qrank.errors import InputError
 from qrank.safejson import parse_object
 from qrank.textfiles import TextFile
+from qrank.writing import cannot_write
 
 IDS = {
     # MS MARCO's passages have "docid" beside it: their document's.
@@ -120,7 +120,8 @@ class Places:
             import tempfile  # slow to import, and not needed but here
 
             full = OSError(errno.ENOSPC, f"an index of ids cannot be kept: {error}")
-            raise cannot_write(full, Path(tempfile.gettempdir()), "SQLITE_TMPDIR") from error
+            folder = Path(tempfile.gettempdir())
+            raise cannot_write(full, folder, "SQLITE_TMPDIR names another folder") from error
         return True
 
     def get(self, identity: str) -> int | None:

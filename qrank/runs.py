@@ -73,9 +73,13 @@ class RunReranker:
         """
         for query, lines in groupby(run_lines(self._run), key=lambda line: line.query):
             identities = [line.document for line in lines]
-            texts = [self._documents[identity] for identity in identities]
+            try:
+                asked = self._queries[query]
+                texts = [self._documents[identity] for identity in identities]
+            except KeyError:
+                raise InputError(f"{self._run.name} was changed while it was read") from None
             ranking = reranker.rank(
-                self._queries[query],
+                asked,
                 texts,
                 top_k=top_k,
                 instruction=instruction,

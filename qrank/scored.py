@@ -19,6 +19,7 @@ from qrank.reranker import Reranker
 from qrank.safejson import parse_json
 from qrank.targets import Target
 from qrank.work import Logits
+from qrank.writing import cannot_write
 
 log = logging.getLogger("qrank")
 
@@ -108,8 +109,9 @@ def score(
                 instruction=setting.instruction,
                 long_documents=setting.long_documents,
             )
-            if file is not None:
-                _append(file, key, known[key])
+            if file is not None and (error := _append(file, key, known[key])):
+                log.warning("what is scored is not kept, and a stopped run begins anew: %s", error)
+                file = None
         logits[query] = known[key]
         progress(reranker.target.name, len(logits), len(candidates))
     return Scored(reranker.target, logits, before)
@@ -144,6 +146,9 @@ def _read(file: Path) -> dict[str, Logits]:
         lines = file.read_text("utf-8").splitlines()
     except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        log.warning("what was scored before cannot be read: %s", error)
+        return {}
     for line in filter(None, lines):
         try:
             key, values = parse_json(line)
@@ -153,11 +158,13 @@ def _read(file: Path) -> dict[str, Logits]:
     return known
 
 
-def _append(file: Path, key: str, logits: Logits) -> None:
+def _append(file: Path, key: str, logits: Logits) -> OSError | None:
+    """Keep logits; what hindered it."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         # A line end first: the last line may have been cut off.
         with file.open("a", encoding="utf-8") as out:
             out.write("\n" + json.dumps([key, logits.tolist()]))
     except OSError as error:
-        log.info("not kept: %s", error)
+        return cannot_write(error, file, "QRANK_CACHE names another folder")
+    return None

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from qrank.disk import cannot_write
 from qrank.errors import InputError
+from qrank.writing import cannot_write
 
 STANDARD_INPUT = Path("-")
 """What stands for standard input where a file is named."""
@@ -208,7 +208,8 @@ class TextFile:
             try:
                 copy.write(block)
             except OSError as error:
-                raise cannot_write(error, Path(tempfile.gettempdir()), "TMPDIR") from error
+                folder = Path(tempfile.gettempdir())
+                raise cannot_write(error, folder, "TMPDIR names another folder") from error
         copy.seek(0)
         return copy
 

@@ -208,6 +208,21 @@ def test_a_bundle_that_gains_a_variant_keeps_its_calibration(
     assert score(copy, "--scores", "calibrated").exit_code == 0
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_scored(
+    bundle: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(*arguments: object, **options: object) -> None:
+        raise AssertionError("scored before what hinders was told")
+
+    monkeypatch.setattr(Reranker, "score", score)
+    monkeypatch.setenv("QRANK_DATA", "/dev/null/data")
+    result = calibrate(bundle, data)
+    assert (result.exit_code, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("qrank: error: /dev/null/data/calibrations: ")
+    assert line.endswith("QRANK_DATA names another folder")
+
+
 def test_options_that_do_not_go_together(bundle: Path, data: Path) -> None:
     assert "--raw prints logits" in score(bundle, "--raw", "--scores", "calibrated").stderr
     custom = calibrate(bundle, data, backend="fakes:length")

@@ -109,6 +109,9 @@ def test_queries_without_candidates_are_told(bundle: Path, tmp_path: Path) -> No
     assert "BM25 finds no candidate for 1 of 2 queries; they count as 0" in result.stderr
 
 
+NAMES = ("queries.jsonl", "documents.jsonl", "qrels.trec")
+
+
 def told(caplog: pytest.LogCaptureFixture) -> str:
     return "\n".join(record.getMessage() for record in caplog.records)
 
@@ -121,9 +124,12 @@ def test_judgements_of_what_is_not_there_are_counted_and_told(
     lines = [*Data().qrels, "q0 0 lost 2", "q1 0 lost 1", "q9 0 d1 1", "q8 0 d1 1"]
     (data / "qrels.trec").write_text("\n".join(lines), "utf-8")
     with opened(data) as collection:
-        assert "2 of 6 judged queries of" in told(caplog)
-        assert "1 of 6 judged documents of" in told(caplog)
-        assert "1 of 5 queries of" in told(caplog)
+        queries, documents, qrels = (data / f"{name}" for name in NAMES)
+        assert told(caplog).splitlines() == [
+            f"judged in {qrels}, not in {queries}, left out: 2 of 6 queries",
+            f"in {queries}, not judged, left out: 1 of 5 queries",
+            f"judged in {qrels}, not in {documents}, counted as not found: 1 of 6 documents",
+        ]
         assert list(collection.judged()["q0"]) == ["d0", "d4"]
         found = collection.bm25()
         ours = measure(collection.qrels, {query: list(names) for query, names in found.items()})
@@ -138,8 +144,8 @@ def test_judgements_of_what_is_not_there_are_counted_and_told(
 @pytest.mark.parametrize(
     ("qrels", "message"),
     [
-        (["x 0 d0 1", "y 0 d1 1"], r"2 of 2 judged queries of .* do not belong together"),
-        (["q0 0 x 1", "q1 0 y 1"], r"2 of 2 judged documents of .* do not belong together"),
+        (["x 0 d0 1", "y 0 d1 1"], r"all 2 queries; these files do not belong together"),
+        (["q0 0 x 1", "q1 0 y 1"], r"all 2 documents; these files do not belong together"),
     ],
 )
 def test_files_that_do_not_belong_together_are_refused(
@@ -250,7 +256,7 @@ def test_a_query_that_is_a_document_is_no_candidate_for_itself(
     with opened(folder) as collection:
         assert list(collection.bm25(depth=1)["1"]) == ["2"]
         assert list(collection.run(folder / "run", depth=1)["1"]) == ["2"]
-    assert told(caplog).count("1 candidates are the query itself (same id and text)") == 2
+    assert told(caplog).count("(same id and text), left out there: 1 of 1 queries") == 2
 
 
 def test_the_same_number_alone_makes_no_query_a_document(
@@ -271,7 +277,7 @@ def test_lines_of_a_run_that_are_not_judged_are_told(
     (data / "run").write_text("q0 Q0 d1 1 1 x\nunjudged Q0 d1 1 1 x\nq9 Q0 d1 1 1 x\n", "utf-8")
     with opened(data) as collection, caplog.at_level(logging.WARNING):
         collection.run(data / "run")
-    assert "2 queries of " in told(caplog)
+    assert f"in {data / 'run'}, not judged, left out: 2 of 3 queries" in told(caplog)
 
 
 # What tools write -> what is read of it.

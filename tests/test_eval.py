@@ -279,6 +279,35 @@ def test_ctrl_c_says_how_to_go_on(
     assert "\nqrank: interrupted: what was scored is kept, and the same command" in result.stderr
 
 
+def test_scores_that_cannot_be_kept_are_told_once(
+    data: Path, bundle: Path, own_cache: Path
+) -> None:
+    """A file in the folder's place stands for a disk that is full."""
+    own_cache.mkdir()
+    (own_cache / "scored").write_text("", "utf-8")
+    result = run(bundle, "--data", data, "--backend", "onnx-fp32")
+    assert result.exit_code == 0, result.stderr
+    assert "nDCG@10" in result.stdout
+    assert result.stderr.count("is not kept, and a stopped run begins anew: ") == 1
+    assert "QRANK_CACHE names another folder" in result.stderr
+
+
+def test_a_plot_that_cannot_be_written_costs_no_figure(
+    data: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    result = run(bundle, "--data", data, "--backend", "fakes:length", "--plot", data / "p.png")
+    assert result.exit_code == 1
+    assert "fakes:length" in result.stdout
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(f"qrank: error: {data / 'p.png'}: No space left on device; ")
+    assert line.endswith("MB are free there; --plot names another place")
+    assert not list(data.glob("*p.png*"))
+
+
 @pytest.fixture
 def without_fp32(bundle: Path, tmp_path: Path) -> Path:
     """A copy of the bundle that has onnx-int8 and onnx-fp16 only."""

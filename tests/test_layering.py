@@ -13,7 +13,6 @@ FLOORS = [
     {
         "errors",
         "child",
-        "disk",
         "extras",
         "machine",
         "work",
@@ -22,7 +21,7 @@ FLOORS = [
         "fidelity",
         "bundle",
     }
-    | {"memory", "safejson", "signals", "textfiles", "words"},
+    | {"memory", "safejson", "signals", "textfiles", "words", "writing"},
     {"hub", "locate", "encoding", "batching", "budget", "activation", "items", "scoring_graph"}
     | {"calibration", "collection", "losses", "measures", "records"},
     {

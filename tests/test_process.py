@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,7 @@ def waiting(*command: str | Path) -> tuple[subprocess.Popen[str], list[int]]:
     places = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     children: list[int] = []
     while process.poll() is None and not children:
+        time.sleep(0.005)
         children = [int(number) for number in places.read_text("ascii").split()]
     return process, children
 

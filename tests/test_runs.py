@@ -125,6 +125,15 @@ def test_a_bad_text_is_refused_with_the_line(
         RunReranker(*files)
 
 
+def test_a_run_that_is_changed_meanwhile_is_an_error(write: Write, longest_first: Reranker) -> None:
+    files = write(RUN, QUERIES, DOCUMENTS)
+    run = RunReranker(*files)
+    files[0].write_text(files[0].read_text("utf-8").replace("d3", "d9"), "utf-8")
+    with pytest.raises(InputError, match="was changed while it was read"):
+        list(run.rerank(longest_first))
+    run.close()
+
+
 def test_bytes_that_are_no_text_are_refused_with_the_line(write: Write) -> None:
     files = write(RUN, QUERIES, DOCUMENTS)
     files[0].write_bytes(b"q1 Q0 d1 1 9 x\nq\xff1 Q0 d1 1 9 x\n")

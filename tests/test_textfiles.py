@@ -7,6 +7,7 @@ import json
 import logging
 import lzma
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrank import textfiles
-from qrank.errors import InputError
+from qrank.errors import FamilyError, InputError
 from qrank.textfiles import TextFile, read_lines, read_text
 
 WRAPS: dict[str, Callable[[bytes], bytes]] = {
@@ -126,10 +127,7 @@ def test_bytes_that_are_no_text_are_counted_and_told_once(
     with caplog.at_level(logging.WARNING), TextFile(written(tmp_path / "f", data)) as file:
         assert [line for _, line in file] == [line for _, line in file] == lines
     (record,) = caplog.records
-    assert str(tmp_path / "f") in record.getMessage()
-    import re
-
-    assert re.search(told, record.getMessage())
+    assert re.search(rf"{tmp_path / 'f'}: {told}", record.getMessage())
 
 
 def zstd(data: bytes) -> bytes:
@@ -276,6 +274,23 @@ def test_a_file_may_be_called_a_dash(
     monkeypatch.chdir(tmp_path)
     Path("./-").write_bytes(b"a a a\n")
     assert score(bundle, "./-", stdin="a\n").stdout.endswith("\ta a a\n")
+
+
+def test_small_files_are_read_by_the_same_reader(tmp_path: Path) -> None:
+    """A card of the user's own, and a server's keys."""
+    from qrank.family import find_card
+    from qrank.serve.guard import read_keys
+
+    keys = written(tmp_path / "keys", "one\r\n\r\n two \r\n".encode("utf-16"))
+    assert read_keys(keys) == (b"one", b"two")
+    keys.write_bytes(b"\xef\xbb\xbfone\n")
+    assert read_keys(keys) == (b"one",)
+    card = (Path(__file__).parent / "llama.toml").read_bytes()
+    path = written(tmp_path / "llama.toml", b"\xef\xbb\xbf" + card.replace(b"\n", b"\r\n"))
+    assert find_card(str(path), {}).name == "llama"
+    path.write_text("name = " + "[" * 99_999, "utf-8")
+    with pytest.raises(FamilyError, match="is not valid TOML"):
+        find_card(str(path), {})
 
 
 def test_the_place_for_copies_is_named_when_it_is_full(

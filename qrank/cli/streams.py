@@ -93,10 +93,10 @@ def standard_streams() -> Iterator[None]:
     try:
         yield
     finally:
+        sys.stdout, sys.stderr = given
         for stream in replaced:
             with contextlib.suppress(OSError):
                 stream.detach()
-        sys.stdout, sys.stderr = given
 
 
 def _take_descriptors() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def cannot_write(error: OSError, path: Path, variable: str) -> OSError:
+def cannot_write(error: OSError, path: Path, advice: str) -> OSError:
     """The same error, with what could not be written, how much room is there, and what to do.
 
     An error of writing, other than one of opening, names no file.
@@ -13,7 +13,7 @@ def cannot_write(error: OSError, path: Path, variable: str) -> OSError:
     Args:
         error: what was raised.
         path: of the file or folder.
-        variable: of the environment, that names another folder.
+        advice: what to do.
     """
     import shutil  # slow to import, and not needed but here
 
@@ -22,5 +22,4 @@ def cannot_write(error: OSError, path: Path, variable: str) -> OSError:
         free = f"; {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there"
     except (OSError, StopIteration):
         free = ""
-    advice = f"{error.strerror or error}{free}; {variable} names another folder"
-    return OSError(error.errno, advice, str(path))
+    return OSError(error.errno, f"{error.strerror or error}{free}; {advice}", str(path))
