@@ -16,7 +16,7 @@ from commands import qrank_, score, shell
 
 from qrank import Reranker, errors
 from qrank.cli import main
-from qrank.cli.common import FiniteFloat, InputFile
+from qrank.cli.common import FiniteFloat, FiniteRange, InputFile
 
 SIGNALS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "the terminal was closed"}
 
@@ -78,7 +78,7 @@ def test_a_number_is_finite(command: str, option: click.Option, value: str) -> N
     result = qrank_(command, f"{option.opts[0]}={value}")
     assert result.exit_code == 2
     assert f"Invalid value for '{option.opts[0]}" in result.stderr
-    assert isinstance(option.type, FiniteFloat)
+    assert isinstance(option.type, FiniteFloat | FiniteRange)
 
 
 def test_whatever_is_read_as_text_is_read_by_the_same_reader() -> None:

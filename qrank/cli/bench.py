@@ -13,7 +13,7 @@ from rich.console import Console
 from qrank.bench import COUNTS, Row, chosen
 from qrank.bench import bench as run
 from qrank.bundle import Manifest
-from qrank.cli.common import FiniteFloat, InputFile, debug_option, policy_options
+from qrank.cli.common import FiniteRange, InputFile, debug_option, policy_options
 from qrank.locate import locate
 from qrank.machine import cpu_name, processors
 from qrank.plots import check_plot, plot_bench
@@ -33,7 +33,7 @@ from qrank.textfiles import read_lines
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option(
     "--seconds",
-    type=FiniteFloat(min=0),
+    type=FiniteRange(min=0),
     default=30,
     show_default=True,
     help="For each of the three sizes, after which no further round begins; 5 there are.",

@@ -134,17 +134,31 @@ class InputFile(click.Path):
         return path
 
 
-class FiniteFloat(click.FloatRange):
-    """A number, and neither "nan" nor "inf", which every comparison lets pass."""
-
-    name = "float"
+class FiniteFloat(click.types.FloatParamType):
+    """A number, and neither "nan" nor "inf", which comparisons let pass."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """See click."""
-        found = super().convert(value, param, ctx)
-        if not math.isfinite(found):
-            self.fail(f"{value!r} is no finite number", param, ctx)
-        return found
+        return _finite(super().convert(value, param, ctx), self, param, ctx)
+
+
+class FiniteRange(click.FloatRange):
+    """Such a number between bounds."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See click."""
+        return _finite(super().convert(value, param, ctx), self, param, ctx)
+
+
+def _finite(
+    number: float,
+    kind: click.types.FloatParamType,
+    param: click.Parameter | None,
+    ctx: click.Context | None,
+) -> float:
+    if not math.isfinite(number):
+        kind.fail(f"{number} is no finite number", param, ctx)
+    return number
 
 
 def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -167,7 +181,7 @@ def policy_options(command: Command) -> Command:
     """`--policy` and `--min-kendall`: which of measured targets is taken."""
     command = click.option(
         "--min-kendall",
-        type=FiniteFloat(-1, 1),
+        type=FiniteRange(-1, 1),
         help="Least Kendall tau against the original that a target may have (qrank inspect).",
     )(command)
     return click.option(

@@ -12,6 +12,7 @@ import click
 
 from qrank.cli.common import (
     FiniteFloat,
+    FiniteRange,
     InputFile,
     debug_option,
     memory_option,
@@ -83,7 +84,7 @@ from qrank.textfiles import STANDARD_INPUT, TextFile
 )
 @click.option(
     "--budget-ms",
-    type=FiniteFloat(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Milliseconds for a query: as many of the first documents as fit are scored, and the "
     "others follow in their order.",
 )

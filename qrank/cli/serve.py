@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from qrank.cli.common import FiniteFloat, debug_option, memory_option, notice
+from qrank.cli.common import FiniteRange, debug_option, memory_option, notice
 from qrank.extras import need
 from qrank.locate import DEFAULT
 from qrank.reranker import Reranker
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _COUNT = click.IntRange(min=1)
-_SECONDS = FiniteFloat(min=0, min_open=True)
+_SECONDS = FiniteRange(min=0, min_open=True)
 
 
 @click.command()

@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from qrank.bundle import Manifest
-from qrank.cli.common import FiniteFloat, debug_option, megabytes, wish_options
+from qrank.cli.common import FiniteRange, debug_option, megabytes, wish_options
 from qrank.locate import locate
 from qrank.selection import PROFILES, Measurement, Policy, Profile, Wish, doubtful, order
 
@@ -22,7 +22,7 @@ from qrank.selection import PROFILES, Measurement, Policy, Profile, Wish, doubtf
 @wish_options
 @click.option(
     "--limit",
-    type=FiniteFloat(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Seconds a backend may take to open or to answer.  [default: 60, 1 more per 10 MB]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
