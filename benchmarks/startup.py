@@ -47,7 +47,7 @@ def main() -> None:
             {
                 "nothing": lambda: _run([sys.executable, "-c", ""], warm),
                 "numpy": lambda: _run([sys.executable, "-c", "import numpy"], warm),
-                "qrank": lambda: _run([sys.executable, "-c", "import qrank"], warm),
+                "qrank": lambda: _run([sys.executable, "-c", "from qrank import Reranker"], warm),
                 "later": lambda: _run(command, warm),
                 "first": first,
             },

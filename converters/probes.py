@@ -8,6 +8,8 @@ from importlib import resources
 from pathlib import Path
 
 from qrank.errors import InputError
+from qrank.safejson import parse_object
+from qrank.textfiles import TextFile
 
 _LONGEST = 900
 """Characters of a long probe times a growing factor: with the models' limits, 3 to 512 tokens."""
@@ -69,19 +71,15 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
         InputError: a line is something else, or there is none.
     """
     pairs = []
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                pair = (record["query"], record["document"])
-            except (ValueError, KeyError, TypeError, RecursionError):
-                pair = (None, None)
-            if not all(isinstance(text, str) for text in pair):
-                raise InputError(
-                    f'{path}, line {number}: expected a JSON object with "query" and "document" '
-                    f"strings, found {line.strip()[:60]!r}"
-                )
-            pairs.append(pair)
+    with TextFile(path) as file:
+        for number, line in file:
+            where = f"{file.name}, line {number}"
+            expected = 'a JSON object with "query" and "document" strings'
+            record = parse_object(line, where, expected)
+            query, document = record.get("query"), record.get("document")
+            if not isinstance(query, str) or not isinstance(document, str):
+                raise InputError(f"{where}: expected {expected}, found {line.strip()[:60]!r}")
+            pairs.append((query, document))
     if not pairs:
         raise InputError(f"{path} holds no pairs")
     return pairs

@@ -4,9 +4,28 @@
 >>> Reranker("mini").rank("capital of France?", ["Berlin is in Germany.", "Paris is."])
 """
 
+from typing import TYPE_CHECKING, Any
+
 from qrank.errors import QrankError
-from qrank.reranker import Ranking, Reranker
-from qrank.tuning import tune
 from qrank.version import __version__
 
+if TYPE_CHECKING:
+    from qrank.reranker import Ranking, Reranker
+    from qrank.tuning import tune
+
 __all__ = ["QrankError", "Ranking", "Reranker", "__version__", "tune"]
+
+_PLACES = {"Ranking": "qrank.reranker", "Reranker": "qrank.reranker", "tune": "qrank.tuning"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: `qrank.__main__` must be there before numpy is."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'qrank' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PLACES]

@@ -16,7 +16,9 @@ from qrank.activation import Scores, activate
 from qrank.bundle import Manifest, Variant
 from qrank.errors import InputError
 from qrank.extras import need
+from qrank.safejson import parse_json
 from qrank.work import Logits
+from qrank.writing import cannot_write
 
 Labels = NDArray[np.bool_]
 """Whether a pair is relevant, shape [n]."""
@@ -113,16 +115,39 @@ METHODS: dict[str, type[Platt] | type[Isotonic]] = {"platt": Platt, "isotonic": 
 """By the names `--method` takes."""
 
 
+def check_folder() -> None:
+    """See, before hours of scoring, that a calibration can be kept; nothing is made yet.
+
+    Raises:
+        OSError: its folder cannot be written to.
+    """
+    import tempfile
+
+    folder = paths.data_folder() / "calibrations"
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise cannot_write(error, folder, "QRANK_DATA names another folder") from error
+
+
 def save(manifest: Manifest, variant: Variant, calibration: Calibration) -> Path:
     """Keep a variant's calibration; one of before is replaced.
 
     Returns:
         The file it is in.
+
+    Raises:
+        OSError: it cannot be written.
     """
     path = _path(manifest, variant)
-    path.parent.mkdir(parents=True, exist_ok=True)
     method = next(name for name, kind in METHODS.items() if isinstance(calibration, kind))
-    paths.write_atomically(path, json.dumps({"method": method, **asdict(calibration)}) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        paths.write_atomically(path, json.dumps({"method": method, **asdict(calibration)}) + "\n")
+    except OSError as error:
+        raise cannot_write(error, path, "QRANK_DATA names another folder") from error
     return path
 
 
@@ -135,7 +160,7 @@ def load(manifest: Manifest, variant: Variant) -> Calibration:
     path = _path(manifest, variant)
     again = f"make one: qrank calibrate BUNDLE --backend {variant.name} --data FOLDER"
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = parse_json(path.read_text("utf-8"))
         calibration: Calibration = METHODS[content.pop("method")](**content)
     except FileNotFoundError:
         others = {v.name for v in manifest.variants.values() if _path(manifest, v).is_file()}

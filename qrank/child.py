@@ -8,6 +8,7 @@ import queue
 import signal
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -15,6 +16,7 @@ from typing import IO, Any
 
 from qrank import errors
 from qrank.errors import QrankError, TargetError
+from qrank.signals import held
 
 _GOODBYE = 5.0
 """Seconds a process may take to end when it is told to, or was killed."""
@@ -84,17 +86,19 @@ class Child:
 
         path = os.pathsep.join(place for place in sys.path if place)
         try:
-            self._process = subprocess.Popen(
-                # -P: a file of the current folder never stands for a library's.
-                [sys.executable, "-P", "-c", _BOOTSTRAP, module],
-                env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-            )
+            with held():  # Ctrl-C between the two would leave the process behind
+                self._process = subprocess.Popen(
+                    # -P: a file of the current folder never stands for a library's.
+                    [sys.executable, "-P", "-c", _BOOTSTRAP, module],
+                    env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    encoding="utf-8",
+                    errors="replace",
+                )
+                weakref.finalize(self, _end, self._process, os.getpid())
         except OSError as error:
             raise NoChildError(f"no process can be started: {error}") from error
         self._greeted = False
@@ -198,6 +202,13 @@ class Child:
         if code is not None and code < 0 and -code in {s.value for s in signal.Signals}:
             return signal.Signals(-code).name
         return f"exit code {code}"
+
+
+def _end(process: Any, parent: int) -> None:
+    """Kill a process that nobody closed, if it still runs: this one may be about to end."""
+    if os.getpid() == parent and process.poll() is None:  # and not a fork of this one
+        process.kill()
+        process.wait(_GOODBYE)
 
 
 def _thread(work: Callable[..., None], *arguments: object) -> threading.Thread:

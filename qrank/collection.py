@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable, Set
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,10 @@ import numpy as np
 from qrank.errors import InputError
 from qrank.extras import need
 from qrank.records import Texts, judgements, run_lines
+from qrank.textfiles import STANDARD_INPUT, SUFFIXES, TextFile
+from qrank.words import words
+
+log = logging.getLogger("qrank")
 
 Run = dict[str, dict[str, float]]
 """Query id -> document id -> the first stage's score, best first."""
@@ -41,18 +46,28 @@ class Files:
         """
         files = {kind: path for kind, path in named.items() if path is not None}
         if folder is not None:
-            layout = next((x for x in LAYOUTS if (folder / x["documents"]).is_file()), None)
+            layout = next((x for x in LAYOUTS if _there(folder / x["documents"])), None)
             if layout is None:
                 raise InputError(
-                    f"{folder} holds no collection: expected {' or '.join(map(_listed, LAYOUTS))}"
+                    f"{folder} holds no collection: expected {' or '.join(map(_listed, LAYOUTS))}, "
+                    f"maybe compressed ({', '.join(SUFFIXES)})"
                 )
-            files = {**{kind: folder / name for kind, name in layout.items()}, **files}
+            found = {kind: folder / name for kind, name in layout.items()}
+            files = {**{kind: _there(path) or path for kind, path in found.items()}, **files}
         for kind in ("documents", "queries", "qrels"):
             if kind not in files:
                 raise InputError(f"no {kind}: give --{kind} FILE, or all by --data FOLDER")
-            if not files[kind].is_file():
-                raise InputError(f"no {kind}: {files[kind]} is no file; give --{kind} FILE")
+            path = files[kind]
+            # A pipe is no "file", and can be read all the same.
+            if path != STANDARD_INPUT and (path.is_dir() or not path.exists()):
+                raise InputError(f"no {kind}: {path} is no file; give --{kind} FILE")
         return cls(**files)
+
+
+def _there(path: Path) -> Path | None:
+    """A file, or what it is called when it is compressed; None if neither is there."""
+    names = [path, *(path.with_name(path.name + suffix) for suffix in SUFFIXES)]
+    return next((name for name in names if name.is_file()), None)
 
 
 def _listed(layout: dict[str, str]) -> str:
@@ -62,7 +77,9 @@ def _listed(layout: dict[str, str]) -> str:
 class Collection:
     """The queries that judgements speak of, their judgements, and all documents.
 
-    Documents stay on disk.
+    Documents stay on disk. What judgements name and the other files lack is counted by a warning:
+    such a document still counts as one that ought to be found, as trec_eval has it; such a query
+    cannot be asked, and is left out, and so are queries that are not judged.
 
     Attributes:
         queries: query id -> text, in the file's order.
@@ -70,18 +87,39 @@ class Collection:
         qrels: query id -> document id -> relevance.
 
     Raises:
-        InputError: a file cannot be parsed, or the judgements name what the others lack; with the
-            line.
+        InputError: a file cannot be parsed, with the line; or no judged query, or no judged
+            document, is in the other files.
     """
 
     def __init__(self, files: Files) -> None:
-        self.name = files.documents.parent.name
+        lies = files.documents
+        self.name = lies.absolute().parent.name if lies.is_file() else "a pipe"
         with ExitStack() as opened:
-            self.documents = opened.enter_context(closing(Texts(files.documents, "document")))
-            with closing(Texts(files.queries, "query")) as asked:
-                self.qrels = self._judgements(files.qrels, asked)
-                self.queries = {query: asked[query] for query in asked if query in self.qrels}
+            self.documents = opened.enter_context(closing(Texts(lies, "document")))
+            with closing(Texts(files.queries, "query")) as asked, TextFile(files.qrels) as file:
+                qrels = _judgements(file)
+                self.queries = {query: asked[query] for query in asked if query in qrels}
+                self.qrels = {query: qrels[query] for query in self.queries}
+                self._tell_what_lacks(asked, file.name, len(qrels))
             self._opened = opened.pop_all()
+
+    def _tell_what_lacks(self, asked: Texts, qrels: str, judged: int) -> None:
+        """Warn of what one of the files names and another has not.
+
+        Args:
+            asked: all queries.
+            qrels: what the judgements' file is called.
+            judged: queries it names.
+        """
+        known = len(self.queries)
+        _tell(
+            f"judged in {qrels}, not in {asked.name}, left out", judged - known, judged, "queries"
+        )
+        _tell(f"in {asked.name}, not judged, left out", len(asked) - known, len(asked), "queries")
+        named = {document for found in self.qrels.values() for document in found}
+        lacking = sum(document not in self.documents for document in named)
+        what = f"judged in {qrels}, not in {self.documents.name}, counted as not found"
+        _tell(what, lacking, len(named), "documents")
 
     @classmethod
     def read(cls, folder: Path) -> Collection:
@@ -95,40 +133,43 @@ class Collection:
     def bm25(self, depth: int = 100, limit: int | None = None) -> Run:
         """BM25's best documents of the queries; those that share no word with one are none.
 
-        bm25s with its default parameters, words of two or more letters, English stop words.
+        bm25s with its default parameters, `words` without English stop words. A query that stands
+        among the documents is no candidate for itself: see `_itself`.
 
         Args:
             depth: documents of a query.
             limit: only the first so many queries.
         """
         bm25s = need("bm25s")
+        stop = frozenset(need("bm25s.stopwords").STOPWORDS_EN)
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for DEBUG
         names = list(self.documents)
         queries = dict(list(self.queries.items())[:limit])
         if not names or not queries:
             return {}
 
-        def tokens(texts: list[str]) -> list[list[str]]:
-            found: list[list[str]] = bm25s.tokenize(
-                texts, stopwords="en", return_ids=False, show_progress=False
-            )
-            return found
+        def tokens(texts: Iterable[str]) -> list[list[str]]:
+            return [[word for word in words(text) if word not in stop] for text in texts]
 
-        corpus = tokens([self.documents[name] for name in names])
+        corpus = tokens(self.documents[name] for name in names)
         if not any(corpus):
             return {query: {} for query in queries}
         index = bm25s.BM25()
         index.index(corpus, show_progress=False)
+        itself = self._itself(queries)
         found, scores = index.retrieve(
-            tokens(list(queries.values())), k=min(depth, len(names)), show_progress=False
+            tokens(queries.values()), k=min(depth + bool(itself), len(names)), show_progress=False
         )
-        return {
+        run = {
             query: {names[place]: float(score) for place, score in zip(*best, strict=True) if score}
             for query, *best in zip(queries, found, np.asarray(scores), strict=True)
         }
+        return _without(run, itself, depth)
 
     def run(self, path: Path, depth: int = 100, limit: int | None = None) -> Run:
         """The best documents of a TREC run's judged queries, by its scores, equal ones as they lie.
+
+        A query that stands among the documents is no candidate for itself: see `_itself`.
 
         Args:
             path: of the run.
@@ -136,56 +177,112 @@ class Collection:
             limit: only the first so many queries, in the order of the queries' file.
 
         Raises:
-            InputError: it cannot be parsed, names what the other files lack, or names no query
-                that is judged; with the line.
+            InputError: it cannot be parsed, names documents that the documents' file lacks, or
+                names no query that is judged; with the line.
         """
         found: Run = {}
-        for line in run_lines(path):
-            where = f"{path}, line {line.number}"
-            if line.query not in self.queries:
-                continue
-            try:
-                score = float(line.score)
-            except ValueError:
-                score = math.nan
-            if not math.isfinite(score):
-                raise InputError(f"{where}: the score {line.score!r} is no finite number")
-            if line.document not in self.documents:
-                raise InputError(f"{where}: the documents file lacks {line.document!r}")
-            if line.document in found.setdefault(line.query, {}):
+        others = set()
+        with TextFile(path) as file:
+            for line in run_lines(file):
+                where = f"{file.name}, line {line.number}"
+                if line.query not in self.queries:
+                    others.add(line.query)
+                    continue
+                try:
+                    score = float(line.score)
+                except ValueError:
+                    score = math.nan
+                if not math.isfinite(score):
+                    raise InputError(f"{where}: the score {line.score!r} is no finite number")
+                if line.document not in self.documents:
+                    raise InputError(f"{where}: the documents file lacks {line.document!r}")
+                if line.document in found.setdefault(line.query, {}):
+                    raise InputError(
+                        f"{where}: document {line.document!r} stands there twice for query "
+                        f"{line.query!r}"
+                    )
+                found[line.query][line.document] = score
+            if not found:
                 raise InputError(
-                    f"{where}: document {line.document!r} stands there twice for query "
-                    f"{line.query!r}"
+                    f"{file.name} names no query that is judged; is it of this collection?"
                 )
-            found[line.query][line.document] = score
-        if not found:
-            raise InputError(f"{path} names no query that is judged; is it of this collection?")
+            what = f"in {file.name}, not judged, left out"
+            _tell(what, len(others), len(others) + len(found), "queries")
         queries = [query for query in self.queries if query in found][:limit]
-        return {
-            query: dict(sorted(found[query].items(), key=lambda item: -item[1])[:depth])
+        ranked = {
+            query: dict(sorted(found[query].items(), key=lambda item: -item[1]))
             for query in queries
         }
+        return _without(ranked, self._itself(queries), depth)
 
     def judged(self, limit: int | None = None) -> Run:
         """The judged documents of the queries, as candidates by no first stage: all score 0."""
         return {
-            query: dict.fromkeys(self.qrels[query], 0.0) for query in list(self.queries)[:limit]
+            query: {name: 0.0 for name in self.qrels[query] if name in self.documents}
+            for query in list(self.queries)[:limit]
         }
 
-    def _judgements(self, path: Path, queries: Texts) -> dict[str, dict[str, int]]:
-        qrels: dict[str, dict[str, int]] = {}
-        for item in judgements(path):
-            where = f"{path}, line {item.number}"
-            if item.query not in queries:
-                raise InputError(f"{where}: the queries file lacks query {item.query!r}")
-            if item.document not in self.documents:
-                raise InputError(f"{where}: the documents file lacks {item.document!r}")
-            known = qrels.setdefault(item.query, {}).setdefault(item.document, item.relevance)
-            if known != item.relevance:
-                raise InputError(
-                    f"{where}: document {item.document!r} is judged {item.relevance} for query "
-                    f"{item.query!r}, and {known} above"
-                )
-        if not qrels:
-            raise InputError(f"{path} holds no judgement")
-        return qrels
+    def _itself(self, queries: Iterable[str]) -> set[str]:
+        """The queries that stand among the documents too, with their id and their text.
+
+        So it is in collections of arguments (ArguAna) and duplicate questions (Quora), and BEIR
+        evaluates without them. BEIR goes by the id alone; but where queries and documents are only
+        numbered, the same number says nothing.
+        """
+        return {
+            query
+            for query in queries
+            if query in self.documents and _holds(self.documents[query], self.queries[query])
+        }
+
+
+def _without(run: Run, itself: Set[str], depth: int) -> Run:
+    """The best candidates of every query but itself."""
+    found_itself = sum(query in found for query, found in run.items() if query in itself)
+    if found_itself:
+        log.warning(
+            "among its own candidates (same id and text), left out there: %d of %d queries",
+            found_itself,
+            len(run),
+        )
+    kept: Run = {}
+    for query, found in run.items():
+        names = [name for name in found if not (name == query and query in itself)]
+        kept[query] = {name: found[name] for name in names[:depth]}
+    return kept
+
+
+def _holds(document: str, query: str) -> bool:
+    """Whether a document is a query's text, maybe behind a title."""
+    return f" {' '.join(document.split())}".endswith(f" {' '.join(query.split())}")
+
+
+def _tell(what: str, count: int, of: int, kind: str) -> None:
+    """A warning if there is something to tell of.
+
+    Raises:
+        InputError: it is so of all.
+    """
+    if count == of:
+        raise InputError(f"{what}: all {of} {kind}; these files do not belong together")
+    if count:
+        log.warning("%s: %d of %d %s", what, count, of, kind)
+
+
+def _judgements(file: TextFile) -> dict[str, dict[str, int]]:
+    """Query id -> document id -> relevance.
+
+    Raises:
+        InputError: a line cannot be parsed or contradicts another, or there is none.
+    """
+    qrels: dict[str, dict[str, int]] = {}
+    for item in judgements(file):
+        known = qrels.setdefault(item.query, {}).setdefault(item.document, item.relevance)
+        if known != item.relevance:
+            raise InputError(
+                f"{file.name}, line {item.number}: document {item.document!r} is judged "
+                f"{item.relevance} for query {item.query!r}, and {known} above"
+            )
+    if not qrels:
+        raise InputError(f"{file.name} holds no judgement")
+    return qrels

@@ -1,5 +1,7 @@
 """Every error qrank raises on purpose, and the exit code the command line gives it.
 
+A signal that ends a command has an exit code too: 128 and its number (`qrank.signals`).
+
 QrankError                 base: catch this to catch them all                  (exit 1)
  ├─ InputError             the caller's data or arguments cannot be used            (2)
  ├─ MissingExtraError      an optional package is not installed                     (3)

@@ -112,11 +112,24 @@ def evaluate(
         progress: called after each query of each target.
 
     Raises:
-        InputError: there are no queries.
+        InputError: there are no queries, or none has a candidate.
         TargetError: a variant that was named, or every one, cannot run here.
     """
     if not candidates:
         raise InputError("there is no query to evaluate")
+    empty = sum(not found for found in candidates.values())
+    if empty == len(candidates):
+        raise InputError(
+            f"no candidate for any of the {empty} queries: {first} finds nothing to rerank; give "
+            "a first stage that does (--run)"
+        )
+    if empty:
+        log.warning(
+            "%s finds no candidate for %d of %d queries; they count as 0 in every row",
+            first,
+            empty,
+            len(candidates),
+        )
     for package in ("ir_measures", "scipy.stats"):
         need(package)  # before hours of scoring, not after
     manifest = Manifest.load(locate(model))

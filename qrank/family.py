@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qrank.errors import FamilyError, InputError
+from qrank.textfiles import read_text
 
 ACTIVATIONS = ("identity", "sigmoid")
 ROLES = ("bos", "cls", "sep")
@@ -86,7 +87,7 @@ class Card:
 
         try:
             content = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise FamilyError(f"{where} is not valid TOML: {error}") from error
         known = cls.__dataclass_fields__
         required = {"name", "about", "architectures", "template", "pooling", "activation"}
@@ -218,7 +219,7 @@ def find_card(family: str | None, config: dict[str, Any], hub_id: str | None = N
         path = Path(family)
         if not path.is_file():
             raise FamilyError(f"no card file {family}")
-        return Card.read(path.read_text("utf-8"), path.name)
+        return Card.read(read_text(path), path.name)
     known = cards()
     if family is not None:
         for card in known:

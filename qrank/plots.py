@@ -11,8 +11,11 @@ from qrank.errors import InputError
 from qrank.evaluation import Evaluation
 from qrank.extras import need
 from qrank.measures import MAIN
+from qrank.writing import cannot_write
 
 SUFFIXES = (".png", ".svg")
+
+_ELSEWHERE = "--plot names another place"
 
 
 def check_plot(path: Path) -> None:
@@ -20,12 +23,20 @@ def check_plot(path: Path) -> None:
 
     Raises:
         InputError: its file is neither *.png nor *.svg, or its folder is not there.
+        OSError: nothing can be written there.
         MissingExtraError: matplotlib is not installed.
     """
+    import tempfile  # slow to import, and mostly not needed
+
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"a plot's name must end in .png or .svg, found {path.name}")
     if not path.parent.is_dir():
         raise InputError(f"no folder {path.parent} for the plot")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise cannot_write(error, path, _ELSEWHERE) from error
     need("matplotlib")
 
 
@@ -122,6 +133,8 @@ def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(temporary, dpi=150)
         temporary.replace(path)
+    except OSError as error:
+        raise cannot_write(error, path, _ELSEWHERE) from error
     finally:
         temporary.unlink(missing_ok=True)
 

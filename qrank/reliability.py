@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from qrank.activation import Scores, activate
-from qrank.calibration import METHODS, Labels, save
+from qrank.calibration import METHODS, Labels, check_folder, save
 from qrank.collection import Collection, Run
 from qrank.errors import InputError
 from qrank.scored import Progress, Setting, no_progress, score
 from qrank.work import Logits
+
+log = logging.getLogger("qrank")
 
 BINS = 10
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -125,7 +128,16 @@ def calibrate(
         raise InputError(f"a calibration belongs to a variant of a bundle, not to {backend}")
     queries = [query for query, found in candidates.items() if found]
     if len(queries) < 2:
-        raise InputError(f"{len(queries)} queries have candidates; 2 or more are needed")
+        raise InputError(
+            f"{len(queries)} of {len(candidates)} queries have candidates; 2 or more are needed"
+        )
+    if len(queries) < len(candidates):
+        log.warning(
+            "%d of %d queries have no candidate and are left out",
+            len(candidates) - len(queries),
+            len(candidates),
+        )
+    check_folder()
     with setting.open(model, backend) as reranker:
         scored = score(reranker, setting, collection, candidates, progress=progress)
         manifest, target = reranker.manifest, reranker.target

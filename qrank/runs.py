@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import groupby
@@ -11,11 +10,15 @@ from pathlib import Path
 
 from qrank.errors import InputError
 from qrank.items import LongDocuments
-from qrank.records import Texts, run_lines
+from qrank.records import Places, Texts, run_lines
 from qrank.reranker import Reranker
+from qrank.textfiles import TextFile
 
 TAG = "qrank"
 """The last column of a run qrank writes."""
+
+LOGIT = ".9g"
+"""How a logit is written: two of float32 that differ are written differently."""
 
 
 def falling(logits: Sequence[float]) -> list[float]:
@@ -30,23 +33,30 @@ class RunReranker:
 
     Args:
         run: TREC run file: query, Q0, document, rank, score, tag; grouped by query.
-        queries: JSONL of {"id" or "_id", "text"}.
+        queries: JSONL with id and text: see `Texts`.
         documents: likewise.
 
+    Attributes:
+        count: queries in the run.
+        documents: of all queries that were reranked so far.
+        scored: how many of these fitted the budget.
+        shown: how many are among the first `top_k`.
+        truncated: how many of those shown were not read whole.
+
     Raises:
-        InputError: a file cannot be read or parsed, the run is not grouped by query, or names
-            what the other files lack; with the line.
+        InputError: a file cannot be read or parsed, the run is empty or not grouped by query, or
+            names what the other files lack; with the line.
     """
 
     def __init__(self, run: Path, queries: Path, documents: Path) -> None:
-        self._run = run
         with ExitStack() as opened:
+            self._run = opened.enter_context(TextFile(run))
             self._queries = opened.enter_context(closing(Texts(queries, "query")))
             self._documents = opened.enter_context(closing(Texts(documents, "document")))
-            with closing(sqlite3.connect("")) as seen:
+            with closing(Places()) as seen:
                 self.count = self._check(seen)
-                """Queries in the run."""
             self._opened = opened.pop_all()
+        self.documents = self.scored = self.shown = self.truncated = 0
 
     def rerank(
         self,
@@ -63,18 +73,26 @@ class RunReranker:
         """
         for query, lines in groupby(run_lines(self._run), key=lambda line: line.query):
             identities = [line.document for line in lines]
-            texts = [self._documents[identity] for identity in identities]
+            try:
+                asked = self._queries[query]
+                texts = [self._documents[identity] for identity in identities]
+            except KeyError:
+                raise InputError(f"{self._run.name} was changed while it was read") from None
             ranking = reranker.rank(
-                self._queries[query],
+                asked,
                 texts,
                 top_k=top_k,
                 instruction=instruction,
                 long_documents=long_documents,
                 budget_ms=budget_ms,
             )
+            self.documents += len(texts)
+            self.scored += ranking.scored
+            self.shown += len(ranking)
+            self.truncated += sum(item.truncated for item in ranking)
             numbers = falling([item.logit for item in ranking])
             yield [
-                f"{query} Q0 {identities[item.index]} {rank} {number:.6f} {TAG}"
+                f"{query} Q0 {identities[item.index]} {rank} {number:{LOGIT}} {TAG}"
                 for rank, (item, number) in enumerate(zip(ranking, numbers, strict=True), 1)
             ]
 
@@ -82,26 +100,21 @@ class RunReranker:
         """Close the files."""
         self._opened.close()
 
-    def _check(self, seen: sqlite3.Connection) -> int:
-        seen.execute("CREATE TABLE query (id TEXT PRIMARY KEY)")
-        count = 0
+    def _check(self, seen: Places) -> int:
         current = None
         documents: set[str] = set()
         for line in run_lines(self._run):
-            where = f"{self._run}, line {line.number}"
+            where = f"{self._run.name}, line {line.number}"
             if line.query != current:
                 current = line.query
                 documents.clear()
-                count += 1
                 if current not in self._queries:
                     raise InputError(f"{where}: the queries file lacks query {current!r}")
-                try:
-                    seen.execute("INSERT INTO query VALUES (?)", (current,))
-                except sqlite3.IntegrityError:
+                if not seen.add(current, line.number):
                     raise InputError(
                         f"{where}: query {current!r} comes back after another one; "
                         "sort the run by query first"
-                    ) from None
+                    )
             if line.document not in self._documents:
                 raise InputError(f"{where}: the documents file lacks {line.document!r}")
             if line.document in documents:
@@ -109,4 +122,6 @@ class RunReranker:
                     f"{where}: document {line.document!r} stands there twice for query {current!r}"
                 )
             documents.add(line.document)
-        return count
+        if current is None:
+            raise InputError(f"{self._run.name} is empty: there is no run to rerank")
+        return len(seen)

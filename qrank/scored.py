@@ -16,8 +16,10 @@ from qrank.backends import conditions
 from qrank.collection import Collection, Run
 from qrank.items import LongDocuments
 from qrank.reranker import Reranker
+from qrank.safejson import parse_json
 from qrank.targets import Target
 from qrank.work import Logits
+from qrank.writing import cannot_write
 
 log = logging.getLogger("qrank")
 
@@ -109,8 +111,9 @@ def score(
                 instruction=setting.instruction,
                 long_documents=setting.long_documents,
             )
-            if file is not None:
-                _append(file, key, known[key])
+            if file is not None and (error := _append(file, key, known[key])):
+                log.warning("what is scored is not kept, and a stopped run begins anew: %s", error)
+                file = None
         logits[query] = known[key]
         progress(reranker.target.name, len(logits), len(candidates))
     return Scored(reranker.target, logits, before)
@@ -147,17 +150,18 @@ def _read(file: Path) -> dict[str, Logits]:
         return known
     for line in filter(None, lines):
         try:
-            key, values = json.loads(line)
+            key, values = parse_json(line)
             logits = np.array(values, np.float32)
             if not np.isfinite(logits).all():
                 raise ValueError("a logit is no finite number")
             known[key] = logits
-        except (ValueError, TypeError, RecursionError):
+        except (ValueError, TypeError):
             log.info("ignoring a line of %s that was not written to its end", file)
     return known
 
 
-def _append(file: Path, key: str, logits: Logits) -> None:
+def _append(file: Path, key: str, logits: Logits) -> OSError | None:
+    """Keep logits; what hindered it."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         # A line end first: the last line may have been cut off.
@@ -165,4 +169,5 @@ def _append(file: Path, key: str, logits: Logits) -> None:
         with file.open("ab", buffering=0) as out:
             out.write(("\n" + json.dumps([key, logits.tolist()])).encode())
     except OSError as error:
-        log.info("not kept: %s", error)
+        return cannot_write(error, file, "QRANK_CACHE names another folder")
+    return None

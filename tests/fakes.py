@@ -81,6 +81,11 @@ def inf_when_long(folder: Path, variant: Variant, device: str, options: Options)
     return Fake(folder, lambda ids: float("inf") if len(ids) > LONG else 0.0)
 
 
+def hair(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """Longer is better, by what a float32 of this size can just tell apart."""
+    return Fake(folder, lambda ids: 0.123456 + 1e-8 * len(ids))
+
+
 def slow(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
     """As `length`; takes half a second to open."""
     time.sleep(0.5)

@@ -66,8 +66,8 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def calibrate(bundle: Path, data: Path, *more: str | Path) -> Result:
-    options = ("--backend", VARIANT, "--data", data, "--judged")
+def calibrate(bundle: Path, data: Path, *more: str | Path, backend: str = VARIANT) -> Result:
+    options = ("--backend", backend, "--data", data, "--judged")
     return CliRunner().invoke(main, ["calibrate", *map(str, (bundle, *options, *more))])
 
 
@@ -208,9 +208,24 @@ def test_a_bundle_that_gains_a_variant_keeps_its_calibration(
     assert score(copy, "--scores", "calibrated").exit_code == 0
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_scored(
+    bundle: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(*arguments: object, **options: object) -> None:
+        raise AssertionError("scored before what hinders was told")
+
+    monkeypatch.setattr(Reranker, "score", score)
+    monkeypatch.setenv("QRANK_DATA", "/dev/null/data")
+    result = calibrate(bundle, data)
+    assert (result.exit_code, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("qrank: error: /dev/null/data/calibrations: ")
+    assert line.endswith("QRANK_DATA names another folder")
+
+
 def test_options_that_do_not_go_together(bundle: Path, data: Path) -> None:
     assert "--raw prints logits" in score(bundle, "--raw", "--scores", "calibrated").stderr
-    custom = calibrate(bundle, data, "--backend", "fakes:length")
+    custom = calibrate(bundle, data, backend="fakes:length")
     assert custom.exit_code == 2
     assert "belongs to a variant" in custom.stderr
 

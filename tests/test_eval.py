@@ -137,13 +137,11 @@ def test_a_run_is_the_first_stage_by_its_scores(data: Path, bundle: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "line", "message"),
     [
-        ("qrels.trec", "q9 0 d1 1", "line 6: the queries file lacks query 'q9'"),
-        ("qrels.trec", "q0 0 d99 1", "line 6: the documents file lacks 'd99'"),
         ("qrels.trec", "q0 0 d0 2", "line 6: document 'd0' is judged 2 for query 'q0', and 1"),
         ("qrels.trec", "q0 0 d0 one", "line 6: expected query, 0, document, relevance"),
         ("qrels.trec", "q0 1", "line 6: expected query, 0, document, relevance"),
-        ("queries.jsonl", '{"id": "q9"}', 'line 6: expected {"id"'),
-        ("documents.jsonl", "no json", 'line 13: expected {"id"'),
+        ("queries.jsonl", '{"id": "q9"}', 'line 6: expected the text of a query in one of "text"'),
+        ("documents.jsonl", "no json", 'line 13: expected a document as {"id"'),
         ("run.trec", "q0 Q0 d1 1 high x", "line 2: the score 'high' is no finite number"),
         ("run.trec", "q0 Q0 d1 1 nan x", "line 2: the score 'nan' is no finite number"),
         ("run.trec", "q0 Q0 d99 1 1 x", "line 2: the documents file lacks 'd99'"),
@@ -265,8 +263,37 @@ def test_ctrl_c_says_how_to_go_on(
 
     monkeypatch.setattr(Reranker, "score", interrupt)
     result = run(bundle, "--data", data, "--backend", "fakes:length")
+    assert result.exit_code == 130
+    assert "\nqrank: interrupted: what was scored is kept, and the same command" in result.stderr
+
+
+def test_scores_that_cannot_be_kept_are_told_once(
+    data: Path, bundle: Path, own_cache: Path
+) -> None:
+    """A file in the folder's place stands for a disk that is full."""
+    own_cache.mkdir()
+    (own_cache / "scored").write_text("", "utf-8")
+    result = run(bundle, "--data", data, "--backend", "onnx-fp32")
+    assert result.exit_code == 0, result.stderr
+    assert "nDCG@10" in result.stdout
+    assert result.stderr.count("is not kept, and a stopped run begins anew: ") == 1
+    assert "QRANK_CACHE names another folder" in result.stderr
+
+
+def test_a_plot_that_cannot_be_written_costs_no_figure(
+    data: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    result = run(bundle, "--data", data, "--backend", "fakes:length", "--plot", data / "p.png")
     assert result.exit_code == 1
-    assert "the same command goes on from there" in result.stderr
+    assert "fakes:length" in result.stdout
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(f"qrank: error: {data / 'p.png'}: No space left on device; ")
+    assert line.endswith("MB are free there; --plot names another place")
+    assert not list(data.glob("*p.png*"))
 
 
 @pytest.fixture

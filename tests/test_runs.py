@@ -58,8 +58,8 @@ def rerank(files: Files, reranker: Reranker, top_k: int | None = None) -> list[l
 def test_order_ranks_and_columns(write: Write, longest_first: Reranker, key: str) -> None:
     files = write(RUN, QUERIES, DOCUMENTS, key)
     assert rerank(files, longest_first) == [
-        ["q2 Q0 d3 1 8.000000 qrank", "q2 Q0 d1 2 6.000000 qrank"],
-        ["q1 Q0 d3 1 7.000000 qrank", "q1 Q0 d2 2 6.000000 qrank"],
+        ["q2 Q0 d3 1 8 qrank", "q2 Q0 d1 2 6 qrank"],
+        ["q1 Q0 d3 1 7 qrank", "q1 Q0 d2 2 6 qrank"],
     ]
 
 
@@ -72,11 +72,13 @@ def test_ids_may_be_numbers(write: Write, longest_first: Reranker, tmp_path: Pat
     files = write(["1 Q0 2 1 9 x"], {}, {})
     files[1].write_text('{"id": 1, "text": "a"}\n', "utf-8")
     files[2].write_text('\n{"id": 2, "text": "b"}\n\n', "utf-8")
-    assert rerank(files, longest_first) == [["1 Q0 2 1 5.000000 qrank"]]
+    assert rerank(files, longest_first) == [["1 Q0 2 1 5 qrank"]]
 
 
-def test_an_empty_run_gives_an_empty_run(write: Write, longest_first: Reranker) -> None:
-    assert rerank(write([], QUERIES, DOCUMENTS), longest_first) == []
+@pytest.mark.parametrize("run", [[], ["", "  "]])
+def test_an_empty_run_is_refused(write: Write, run: list[str]) -> None:
+    with pytest.raises(InputError, match=r"run\.trec is empty"):
+        RunReranker(*write(run, QUERIES, DOCUMENTS))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_an_empty_run_gives_an_empty_run(write: Write, longest_first: Reranker) 
         (["q1 Q0 d1 1 9 x", "q1 Q0 d1 2 8 x"], r"line 2: document 'd1' stands there twice"),
         (["q1 Q0 d1 1 9"], r"line 1: expected 6 columns .*, found 5"),
         (["q1 Q0 d1 1 9 x y"], r"line 1: expected 6 columns .*, found 7"),
-        (["", "q1\x00 Q0 d1 1 9 x"], r"line 2: the queries file lacks"),
+        (["", "q1\x01 Q0 d1 1 9 x"], r"line 2: the queries file lacks"),
     ],
 )
 def test_a_bad_run_is_refused_with_the_line(write: Write, run: list[str], message: str) -> None:
@@ -100,10 +102,14 @@ def test_a_bad_run_is_refused_with_the_line(write: Write, run: list[str], messag
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"id": "new", "text": 5}', "line 5: expected"),
+        ('{"id": "new", "text": 5}', "line 5: the (query|document)'s text is 5, not a string"),
         ('{"id": "new"}', "line 5: expected"),
         ('{"text": "new"}', "line 5: expected"),
-        ('{"id": null, "text": "new"}', "line 5: expected"),
+        ('{"id": null, "text": "new"}', "line 5: .id. is null, not a string"),
+        ('{"id": true, "text": "new"}', "line 5: .id. is true, not a string"),
+        ('{"id": "\\ud800", "text": "new"}', "line 5: .id. is .*half of a surrogate pair"),
+        ('{"id": "x", "text": ""' + ', "x": [' * 200 + "]" * 200 + "}", "line 5: expected"),
+        ('{"id": "x", "text": "", "x": ' + "[" * 99_999, "line 5: expected .* nested too deeply"),
         ('["id", "text"]', "line 5: expected"),
         ("new", "line 5: expected"),
         ('{"id": "unused", "text": ""}', "line 5: (query|document) 'unused' stands there twice"),
@@ -117,6 +123,15 @@ def test_a_bad_text_is_refused_with_the_line(
         target.write(line + "\n")
     with pytest.raises(InputError, match=rf"[qd]\.jsonl, {message}"):
         RunReranker(*files)
+
+
+def test_a_run_that_is_changed_meanwhile_is_an_error(write: Write, longest_first: Reranker) -> None:
+    files = write(RUN, QUERIES, DOCUMENTS)
+    run = RunReranker(*files)
+    files[0].write_text(files[0].read_text("utf-8").replace("d3", "d9"), "utf-8")
+    with pytest.raises(InputError, match="was changed while it was read"):
+        list(run.rerank(longest_first))
+    run.close()
 
 
 def test_bytes_that_are_no_text_are_refused_with_the_line(write: Write) -> None:

@@ -32,7 +32,9 @@ def main() -> None:
     \b
     Exit codes: 0 done, 1 other, 2 bad input or usage, 3 a package is missing,
     4 no such model, 5 damaged bundle, 6 unsupported checkpoint, 7 backend or
-    device, 8 conversion failed, 9 converted model not faithful.
+    device, 8 conversion failed, 9 converted model not faithful; 129 the
+    terminal was closed, 130 Ctrl-C, 141 the reader of a pipe has gone, 143
+    SIGTERM.
     """
 
 

@@ -6,26 +6,26 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
 
 import click
 
 from qrank.bench import COUNTS, Row, chosen
 from qrank.bench import bench as run
 from qrank.bundle import Manifest
-from qrank.cli.common import debug_option, policy_options
+from qrank.cli.common import FiniteRange, InputFile, debug_option, policy_options
 from qrank.cli.spinner import spinner
 from qrank.locate import locate
 from qrank.machine import cpu_name, processors
 from qrank.plots import check_plot, plot_bench
 from qrank.selection import Policy, Wish, doubtful
+from qrank.textfiles import read_lines
 
 
 @click.command()
 @click.argument("bundle")
 @click.option(
     "--documents",
-    type=click.File("r", encoding="utf-8", errors="replace"),
+    type=InputFile(),
     help="Rank these, one a line.  [default: made-up ones of 128 tokens]",
 )
 @click.option("-q", "--query", help="Rank them for this.  [default: a made-up one]")
@@ -33,7 +33,7 @@ from qrank.selection import Policy, Wish, doubtful
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=30,
     show_default=True,
     help="For each of the three sizes, after which no further round begins; 5 there are.",
@@ -48,7 +48,7 @@ from qrank.selection import Policy, Wish, doubtful
 @debug_option
 def bench(
     bundle: str,
-    documents: TextIO | None,
+    documents: Path | None,
     query: str | None,
     only: tuple[str, ...],
     threads: int | None,
@@ -73,7 +73,7 @@ def bench(
     with spinner() as progress:
         rows = run(
             bundle,
-            texts=None if documents is None else [line.rstrip("\r\n") for line in documents],
+            texts=None if documents is None else read_lines(documents),
             query=query,
             threads=threads,
             only=only,

@@ -10,7 +10,8 @@ import click
 
 from qrank.calibration import METHODS
 from qrank.cli.common import debug_option
-from qrank.cli.data import candidates, collection, data_options, progress_bars, setting
+from qrank.cli.data import candidates, collection, data_options, setting
+from qrank.cli.progress import progress_bars
 from qrank.reliability import Part, Report
 from qrank.reliability import calibrate as run
 

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import logging
+import math
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from qrank.arguments import size
+from qrank.cli.streams import see_to_output, standard_streams
 from qrank.errors import InputError, QrankError
 from qrank.selection import POLICIES, PROFILES
+from qrank.signals import Ended, die_of, signals
+from qrank.textfiles import STANDARD_INPUT
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+_LEAVE_MORE = frozenset({"calibrate", "convert", "serve", "tune"})
+"""Commands that are run for more than what they print."""
 
 
 def notice(message: str) -> None:
     """Say something on stderr, out of the way of results."""
-    click.echo(f"qrank: {message}", err=True)
+    # Not by click, which writes past rich, and into the bar or the spinner that stands there.
+    sys.stderr.write(f"qrank: {message}\n")
+    sys.stderr.flush()
 
 
 class _Notices(logging.Handler):
@@ -32,27 +42,123 @@ class _Notices(logging.Handler):
 
 
 class Group(click.Group):
-    """Turns errors into one line on stderr and an exit code."""
+    """Turns errors and signals into one line on stderr and an exit code."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """See click."""
+        try:
+            with standard_streams(), signals():
+                try:
+                    return super().main(*arguments, **options)
+                except OSError as error:  # of --help, for which no command is invoked
+                    notice(f"error: {_told(error)}")
+                    sys.exit(QrankError.exit_code)
+                except Ended as end:
+                    if end.number == signal.SIGINT and sys.stderr.isatty():
+                        click.echo(err=True)  # the terminal has written ^C
+                    notice(end.message)
+                    raise
+        except Ended as end:
+            die_of(end)
+            raise
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See click."""
+        _refuse_repeats(self, ctx, args)
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """See click."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None and not ctx.resilient_parsing:
+            see_to_output(name not in _LEAVE_MORE)
+            if not isinstance(command, Group):  # which does so itself
+                settings = command.context_settings
+                inner = command.context_class(command, parent=ctx, info_name=name, **settings)
+                _refuse_repeats(command, inner, rest)
+        return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
         """See click."""
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            # Whatever the locale: results are UTF-8, and a lone surrogate is escaped as in JSON.
-            encoding = sys.stdout.encoding if sys.stdout.isatty() else "utf-8"
-            sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
         handler = _Notices(logging.WARNING)
         logging.getLogger("qrank").addHandler(handler)
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Ended(signal.SIGINT, str(error)) from None
         except (QrankError, OSError) as error:
-            if getattr(error, "errno", None) == errno.EPIPE:
-                raise  # the reader has gone: click ends quietly
             if ctx.meta.get("qrank.debug"):
                 traceback.print_exc()
-            notice(f"error: {error}")
+            notice(f"error: {_told(error)}")
             sys.exit(getattr(error, "exit_code", QrankError.exit_code))
         finally:
             logging.getLogger("qrank").removeHandler(handler)
+
+
+def _told(error: Exception) -> str:
+    """An error as a line; of the operating system's, the number says nothing to people."""
+    if isinstance(error, OSError) and error.filename and not error.filename2:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _refuse_repeats(command: click.Command, ctx: click.Context, args: Sequence[str]) -> None:
+    """Refuse an option that is given twice, where click would take the last and say nothing."""
+    if ctx.resilient_parsing:
+        return
+    given = command.make_parser(ctx).parse_args(list(args))[2]
+    for option, count in Counter(given).items():
+        if not isinstance(option, click.Option) or option.multiple or option.count:
+            continue
+        if count > 1 and not option.is_eager:  # such as --help
+            raise click.UsageError(f"{max(option.opts, key=len)} is given twice", ctx)
+
+
+class InputFile(click.Path):
+    """A text file that is read, or - for standard input, which can be read once."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See click."""
+        path = super().convert(value, param, ctx)
+        if str(value) != "-":
+            return path.absolute() if path == STANDARD_INPUT else path  # the file ./-
+        if ctx is not None:
+            if ctx.meta.get("qrank.standard-input"):
+                self.fail("standard input can be read only once", param, ctx)
+            ctx.meta["qrank.standard-input"] = True
+        return path
+
+
+class FiniteFloat(click.types.FloatParamType):
+    """A number, and neither "nan" nor "inf", which comparisons let pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See click."""
+        return _finite(super().convert(value, param, ctx), self, param, ctx)
+
+
+class FiniteRange(click.FloatRange):
+    """Such a number between bounds."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See click."""
+        return _finite(super().convert(value, param, ctx), self, param, ctx)
+
+
+def _finite(
+    number: float,
+    kind: click.types.FloatParamType,
+    param: click.Parameter | None,
+    ctx: click.Context | None,
+) -> float:
+    if not math.isfinite(number):
+        kind.fail(f"{number} is no finite number", param, ctx)
+    return number
 
 
 def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -75,7 +181,7 @@ def policy_options(command: Command) -> Command:
     """`--policy` and `--min-kendall`: which of measured targets is taken."""
     command = click.option(
         "--min-kendall",
-        type=click.FloatRange(-1, 1),
+        type=FiniteRange(-1, 1),
         help="Least Kendall tau against the original that a target may have (qrank inspect).",
     )(command)
     return click.option(

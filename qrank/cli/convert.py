@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from qrank.backends import FORMATS
-from qrank.cli.common import debug_option, notice
+from qrank.cli.common import InputFile, debug_option, notice
 from qrank.cli.models import fidelity_lines, standing
 from qrank.cli.spinner import spinner
 from qrank.errors import ConversionError, FidelityError
@@ -34,7 +34,7 @@ from qrank.errors import ConversionError, FidelityError
 )
 @click.option(
     "--calibration",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=InputFile(),
     help='JSON lines with "query" and "document" to quantize by, beside qrank\'s own pairs.',
 )
 @click.option(

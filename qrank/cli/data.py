@@ -8,18 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 
-from qrank.cli.common import notice
+from qrank.cli.common import InputFile, notice
 from qrank.collection import Collection, Files, Run
 from qrank.items import LongDocuments
-from qrank.scored import Progress, Setting, no_progress
+from qrank.scored import Setting
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 _OPTIONS = (
     click.option(
@@ -28,10 +23,12 @@ _OPTIONS = (
         help="Folder with corpus.jsonl, queries.jsonl, qrels/test.tsv (BEIR), or documents.jsonl, "
         "queries.jsonl, qrels.trec.",
     ),
-    click.option("--queries", type=EXISTING, help="JSONL with id and text."),
-    click.option("--documents", type=EXISTING, help="JSONL with id and text."),
-    click.option("--qrels", type=EXISTING, help="Judgements: TREC's four columns, or BEIR's TSV."),
-    click.option("--run", type=EXISTING, help="The first stage as a TREC run.  [default: BM25]"),
+    click.option("--queries", type=InputFile(), help="JSONL with id and text."),
+    click.option("--documents", type=InputFile(), help="JSONL with id and text."),
+    click.option(
+        "--qrels", type=InputFile(), help="Judgements: TREC's four columns, or BEIR's TSV."
+    ),
+    click.option("--run", type=InputFile(), help="The first stage as a TREC run.  [default: BM25]"),
     click.option(
         "--depth",
         type=click.IntRange(min=1),
@@ -74,11 +71,15 @@ def setting(options: dict[str, Any]) -> Setting:
 
 @contextmanager
 def collection(options: dict[str, Any]) -> Iterator[Collection]:
-    """The collection that --data and the files name."""
+    """The collection that --data and the files name; what Ctrl-C leaves of its scores is told."""
     files = Files.find(options["data"], **{name: options[name] for name in _FILES})
     opened = Collection(files)
     try:
         yield opened
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "what was scored is kept, and the same command goes on from there"
+        ) from None
     finally:
         opened.close()
 
@@ -93,27 +94,3 @@ def candidates(collection: Collection, options: dict[str, Any]) -> tuple[str, Ru
     if lacking and limit is None:
         notice(f"{run} has none of {lacking} judged queries, which are left out")
     return "first stage", found
-
-
-@contextmanager
-def progress_bars() -> Iterator[Progress]:
-    """A bar a target on stderr, where that is a terminal; and what Ctrl-C leaves behind."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    bars = Bars(*columns, TimeRemainingColumn(), console=console, transient=True)
-    tasks: dict[str, Any] = {}
-
-    def show(target: str, done: int, total: int) -> None:
-        if target not in tasks:
-            tasks[target] = bars.add_task(target, total=total)
-        bars.update(tasks[target], completed=done)
-
-    try:
-        if not console.is_terminal:
-            yield no_progress
-            return
-        with bars:
-            yield show
-    except KeyboardInterrupt:
-        notice("stopped; what was scored is kept: the same command goes on from there")
-        raise click.Abort from None

@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qrank.cli.common import debug_option, notice
-from qrank.cli.data import candidates, collection, data_options, progress_bars, setting
+from qrank.cli.data import candidates, collection, data_options, setting
+from qrank.cli.progress import progress_bars
 from qrank.evaluation import AGREEMENT, WITHIN, Evaluation
 from qrank.evaluation import evaluate as run
 from qrank.measures import MEASURES, Difference
@@ -80,8 +81,6 @@ def evaluate(
         )
     for name, reason in result.failed.items():
         notice(f"left out {name}: {reason}")
-    if plot is not None:
-        plot_evaluation(result, plot)
     if as_json:
         click.echo(json.dumps(asdict(result), ensure_ascii=False, indent=2))
     else:
@@ -92,6 +91,8 @@ def evaluate(
             f"stage's top {WITHIN}: it finds other things than the reranker wants; is its "
             "embedder made for this work?"
         )
+    if plot is not None:  # last, for want of room it costs no figure
+        plot_evaluation(result, plot)
 
 
 def _table(result: Evaluation) -> None:

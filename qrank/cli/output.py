@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from qrank.errors import InputError
+from qrank.records import id_of
 from qrank.reranker import Ranking
-from qrank.runs import TAG, falling
+from qrank.runs import LOGIT, TAG, falling
+
+_BREAKING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""What breaks a line or a column, or steers a terminal.
+
+These are Unicode's categories Cc, Zl and Zp, and of Cf what embeds, isolates or overrides the
+direction of writing. Joiners, spaces, marks and unassigned characters are text.
+"""
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,7 @@ class Result:
     Attributes:
         ranking: as the reranker gave it.
         score: what to show: the score, or with --raw the logit.
-        fields: of its JSON line besides the text; {} for plain lines.
+        fields: of its JSON line; {} for plain lines.
     """
 
     ranking: Ranking
@@ -38,8 +47,8 @@ class Result:
             **self.fields,
             "index": ranking.index,
             "score": self.score if ranking.scored else None,
-            "text": ranking.text,
         }
+        record.setdefault("text", ranking.text)
         if ranking.truncated:
             record["truncated"] = True
         if ranking.part is not None:
@@ -89,15 +98,20 @@ def _trec(results: Sequence[Result], model: str, target: str, scored: int | None
     # Logits, as in `qrank.runs`: an evaluator sorts by them.
     numbers = falling([result.ranking.logit for result in results])
     for rank, (result, number) in enumerate(zip(results, numbers, strict=True), 1):
-        identity = str(result.fields.get("id", result.fields.get("_id", result.ranking.index)))
+        try:
+            identity = id_of(result.fields, "document")
+        except ValueError as error:
+            raise InputError(f"{error}; a TREC run cannot hold it") from None
+        if identity is None:
+            identity = str(result.ranking.index)
         if identity.split() != [identity]:
             raise InputError(f"the id {identity!r} is no single word; a TREC run cannot hold it")
-        click.echo(f"q Q0 {identity} {rank} {number:.6f} {TAG}")
+        click.echo(f"q Q0 {identity} {rank} {number:{LOGIT}} {TAG}")
 
 
 def _line(text: str) -> str:
     """A text on one line, without what could steer a terminal or break a column."""
-    return "".join(c if c.isprintable() else " " for c in text)
+    return _BREAKING.sub(" ", text)
 
 
 WRITERS: dict[str, Callable[[Sequence[Result], str, str, int | None], None]] = {

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import IO, Any, TextIO, get_args
+from typing import Any, get_args
 
 import click
-from rich.console import Console
-from rich.progress import track
 
-from qrank.cli.common import debug_option, memory_option, notice, wish_options
+from qrank.cli.common import (
+    FiniteFloat,
+    FiniteRange,
+    InputFile,
+    debug_option,
+    memory_option,
+    notice,
+    wish_options,
+)
 from qrank.cli.output import WRITERS, Result
+from qrank.cli.progress import progress_bars
 from qrank.cli.tune import measure as measure_targets
-from qrank.errors import InputError
 from qrank.items import LongDocuments
 from qrank.locate import DEFAULT
+from qrank.records import text_of
 from qrank.reranker import Reranker
 from qrank.runs import RunReranker
+from qrank.safejson import parse_object
 from qrank.selection import Policy, Profile
-
-_EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
+from qrank.textfiles import STANDARD_INPUT, TextFile
 
 
 @click.command()
 @click.option("-q", "--query", help="What to rank the documents for.")
-@click.argument("files", nargs=-1, type=click.File("r", encoding="utf-8", errors="replace"))
+@click.argument("files", nargs=-1, type=InputFile())
 @click.option("--instruction", help="What relevant means, where the model's family takes that.")
 @click.option("-m", "--model", help=f"Bundled name, bundle folder or hub id.  [default: {DEFAULT}]")
-@click.option("--jsonl", is_flag=True, help='Lines are JSON objects with a "text" field.')
+@click.option(
+    "--jsonl", is_flag=True, help='Lines are JSON objects with a "text", maybe a "title".'
+)
 @click.option(
     "-f",
     "--format",
@@ -39,7 +47,7 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="How to print.  [default: table on a terminal, tsv in a pipe]",
 )
 @click.option("-k", "--top-k", type=click.IntRange(min=0), help="Print only the first so many.")
-@click.option("--min-score", type=float, help="Leave out what scores below this.")
+@click.option("--min-score", type=FiniteFloat(), help="Leave out what scores below this.")
 @click.option(
     "--scores",
     type=click.Choice(["model", "calibrated"]),
@@ -54,7 +62,7 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 @wish_options
 @click.option(
     "--max-loss",
-    type=float,
+    type=FiniteFloat(),
     help="Most nDCG@10 that qrank eval may have found a variant to lose against fp32.",
 )
 @click.option(
@@ -76,17 +84,17 @@ _EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option(
     "--budget-ms",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Milliseconds for a query: as many of the first documents as fit are scored, and the "
     "others follow in their order.",
 )
-@click.option("--run", type=_EXISTING, help="Rerank this TREC run, grouped by query.")
-@click.option("--queries", type=_EXISTING, help="With --run: JSONL with id and text.")
-@click.option("--documents", type=_EXISTING, help="With --run: JSONL with id and text.")
+@click.option("--run", type=InputFile(), help="Rerank this TREC run, grouped by query.")
+@click.option("--queries", type=InputFile(), help="With --run: JSONL with id and text.")
+@click.option("--documents", type=InputFile(), help="With --run: JSONL with id and text.")
 @debug_option
 def score(
     query: str | None,
-    files: tuple[TextIO, ...],
+    files: tuple[Path, ...],
     instruction: str | None,
     model: str | None,
     jsonl: bool,
@@ -115,8 +123,9 @@ def score(
 ) -> None:
     """Rank documents for a query, most relevant first.
 
-    Documents come one a line from FILES, or from standard input; every line counts, blank ones
-    too. With --run, --queries and --documents, a whole TREC run is reranked to a new one.
+    Documents come one a line from FILES, or from standard input (-); every line counts, blank
+    ones too. With --run, --queries and --documents, a whole TREC run is reranked to a new one.
+    Any of these files may be a pipe, or compressed: gzip, bzip2, xz, zstd.
 
     \b
       qrank score -q "how do plants make food?" passages.txt
@@ -177,8 +186,7 @@ def score(
         raise click.UsageError("give a query with -q, or a run with --run")
     if not files and (sys.stdin is None or sys.stdin.isatty()):
         raise click.UsageError("give FILES, or documents on standard input")
-    sources = files or [click.open_file("-", encoding="utf-8", errors="replace")]
-    lines = list(_lines(sources, jsonl))
+    lines = list(_lines(files or [STANDARD_INPUT], jsonl))
     with load() as reranker:
         ranking = reranker.rank(
             query,
@@ -188,16 +196,15 @@ def score(
             long_documents=long_documents,
             budget_ms=budget_ms,
         )
-    if ranking.scored < len(lines):
-        notice(
-            f"scored {ranking.scored} of the {len(lines)} documents within the budget; "
-            "the others follow in their given order"
-        )
-    if cut := sum(item.truncated for item in ranking):
-        notice(
-            f"{cut} of the {len(ranking)} documents shown did not fit and only their beginning "
-            "was read; --long-documents chunk reads them whole"
-        )
+    if not lines:
+        notice("there is no document to rank")
+    _tell_what_was_left(
+        len(lines),
+        ranking.scored,
+        len(ranking),
+        sum(item.truncated for item in ranking),
+        long_documents,
+    )
     results = [
         Result(item, item.logit if raw else item.score, lines[item.index][1]) for item in ranking
     ]
@@ -209,7 +216,7 @@ def score(
 
 
 def _score_run(
-    load: Any,
+    load: Callable[[], Reranker],
     run: RunReranker,
     top_k: int | None,
     instruction: str | None,
@@ -224,34 +231,40 @@ def _score_run(
             long_documents=long_documents,
             budget_ms=budget_ms,
         )
-        console = Console(stderr=True)
-        for lines in track(
-            reranked,
-            "reranking",
-            total=run.count,
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        ):
-            click.echo("\n".join(lines))
+        with progress_bars(beside_results=True) as progress:
+            progress("reranking", 0, run.count)
+            for done, lines in enumerate(reranked, 1):
+                if lines:
+                    click.echo("\n".join(lines))
+                progress("reranking", done, run.count)
+        _tell_what_was_left(run.documents, run.scored, run.shown, run.truncated, long_documents)
 
 
-def _lines(files: Iterable[IO[str]], jsonl: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line's text, and the other fields of a JSON line."""
-    for file in files:
-        for number, line in enumerate(file, 1):
-            text = line.rstrip("\r\n")
-            if not jsonl:
-                yield text, {}
-                continue
-            try:
-                record = json.loads(text)
-                document = record.pop("text")
-            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-                document = None
-            if not isinstance(document, str):
-                raise InputError(
-                    f'{file.name}, line {number}: expected a JSON object with a "text" string, '
-                    f"found {text[:60]!r}"
-                )
-            yield document, record
+def _tell_what_was_left(
+    documents: int, scored: int, shown: int, truncated: int, long_documents: LongDocuments
+) -> None:
+    """Notices of documents that were not scored, or not read whole."""
+    if scored < documents:
+        notice(
+            f"scored {scored} of the {documents} documents within the budget; "
+            "the others follow in their given order"
+        )
+    if truncated:
+        read = "end" if long_documents == "tail" else "beginning"
+        notice(
+            f"{truncated} of the {shown} documents shown did not fit and only their {read} "
+            "was read; --long-documents chunk reads them whole"
+        )
+
+
+def _lines(files: Iterable[Path], jsonl: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line's text, and the JSON object that it stands in."""
+    for path in files:
+        with TextFile(path) as file:
+            for number, line in file:
+                if not jsonl:
+                    yield line, {}
+                    continue
+                where = f"{file.name}, line {number}"
+                record = parse_object(line, where, 'a JSON object with a "text"')
+                yield text_of(record, "document", where), record

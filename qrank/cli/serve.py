@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from qrank.cli.common import debug_option, memory_option, notice, wish_options
+from qrank.cli.common import FiniteRange, debug_option, memory_option, notice, wish_options
 from qrank.errors import InputError
 from qrank.extras import need
 from qrank.locate import DEFAULT
@@ -18,7 +18,7 @@ from qrank.selection import Policy, Profile
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _COUNT = click.IntRange(min=1)
-_SECONDS = click.FloatRange(min=0, min_open=True)
+_SECONDS = FiniteRange(min=0, min_open=True)
 
 
 @click.command()

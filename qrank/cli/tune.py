@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from qrank.bundle import Manifest
-from qrank.cli.common import debug_option, megabytes, wish_options
+from qrank.cli.common import FiniteRange, debug_option, megabytes, wish_options
 from qrank.cli.spinner import spinner
 from qrank.locate import locate
 from qrank.selection import PROFILES, Measurement, Policy, Profile, Wish, doubtful, order
@@ -22,7 +22,7 @@ from qrank.selection import PROFILES, Measurement, Policy, Profile, Wish, doubtf
 @wish_options
 @click.option(
     "--limit",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Seconds a backend may take to open or to answer.  [default: ten times what others "
     "took, and more for large files]",
 )

@@ -25,6 +25,7 @@ from qrank.serve.dialects import shape
 from qrank.serve.metrics import Metrics
 from qrank.serve.request import Limits, RefusedError
 from qrank.serve.routing import routed
+from qrank.textfiles import read_lines
 
 access = logging.getLogger("qrank.serve.access")
 
@@ -40,7 +41,7 @@ def read_keys(path: Path) -> tuple[bytes, ...]:
     Raises:
         InputError: it holds none.
     """
-    keys = tuple(line.strip() for line in path.read_bytes().splitlines() if line.strip())
+    keys = tuple(line.strip().encode() for line in read_lines(path) if line.strip())
     if not keys:
         raise InputError(f"{path} holds no key; write one a line")
     return keys

@@ -1,0 +1,23 @@
+"""`qrank` and `python -m qrank`: the command line as a process."""
+
+import signal
+import sys
+
+from qrank.signals import Ended, die_of
+
+
+def main() -> None:
+    """Run it."""
+    try:
+        from qrank.cli import main as command  # most of the time that it takes to start
+    except KeyboardInterrupt:
+        end = Ended(signal.SIGINT)
+        if sys.stderr is not None:
+            sys.stderr.write(f"qrank: {end.message}\n")
+        die_of(end)
+        raise end from None
+    command()
+
+
+if __name__ == "__main__":
+    main()
