@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from qrank import paths
 from qrank.activation import Scores, activate
 from qrank.bundle import Manifest, Variant
+from qrank.disk import cannot_write
 from qrank.errors import InputError
 from qrank.extras import need
 from qrank.safejson import parse_json
 from qrank.work import Logits
-from qrank.writing import cannot_write
 
 Labels = NDArray[np.bool_]
 """Whether a pair is relevant, shape [n]."""

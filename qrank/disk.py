@@ -75,6 +75,23 @@ def reported(error: BaseException, path: Path, needed: int | None = None) -> str
     return None
 
 
+def cannot_write(error: OSError, path: Path, advice: str) -> OSError:
+    """The same error, with what could not be written, how much room is there, and what to do.
+
+    An error of writing, other than one of opening, names no file.
+
+    Args:
+        error: what was raised.
+        path: of the file or folder.
+        advice: what to do.
+    """
+    try:
+        room = f"; {size(free(path))} are free there"
+    except OSError:
+        room = ""
+    return OSError(error.errno, f"{error.strerror or error}{room}; {advice}", str(path))
+
+
 def chain(error: BaseException) -> Iterator[BaseException]:
     """An error and all that it came of, the newest first."""
     seen: set[int] = set()

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from qrank.bench import Row
+from qrank.disk import cannot_write
 from qrank.errors import InputError
 from qrank.evaluation import Evaluation
 from qrank.extras import need
 from qrank.measures import MAIN
-from qrank.writing import cannot_write
 
 SUFFIXES = (".png", ".svg")
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qrank.disk import cannot_write
 from qrank.errors import InputError
 from qrank.safejson import parse_object
 from qrank.textfiles import TextFile
-from qrank.writing import cannot_write
 
 IDS = {
     # MS MARCO's passages have "docid" beside it: their document's.

@@ -14,12 +14,12 @@ import numpy as np
 from qrank import cache
 from qrank.backends import conditions
 from qrank.collection import Collection, Run
+from qrank.disk import cannot_write
 from qrank.items import LongDocuments
 from qrank.reranker import Reranker
 from qrank.safejson import parse_json
 from qrank.targets import Target
 from qrank.work import Logits
-from qrank.writing import cannot_write
 
 log = logging.getLogger("qrank")
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from qrank.disk import cannot_write
 from qrank.errors import InputError
-from qrank.writing import cannot_write
 
 STANDARD_INPUT = Path("-")
 """What stands for standard input where a file is named."""

@@ -292,7 +292,7 @@ def test_a_plot_that_cannot_be_written_costs_no_figure(
     assert "fakes:length" in result.stdout
     line = result.stderr.splitlines()[-1]
     assert line.startswith(f"qrank: error: {data / 'p.png'}: No space left on device; ")
-    assert line.endswith("MB are free there; --plot names another place")
+    assert line.endswith(" are free there; --plot names another place")
     assert not list(data.glob("*p.png*"))
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"errors", "child", "disk", "extras", "machine", "work", "paths", "family", "fidelity"}
     | {"arguments", "bundle", "cache", "cgroups", "memory", "version"}
-    | {"safejson", "signals", "textfiles", "words", "writing"},
+    | {"safejson", "signals", "textfiles", "words"},
     {"hub", "hub_names", "locate", "encoding", "batching", "budget", "activation", "items"}
     | {"calibration", "collection", "measures", "records", "scoring_graph", "windows"},
     {
