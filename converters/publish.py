@@ -73,7 +73,8 @@ def check_output(target: Path, sources: Iterable[Path] = (), *, force: bool = Fa
                 f"--force does not replace {target}: it is, holds or lies in {source}, which the "
                 "conversion reads. Name another folder with -o"
             )
-    links = [path for path in target.glob("*-*") if path.is_symlink()]
+    variants = (path for path in target.glob("*-*") if path.name not in _OF_NOBODY)
+    links = [path for path in variants if path.is_symlink()]
     if links and bundle:
         raise ConversionError(
             f"--force replaces nothing behind a link, and {links[0]} is one: name another folder "

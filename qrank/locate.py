@@ -63,11 +63,11 @@ def place(model: str | Path, revision: str | None = None) -> Path | HubName:
         return newest_snapshot(path) or path
     if (name := parse(text)) is not None:
         return replace(name.at(revision), path="" if _is_part(name.path) else name.path)
-    if (bundle := bundled().get(text)) is not None:
+    if (bundle := (found := bundled()).get(text)) is not None:
         return bundle
     raise ModelNotFoundError(
-        f"no model {text!r}: it is neither a folder or file here nor a hub id (owner/name, "
-        "owner/name@revision)"
+        f"no model {text!r}: it is neither a bundled model ({', '.join(found) or 'none'}), nor a "
+        "folder or file here, nor a hub id (owner/name, owner/name@revision)"
     )
 
 
@@ -91,11 +91,7 @@ def locate(model: str | Path, *, whole: bool = True) -> Path:
     found = bundled()
     if str(model) in found:
         return found[str(model)]
-    try:
-        where = place(model)
-    except ModelNotFoundError as error:
-        known = ", ".join(found) or "none"
-        raise ModelNotFoundError(f"{error}; bundled models are: {known}") from error
+    where = place(model)
     folder = where if isinstance(where, Path) else _described_on_hub(model, where)
     if not (folder / MANIFEST).is_file():
         raise ModelNotFoundError(_no_bundle(model, folder))

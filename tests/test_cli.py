@@ -171,7 +171,7 @@ def test_results_are_utf8_whatever_the_locale(bundle: Path, locale: str) -> None
 
 def test_an_error_of_the_operating_system_is_one_line(checkpoint_of: Callable[[str], Path]) -> None:
     result = qrank_("convert", checkpoint_of("bert"), "-o", "/dev/null/bundle")
-    assert result.exit_code == 1
+    assert result.exit_code == 8
     (line,) = result.stderr.splitlines()
     assert line.startswith("qrank: error: ")
     assert "/dev/null" in line

@@ -255,7 +255,7 @@ def test_a_tokenizer_is_read_without_a_class_that_takes_torch(
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"config\.json"):
         read_checkpoint(str(tmp_path))
-    with pytest.raises(ModelNotFoundError, match="neither a folder or file here nor a hub id"):
+    with pytest.raises(ModelNotFoundError, match="nor a folder or file here, nor a hub id"):
         read_checkpoint(str(tmp_path / "missing"))
 
 
