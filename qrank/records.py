@@ -49,16 +49,18 @@ def text_of(record: dict[str, Any], kind: str, where: str) -> str:
     Raises:
         InputError: no field of a text is there, or one is no string.
     """
-    there = [record[name] for name in TEXTS[kind] if name in record]
-    texts = [found for found in there if isinstance(found, str)]
-    if not there:
-        raise InputError(f"{where}: {_lacking(record, kind, 'text', TEXTS[kind])}")
-    if not texts:
-        raise InputError(f"{where}: the {kind}'s text is {_shown(there[0])}, not a string")
-    text = next(filter(None, texts), "")
+    text = None
+    for name in TEXTS[kind]:
+        found = record.get(name)
+        if isinstance(found, str):
+            text = found
+            if text:
+                break
+    if text is None:
+        raise InputError(f"{where}: {_no_text(record, kind)}")
     title = record.get("title") or ""
     if not isinstance(title, str):
-        raise InputError(f"{where}: the {kind}'s title is {_shown(title)}, not a string")
+        raise InputError(f'{where}: "title" of the {kind} is {_shown(title)}, not a string')
     if "_id" not in record and text.startswith(title):
         return text
     return f"{title} {text}" if title and text else title or text
@@ -70,17 +72,28 @@ def id_of(record: dict[str, Any], kind: str) -> str | None:
     Raises:
         ValueError: what it is instead of a text, that can be written as UTF-8, or a whole number.
     """
-    name = next((name for name in IDS[kind] if name in record), None)
-    if name is None:
+    for name in IDS[kind]:
+        if name in record:
+            found = record[name]
+            break
+    else:
         return None
-    found = record[name]
     if isinstance(found, bool) or not isinstance(found, str | int):
         raise ValueError(f'"{name}" is {_shown(found)}, not a string or a whole number')
-    try:
-        str(found).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f'"{name}" is {_shown(found)}, half of a surrogate pair') from None
-    return str(found)
+    identity = str(found)
+    if not identity.isascii():
+        try:
+            identity.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f'"{name}" is {_shown(found)}, half of a surrogate pair') from None
+    return identity
+
+
+def _no_text(record: dict[str, Any], kind: str) -> str:
+    there = [name for name in TEXTS[kind] if name in record]
+    if not there:
+        return _lacking(record, kind, "text", TEXTS[kind])
+    return f'"{there[0]}" of the {kind} is {_shown(record[there[0]])}, not a string'
 
 
 def _lacking(record: dict[str, Any], kind: str, what: str, names: tuple[str, ...]) -> str:

@@ -92,9 +92,8 @@ class TextFile:
         bad = first = number = 0
         start = self._begin
         while start < self._end:
-            self._file.seek(start)
-            line = self._file.readline()
-            if not line:
+            line = self._line(start)
+            if not line:  # it has become shorter
                 break
             number += 1
             try:
@@ -116,8 +115,11 @@ class TextFile:
 
     def at(self, place: int) -> str:
         """The line at one of `places`."""
-        self._file.seek(place)
-        return self._file.readline().decode("utf-8", "replace").rstrip("\r\n")
+        return self._line(place).decode("utf-8", "replace").rstrip("\r\n")
+
+    def _line(self, start: int) -> bytes:
+        self._file.seek(start)
+        return self._file.readline(self._end - start)
 
     def close(self) -> None:
         """Close the file, and remove what was copied."""

@@ -102,7 +102,7 @@ def test_a_bad_run_is_refused_with_the_line(write: Write, run: list[str], messag
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"id": "new", "text": 5}', "line 5: the (query|document)'s text is 5, not a string"),
+        ('{"id": "new", "text": 5}', "line 5: .text. of the (query|document) is 5, not a string"),
         ('{"id": "new"}', "line 5: expected"),
         ('{"text": "new"}', "line 5: expected"),
         ('{"id": null, "text": "new"}', "line 5: .id. is null, not a string"),

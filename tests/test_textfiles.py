@@ -102,8 +102,9 @@ def test_what_is_copied_may_be_larger_than_memory_should_hold(
     assert read_lines(written(tmp_path / "f", gzip.compress(b"a\n" * 100_000))) == ["a"] * 100_000
 
 
-def test_a_file_that_grows_is_read_to_where_it_ended(tmp_path: Path) -> None:
-    path = written(tmp_path / "f", b"a\nb\n")
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_file_that_grows_is_read_to_where_it_ended(tmp_path: Path, end: bytes) -> None:
+    path = written(tmp_path / "f", b"a\nb" + end)
     with TextFile(path) as file:
         found = []
         for _, line in file:
