@@ -9,7 +9,14 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from qrank.cli.common import FiniteRange, debug_option, memory_option, notice, wish_options
+from qrank.cli.common import (
+    FiniteFloat,
+    FiniteRange,
+    debug_option,
+    memory_option,
+    notice,
+    wish_options,
+)
 from qrank.errors import InputError
 from qrank.extras import need
 from qrank.locate import DEFAULT
@@ -71,7 +78,7 @@ _SECONDS = FiniteRange(min=0, min_open=True)
 @wish_options
 @click.option(
     "--max-loss",
-    type=float,
+    type=FiniteFloat(),
     help="Most nDCG@10 that qrank eval may have found a variant to lose against fp32.",
 )
 @click.option("--threads", type=_COUNT, help="CPU threads of each model.  [default: all]")
