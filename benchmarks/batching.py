@@ -17,12 +17,12 @@ import numpy as np
 from common import alternate, arguments, encode, join, open_onnx, report
 
 from qrank.backends.onnx import CPU_BATCH, OnnxBackend
-from qrank.bundle import TOKENIZER, Manifest
-from qrank.collection import Collection
-from qrank.encoding import Encoder
-from qrank.locate import DEFAULT, locate
-from qrank.machine import processors
-from qrank.work import Work
+from qrank.bundle.locate import DEFAULT, locate
+from qrank.bundle.manifest import TOKENIZER, Manifest
+from qrank.bundle.sequences import Work
+from qrank.quality.collection import Collection
+from qrank.scoring.pair_tokenizer import Encoder
+from qrank.system.machine import processors
 
 
 def main() -> None:

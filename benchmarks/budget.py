@@ -13,8 +13,8 @@ import numpy as np
 from common import arguments, report
 
 from qrank import Reranker
-from qrank.collection import Collection
-from qrank.locate import DEFAULT
+from qrank.bundle.locate import DEFAULT
+from qrank.quality.collection import Collection
 
 COLUMNS = {
     "budget ms": "d",

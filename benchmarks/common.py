@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from qrank.backends import Options, onnx
-from qrank.bundle import Variant
-from qrank.encoding import Encoder
-from qrank.fidelity import Fidelity
-from qrank.machine import cpu_name, processors
-from qrank.work import Work
+from qrank.bundle.fidelity import Fidelity
+from qrank.bundle.manifest import Variant
+from qrank.bundle.sequences import Work
+from qrank.scoring.pair_tokenizer import Encoder
+from qrank.system.machine import cpu_name, processors
 
 Row = Mapping[str, Any]
 

@@ -29,9 +29,9 @@ from real_size import convert, make
 
 from qrank import Reranker
 from qrank.backends import Options, llama, module, opener
-from qrank.bundle import Manifest
-from qrank.machine import peak_memory, processors
-from qrank.work import Work
+from qrank.bundle.manifest import Manifest
+from qrank.bundle.sequences import Work
+from qrank.system.machine import peak_memory, processors
 
 SHAPE = "Qwen3-Reranker-0.6B"
 PREFIX = 64

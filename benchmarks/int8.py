@@ -1,7 +1,7 @@
 """qrank's int8 for ONNX against onnxruntime's own ways, from one fp32 graph, taking turns.
 
-Rows: fp32; qrank's (converters/onnx_int8.py); `quantize_dynamic` with a scale a weight column, but
-for causal models, whose fp32 graph may be too large for it; `MatMulNBits` with 8 and with 4 bits in
+Rows: fp32; qrank's (converters/onnx/quantize.py); `quantize_dynamic` with a scale a weight column,
+but for causal models, whose fp32 graph may be too large for it; `MatMulNBits` with 8 and 4 bits in
 blocks of 32, activations in int8. All leave the score head in fp32, and run in qrank's
 backend. "max Δ" is the largest absolute difference of a logit to fp32; "batch" is how far a
 pair's logit moves between being alone and in a padded batch of 16 of mixed lengths, at most.
@@ -26,14 +26,14 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 )
 
 from qrank.backends.onnx import OnnxBackend
-from qrank.bundle import TOKENIZER
-from qrank.collection import Collection
+from qrank.bundle.fidelity import TOLERANCES, Fidelity, Tolerance
+from qrank.bundle.manifest import TOKENIZER
+from qrank.bundle.sequences import Logits, Work
 from qrank.converters.convert import convert
-from qrank.converters.onnx import head_nodes
-from qrank.encoding import Encoder
-from qrank.fidelity import TOLERANCES, Fidelity, Tolerance
-from qrank.machine import processors
-from qrank.work import Logits, Work
+from qrank.converters.onnx.export import head_nodes
+from qrank.quality.collection import Collection
+from qrank.scoring.pair_tokenizer import Encoder
+from qrank.system.machine import processors
 
 COLUMNS = {
     "graph": "",

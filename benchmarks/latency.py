@@ -18,12 +18,12 @@ from common import arguments, encode, report
 
 from qrank import Reranker
 from qrank.backends.onnx import CPU_BATCH
-from qrank.batching import cut_padded
-from qrank.bundle import TOKENIZER, Manifest
-from qrank.collection import Collection
-from qrank.encoding import Encoder
-from qrank.locate import DEFAULT, locate
-from qrank.machine import peak_memory, processors
+from qrank.bundle.locate import DEFAULT, locate
+from qrank.bundle.manifest import TOKENIZER, Manifest
+from qrank.quality.collection import Collection
+from qrank.scoring.batching import cut_padded
+from qrank.scoring.pair_tokenizer import Encoder
+from qrank.system.machine import peak_memory, processors
 
 COLUMNS = {
     "variant": "",

@@ -18,14 +18,14 @@ import numpy as np
 from common import arguments, report
 
 from qrank.backends import Options, gguf, llama
-from qrank.bundle import Manifest, Variant
-from qrank.child import Child, CrashError, answer
-from qrank.converters import gguf as converter
+from qrank.bundle.fidelity import Fidelity
+from qrank.bundle.manifest import Manifest, Variant
+from qrank.bundle.sequences import Work
 from qrank.converters.convert import convert
+from qrank.converters.gguf import export as converter
 from qrank.errors import QrankError
-from qrank.fidelity import Fidelity
-from qrank.machine import processors
-from qrank.work import Work
+from qrank.system.machine import processors
+from qrank.system.subprocess_rpc import Child, CrashError, answer
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 

@@ -165,9 +165,9 @@ def llama_cpp(model: str, work: Path, threads: int) -> Score:
     import numpy as np
 
     from qrank.backends import llama
-    from qrank.batching import cut_ragged, in_order
-    from qrank.bundle import TOKENIZER, Manifest
-    from qrank.encoding import Encoder
+    from qrank.bundle.manifest import TOKENIZER, Manifest
+    from qrank.scoring.batching import cut_ragged, in_order
+    from qrank.scoring.pair_tokenizer import Encoder
 
     folder = Path(model)
     encoder = Encoder(folder / TOKENIZER, Manifest.load(folder).family, max_length=TOKENS)

@@ -33,10 +33,10 @@ from transformers import (
 )
 
 from qrank import Reranker
-from qrank.bundle import Manifest
+from qrank.bundle.fidelity import TOLERANCES, Tolerance
+from qrank.bundle.manifest import Manifest
 from qrank.converters.convert import convert as make_bundle
-from qrank.fidelity import TOLERANCES, Tolerance
-from qrank.machine import peak_memory
+from qrank.system.machine import peak_memory
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import tiny

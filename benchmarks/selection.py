@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from common import arguments, report
 
-from qrank import machine
 from qrank.backends import FORMATS
-from qrank.bundle import Manifest
-from qrank.locate import locate
-from qrank.selection import ALIKE, PROFILES, Measurement, Wish, doubtful, order
-from qrank.survey import survey
-from qrank.tuning import Candidate, Contest, candidates, documents, in_turns, tune
+from qrank.bundle.locate import locate
+from qrank.bundle.manifest import Manifest
+from qrank.measure.discover import survey
+from qrank.measure.tuning import Candidate, Contest, candidates, documents, in_turns, tune
+from qrank.select.selection import ALIKE, PROFILES, Measurement, Wish, doubtful, order
+from qrank.system import machine
 
 COLUMNS = {
     "bundle": "",

@@ -24,9 +24,9 @@ import numpy as np
 from common import alternate, arguments, report
 
 from qrank import Reranker
-from qrank.collection import Collection
-from qrank.locate import DEFAULT
-from qrank.machine import processors
+from qrank.bundle.locate import DEFAULT
+from qrank.quality.collection import Collection
+from qrank.system.machine import processors
 
 Task = tuple[str, list[str]]
 HERE = Path(__file__).parent

@@ -19,7 +19,7 @@ from statistics import median
 import numpy as np
 from common import alternate, arguments, report
 
-from qrank.locate import DEFAULT
+from qrank.bundle.locate import DEFAULT
 
 SAMPLE = Path(__file__).parent.parent / "docs" / "sample" / "passages.txt"
 QUERY = "how do plants make food?"

@@ -29,11 +29,11 @@ from common import alternate, arguments, report
 from peer import OURS, PEERS
 
 from qrank import Reranker
-from qrank.bundle import TOKENIZER, Manifest
-from qrank.collection import Collection
-from qrank.encoding import Encoder
-from qrank.machine import processors
-from qrank.measures import MAIN, measure
+from qrank.bundle.manifest import TOKENIZER, Manifest
+from qrank.quality.collection import Collection
+from qrank.quality.metrics import MAIN, measure
+from qrank.scoring.pair_tokenizer import Encoder
+from qrank.system.machine import processors
 
 DEFAULT = "sentence-transformers, fp32"
 ONNX_PEERS = (

@@ -7,15 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qrank import disk
-from qrank.bundle import MANIFEST, TOKENIZER, FileRecord, Manifest
-from qrank.converters.checkpoint import Checkpoint
+from qrank.bundle.manifest import MANIFEST, TOKENIZER, FileRecord, Manifest
+from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.makers import Failed, Maker, Name, nothing
+from qrank.converters.prebuilt import Asked
 from qrank.converters.publish import check_output, workshop
-from qrank.converters.ready_made import Asked
 from qrank.converters.sources import Model, read
 from qrank.converters.variants import Made, Progress, make
 from qrank.errors import BundleError, ConversionError, InputError, QrankError
+from qrank.system import disk
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def convert(
 
     Args:
         source: a checkpoint's folder or hub id, or those of ready-made files, or one such file;
-            see `qrank.locate.place`.
+            see `qrank.bundle.locate.place`.
         variants: (format, precision) pairs to make, a precision of None being the default; those
             the bundle has already are kept. None: every format whose packages are installed and
             that the family is for, or of which there is a ready-made file.

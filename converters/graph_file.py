@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from qrank.errors import ConversionError
-from qrank.extras import need
+from qrank.system.extras import need
 
 if TYPE_CHECKING:
     import onnx

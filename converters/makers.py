@@ -10,12 +10,12 @@ from types import ModuleType
 from typing import Protocol, cast
 
 from qrank.backends import FORMATS
-from qrank.converters.checkpoint import Checkpoint
-from qrank.converters.ready_made import Asked, ReadyMade
+from qrank.bundle.fidelity import TOLERANCES
+from qrank.bundle.sequences import Work
+from qrank.converters.checkpoint.read import Checkpoint
+from qrank.converters.prebuilt import Asked, ReadyMade
 from qrank.errors import ConversionError, FidelityError, MissingExtraError, QrankError
-from qrank.extras import EXTRA_OF, installed, need, pip_line
-from qrank.fidelity import TOLERANCES
-from qrank.work import Work
+from qrank.system.extras import EXTRA_OF, installed, need, pip_line
 
 Name = tuple[str, str]
 """A variant's format and precision."""
@@ -45,7 +45,7 @@ class Maker(Protocol):
 
 def converter(format: str) -> ModuleType:
     """The converter module of a format."""
-    return importlib.import_module(f"qrank.converters.{format}")
+    return importlib.import_module(f"qrank.converters.{format}.export")
 
 
 def default_precision(format: str) -> str:

@@ -21,12 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qrank import disk, paths
 from qrank.backends import FORMATS
-from qrank.bundle import MANIFEST, TOKENIZER, Manifest, is_plain
+from qrank.bundle.fidelity import TOLERANCES
+from qrank.bundle.manifest import MANIFEST, TOKENIZER, Manifest, is_plain
 from qrank.converters.lock import LOCK, locked
 from qrank.errors import BundleError, ConversionError
-from qrank.fidelity import TOLERANCES
+from qrank.system import disk, paths
 
 WORK = ".qrank-work"
 _NEW, _OLD, _MOVES = "new", "old", "moves.json"

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from importlib import import_module, metadata
 from pathlib import Path
 
-from qrank import disk, machine
 from qrank.backends import FORMATS
-from qrank.converters.checkpoint import Checkpoint
+from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.makers import Maker, Name, converter
-from qrank.converters.ready_made import Taker
+from qrank.converters.prebuilt import Taker
 from qrank.errors import ConversionError, QrankError
-from qrank.extras import DISTRIBUTION
+from qrank.system import disk, machine
+from qrank.system.extras import DISTRIBUTION
 
 _BYTES = {
     **dict.fromkeys(("fp32", "f32"), 4.0),

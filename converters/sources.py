@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qrank.bundle.family import Card
+from qrank.bundle.locate import Fetched, place
 from qrank.converters import makers
-from qrank.converters.checkpoint import Checkpoint, of_fetched, read_checkpoint
+from qrank.converters.checkpoint.probes import calibration_pairs, read_pairs
+from qrank.converters.checkpoint.read import Checkpoint, of_fetched, read_checkpoint
 from qrank.converters.makers import Failed, Maker, Name
-from qrank.converters.probes import calibration_pairs, read_pairs
-from qrank.converters.ready_find import find
-from qrank.converters.ready_made import SUFFIXES, Asked, ReadyMade
+from qrank.converters.prebuilt import SUFFIXES, Asked, ReadyMade
+from qrank.converters.prebuilt_find import find
 from qrank.errors import ConversionError
-from qrank.family import Card
-from qrank.locate import Fetched, place
 
 
 @dataclass(frozen=True)

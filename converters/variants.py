@@ -8,17 +8,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qrank import disk
-from qrank.bundle import TOKENIZER, FileRecord, Manifest, Probes, Variant
-from qrank.converters.checkpoint import Checkpoint
-from qrank.converters.fidelity import encode_pairs, make_probes, measure, own_probes
+from qrank.backends.isolation import Worker
+from qrank.bundle.fidelity import Fidelity
+from qrank.bundle.manifest import TOKENIZER, FileRecord, Manifest, Probes, Variant
+from qrank.bundle.sequences import Work
+from qrank.converters.checkpoint.ids import encode_pairs
+from qrank.converters.checkpoint.read import Checkpoint
+from qrank.converters.fidelity import make_probes, measure, own_probes
 from qrank.converters.makers import Failed, Maker, Name
 from qrank.converters.resources import lacking, space, versions
 from qrank.converters.sources import Model
 from qrank.errors import ConversionError, FidelityError, MissingExtraError, QrankError
-from qrank.fidelity import Fidelity
-from qrank.isolation import Worker
-from qrank.work import Work
+from qrank.system import disk
 
 Progress = Callable[[str], object]
 """Called with what is being done, each time that changes."""

@@ -7,15 +7,19 @@
 from typing import TYPE_CHECKING, Any
 
 from qrank.errors import QrankError
-from qrank.version import __version__
+from qrank.system.version import __version__
 
 if TYPE_CHECKING:
+    from qrank.measure.tuning import tune
     from qrank.reranker import Ranking, Reranker
-    from qrank.tuning import tune
 
 __all__ = ["QrankError", "Ranking", "Reranker", "__version__", "tune"]
 
-_PLACES = {"Ranking": "qrank.reranker", "Reranker": "qrank.reranker", "tune": "qrank.tuning"}
+_PLACES = {
+    "Ranking": "qrank.reranker",
+    "Reranker": "qrank.reranker",
+    "tune": "qrank.measure.tuning",
+}
 
 
 def __getattr__(name: str) -> Any:

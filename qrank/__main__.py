@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from qrank.signals import Ended, die_of
+from qrank.system.signals import Ended, die_of
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Every error qrank raises on purpose, and the exit code the command line gives it.
 
-A signal that ends a command has an exit code too: 128 and its number (`qrank.signals`).
+A signal that ends a command has an exit code too: 128 and its number (`qrank.system.signals`).
 
 QrankError                 base: catch this to catch them all                  (exit 1)
  ├─ InputError             the caller's data or arguments cannot be used            (2)

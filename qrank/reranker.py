@@ -19,17 +19,17 @@ from typing import Any, Literal, SupportsIndex, get_args, overload
 
 import numpy as np
 
-from qrank import activation, arguments, backends, calibration
-from qrank.budget import Pace, spend
-from qrank.bundle import TOKENIZER, Manifest, check_files
-from qrank.encoding import Encoder, Prompt
+from qrank import backends
+from qrank.bundle.locate import DEFAULT, locate, provide
+from qrank.bundle.manifest import TOKENIZER, Manifest, check_files
+from qrank.bundle.sequences import Logits
 from qrank.errors import InputError, TargetError
-from qrank.items import Item, LongDocuments, as_pairs, as_text, as_texts, best_items, works
-from qrank.locate import DEFAULT, locate, provide
-from qrank.machine import processors
-from qrank.memory import Memory
-from qrank.proof import Proof, ready
-from qrank.selection import (
+from qrank.scoring import activation, arguments, calibration
+from qrank.scoring.deadline import Pace, spend
+from qrank.scoring.inputs import Item, LongDocuments, as_pairs, as_text, as_texts, best_items, works
+from qrank.scoring.memory import Memory
+from qrank.scoring.pair_tokenizer import Encoder, Prompt
+from qrank.select.selection import (
     POLICIES,
     PROFILES,
     Choice,
@@ -39,8 +39,9 @@ from qrank.selection import (
     choices,
     first_that_works,
 )
-from qrank.targets import Target
-from qrank.work import Logits
+from qrank.select.targets import Target
+from qrank.select.verify import Proof, ready
+from qrank.system.machine import processors
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ import tiny
 import tiny_decoders
 from hypothesis import HealthCheck, settings
 
-from qrank import Reranker, paths
-from qrank.bundle import Manifest
-from qrank.converters import onnx as onnx_converter
-from qrank.converters.checkpoint import Checkpoint
+from qrank import Reranker
+from qrank.bundle.manifest import Manifest
+from qrank.bundle.sequences import Work
+from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.convert import convert
-from qrank.work import Work
+from qrank.converters.onnx import export as onnx_converter
+from qrank.system import paths
 
 # A busy machine is no failure.
 settings.register_profile("qrank", deadline=None, suppress_health_check=[HealthCheck.too_slow])

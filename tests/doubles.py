@@ -15,8 +15,8 @@ import fakes
 import numpy as np
 
 from qrank.backends import Backend, Options
-from qrank.bundle import Variant
-from qrank.work import Floats, Logits, Work
+from qrank.bundle.manifest import Variant
+from qrank.bundle.sequences import Floats, Logits, Work
 
 
 class Right:

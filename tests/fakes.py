@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from qrank.backends import Backend, Options, onnx
-from qrank.bundle import Manifest, Variant
-from qrank.work import Ids, Logits, Work
+from qrank.bundle.manifest import Manifest, Variant
+from qrank.bundle.sequences import Ids, Logits, Work
 
 LONG = 40
 """Tokens from which `nan_when_long` and `inf_when_long` fail."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qrank.collection import Collection
+from qrank.quality.collection import Collection
 
 WORDS = ("mars", "bread", "planet", "river", "sugar", "light", "plant", "honey", "stone", "paper")
 

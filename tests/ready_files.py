@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from qrank.extras import need
-from qrank.work import Logits
+from qrank.bundle.sequences import Logits
+from qrank.system.extras import need
 
 TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 

@@ -19,13 +19,13 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from qrank import Reranker
-from qrank.converters.checkpoint import read_checkpoint
+from qrank.bundle.sequences import Logits
+from qrank.converters.checkpoint.ids import checkpoint_ids
+from qrank.converters.checkpoint.read import read_checkpoint
+from qrank.converters.checkpoint.tokenizer import is_control, text_tokenizer
 from qrank.converters.convert import convert
-from qrank.converters.fidelity import checkpoint_ids
-from qrank.converters.tokenizer import is_control, text_tokenizer
-from qrank.encoding import Encoder
 from qrank.errors import ConversionError, FamilyError
-from qrank.work import Logits
+from qrank.scoring.pair_tokenizer import Encoder
 
 KINDS = ("bert", "xlm-roberta", "modernbert-mean", "qwen3")
 """WordPiece, Unigram, and BPE of two vocabularies."""

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-import qrank.bench
-import qrank.locate
+import qrank.bundle.locate
+import qrank.measure.bench
+import qrank.measure.tuning
 import qrank.reranker
-import qrank.tuning
 from qrank import Ranking, Reranker, tune
-from qrank.arguments import size
 from qrank.errors import InputError
 from qrank.reranker import Rankings
+from qrank.scoring.arguments import size
 
 QUERY = "which planet is red?"
 DOCUMENTS = ["mars is the red planet", "bread is baked in an oven", ""]
@@ -109,7 +109,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
         raise AssertionError("something is loaded before the arguments are checked")
 
-    for module in (qrank.reranker, qrank.tuning, qrank.bench):
+    for module in (qrank.reranker, qrank.measure.tuning, qrank.measure.bench):
         monkeypatch.setattr(module, "locate", never)
 
 
@@ -140,7 +140,7 @@ def test_what_tune_does_not_take(name: str, value: object) -> None:
 @pytest.mark.parametrize(("name", "value"), cases(BENCH))
 @pytest.mark.usefixtures("nothing_is_loaded")
 def test_what_bench_does_not_take(name: str, value: object) -> None:
-    refused(qrank.bench.bench, name, value)
+    refused(qrank.measure.bench.bench, name, value)
 
 
 def test_a_query_and_a_document_are_told_to_be_a_pair(mini: Reranker) -> None:
@@ -353,7 +353,7 @@ def test_a_pool_of_processes_ranks_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mini: Reranker
 ) -> None:
     """Spawned, in another folder: a relative path of the model's means what it meant here."""
-    folder = qrank.locate.bundled()["mini"]
+    folder = qrank.bundle.locate.bundled()["mini"]
     monkeypatch.chdir(folder.parent)
     reranker = Reranker(folder.name)
     with ProcessPoolExecutor(

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrank.batching import cut_padded, in_halves, out_of_memory
+from qrank.bundle.sequences import Logits, Work
 from qrank.errors import TargetError
-from qrank.work import Logits, Work
+from qrank.scoring.batching import cut_padded, in_halves, out_of_memory
 
 LENGTHS = st.lists(st.integers(0, 600), max_size=60)
 LIMIT = st.integers(1, 2000)

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrank import Reranker
-from qrank.budget import Pace, spend
 from qrank.cli import main
 from qrank.errors import InputError
+from qrank.scoring.deadline import Pace, spend
 
 WARM_UP = 8
 

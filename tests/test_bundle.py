@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qrank import Reranker
-from qrank.bundle import MANIFEST, SCHEMA, TOKENIZER, Manifest
+from qrank.bundle.manifest import MANIFEST, SCHEMA, TOKENIZER, Manifest
 from qrank.cli import main
 from qrank.errors import BundleError, TargetError
 
@@ -294,7 +294,7 @@ def test_a_manifest_that_is_being_read_is_replaced_a_little_later(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on Windows, where no file that is open can be replaced."""
-    monkeypatch.setattr("qrank.bundle._WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("qrank.bundle.manifest._WAITS", (0.0, 0.0, 0.0))
     change, left = Path.replace, 2
 
     def busy(path: Path, target: Path) -> Path:

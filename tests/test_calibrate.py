@@ -16,12 +16,12 @@ from hypothesis.extra.numpy import arrays
 from scipy.optimize import isotonic_regression, minimize
 
 from qrank import Reranker
-from qrank.bundle import Manifest
-from qrank.calibration import METHODS, Calibration, Isotonic, Labels, Platt
+from qrank.bundle.manifest import Manifest
+from qrank.bundle.sequences import Logits
 from qrank.cli import main
 from qrank.errors import InputError
-from qrank.reliability import THRESHOLDS, expected_calibration_error
-from qrank.work import Logits
+from qrank.quality.reliability import THRESHOLDS, expected_calibration_error
+from qrank.scoring.calibration import METHODS, Calibration, Isotonic, Labels, Platt
 
 VARIANT = "onnx-fp32"
 WORDS = ("mars", "bread", "planet", "river", "sugar", "light")

@@ -25,7 +25,7 @@ from transformers import (
 import qrank.converters
 from qrank import Reranker
 from qrank.cli import main
-from qrank.converters.checkpoint import read_checkpoint
+from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.convert import convert
 from qrank.errors import ConversionError, FamilyError, QrankError
 

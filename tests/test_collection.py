@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from judged import Data, opened
 
-from qrank.collection import Collection, Files
 from qrank.errors import InputError
-from qrank.measures import measure
-from qrank.words import words
+from qrank.quality.collection import Collection, Files
+from qrank.quality.metrics import measure
+from qrank.quality.words import words
 
 
 def test_equal_judgements_may_repeat(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from qrank import Reranker
 from qrank.backends.onnx import CPU_BATCH
-from qrank.batching import cut_padded
-from qrank.converters.probes import probe_pairs
-from qrank.fidelity import TOLERANCES, Fidelity
-from qrank.work import Logits
+from qrank.bundle.fidelity import TOLERANCES, Fidelity
+from qrank.bundle.sequences import Logits
+from qrank.converters.checkpoint.probes import probe_pairs
+from qrank.scoring.batching import cut_padded
 
 ALONE = {
     "fp32": 1e-5,

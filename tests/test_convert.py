@@ -19,12 +19,12 @@ from onnx import numpy_helper
 from transformers import AutoModelForSequenceClassification
 
 from qrank import Reranker
-from qrank.bundle import MANIFEST, TOKENIZER, FileRecord, Manifest
+from qrank.bundle.fidelity import TOLERANCES
+from qrank.bundle.manifest import MANIFEST, TOKENIZER, FileRecord, Manifest
 from qrank.cli import main
-from qrank.converters import onnx as onnx_converter
 from qrank.converters.convert import convert
+from qrank.converters.onnx import export as onnx_converter
 from qrank.errors import BundleError, ConversionError, TargetError
-from qrank.fidelity import TOLERANCES
 
 FP32 = [("onnx", "fp32")]
 PAIRS = [("which planet is red?", "Mars is."), ("bread?", "Yeast ferments sugar in the dough.")]

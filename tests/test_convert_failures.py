@@ -18,16 +18,16 @@ from onnx import numpy_helper
 from transformers import AutoModelForSequenceClassification
 
 from qrank import Reranker
-from qrank.bundle import MANIFEST, TOKENIZER, Manifest
+from qrank.bundle.fidelity import TOLERANCES, Tolerance
+from qrank.bundle.manifest import MANIFEST, TOKENIZER, Manifest
+from qrank.bundle.sequences import Work
 from qrank.cli import main
 from qrank.converters import graph_file, makers
-from qrank.converters import onnx as onnx_converter
-from qrank.converters.checkpoint import Checkpoint
+from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.convert import convert
+from qrank.converters.onnx import export as onnx_converter
 from qrank.converters.resources import versions
 from qrank.errors import BundleError, ConversionError, FidelityError, InputError, MissingExtraError
-from qrank.fidelity import TOLERANCES, Tolerance
-from qrank.work import Work
 
 FP32 = [("onnx", "fp32")]
 PAIRS = [("which planet is red?", "Mars is."), ("bread?", "Yeast ferments sugar in the dough.")]

@@ -26,15 +26,15 @@ from transformers import (
 from qrank import Reranker
 from qrank.backends import gguf as gguf_backend
 from qrank.backends import llama
-from qrank.bundle import TOKENIZER, Manifest
+from qrank.bundle.fidelity import TOLERANCES, Fidelity
+from qrank.bundle.manifest import TOKENIZER, Manifest
+from qrank.bundle.sequences import Logits, Work
 from qrank.cli import main
-from qrank.converters.checkpoint import read_checkpoint
+from qrank.converters.checkpoint.probes import probe_pairs
+from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.convert import convert
-from qrank.converters.probes import probe_pairs
-from qrank.encoding import Encoder
 from qrank.errors import ConversionError, FamilyError, InputError
-from qrank.fidelity import TOLERANCES, Fidelity
-from qrank.work import Logits, Work
+from qrank.scoring.pair_tokenizer import Encoder
 
 TASK = (
     "You are a search relevance expert who evaluates how well documents match search queries. For "

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrank import Reranker
-from qrank.bundle import TOKENIZER, Manifest
-from qrank.encoding import Encoder, Prompt
+from qrank.bundle.family import Family
+from qrank.bundle.manifest import TOKENIZER, Manifest
 from qrank.errors import InputError
-from qrank.family import Family
+from qrank.scoring.pair_tokenizer import Encoder, Prompt
 
 # Anything a string can hold, surrogates included.
 TEXT = st.text(st.characters(), max_size=60)

@@ -15,13 +15,13 @@ from click.testing import CliRunner, Result
 from judged import Data, opened
 
 from qrank import Reranker
-from qrank.bundle import Manifest
+from qrank.bundle.manifest import Manifest
 from qrank.cli import main
-from qrank.collection import Run
-from qrank.evaluation import Evaluation, evaluate
-from qrank.losses import Loss, losses, remember
-from qrank.measures import MEASURES
-from qrank.scored import Setting
+from qrank.quality.collection import Run
+from qrank.quality.evaluation import Evaluation, evaluate
+from qrank.quality.metrics import MEASURES
+from qrank.quality.score_cache import Setting
+from qrank.select.losses import Loss, losses, remember
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import qrank
-from qrank import errors, extras
+from qrank import errors
 from qrank.errors import QrankError
+from qrank.system import extras
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))

@@ -12,10 +12,10 @@ import pytest
 import tiny
 from transformers import BertModel
 
-from qrank.converters.checkpoint import read_checkpoint
+from qrank.bundle.family import Card, Family, cards
+from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.convert import convert
 from qrank.errors import ConversionError, FamilyError, ModelNotFoundError
-from qrank.family import Card, Family, cards
 
 CARD = """
 name = "mine"
@@ -242,9 +242,9 @@ def test_a_tokenizer_is_read_without_a_class_that_takes_torch(
 ) -> None:
     """Ready-made models are converted where there is no torch."""
     code = (
-        "import sys; from qrank.converters.checkpoint import read_checkpoint; "
+        "import sys; from qrank.converters.checkpoint.read import read_checkpoint; "
         "read_checkpoint(sys.argv[1]).tokenizer; "
-        "print('qrank.converters.nemotron' in sys.modules)"
+        "print('qrank.converters.checkpoint.nemotron' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(checkpoint_of("bert"))], capture_output=True, text=True

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from qrank.fidelity import TOLERANCES, Fidelity, Tolerance
+from qrank.bundle.fidelity import TOLERANCES, Fidelity, Tolerance
 
 # Few values and many of them: ties are the rule.
 TIED = st.integers(-4, 4).map(float)

@@ -20,13 +20,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from qrank import Reranker
 from qrank.backends import Options, llama
 from qrank.backends import gguf as backend
-from qrank.bundle import TOKENIZER, Manifest
+from qrank.bundle.manifest import TOKENIZER, Manifest
+from qrank.bundle.sequences import Ids, Work
 from qrank.cli import main
+from qrank.converters.checkpoint.probes import probe_pairs
 from qrank.converters.convert import convert
-from qrank.converters.probes import probe_pairs
-from qrank.encoding import Encoder
 from qrank.errors import ConversionError, TargetError
-from qrank.work import Ids, Work
+from qrank.scoring.pair_tokenizer import Encoder
 
 PRECISIONS = [precision for format, precision in tiny.VARIANTS if format == "gguf"]
 PAIRS = [(query, document[:200]) for query, document in probe_pairs()]

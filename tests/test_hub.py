@@ -19,13 +19,14 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progre
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrank import Reranker, hub
-from qrank.bundle import MANIFEST, TOKENIZER, Manifest
+from qrank import Reranker
+from qrank.bundle import hub
+from qrank.bundle.hub_names import HubName, parse
+from qrank.bundle.locate import locate, place
+from qrank.bundle.manifest import MANIFEST, TOKENIZER, Manifest
 from qrank.cli import main
 from qrank.converters.convert import convert
 from qrank.errors import InputError, ModelNotFoundError
-from qrank.hub_names import HubName, parse
-from qrank.locate import locate, place
 
 REPOSITORY = "they/their-bundle"
 

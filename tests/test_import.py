@@ -27,7 +27,9 @@ def loaded(code: str, *arguments: str | Path) -> set[str]:
     return set(json.loads(done.stdout))
 
 
-@pytest.mark.parametrize("module", ["qrank", "qrank.cli", "qrank.runs", "qrank.backends"])
+@pytest.mark.parametrize(
+    "module", ["qrank", "qrank.cli", "qrank.quality.rerank_run", "qrank.backends"]
+)
 def test_importing_loads_nothing_heavy(module: str) -> None:
     assert loaded(f"import {module}") == set()
 
@@ -109,7 +111,7 @@ def test_inspecting_needs_no_backend(bundle: Path) -> None:
 
 def test_the_module_variable_is_the_users(bundle: Path) -> None:
     """Who wants onnxruntime's reports may have them: what is set already is left alone."""
-    code = "import os\nfrom qrank.extras import need\nneed('onnxruntime')\n"
+    code = "import os\nfrom qrank.system.extras import need\nneed('onnxruntime')\n"
     code += "assert os.environ['ORT_DISABLE_TELEMETRY'] == '0'"
     environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment)

@@ -14,14 +14,16 @@ from click.testing import CliRunner, Result
 from conftest import subset
 from serving import process
 
-from qrank import Reranker, child, isolation, machine, proof
-from qrank.backends import Options, gguf, llama
-from qrank.bundle import Manifest
-from qrank.child import Child, CrashError, HangError, NoChildError
+from qrank import Reranker
+from qrank.backends import Options, gguf, isolation, llama
+from qrank.bundle.manifest import Manifest
 from qrank.cli import main
-from qrank.doctor import _device
 from qrank.errors import InputError, TargetError
-from qrank.selection import PROFILES, Measurement, remember
+from qrank.measure.doctor import _device
+from qrank.select import verify
+from qrank.select.selection import PROFILES, Measurement, remember
+from qrank.system import machine, subprocess_rpc
+from qrank.system.subprocess_rpc import Child, CrashError, HangError, NoChildError
 
 pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's"),
@@ -138,7 +140,7 @@ def test_what_was_found_out_is_remembered_and_a_failure_for_a_day(
             Reranker(bundle, backend="openvino-int8")
         monkeypatch.setattr(subprocess, "Popen", no_process)
     monkeypatch.undo()
-    tomorrow = time.time() + proof._FAILURE_SECONDS
+    tomorrow = time.time() + verify._FAILURE_SECONDS
     monkeypatch.setattr(time, "time", lambda: tomorrow)
     Reranker(bundle, backend="openvino-int8").close()
 
@@ -218,7 +220,7 @@ def test_llama_cpp_keeps_off_amx_and_the_doctor_says_so(
 def test_a_shape_a_kernel_cannot_do_is_found_at_the_longest_probe(bundle: Path) -> None:
     """The longest is among those that are looked at here; kernels differ by length."""
     probes = Manifest.load(bundle).probes
-    some = proof._some(probes)
+    some = verify._some(probes)
     assert some.work.lengths.max() == probes.work.lengths.max()
     assert len(some.work) < len(probes.work)
 
@@ -228,13 +230,13 @@ def test_a_shape_a_kernel_cannot_do_is_found_at_the_longest_probe(bundle: Path) 
 
 def slow_to_read() -> None:
     """A child that says hello, and reads nothing."""
-    print(child._HELLO, flush=True)  # noqa: T201
+    print(subprocess_rpc._HELLO, flush=True)  # noqa: T201
     time.sleep(60)
 
 
 def talks_and_ends() -> None:
     """A child that writes some lines and ends."""
-    print(child._HELLO, flush=True)  # noqa: T201
+    print(subprocess_rpc._HELLO, flush=True)  # noqa: T201
     sys.stdin.readline()
     for line in "abcd":
         print(line, file=sys.stderr, flush=True)  # noqa: T201
@@ -247,7 +249,7 @@ def answers() -> None:
     def refuse(kind: str) -> dict[str, object]:
         raise {"input": InputError, "key": KeyError}[kind]("no")
 
-    child.answer({"pid": lambda: {"pid": os.getpid()}, "refuse": refuse, "hang": hang})
+    subprocess_rpc.answer({"pid": lambda: {"pid": os.getpid()}, "refuse": refuse, "hang": hang})
 
 
 def hang() -> dict[str, object]:
@@ -258,7 +260,7 @@ def hang() -> dict[str, object]:
 def started(main: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> Child:
     """A child that runs a function of this file."""
     code = f"import {__name__} as here; here.{main.__name__}()"
-    monkeypatch.setattr(child, "_BOOTSTRAP", code)
+    monkeypatch.setattr(subprocess_rpc, "_BOOTSTRAP", code)
     return Child(__name__)
 
 
@@ -292,7 +294,7 @@ def test_a_child_that_hangs_ends_with_who_asked(monkeypatch: pytest.MonkeyPatch)
         "import sys\n"
         "from qrank import child\n"
         f"child._BOOTSTRAP = 'import {__name__} as here; here.answers()'\n"
-        "asked = child.Child('x')\n"
+        "asked = subprocess_rpc.Child('x')\n"
         "print(asked.ask({'do': 'pid'}, 60)['pid'], flush=True)\n"
         "asked.ask({'do': 'hang'}, 60)\n"
     )
@@ -316,4 +318,4 @@ def test_a_child_that_hangs_ends_with_who_asked(monkeypatch: pytest.MonkeyPatch)
 def test_no_python_is_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(NoChildError, match="does not start as Python"):
-        Child("qrank.isolation").greeted()
+        Child("qrank.backends.isolation").greeted()

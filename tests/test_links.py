@@ -9,11 +9,11 @@ import pytest
 import ready_files
 
 from qrank import Reranker
+from qrank.bundle.locate import place
 from qrank.converters import graph_file
 from qrank.converters.convert import convert
 from qrank.converters.graph_file import load_graph
 from qrank.errors import ConversionError
-from qrank.locate import place
 
 PAIRS = [("which planet is red?", "Mars is."), ("bread?", "Yeast ferments sugar in the dough.")]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from qrank import Reranker, cgroups, machine
+from qrank import Reranker
+from qrank.system import cgroups, machine
 
 GB = 2**30
 NONE_V1 = 9223372036854771712

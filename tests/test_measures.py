@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from qrank.measures import MEASURES, Difference, kendall, measure, overlap
+from qrank.quality.metrics import MEASURES, Difference, kendall, measure, overlap
 
 VALUES = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=30)
 

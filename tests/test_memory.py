@@ -15,15 +15,17 @@ from conftest import subset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrank import Reranker, machine
-from qrank.batching import cut, cut_ragged
-from qrank.bundle import Manifest
+from qrank import Reranker
+from qrank.bundle.dimensions import Dimensions
+from qrank.bundle.manifest import Manifest
+from qrank.bundle.sequences import Work
 from qrank.cli import main
-from qrank.converters.checkpoint import read_checkpoint
+from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.convert import convert
 from qrank.errors import ConversionError, InputError, TargetError
-from qrank.memory import Dimensions, Memory
-from qrank.work import Work
+from qrank.scoring.batching import cut, cut_ragged
+from qrank.scoring.memory import Memory
+from qrank.system import machine
 
 QWEN3 = Dimensions(held=12, hidden=1024, intermediate=3072, heads=16, key_heads=8, width=128)
 

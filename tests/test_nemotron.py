@@ -18,14 +18,14 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from qrank import Reranker
-from qrank.bundle import TOKENIZER, Manifest
-from qrank.converters.checkpoint import read_checkpoint
+from qrank.bundle.manifest import TOKENIZER, Manifest
+from qrank.bundle.sequences import Logits
+from qrank.converters.checkpoint.ids import checkpoint_ids
+from qrank.converters.checkpoint.probes import probe_pairs
+from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.convert import convert
-from qrank.converters.fidelity import checkpoint_ids
-from qrank.converters.probes import probe_pairs
-from qrank.encoding import Encoder
 from qrank.errors import ConversionError, InputError
-from qrank.work import Logits
+from qrank.scoring.pair_tokenizer import Encoder
 
 TEMPERATURE = 0.5
 

@@ -15,9 +15,9 @@ import pytest
 
 from qrank import Reranker, backends
 from qrank.backends import Options, gguf, onnx
-from qrank.bundle import Manifest
+from qrank.bundle.locate import bundled
+from qrank.bundle.manifest import Manifest
 from qrank.errors import TargetError
-from qrank.locate import bundled
 
 QUERY = "which planet is red?"
 DOCUMENTS = ["mars is red " * count for count in (1, 5, 2, 40, 3, 4)]

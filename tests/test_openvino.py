@@ -19,16 +19,16 @@ from transformers import AutoModelForSequenceClassification
 
 from qrank import Reranker
 from qrank.backends import Backend, Options, openvino
-from qrank.bundle import Manifest, Variant
+from qrank.bundle.family import Family
+from qrank.bundle.fidelity import TOLERANCES, Fidelity
+from qrank.bundle.manifest import Manifest, Variant
+from qrank.bundle.sequences import Logits, Work
 from qrank.cli import main
-from qrank.converters import openvino as converter
+from qrank.converters.checkpoint.probes import calibration_pairs
 from qrank.converters.convert import convert
-from qrank.converters.probes import calibration_pairs
+from qrank.converters.openvino import export as converter
 from qrank.errors import ConversionError, InputError, TargetError
-from qrank.extras import need
-from qrank.family import Family
-from qrank.fidelity import TOLERANCES, Fidelity
-from qrank.work import Logits, Work
+from qrank.system.extras import need
 
 PRECISIONS = [precision for format, precision in tiny.VARIANTS if format == "openvino"]
 PAIRS = [("which planet is red?", "Mars is red. " * n) for n in (1, 0, 9, 30, 200)]

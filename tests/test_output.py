@@ -12,7 +12,7 @@ from commands import on_a_terminal, qrank_, score
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrank.runs import LOGIT
+from qrank.quality.rerank_run import LOGIT
 
 
 def characters() -> dict[str, list[str]]:

@@ -82,7 +82,7 @@ def installed_name(name: str) -> str:
 def test_the_wheel_holds_what_is_installed_and_nothing_else(wheel_names: set[str]) -> None:
     expected = {installed_name(name) for name in git_files() if belongs(name)}
     assert "qrank/models/bert.toml" in expected
-    assert "qrank/converters/probes.jsonl" in expected
+    assert "qrank/converters/checkpoint/probes.jsonl" in expected
     found = {name for name in wheel_names if ".dist-info/" not in name}
     assert found == expected
 
@@ -114,12 +114,12 @@ sys.path.insert(0, sys.argv[1])
 import qrank
 from importlib import resources
 from qrank.cli import main
-from qrank.family import cards
-from qrank.locate import bundled
+from qrank.bundle.family import cards
+from qrank.bundle.locate import bundled
 assert Path(qrank.__file__).is_relative_to(sys.argv[1]), qrank.__file__
 assert str(resources.files("qrank.models")).startswith(sys.argv[1])
-import qrank.converters.probes
-assert len(qrank.converters.probes.probe_pairs()) >= 32
+import qrank.converters.checkpoint.probes
+assert len(qrank.converters.checkpoint.probes.probe_pairs()) >= 32
 print(*(card.name for card in cards()), *bundled())
 """
 

@@ -150,14 +150,14 @@ def test_a_conversion_that_is_stopped_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
-    from qrank.converters import onnx
+    from qrank.converters.onnx import export
 
     def convert(checkpoint: object, precision: str, folder: Path, *more: object) -> str:
         (folder / "half-written.onnx").write_bytes(b"half")
         os.kill(os.getpid(), getattr(signal, name))
         return ""
 
-    monkeypatch.setattr(onnx, "convert", convert)
+    monkeypatch.setattr(export, "convert", convert)
     command = ("convert", checkpoint_of("bert"), "--to", "onnx", "-o", tmp_path / "out")
     result = qrank_(*command)
     assert result.exit_code == 128 + getattr(signal, name), result.stderr
@@ -274,9 +274,9 @@ import os, sys
 for number in (0, 1, 2):
     os.close(number)
 sys.stdin = sys.stdout = sys.stderr = None
-import qrank.tuning
+import qrank.measure.tuning
 from qrank.__main__ import main
-qrank.tuning.tune = lambda *bundle, **how: []  # takes long, and is not what is tried
+qrank.measure.tuning.tune = lambda *bundle, **how: []  # takes long, and is not what is tried
 try:
     main()
 except SystemExit as end:

@@ -18,17 +18,18 @@ import pytest
 from click.testing import CliRunner
 from conftest import contents
 
-from qrank import Reranker, disk
-from qrank.bundle import MANIFEST, TOKENIZER, Manifest
+from qrank import Reranker
+from qrank.bundle.manifest import MANIFEST, TOKENIZER, Manifest
+from qrank.bundle.sequences import Work
 from qrank.cli import main
-from qrank.converters import onnx as onnx_converter
 from qrank.converters import publish
-from qrank.converters.checkpoint import Checkpoint
+from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.convert import convert
 from qrank.converters.lock import LOCK
+from qrank.converters.onnx import export as onnx_converter
 from qrank.converters.publish import WORK, workshop
 from qrank.errors import ConversionError, ModelNotFoundError, QrankError
-from qrank.work import Work
+from qrank.system import disk
 
 FP32 = [("onnx", "fp32")]
 posix = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")

@@ -14,9 +14,9 @@ import tiny
 import tiny_decoders
 
 from qrank import Reranker
+from qrank.bundle.fidelity import TOLERANCES, Fidelity
 from qrank.converters.convert import convert
 from qrank.errors import ConversionError
-from qrank.fidelity import TOLERANCES, Fidelity
 
 Folders = Callable[[str], Path]
 

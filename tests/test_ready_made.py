@@ -17,13 +17,13 @@ import tiny_decoders
 from click.testing import CliRunner
 
 from qrank import Reranker
-from qrank.bundle import TOKENIZER, Manifest
+from qrank.bundle.fidelity import TOLERANCES, Fidelity
+from qrank.bundle.manifest import TOKENIZER, Manifest
+from qrank.bundle.sequences import Logits
 from qrank.cli import main
 from qrank.converters.convert import convert
-from qrank.encoding import Encoder
 from qrank.errors import ConversionError, FidelityError, ModelNotFoundError
-from qrank.fidelity import TOLERANCES, Fidelity
-from qrank.work import Logits
+from qrank.scoring.pair_tokenizer import Encoder
 
 Folders = Callable[[str], Path]
 TYPES = ["input_ids", "attention_mask", "token_type_ids"]

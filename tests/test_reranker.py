@@ -9,10 +9,10 @@ import pytest
 
 from qrank import Reranker
 from qrank.backends import Options, onnx
-from qrank.bundle import TOKENIZER, Manifest, Probes
-from qrank.encoding import Encoder
+from qrank.bundle.manifest import TOKENIZER, Manifest, Probes
+from qrank.bundle.sequences import Work
 from qrank.errors import BundleError, InputError, ModelNotFoundError, TargetError
-from qrank.work import Work
+from qrank.scoring.pair_tokenizer import Encoder
 
 QUERY = "which planet is red?"
 DOCUMENTS = ["bread is baked in an oven", "mars is the red planet", "", "the sky", " \t "]

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from qrank import Reranker
 from qrank.cli import main
 from qrank.errors import InputError
-from qrank.runs import RunReranker
+from qrank.quality.rerank_run import RunReranker
 
 Files = tuple[Path, Path, Path]
 Write = Callable[..., Files]

@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import subset
 
-from qrank import extras
 from qrank.backends import BACKENDS, module
 from qrank.cli import main
+from qrank.system import extras
 
 PlugIn = Callable[..., None]
 
@@ -38,7 +38,7 @@ def test_doctor_tells_what_is_there_and_what_fails(
         looked="doubles:CrashesWhenLookedFor", miscounts="doubles:Miscounts", right="doubles:Right"
     )
     there = extras.installed
-    monkeypatch.setattr("qrank.doctor.installed", lambda m: m != "llama_cpp" and there(m))
+    monkeypatch.setattr("qrank.measure.doctor.installed", lambda m: m != "llama_cpp" and there(m))
     result = qrank_("doctor", "--json")
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)

@@ -17,16 +17,19 @@ from conftest import subset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrank import Reranker, cache, losses, machine, selection, tuning
+from qrank import Reranker
 from qrank.backends import FORMATS, module
-from qrank.bundle import Manifest
-from qrank.cache import store
+from qrank.bundle.manifest import Manifest
 from qrank.cli import main
 from qrank.converters.makers import converter
 from qrank.errors import BundleError, InputError, MissingExtraError, TargetError
-from qrank.losses import Loss
-from qrank.selection import ALIKE, PROFILES, Measurement, Wish, order, recalled, remember
-from qrank.targets import ELSEWHERE, ON_CPU, guesses
+from qrank.measure import tuning
+from qrank.select import losses, selection
+from qrank.select.losses import Loss
+from qrank.select.selection import ALIKE, PROFILES, Measurement, Wish, order, recalled, remember
+from qrank.select.targets import ELSEWHERE, ON_CPU, guesses
+from qrank.system import cache, machine
+from qrank.system.cache import store
 
 THREADS = machine.processors()
 

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from qrank import Reranker
-from qrank.bundle import Manifest
-from qrank.converters.checkpoint import read_checkpoint
+from qrank.bundle.manifest import Manifest
+from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.convert import convert
 from qrank.errors import FamilyError
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrank import Reranker
-from qrank.items import Item, LongDocuments
+from qrank.scoring.inputs import Item, LongDocuments
 from qrank.serve.batcher import PREFIX_TURNS, Batcher, Job, Turn, cut
 from qrank.serve.metrics import Metrics
 from qrank.serve.request import Asked, Outcome, RefusedError

@@ -16,10 +16,10 @@ from serving import process, serving
 from test_serve import body
 
 from qrank import Reranker
+from qrank.bundle.locate import locate
 from qrank.cli import main
 from qrank.cli.serve import _named
 from qrank.errors import InputError, QrankError
-from qrank.locate import locate
 from qrank.serve.listening import listen
 
 

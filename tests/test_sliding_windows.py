@@ -26,13 +26,13 @@ from transformers import (
 )
 
 from qrank import Reranker
-from qrank.converters import gguf
-from qrank.converters.checkpoint import read_checkpoint
+from qrank.bundle.sequences import Logits, Work
+from qrank.converters.checkpoint.ids import PROBE_TOKENS
+from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.convert import convert
-from qrank.converters.fidelity import PROBE_TOKENS
-from qrank.encoding import Encoder
+from qrank.converters.gguf import export
 from qrank.errors import ConversionError, FamilyError, TargetError
-from qrank.work import Logits, Work
+from qrank.scoring.pair_tokenizer import Encoder
 
 LENGTH = 700
 WINDOW = 560
@@ -162,7 +162,7 @@ def test_an_exported_graph_sees_it_too(windowed: Path, tmp_path: Path) -> None:
 def test_llama_cpp_has_none_and_says_so(windowed: Path, tmp_path: Path) -> None:
     checkpoint = read_checkpoint(str(windowed), family="qwen3-reranker")
     with pytest.raises(ConversionError, match=f"not to a window of {WINDOW}"):
-        gguf.convert(checkpoint, "f16", tmp_path, Work([]))
+        export.convert(checkpoint, "f16", tmp_path, Work([]))
     assert not list(tmp_path.iterdir())
 
 

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from qrank.bundle import TOKENIZER
-from qrank.converters.checkpoint import Checkpoint, read_checkpoint
-from qrank.converters.tokenizer import text_tokenizer
-from qrank.encoding import Encoder
+from qrank.bundle.manifest import TOKENIZER
+from qrank.converters.checkpoint.read import Checkpoint, read_checkpoint
+from qrank.converters.checkpoint.tokenizer import text_tokenizer
 from qrank.errors import ConversionError
+from qrank.scoring.pair_tokenizer import Encoder
 
 SPECIAL = [
     *("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]", "[unused0]"),

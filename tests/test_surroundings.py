@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from qrank import Reranker, backends, cache, machine
-from qrank.bundle import Manifest, check_files
-from qrank.cache import store
+from qrank import Reranker, backends
+from qrank.bundle.manifest import Manifest, check_files
 from qrank.cli import main
 from qrank.errors import BundleError, TargetError
-from qrank.proof import _Case
+from qrank.select.verify import _Case
+from qrank.system import cache, machine
+from qrank.system.cache import store
 
 SCORE = """
 import sys
@@ -197,7 +198,7 @@ def test_a_damaged_cache_is_told_ignored_and_made_anew(
 
 WRITE = """
 import sys
-from qrank import cache
+from qrank.system import cache
 for number in range(20):
     cache.store("proofs", {"writer": sys.argv[1], "number": number}, {"held": number})
 """

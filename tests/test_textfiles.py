@@ -19,9 +19,9 @@ from commands import QUERY, qrank_, score, shell
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrank import textfiles
 from qrank.errors import FamilyError, InputError
-from qrank.textfiles import TextFile, read_lines, read_text
+from qrank.system import textfiles
+from qrank.system.textfiles import TextFile, read_lines, read_text
 
 WRAPS: dict[str, Callable[[bytes], bytes]] = {
     "plain": lambda data: data,
@@ -283,7 +283,7 @@ def test_a_file_may_be_called_a_dash(
 
 def test_small_files_are_read_by_the_same_reader(tmp_path: Path) -> None:
     """A card of the user's own, and a server's keys."""
-    from qrank.family import find_card
+    from qrank.bundle.family import find_card
     from qrank.serve.guard import read_keys
 
     keys = written(tmp_path / "keys", "one\r\n\r\n two \r\n".encode("utf-16"))

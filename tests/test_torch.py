@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from qrank import Reranker
 from qrank.backends import Options
 from qrank.backends import torch as backend
-from qrank.bundle import Manifest
+from qrank.bundle.manifest import Manifest
 from qrank.cli import main
 from qrank.errors import FamilyError, ModelNotFoundError, TargetError
 

@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from qrank.bundle import TOKENIZER
-from qrank.converters.checkpoint import read_checkpoint
-from qrank.converters.tokenizer import text_tokenizer
-from qrank.encoding import Encoder
-from qrank.locate import locate
-from qrank.windows import WINDOW, Tokens, Windows
+from qrank.bundle.locate import locate
+from qrank.bundle.manifest import TOKENIZER
+from qrank.converters.checkpoint.read import read_checkpoint
+from qrank.converters.checkpoint.tokenizer import text_tokenizer
+from qrank.scoring.pair_tokenizer import Encoder
+from qrank.scoring.windows import WINDOW, Tokens, Windows
 
 HERE = Path(__file__).parent
 
@@ -219,9 +219,9 @@ def test_a_text_of_7_mb_takes_a_few_times_its_size() -> None:
 THREADS = """
 import sys, threading, time
 from pathlib import Path
-from qrank.bundle import TOKENIZER, Manifest
-from qrank.encoding import Encoder
-from qrank.locate import locate
+from qrank.bundle.manifest import TOKENIZER, Manifest
+from qrank.scoring.pair_tokenizer import Encoder
+from qrank.bundle.locate import locate
 
 folder = locate("mini")
 encoder = Encoder(folder / TOKENIZER, Manifest.load(folder).family, threads=int(sys.argv[1]))

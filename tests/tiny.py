@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from qrank.converters.probes import probe_pairs
+from qrank.converters.checkpoint.probes import probe_pairs
 
 VARIANTS = (
     ("onnx", "int8"),

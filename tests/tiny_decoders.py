@@ -24,7 +24,7 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from qrank.family import cards
+from qrank.bundle.family import cards
 
 VARIANTS = tuple(row for row in tiny.VARIANTS if row != ("openvino", "int8-full"))
 """Every (format, precision) that there is of decoders."""

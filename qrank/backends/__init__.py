@@ -28,13 +28,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from qrank import machine
-from qrank.bundle import Variant
+from qrank.bundle.family import Family
+from qrank.bundle.manifest import Variant
+from qrank.bundle.sequences import Logits, Work
 from qrank.errors import TargetError
-from qrank.family import Family
-from qrank.memory import Memory
-from qrank.version import __version__
-from qrank.work import Logits, Work
+from qrank.scoring.memory import Memory
+from qrank.system import machine
+from qrank.system.version import __version__
 
 FORMATS = ("onnx", "openvino", "gguf")
 """Every format that checkpoints are converted to, each with the backend of its name."""

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from qrank.backends import Backend, Options, llama
 from qrank.backends.gguf_context import Context, freed_with
 from qrank.backends.gguf_decoder import HEAD, GgufDecoder
-from qrank.batching import cut_ragged, in_order
-from qrank.bundle import Variant
+from qrank.bundle.manifest import Variant
+from qrank.bundle.sequences import Logits, Work
 from qrank.errors import TargetError
-from qrank.memory import Memory
-from qrank.work import Logits, Work
+from qrank.scoring.batching import cut_ragged, in_order
+from qrank.scoring.memory import Memory
 
 FILE = "model.gguf"
 

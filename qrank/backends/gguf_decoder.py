@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from qrank.backends import Options, llama
 from qrank.backends.gguf_context import Context, freed_with
-from qrank.batching import cut_ragged, in_order
-from qrank.work import Ids, Logits, Work
+from qrank.bundle.sequences import Ids, Logits, Work
+from qrank.scoring.batching import cut_ragged, in_order
 
 HEAD = "head.npy"
 """The score's row, float32 [hidden]: a file beside the model's."""

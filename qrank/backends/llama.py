@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qrank import machine
 from qrank.backends.mapped import given_back
+from qrank.bundle.sequences import Floats
 from qrank.errors import TargetError
-from qrank.extras import need
-from qrank.work import Floats
+from qrank.system import machine
+from qrank.system.extras import need
 
 DEVICES = {"cpu": "CPU", "cuda": "CUDA0", "metal": "MTL0", "vulkan": "Vulkan0"}
 """What llama.cpp calls a device; the first of its kind."""

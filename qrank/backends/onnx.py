@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrank.backends import Options
-from qrank.batching import cut, in_halves, in_order, out_of_memory
-from qrank.bundle import Variant
+from qrank.bundle.manifest import Variant
+from qrank.bundle.sequences import Floats, Logits, Work, feed, no_prefix, read_prefix
 from qrank.errors import TargetError
-from qrank.extras import need
-from qrank.memory import Memory
-from qrank.work import Floats, Logits, Work, feed, no_prefix, read_prefix
+from qrank.scoring.batching import cut, in_halves, in_order, out_of_memory
+from qrank.scoring.memory import Memory
+from qrank.system.extras import need
 
 if TYPE_CHECKING:
     import onnxruntime

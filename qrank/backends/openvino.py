@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qrank import paths
 from qrank.backends import Options
 from qrank.backends.mapped import given_back
-from qrank.batching import cut, in_order
-from qrank.bundle import Variant
+from qrank.bundle.manifest import Variant
+from qrank.bundle.sequences import Floats, Logits, Work, feed, no_prefix, read_prefix
 from qrank.errors import TargetError
-from qrank.extras import need
-from qrank.memory import Memory
-from qrank.work import Floats, Logits, Work, feed, no_prefix, read_prefix
+from qrank.scoring.batching import cut, in_order
+from qrank.scoring.memory import Memory
+from qrank.system import paths
+from qrank.system.extras import need
 
 if TYPE_CHECKING:
     import openvino

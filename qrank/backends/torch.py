@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from qrank.backends import Options
-from qrank.batching import cut, in_halves, in_order, out_of_memory
-from qrank.bundle import Manifest, Probes, Variant
+from qrank.bundle.family import Family
+from qrank.bundle.fidelity import Fidelity
+from qrank.bundle.manifest import Manifest, Probes, Variant
+from qrank.bundle.sequences import Floats, Logits, Work, feed
 from qrank.errors import TargetError
-from qrank.extras import need
-from qrank.family import Family
-from qrank.fidelity import Fidelity
-from qrank.work import Floats, Logits, Work, feed
+from qrank.scoring.batching import cut, in_halves, in_order, out_of_memory
+from qrank.system.extras import need
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """torch's names of the precisions that a checkpoint can be run in."""
@@ -55,9 +55,9 @@ def as_bundle(model: str, family: str | None = None) -> tuple[Path, Manifest, st
     """
     for package in ("torch", "transformers", "safetensors"):
         need(package, extra="torch")
-    from qrank.converters.checkpoint import read_checkpoint
-    from qrank.converters.fidelity import check_ids, encode_pairs
-    from qrank.converters.probes import probe_pairs
+    from qrank.converters.checkpoint.ids import check_ids, encode_pairs
+    from qrank.converters.checkpoint.probes import probe_pairs
+    from qrank.converters.checkpoint.read import read_checkpoint
 
     checkpoint = read_checkpoint(model, family=family)
     tokenizer = json.dumps(checkpoint.text_tokenizer())
@@ -118,9 +118,9 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Torch
         raise TargetError(
             f"{version()} here has no device {device!r}; present are: {', '.join(present)}"
         )
-    from qrank.converters.fidelity import run_reference
-    from qrank.converters.weights import load_model
-    from qrank.scoring_graph import scorer
+    from qrank.converters.checkpoint.reference import run_reference
+    from qrank.converters.checkpoint.weights import load_model
+    from qrank.scoring.scoring_graph import scorer
 
     family = options.family
     assert family is not None  # `Reranker` gives it where it runs a checkpoint
@@ -139,7 +139,7 @@ def _check(
 ) -> None:
     """Hold our way to a causal model's score against transformers' own, on a few tokens.
 
-    A bundle has probes for that. What depends on the length is `converters.attention`'s.
+    A bundle has probes for that. What depends on the length is `converters.checkpoint.attention`'s.
 
     Args:
         scoring: our graph.
@@ -215,7 +215,7 @@ class TorchBackend:
 
     def _call(self, batch: Work, more: dict[str, Any]) -> Any:
         torch = need("torch")
-        from qrank.scoring_graph import input_names
+        from qrank.scoring.scoring_graph import input_names
 
         inputs = feed(input_names(self._family), batch, more=more)
         try:

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import click
 
-from qrank.bench import COUNTS, Row, chosen
-from qrank.bench import bench as run
-from qrank.bundle import Manifest
+from qrank.bundle.locate import locate
+from qrank.bundle.manifest import Manifest
 from qrank.cli.common import FiniteRange, InputFile, debug_option, policy_options
 from qrank.cli.spinner import spinner
-from qrank.locate import locate
-from qrank.machine import cpu_name, processors
-from qrank.plots import check_plot, plot_bench
-from qrank.selection import Policy, Wish, doubtful
-from qrank.textfiles import read_lines
+from qrank.measure.bench import COUNTS, Row, chosen
+from qrank.measure.bench import bench as run
+from qrank.quality.plots import check_plot, plot_bench
+from qrank.select.selection import Policy, Wish, doubtful
+from qrank.system.machine import cpu_name, processors
+from qrank.system.textfiles import read_lines
 
 
 @click.command()

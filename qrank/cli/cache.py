@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from qrank import cache as store
-from qrank import paths
 from qrank.cli.common import debug_option, megabytes
+from qrank.system import cache as store
+from qrank.system import paths
 
 _ALL = "all"
 

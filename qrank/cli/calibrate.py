@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from qrank.calibration import METHODS
 from qrank.cli.common import debug_option
 from qrank.cli.data import candidates, collection, data_options, setting
 from qrank.cli.progress import progress_bars
-from qrank.reliability import Part, Report
-from qrank.reliability import calibrate as run
+from qrank.quality.reliability import Part, Report
+from qrank.quality.reliability import calibrate as run
+from qrank.scoring.calibration import METHODS
 
 
 @click.command()

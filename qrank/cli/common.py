@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 import click
 
-from qrank.arguments import size
 from qrank.cli.streams import see_to_output, standard_streams
 from qrank.errors import InputError, QrankError
-from qrank.selection import POLICIES, PROFILES
-from qrank.signals import Ended, die_of, signals
-from qrank.textfiles import STANDARD_INPUT
+from qrank.scoring.arguments import size
+from qrank.select.selection import POLICIES, PROFILES
+from qrank.system.signals import Ended, die_of, signals
+from qrank.system.textfiles import STANDARD_INPUT
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -10,9 +10,9 @@ from typing import Any, TypeVar, get_args
 import click
 
 from qrank.cli.common import InputFile, notice
-from qrank.collection import Collection, Files, Run
-from qrank.items import LongDocuments
-from qrank.scored import Setting
+from qrank.quality.collection import Collection, Files, Run
+from qrank.quality.score_cache import Setting
+from qrank.scoring.inputs import LongDocuments
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -25,7 +25,7 @@ def doctor(as_json: bool) -> None:
     Each is looked at in a process of its own, so that no driver can hang or crash this one. A
     device passes by multiplying two matrices.
     """
-    from qrank.doctor import examine
+    from qrank.measure.doctor import examine
 
     console = Console(stderr=True)
     with console.status("starting") as status:

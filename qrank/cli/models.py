@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from qrank.bundle import Manifest, Variant, check_files
+from qrank.bundle.family import cards
+from qrank.bundle.hub_names import snapshot
+from qrank.bundle.locate import bundled, locate
+from qrank.bundle.manifest import Manifest, Variant, check_files
 from qrank.cli.common import debug_option, megabytes
-from qrank.family import cards
-from qrank.hub_names import snapshot
-from qrank.locate import bundled, locate
 
 
 @click.command()

@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from qrank.errors import InputError
-from qrank.records import id_of
+from qrank.quality.records import id_of
+from qrank.quality.rerank_run import LOGIT, TAG, falling
 from qrank.reranker import Ranking
-from qrank.runs import LOGIT, TAG, falling
 
 _BREAKING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """What breaks a line or a column, or steers a terminal.
@@ -95,7 +95,7 @@ def _jsonl(results: Sequence[Result], model: str, target: str, scored: int | Non
 
 
 def _trec(results: Sequence[Result], model: str, target: str, scored: int | None) -> None:
-    # Logits, as in `qrank.runs`: an evaluator sorts by them.
+    # Logits, as in `qrank.quality.rerank_run`: an evaluator sorts by them.
     numbers = falling([result.ranking.logit for result in results])
     for rank, (result, number) in enumerate(zip(results, numbers, strict=True), 1):
         try:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from qrank.scored import Progress, no_progress
+from qrank.quality.score_cache import Progress, no_progress
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import click
 
+from qrank.bundle.locate import DEFAULT
 from qrank.cli.common import (
     FiniteFloat,
     FiniteRange,
@@ -22,14 +23,13 @@ from qrank.cli.common import (
 from qrank.cli.output import WRITERS, Result
 from qrank.cli.progress import progress_bars
 from qrank.cli.tune import measure as measure_targets
-from qrank.items import LongDocuments
-from qrank.locate import DEFAULT
-from qrank.records import text_of
+from qrank.quality.records import text_of
+from qrank.quality.rerank_run import RunReranker
 from qrank.reranker import Reranker
-from qrank.runs import RunReranker
-from qrank.safejson import parse_object
-from qrank.selection import Policy, Profile
-from qrank.textfiles import STANDARD_INPUT, TextFile
+from qrank.scoring.inputs import LongDocuments
+from qrank.select.selection import Policy, Profile
+from qrank.system.safejson import parse_object
+from qrank.system.textfiles import STANDARD_INPUT, TextFile
 
 
 @click.command()

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from qrank.bundle.locate import DEFAULT
 from qrank.cli.common import (
     FiniteFloat,
     FiniteRange,
@@ -18,10 +19,9 @@ from qrank.cli.common import (
     wish_options,
 )
 from qrank.errors import InputError
-from qrank.extras import need
-from qrank.locate import DEFAULT
 from qrank.reranker import Reranker
-from qrank.selection import Policy, Profile
+from qrank.select.selection import Policy, Profile
+from qrank.system.extras import need
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _COUNT = click.IntRange(min=1)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from qrank.hub import stepping_aside
+from qrank.bundle.hub import stepping_aside
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import click
 
-from qrank.bundle import Manifest
+from qrank.bundle.locate import locate
+from qrank.bundle.manifest import Manifest
 from qrank.cli.common import FiniteRange, debug_option, megabytes, wish_options
 from qrank.cli.spinner import spinner
-from qrank.locate import locate
-from qrank.selection import PROFILES, Measurement, Policy, Profile, Wish, doubtful, order
+from qrank.select.selection import PROFILES, Measurement, Policy, Profile, Wish, doubtful, order
 
 
 @click.command()
@@ -62,7 +62,7 @@ def tune(
 
 def measure(bundle: str | Path, threads: int | None, limit: float | None) -> list[Measurement]:
     """Measure, and say on a terminal what is being done."""
-    from qrank.tuning import tune as run
+    from qrank.measure.tuning import tune as run
 
     with spinner() as progress:
         return run(bundle, threads=threads, limit=limit, progress=progress)

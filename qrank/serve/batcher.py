@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from qrank.bundle.sequences import Logits
 from qrank.errors import InputError, QrankError
-from qrank.items import Item, best_items
 from qrank.reranker import Reranker
+from qrank.scoring.inputs import Item, best_items
 from qrank.serve.metrics import Metrics
 from qrank.serve.request import Asked, Outcome, RefusedError
-from qrank.work import Logits
 
 log = logging.getLogger("qrank.serve")
 

@@ -25,7 +25,7 @@ from qrank.serve.dialects import shape
 from qrank.serve.metrics import Metrics
 from qrank.serve.request import Limits, RefusedError
 from qrank.serve.routing import routed
-from qrank.textfiles import read_lines
+from qrank.system.textfiles import read_lines
 
 access = logging.getLogger("qrank.serve.access")
 

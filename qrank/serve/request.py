@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qrank.items import LongDocuments
+from qrank.scoring.inputs import LongDocuments
 
 
 class RefusedError(Exception):

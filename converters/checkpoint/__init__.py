@@ -1,0 +1,1 @@
+"""A checkpoint read: configuration, tokenizer, head, weights, and the family they make."""

@@ -1,0 +1,98 @@
+"""What a model does beyond some length that no probe shows: windows, and scaled positions."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from qrank.converters.checkpoint.configuration import whole_number
+from qrank.errors import FamilyError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+log = logging.getLogger("qrank")
+
+WINDOWED = ("mistral", "qwen2", "qwen3")
+"""Causal models (`model_type`) whose windows `qrank.scoring.scoring_graph` builds."""
+
+
+def window(settings: PretrainedConfig, max_length: int, source: str) -> int | None:
+    """Tokens that some layer of a causal model sees at most; None where that changes nothing.
+
+    Args:
+        settings: the checkpoint's configuration.
+        max_length: tokens that a pair has at most.
+        source: what to call it in an error.
+
+    Raises:
+        FamilyError: a layer attends in a way that qrank does not build.
+    """
+    if getattr(settings, "use_bidirectional_attention", None) or not getattr(
+        settings, "is_causal", True
+    ):
+        raise FamilyError(
+            f"{source}: config.json lets every token see those behind it (is_causal, "
+            "use_bidirectional_attention); qrank reads causal models that do not"
+        )
+    kinds = set(getattr(settings, "layer_types", None) or ())
+    if unknown := sorted(kinds - {"full_attention", "sliding_attention"}):
+        raise FamilyError(
+            f"{source}: config.json has layers of {', '.join(unknown)} (layer_types); qrank builds "
+            "full_attention and sliding_attention"
+        )
+    if kinds == {"full_attention"}:
+        return None
+    if getattr(settings, "sliding_window", None) is None:
+        if kinds:
+            raise FamilyError(
+                f"{source}: config.json has layers of sliding_attention (layer_types), and no "
+                "sliding_window that is in use"
+            )
+        return None
+    size = whole_number(settings, "sliding_window", source)
+    if size >= max_length:
+        return None
+    if settings.model_type not in WINDOWED:
+        raise FamilyError(
+            f"{source}: config.json has sliding_window = {size}, and a pair may have {max_length} "
+            f"tokens; qrank builds windows of: {', '.join(WINDOWED)}. A card with max_length = "
+            f"{size} (--family FILE.toml) reads it up to there"
+        )
+    return size
+
+
+def rotary_limit(settings: PretrainedConfig, source: str) -> int | None:
+    """Tokens up to which rotary positions are scaled alike; None where they always are.
+
+    Raises:
+        FamilyError: the configuration does not say.
+    """
+    parameters: dict[str, Any] = getattr(settings, "rope_parameters", None) or {}
+    # Of models with layers of several kinds, a dictionary a kind.
+    kinds = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
+    for kind in kinds:
+        if not isinstance(kind.get("rope_type", "default"), str):
+            raise FamilyError(
+                f"{source}: config.json has rope_type = {kind['rope_type']!r} in rope_parameters; "
+                "expected a text"
+            )
+    limits = []
+    for kind in kinds:
+        if kind.get("rope_type") != "longrope":
+            continue
+        limit = kind.get("original_max_position_embeddings")
+        if type(limit) is not int or limit < 1:
+            raise FamilyError(
+                f"{source}: config.json scales positions by longrope and has "
+                f"original_max_position_embeddings = {limit!r}; expected a whole number"
+            )
+        limits.append(limit)
+    if limits:
+        log.warning(
+            "%s: positions beyond %d tokens are scaled by other factors (longrope), which would "
+            "change every score of a batch: qrank reads up to there",
+            source,
+            min(limits),
+        )
+    return min(limits, default=None)

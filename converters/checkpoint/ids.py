@@ -1,0 +1,79 @@
+"""Pairs as token ids: qrank's, held against what the checkpoint's own tokenizer gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qrank.bundle.family import Family, fill
+from qrank.bundle.sequences import Work
+from qrank.converters.checkpoint.configuration import explained
+from qrank.converters.checkpoint.read import Checkpoint
+from qrank.errors import ConversionError
+from qrank.scoring.pair_tokenizer import Encoder
+
+PROBE_TOKENS = 512
+"""Longest probe: every length behaves alike beyond, and the reference is slow."""
+
+
+def encode_pairs(pairs: list[tuple[str, str]], tokenizer: Path | str, family: Family) -> Work:
+    """Pairs as token ids, made by qrank's own encoder; long ones are cut."""
+    encoder = Encoder(tokenizer, family, max_length=min(family.max_length, PROBE_TOKENS))
+    sequences, segments = [], []
+    for query, document in pairs:
+        sequence, types = encoder.whole(query, document)
+        sequences.append(sequence)
+        if types is not None:
+            segments.append(types)
+    return Work(sequences, segments or None)
+
+
+def check_ids(pairs: list[tuple[str, str]], work: Work, checkpoint: Checkpoint) -> None:
+    """Hold encoded pairs against transformers' tokenizer.
+
+    Raises:
+        ConversionError: the two differ: the card's template is not this checkpoint's.
+    """
+    family = checkpoint.family
+    limit = min(family.max_length, PROBE_TOKENS)
+    for (query, document), sequence in zip(pairs, work.sequences, strict=True):
+        theirs = checkpoint_ids(checkpoint, query, document, limit)
+        if sequence.tolist() != theirs:
+            raise ConversionError(
+                f"family {family.name} reads {query!r}, {document[:40]!r} as other token ids than "
+                f"the checkpoint's own tokenizer: {sequence.tolist()} and {theirs}; "
+                "give the right card with --family FILE.toml"
+            )
+
+
+def checkpoint_ids(checkpoint: Checkpoint, query: str, document: str, limit: int) -> list[int]:
+    """A pair as the checkpoint's own tokenizer reads it, cut to a limit.
+
+    For a decoder family, the items of its template each by itself, as the original code does; a
+    prompt that an encoder family reads as a whole.
+    """
+    family, tokenizer = checkpoint.family, checkpoint.tokenizer
+    template, text = family.asked(None)
+    texts = {"query": query, "document": document, "instruction": text}
+    prompt = [fill(item, **texts) for item in template if isinstance(item, str)]
+    places = [place for place, item in enumerate(template) if isinstance(item, str)]
+    if not family.decoder and places[1] == places[0] + 1:
+        whole = "".join(prompt)
+        return list(tokenizer(whole, truncation=True, max_length=limit)["input_ids"])
+    if not family.decoder:
+        # As a batch of one: a single empty document would count as no document at all.
+        query, document = prompt
+        with explained(f"{checkpoint.name}: its tokenizer cannot cut a pair to {limit} tokens"):
+            (pair,) = tokenizer([query], [document], truncation="only_second", max_length=limit)[
+                "input_ids"
+            ]
+        return list(pair)
+    items = [
+        [item]
+        if isinstance(item, int)
+        else tokenizer(fill(item, **texts), add_special_tokens=False)["input_ids"]
+        for item in template
+    ]
+    (place,) = (i for i, item in enumerate(template) if "{document}" in str(item))
+    room = limit - sum(map(len, items)) + len(items[place])
+    items[place] = items[place][:room]
+    return [number for item in items for number in item]

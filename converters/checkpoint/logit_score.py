@@ -1,0 +1,139 @@
+"""Checkpoints that say themselves how they score: sentence-transformers' LogitScore metadata.
+
+Beside the weights such a checkpoint has a `modules.json` with a LogitScore module, whose config
+names the token ids that are compared, and a chat template with the roles "query" and "document".
+Source: cross_encoder/modules/logit_score.py and base/modules/transformer.py of its version 6.2.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qrank.bundle.family import Card
+from qrank.converters.checkpoint.configuration import explained, read_json
+from qrank.converters.checkpoint.read_tokenizer import control_tokens
+from qrank.converters.checkpoint.sentence_transformers import TRANSFORMER, Metadata
+from qrank.errors import FamilyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+CONFIG = "*LogitScore/config.json"
+"""Where the module says which tokens it compares."""
+
+
+def logit_score_card(
+    folder: Path,
+    source: str,
+    config: dict[str, Any],
+    metadata: Metadata,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Card:
+    """The card that a checkpoint's own metadata comes to.
+
+    Args:
+        folder: the checkpoint's.
+        source: what to call it in an error.
+        config: its config.json.
+        metadata: what its files say; `logit_score` is there.
+        tokenizer: the checkpoint's.
+
+    Raises:
+        FamilyError: the metadata names no tokens, or has no chat template for a pair.
+        ConversionError: a file is no JSON, or the chat template fails.
+    """
+    card = Card(
+        name="logit-score",
+        about="a checkpoint with sentence-transformers' LogitScore metadata",
+        architectures=tuple(config["architectures"]),
+        template=_items(_rendered(tokenizer, metadata, source), tokenizer),
+        pooling="last",
+        activation="sigmoid",
+        labels=_labels(folder, source, metadata, tokenizer),
+    )
+    card.check(f"{source}: its chat template")
+    return card
+
+
+def _labels(
+    folder: Path, source: str, metadata: Metadata, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, ...]:
+    """The one or two tokens whose logits are the score."""
+    name = f"{metadata.logit_score}/config.json"
+    path = folder / name
+    if not path.is_file():
+        raise FamilyError(
+            f"{source}: modules.json has path = {metadata.logit_score!r} for LogitScore, and there "
+            "is no config.json"
+        )
+    content = read_json(path, dict, source)
+    numbers = [content.get(key) for key in ("true_token_id", "false_token_id")]
+    if numbers[0] is None:
+        raise FamilyError(f"{source}: {name} names no true_token_id")
+    if (read := content.get("module_input_name", "causal_logits")) != "causal_logits":
+        raise FamilyError(
+            f"{source}: {name} has module_input_name = {read!r}; expected 'causal_logits'"
+        )
+    labels = []
+    for key, number in zip(("true_token_id", "false_token_id"), numbers, strict=True):
+        if number is None:
+            continue
+        if type(number) is not int or not 0 <= number < len(tokenizer):
+            raise FamilyError(
+                f"{source}: {name} has {key} = {number!r}; expected an id of the tokenizer, "
+                f"0 to {len(tokenizer) - 1}"
+            )
+        label = tokenizer.decode([number])
+        if tokenizer(label, add_special_tokens=False)["input_ids"] != [number]:
+            raise FamilyError(
+                f"{source}: {name} has {key} = {number}, which is no text of its own ({label!r})"
+            )
+        labels.append(label)
+    return tuple(labels)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, metadata: Metadata, source: str) -> str:
+    """The chat template with slots for query and document."""
+    if tokenizer.chat_template is None:
+        raise FamilyError(f"{source} scores by LogitScore, and has no chat template to ask with")
+    if metadata.chat is None:
+        raise FamilyError(
+            f"{source}: {TRANSFORMER} has no message in modality_config: sentence-transformers "
+            "would ask this causal model without its chat template; say which family it is with "
+            "--family"
+        )
+
+    def message(role: str, text: str) -> dict[str, Any]:
+        parts = [{"type": "text", "text": text}]
+        return {"role": role, "content": parts if metadata.structured else text}
+
+    messages = [message("system", metadata.prompt)] if metadata.prompt else []
+    messages += [message(role, f"{{{role}}}") for role in ("query", "document")]
+    with explained(f"{source}: its chat template fails"):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **metadata.chat)
+    if not isinstance(text, str) or "{query}" not in text or "{document}" not in text:
+        raise FamilyError(
+            f'{source}: its chat template shows no messages of the roles "query" and "document"; '
+            "say which family it is with --family"
+        )
+    return text
+
+
+def _items(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Cut a rendered template at control tokens, and where the document begins.
+
+    There only in front of a space or a line's end behind other text, where tokenizers cut as well;
+    the conversion compares the outcome with the whole.
+    """
+    added = sorted(control_tokens(tokenizer), key=len, reverse=True)
+    special = "|".join(re.escape(token) for token in added)
+    items = [item for item in re.split(f"({special})", text) if item] if special else [text]
+    return tuple(
+        part
+        for item in items
+        for part in re.split(r"(?<=[^\s])(?=\s\{document\})|(?<=\{document\})", item)
+        if part
+    )

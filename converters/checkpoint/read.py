@@ -1,0 +1,274 @@
+"""Find or download a checkpoint, match it to a card, and say what the two come to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qrank.bundle.dimensions import Dimensions
+from qrank.bundle.family import Card, Family, find_card
+from qrank.bundle.locate import Fetched, fetch, place
+from qrank.bundle.manifest import Source
+from qrank.converters.checkpoint import logit_score, sentence_transformers
+from qrank.converters.checkpoint.attention import window
+from qrank.converters.checkpoint.concrete import Said, check_case, concrete
+from qrank.converters.checkpoint.configuration import (
+    explained,
+    is_causal,
+    read_config,
+    read_settings,
+    whole_number,
+)
+from qrank.converters.checkpoint.logit_score import logit_score_card
+from qrank.converters.checkpoint.read_tokenizer import control_tokens, read_tokenizer
+from qrank.converters.checkpoint.sentence_transformers import read_metadata
+from qrank.converters.checkpoint.tokenizer import text_tokenizer
+from qrank.converters.checkpoint.weights import (
+    INDEX,
+    load_model,
+    refuse_adapter,
+    weight_files,
+    widened,
+)
+from qrank.errors import FamilyError
+from qrank.system.extras import need
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DESCRIPTION = [
+    *sentence_transformers.FILES,
+    logit_score.CONFIG,
+    "adapter_config.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "config.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "spm.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+]
+"""What a model says of itself in: all but its weights. By name, as repositories hold other formats
+in folders beside."""
+
+WEIGHTS = ["model*.safetensors", INDEX]
+"""What weights lie in."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk and what it says of itself.
+
+    Attributes:
+        folder: holds config.json, safetensors files and the tokenizer.
+        source: where it comes from.
+        family: the card that reads it, made concrete.
+        tokenizer: its own, in transformers' class.
+        control: added tokens of it that no text may become.
+        card: what the family was made of.
+        dimensions: what decides the memory that batches take.
+        window: tokens that some layer of a causal model sees at most; None where each sees all.
+    """
+
+    folder: Path
+    source: Source
+    family: Family
+    tokenizer: PreTrainedTokenizerBase
+    control: frozenset[str]
+    card: Card
+    dimensions: Dimensions
+    window: int | None
+
+    @property
+    def name(self) -> str:
+        """The last part of its id: `bge-reranker-base`."""
+        return self.source.id.rpartition("/")[2]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Words added to its vocabulary, in the order of their ids; not white space."""
+        added = sorted(self.tokenizer.added_tokens_decoder.items())
+        contents = [token.content for _, token in added]
+        return tuple(text for text in contents if text.strip() and text not in self.control)
+
+    def text_tokenizer(self) -> dict[str, Any]:
+        """Its tokenizer.json with everything but text taken out.
+
+        Raises:
+            ConversionError: a kind of tokenizer that is not known.
+        """
+        original = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        return text_tokenizer(original, self.control)
+
+    def parameters(self) -> int:
+        """How many numbers its weights are, by the headers of their files.
+
+        Raises:
+            ConversionError: a file is damaged.
+        """
+        safetensors = need("safetensors")
+        total = 0
+        for path in weight_files(self.folder, self.source.id):
+            damaged = explained(f"safetensors cannot read {path}")
+            with damaged, safetensors.safe_open(path, "pt") as file:
+                names = list(file.keys())
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+        return total
+
+    def load(self, *, lean: bool = False) -> PreTrainedModel:
+        """transformers' own model: the fp32 reference, and what is exported.
+
+        Args:
+            lean: keep a decoder's matrices as they are stored, and widen each to fp32 as it is
+                used: the same numbers in half the memory.
+
+        Raises:
+            ConversionError: the weights do not fit the architecture.
+        """
+        # Plain matrix products and a softmax: exact, and every runtime knows them.
+        if lean and self.family.decoder:
+            return widened(load_model(self.folder, dtype="auto", attention="eager"))
+        return load_model(self.folder, dtype="float32", attention="eager")
+
+
+def read_checkpoint(
+    source: str, *, family: str | None = None, revision: str | None = None, offline: bool = False
+) -> Checkpoint:
+    """Find a checkpoint and make its family concrete. No weights are loaded yet.
+
+    Args:
+        source: a folder, or a name on the hub; see `qrank.bundle.locate.place`.
+        family: a card's name or file; None to match by config.json.
+        revision: of the hub's repository.
+        offline: use what was downloaded before only.
+
+    Raises:
+        ModelNotFoundError: nothing of that name is there, or a bundle.
+        FamilyError: no card reads it; or not one label; or no safetensors.
+    """
+    where = place(source, revision)
+    return of_fetched(fetch(where, source, [*DESCRIPTION, *WEIGHTS], offline=offline), family)
+
+
+def of_fetched(found: Fetched, family: str | None) -> Checkpoint:
+    """The same of a checkpoint that was found, or downloaded, already."""
+    source = found.id if found.commit else str(found.folder)
+    return describe(
+        found.folder, found.id, found.commit, family, lambda: weight_files(found.folder, source)
+    )
+
+
+def describe(
+    folder: Path,
+    identity: str,
+    commit: str | None,
+    family: str | None,
+    weights: Callable[[], list[Path]],
+) -> Checkpoint:
+    """What a folder's configuration and tokenizer come to.
+
+    Args:
+        folder: holds config.json and the tokenizer.
+        identity: hub id, or the name it shall go by.
+        commit: the hub's; None of what is no hub's.
+        family: a card's name or file; None to match by config.json.
+        weights: finds the files that the model is in; asked when all else is understood.
+
+    Raises:
+        FamilyError: no card reads it; or not one label; or there are no weights.
+    """
+    source = identity if commit else str(folder)
+    refuse_adapter(folder, source)
+    config = read_config(folder, source)
+    metadata = read_metadata(folder, source)
+    settings = cache(partial(read_settings, folder, config, source))
+    tokenizer = cache(lambda: read_tokenizer(folder, source, config, settings()))
+    causal = is_causal(config)
+    if family is None and causal and metadata.logit_score is not None:
+        card = logit_score_card(folder, source, config, metadata, tokenizer())
+    else:
+        card = find_card(family, config, identity if commit else None)
+    if not causal:
+        _check_labels(settings(), source)
+    files = weights()
+    control = control_tokens(tokenizer(), [*card.template, *card.instructed])
+    said = Said(source, config, settings(), metadata, tokenizer(), control)
+    check_case(said)
+    made = concrete(card, said)
+    _check_embeddings(said, made)
+    return Checkpoint(
+        folder=folder,
+        source=Source(identity, commit, _fingerprint(config, tokenizer(), files)),
+        family=made,
+        tokenizer=tokenizer(),
+        control=frozenset(control),
+        card=card,
+        dimensions=_dimensions(settings(), causal, source),
+        window=window(settings(), made.max_length, source) if made.decoder else None,
+    )
+
+
+def _check_labels(settings: PretrainedConfig, source: str) -> None:
+    if settings.num_labels != 1:
+        raise FamilyError(
+            f"{source} has {settings.num_labels} labels (id2label, num_labels in config.json); a "
+            "reranker has one: it is a classifier, or a model without a trained head"
+        )
+
+
+def _check_embeddings(said: Said, family: Family) -> None:
+    """See that the model has an embedding for every token that a text or the template may give.
+
+    Raises:
+        FamilyError: tokens were added to the tokenizer alone; the original fails on them.
+    """
+    rows = whole_number(said.settings, "vocab_size", said.source)
+    beyond = {
+        text: number
+        for text, number in said.tokenizer.get_vocab().items()
+        if number >= rows and (text not in said.control or number in family.template)
+    }
+    if beyond:
+        text = min(beyond, key=lambda text: beyond[text])
+        raise FamilyError(
+            f"{said.source}: the token {text!r} has the id {beyond[text]}, and the model has "
+            f"{rows} embeddings (vocab_size in config.json): after adding tokens, call "
+            "resize_token_embeddings and train it"
+        )
+
+
+def _dimensions(settings: PretrainedConfig, causal: bool, source: str) -> Dimensions:
+    """What decides the memory that batches take, by transformers' common names."""
+    keys = ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    found = {key: whole_number(settings, key, source) for key in keys}
+    # Four times as wide between the two halves of a layer is the rule. DistilBERT has a name of
+    # its own for it.
+    wide = getattr(settings, "hidden_dim", None) or 4 * found["hidden_size"]
+    found["intermediate_size"] = getattr(settings, "intermediate_size", None) or wide
+    for key in ("num_key_value_heads", "head_dim"):
+        if getattr(settings, key, None) is not None:
+            found[key] = whole_number(settings, key, source)
+    return Dimensions.of(found, causal)
+
+
+def _fingerprint(
+    config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, weights: list[Path]
+) -> str:
+    total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    total.update(tokenizer.backend_tokenizer.to_str().encode())
+    for path in weights:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()

@@ -1,0 +1,42 @@
+"""The reference: transformers' own forward pass in fp32."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qrank.bundle.sequences import Logits, Work
+from qrank.errors import ConversionError
+from qrank.system.extras import need
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def run_reference(model: PreTrainedModel, work: Work, labels: tuple[int, ...] = ()) -> Logits:
+    """Logits of transformers' own forward pass in fp32, one pair at a time, shape [n].
+
+    Args:
+        model: transformers' own.
+        work: whole sequences.
+        labels: of a causal language model, see `qrank.bundle.family.Family`.
+    """
+    torch = need("torch")
+    logits = []
+    with torch.inference_mode():
+        for i, sequence in enumerate(work.sequences):
+            inputs = {"input_ids": torch.tensor(sequence[None], dtype=torch.int64)}
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            if work.segments is not None:
+                types = torch.tensor(work.segments[i][None], dtype=torch.int64)
+                inputs["token_type_ids"] = types
+            if labels:
+                # The vocabulary's logits at the last token.
+                last = model(**inputs, logits_to_keep=1).logits[0, -1].double()
+                logits.append((last[labels[0]] - sum(last[i] for i in labels[1:])).item())
+            else:
+                logits.append(model(**inputs).logits.item())
+    if not np.isfinite(logits).all():
+        raise ConversionError("the checkpoint itself gives scores that are not finite")
+    return np.array(logits, np.float32)

@@ -1,0 +1,241 @@
+"""How llama.cpp names and describes what transformers' classes hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrank.bundle.family import Family
+from qrank.errors import ConversionError
+from qrank.system.extras import need
+
+if TYPE_CHECKING:
+    import gguf
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """llama.cpp's names for one transformers class.
+
+    Attributes:
+        arch: llama.cpp's name of the architecture.
+        names: module in the checkpoint -> tensor in the file; `{}` is the layer's number.
+        act: the config's key of the activation.
+        known_act: what it must be: llama.cpp has no other for this architecture.
+        eps: the config's key of the norms' epsilon.
+        after_pad: whether the position table begins with pad_token_id + 1 rows nobody reads.
+        norms_from_one: whether the checkpoint holds norm weights less 1 (Gemma).
+        pairs_turn: whether llama.cpp turns neighbouring numbers of a head by an angle (Llama), and
+            not those half a head apart, as transformers does.
+        head: modules that are no part of the file: a causal model's head is kept beside it, and of
+            a model that was one.
+    """
+
+    arch: str
+    names: dict[str, str]
+    act: str = "hidden_act"
+    known_act: str = "gelu"
+    eps: str = "layer_norm_eps"
+    after_pad: bool = False
+    norms_from_one: bool = False
+    pairs_turn: bool = False
+    head: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, architecture: str) -> Layout:
+        """The layout of a transformers class.
+
+        Raises:
+            ConversionError: none is known.
+        """
+        if architecture not in _LAYOUTS:
+            raise ConversionError(
+                f"no GGUF layout of {architecture} is known; known are: {', '.join(_LAYOUTS)}"
+            )
+        return _LAYOUTS[architecture]
+
+    def check(self, config: PretrainedConfig, window: int | None) -> None:
+        """See that llama.cpp computes what a configuration says.
+
+        Args:
+            config: the checkpoint's.
+            window: see `qrank.converters.checkpoint.read.Checkpoint`.
+
+        Raises:
+            ConversionError: it does not.
+        """
+        for key in (self.act, "classifier_activation"):
+            if (found := getattr(config, key, None)) not in (None, self.known_act):
+                raise ConversionError(
+                    f"{key} is {found!r}; llama.cpp knows {self.known_act} alone here"
+                )
+        if window is not None:
+            raise ConversionError(
+                f"llama.cpp's {self.arch} attends to everything, and not to a window of {window} "
+                "tokens (sliding_window in config.json)"
+            )
+
+    def unread(self, config: PretrainedConfig) -> int:
+        """Rows of the position table before the first token's."""
+        return config.pad_token_id + 1 if self.after_pad else 0
+
+
+_BERT_LAYERS = {
+    "embeddings.word_embeddings": "token_embd",
+    "embeddings.position_embeddings": "position_embd",
+    "embeddings.token_type_embeddings": "token_types",
+    "embeddings.LayerNorm": "token_embd_norm",
+    "encoder.layer.{}.attention.self.query": "blk.{}.attn_q",
+    "encoder.layer.{}.attention.self.key": "blk.{}.attn_k",
+    "encoder.layer.{}.attention.self.value": "blk.{}.attn_v",
+    "encoder.layer.{}.attention.output.dense": "blk.{}.attn_output",
+    "encoder.layer.{}.attention.output.LayerNorm": "blk.{}.attn_output_norm",
+    "encoder.layer.{}.intermediate.dense": "blk.{}.ffn_up",
+    "encoder.layer.{}.output.dense": "blk.{}.ffn_down",
+    "encoder.layer.{}.output.LayerNorm": "blk.{}.layer_output_norm",
+}
+
+_DECODER_LAYERS = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "model.layers.{}.input_layernorm": "blk.{}.attn_norm",
+    "model.layers.{}.self_attn.q_proj": "blk.{}.attn_q",
+    "model.layers.{}.self_attn.k_proj": "blk.{}.attn_k",
+    "model.layers.{}.self_attn.v_proj": "blk.{}.attn_v",
+    "model.layers.{}.self_attn.o_proj": "blk.{}.attn_output",
+    "model.layers.{}.self_attn.q_norm": "blk.{}.attn_q_norm",
+    "model.layers.{}.self_attn.k_norm": "blk.{}.attn_k_norm",
+    "model.layers.{}.post_attention_layernorm": "blk.{}.ffn_norm",
+    "model.layers.{}.mlp.gate_proj": "blk.{}.ffn_gate",
+    "model.layers.{}.mlp.up_proj": "blk.{}.ffn_up",
+    "model.layers.{}.mlp.down_proj": "blk.{}.ffn_down",
+}
+
+
+def _decoder(arch: str, **differences: Any) -> Layout:
+    head = ("lm_head", "score")
+    common = Layout(arch, _DECODER_LAYERS, known_act="silu", eps="rms_norm_eps", head=head)
+    return replace(common, **differences)
+
+
+_LAYOUTS = {
+    "BertForSequenceClassification": Layout(
+        "bert",
+        {f"bert.{ours}": theirs for ours, theirs in _BERT_LAYERS.items()}
+        | {"bert.pooler.dense": "cls", "classifier": "cls.output"},
+    ),
+    "XLMRobertaForSequenceClassification": Layout(
+        "bert",
+        {f"roberta.{ours}": theirs for ours, theirs in _BERT_LAYERS.items()}
+        | {"classifier.dense": "cls", "classifier.out_proj": "cls.output"},
+        after_pad=True,
+    ),
+    "ModernBertForSequenceClassification": Layout(
+        "modern-bert",
+        {
+            "model.embeddings.tok_embeddings": "token_embd",
+            "model.embeddings.norm": "token_embd_norm",
+            "model.layers.{}.attn_norm": "blk.{}.attn_norm",
+            "model.layers.{}.attn.Wqkv": "blk.{}.attn_qkv",
+            "model.layers.{}.attn.Wo": "blk.{}.attn_output",
+            "model.layers.{}.mlp_norm": "blk.{}.ffn_norm",
+            "model.layers.{}.mlp.Wi": "blk.{}.ffn_up",
+            "model.layers.{}.mlp.Wo": "blk.{}.ffn_down",
+            "model.final_norm": "output_norm",
+            "head.dense": "cls",
+            "head.norm": "cls.norm",
+            "classifier": "cls.output",
+        },
+        act="hidden_activation",
+        eps="norm_eps",
+    ),
+    "Qwen3ForCausalLM": _decoder("qwen3"),
+    "Qwen3ForSequenceClassification": _decoder("qwen3"),
+    "Qwen2ForCausalLM": _decoder("qwen2"),
+    "Qwen2ForSequenceClassification": _decoder("qwen2"),
+    "LlamaForCausalLM": _decoder("llama", pairs_turn=True),
+    "LlamaBidirectionalForSequenceClassification": _decoder("llama-embed", pairs_turn=True),
+    "GemmaForCausalLM": _decoder(
+        "gemma",
+        act="hidden_activation",
+        known_act="gelu_pytorch_tanh",
+        norms_from_one=True,
+    ),
+}
+"""By the name of transformers' class."""
+
+
+def describe(
+    writer: gguf.GGUFWriter, config: PretrainedConfig, layout: Layout, family: Family
+) -> None:
+    """Write a file's hyperparameters."""
+    writer.add_context_length(config.max_position_embeddings - layout.unread(config))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    if layout.head:
+        _describe_decoder(writer, config, layout)
+        if not family.decoder:
+            writer.add_causal_attention(False)
+            writer.add_pooling_type(need("gguf").PoolingType.MEAN)
+    else:
+        _describe_encoder(writer, config, layout, family)
+
+
+def _describe_decoder(writer: gguf.GGUFWriter, config: PretrainedConfig, layout: Layout) -> None:
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters
+    if (kind := rope.get("rope_type", "default")) not in ("default", "llama3"):
+        raise ConversionError(
+            f"rotary positions are scaled by {kind!r}; this converter knows plain ones and 'llama3'"
+        )
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_layer_norm_rms_eps(getattr(config, layout.eps))
+    writer.add_rope_freq_base(rope["rope_theta"])
+
+
+def rotary_factors(config: PretrainedConfig) -> NDArray[np.float32] | None:
+    """What rotary frequencies are divided by, float32 [width / 2]; None where by nothing."""
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "llama3":
+        return None
+    need("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = rope["rope_theta"] ** (-np.arange(len(scaled)) / len(scaled))
+    factors: NDArray[np.float32] = (plain / scaled.numpy()).astype(np.float32)
+    return factors
+
+
+def _describe_encoder(
+    writer: gguf.GGUFWriter, config: PretrainedConfig, layout: Layout, family: Family
+) -> None:
+    gguf = need("gguf")
+    writer.add_layer_norm_eps(getattr(config, layout.eps))
+    writer.add_causal_attention(False)
+    writer.add_pooling_type(gguf.PoolingType.RANK)
+    if layout.arch == "bert":
+        writer.add_token_type_count(config.type_vocab_size)
+        return
+    ropes = config.rope_parameters
+    if scaled := sorted(
+        {rope.get("rope_type", "default") for rope in ropes.values()} - {"default"}
+    ):
+        raise ConversionError(
+            f"rotary positions are scaled by {scaled[0]!r}; this converter knows plain ones here"
+        )
+    pooling = gguf.PoolingType[family.pooling.upper()]
+    writer.add_uint32(f"{layout.arch}.classifier.pooling_type", pooling.value)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+    writer.add_rope_freq_base(ropes["full_attention"]["rope_theta"])
+    writer.add_rope_freq_base_swa(ropes["sliding_attention"]["rope_theta"])
+    writer.add_sliding_window(config.local_attention)
+    writer.add_sliding_window_pattern([t == "sliding_attention" for t in config.layer_types])

@@ -1,0 +1,216 @@
+"""A checkpoint -> an ONNX graph that gives one logit a pair."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from qrank.bundle.family import Family
+from qrank.bundle.sequences import Work
+from qrank.converters.checkpoint.read import Checkpoint
+from qrank.converters.graph_file import fits, save_graph
+from qrank.converters.logs import errors_only
+from qrank.converters.onnx.quantize import channel_maxima, quantize
+from qrank.errors import ConversionError
+from qrank.system.extras import need
+
+if TYPE_CHECKING:
+    import onnx
+    from transformers import PreTrainedModel
+
+PRECISIONS = ("int8", "fp16", "fp32")
+MODULES = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime")
+"""What converting and verifying takes."""
+
+MEMORY = 1.8
+"""The least memory converting takes, in times of the model's size in fp32 (docs/benchmarks.md)."""
+
+OPSET = 20
+"""The first with Gelu, and old enough for every runtime in use."""
+
+HEAD = frozenset({"pooler", "classifier", "head", "score"})
+"""Names of the score head's modules in transformers' classes: they stay fp32 in every precision."""
+
+
+def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work) -> str:
+    """Write `model.onnx` (and `model.onnx.data` above 2 GB) into a folder.
+
+    Args:
+        checkpoint: loaded here, in fp32.
+        precision: one of PRECISIONS. Weights are never smaller than fp32 in the head.
+        folder: exists and is empty.
+        calibration: pairs whose activations int8 looks at.
+
+    Returns:
+        "": there is nothing to add to the precision's name.
+
+    Raises:
+        ConversionError: the graph cannot be exported.
+    """
+    path = folder / "model.onnx"
+    export(checkpoint.load(), checkpoint.family, path, in_one_file=precision == "fp32")
+    if precision == "fp32":
+        return ""
+    onnx = need("onnx")
+    if precision == "fp16":
+        graph = onnx.load(path)
+        graph = _half(graph, head_nodes(graph))
+    else:
+        maxima = channel_maxima(path, calibration)
+        graph = onnx.load(path, load_external_data=False)
+        quantize(graph, folder, keep=head_nodes(graph), maxima=maxima)
+    for file in folder.iterdir():
+        file.unlink()
+    save_graph(graph, path)
+    return ""
+
+
+def head_nodes(model: onnx.ModelProto) -> set[str]:
+    """Names of the nodes of the score head: the first that uses its weights, and what follows."""
+    weights = {i.name for i in model.graph.initializer if HEAD & set(i.name.split("."))}
+    found: set[str] = set()
+    after: set[str] = set()
+    for node in model.graph.node:
+        if any(name in weights or name in after for name in node.input):
+            found.add(node.name)
+            after.update(node.output)
+    if not found:
+        raise ConversionError("no score head was found in the exported graph")
+    return found
+
+
+def export(
+    model: PreTrainedModel,
+    family: Family,
+    path: Path,
+    *,
+    in_one_file: bool = True,
+    optimize: bool = True,
+) -> None:
+    """Write the fp32 graph.
+
+    Args:
+        model: transformers' own, fp32.
+        family: the checkpoint's.
+        path: of the graph.
+        in_one_file: with its weights, up to 2 GB. Writing them beside the graph takes no memory,
+            this three times their size.
+        optimize: fold constants, weights that are turned or widened among them. Takes memory.
+    """
+    torch = need("torch")
+    from qrank.scoring.scoring_graph import DecoderScorer, input_names, scorer
+
+    names, module = input_names(family), scorer(model, family)
+    example = torch.ones(2, 8, dtype=torch.int64)
+    batch = torch.export.Dim("batch", min=1)
+    shape = {0: batch, 1: torch.export.Dim("length", min=2, max=family.max_length)}
+    examples, shapes = (example,) * len(names), (shape,) * len(names)
+    if family.decoder:
+        layers, two, heads, _, width = cast(DecoderScorer, module).prefix_shape
+        prefix = torch.zeros(layers, two, heads, 3, width)
+        before = {3: torch.export.Dim("before", min=0, max=family.max_length)}
+        kept = {0: torch.export.Dim("kept", min=0, max=family.max_length)}
+        examples = (example, example[:, 0], prefix, torch.arange(4))
+        shapes = (shape, {0: batch}, before, kept)
+    with _quiet():
+        program = torch.onnx.export(
+            module,
+            tuple(x.clone() for x in examples),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=names,
+            output_names=["logits", "present"] if family.decoder else ["logits"],
+            dynamic_shapes=shapes,
+            verbose=False,
+            optimize=optimize,
+        )
+    if program is None:
+        raise ConversionError("torch.onnx.export gave no program")
+    # The exporter notes where in whose Python files each node comes from.
+    graph = program.model.graph
+    nodes = list(graph.all_nodes())
+    values = [value for node in nodes for value in node.outputs]
+    for item in (graph, *nodes, *values, *graph.inputs, *graph.initializers.values()):
+        item.metadata_props.clear()
+        item.doc_string = None
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if in_one_file and fits(size):
+        save_graph(program.model_proto, path)
+    else:
+        program.save(path, external_data=True)
+
+
+def _half(model: onnx.ModelProto, head: set[str]) -> onnx.ModelProto:
+    """Weights and arithmetic in fp16; inputs, outputs, the head and what fp16 breaks stay fp32."""
+    float16 = need("onnxruntime.transformers.float16")
+    with warnings.catch_warnings():
+        # It warns of every weight too small for fp16; the probes decide whether that matters.
+        warnings.simplefilter("ignore", UserWarning)
+        converted: onnx.ModelProto = float16.convert_float_to_float16(
+            model,
+            keep_io_types=True,
+            disable_shape_infer=True,
+            node_block_list=sorted(head | _exact_nodes(model)),
+        )
+    _straighten(converted)
+    return converted
+
+
+def _straighten(model: onnx.ModelProto) -> None:
+    """Undo what the fp16 converter does between two nodes it leaves in fp32: to fp16 and back.
+
+    It also casts a value as often as it is used, each time under the same name.
+    """
+    nodes = list({node.name: node for node in model.graph.node}.values())
+    makers = {output: node for node in nodes for output in node.output}
+    straight = {}
+    for node in nodes:
+        before = makers.get(node.input[0]) if node.op_type == "Cast" else None
+        if (
+            before is not None
+            and before.op_type == "Cast"
+            and before.name.endswith("_to_fp16_node")
+        ):
+            straight[node.output[0]] = before.input[0]
+    for node in nodes:
+        for place, name in enumerate(node.input):
+            node.input[place] = straight.get(name, name)
+    used = {name for node in nodes for name in node.input} | {o.name for o in model.graph.output}
+    del model.graph.node[:]
+    model.graph.node.extend(node for node in nodes if used & set(node.output))
+
+
+def _exact_nodes(model: onnx.ModelProto) -> set[str]:
+    """Names of nodes that fp16 would break, small as they are.
+
+    Rotary angles, up to a position's number: beyond 2,048 fp16 has whole numbers only. And the mean
+    square of an RMS norm, beyond fp16's range where an activation is above 256.
+    """
+    makers = {output: node for node in model.graph.node for output in node.output}
+    found: set[str] = set()
+
+    def add(node: onnx.NodeProto, last: frozenset[str]) -> None:
+        if node.name in found:
+            return
+        found.add(node.name)
+        for name in node.input if node.op_type not in last else ():
+            if name in makers:
+                add(makers[name], last)
+
+    for node in model.graph.node:
+        if node.op_type in ("Cos", "Sin"):
+            add(node, frozenset())
+        elif node.op_type == "Sqrt":
+            add(node, frozenset({"Pow"}))
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter logs and warns of its own dependencies: nothing a user can act on."""
+    with errors_only("torch.onnx"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

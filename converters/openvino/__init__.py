@@ -1,0 +1,1 @@
+"""OpenVINO: made of the ONNX graph, quantized, or taken over from a prebuilt file."""

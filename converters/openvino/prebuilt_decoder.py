@@ -1,0 +1,255 @@
+"""A causal model's OpenVINO graph -> what `qrank.scoring.scoring_graph.DecoderScorer` is.
+
+The state, or the inputs and outputs that hold keys and values, give way to `prefix` and `present`;
+and of the vocabulary's logits the score's row at the last token remains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrank.converters.prebuilt_graph import (
+    BEAMS,
+    IDS,
+    MASK,
+    POSITIONS,
+    Floats,
+    cache_place,
+    cache_shape,
+    head_row,
+    not_understood,
+)
+from qrank.errors import ConversionError
+from qrank.system.extras import need
+
+if TYPE_CHECKING:
+    import openvino
+
+_PLAIN = ("f32", "f16", "u8", "i8")
+"""Types that numpy has, too: of these a few rows are read without the others."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where a graph's keys and values come from and go to, by (layer, 0 or 1).
+
+    Attributes:
+        past: outputs of nodes: a state as it is read, or an input.
+        present: outputs of nodes: what the state becomes, or what an output gives.
+    """
+
+    past: Mapping[tuple[int, int], Any]
+    present: Mapping[tuple[int, int], Any]
+
+    @classmethod
+    def of(cls, graph: openvino.Model) -> Cache:
+        """The cache of a graph; empty of one without.
+
+        Raises:
+            ConversionError: a state is none of keys and values.
+        """
+        past, present = {}, {}
+        for node in graph.get_ordered_ops():
+            if (kind := node.get_type_name()) not in ("ReadValue", "Assign"):
+                continue
+            name = node.get_attributes()["variable_id"]
+            if (place := cache_place(name)) is None:
+                raise ConversionError(
+                    f"the graph's state {name} is not understood; known are: past_key_values.N.key "
+                    "and .value"
+                )
+            if kind == "ReadValue":
+                past[place] = node.output(0)
+            else:
+                present[place] = node.input_value(0)
+        for node in graph.inputs:
+            if (place := cache_place(node.get_any_name())) is not None:
+                past[place] = node.get_node().output(0)
+        for node in graph.outputs:
+            for place in filter(None, map(cache_place, node.get_names())):
+                present[place] = node.get_node().input_value(0)
+        return cls(past, present)
+
+
+class Cut:
+    """One graph on its way."""
+
+    def __init__(self, inputs: Mapping[str, Any], cache: Cache, logits: Any) -> None:
+        """Take over a graph.
+
+        Args:
+            inputs: its parameters by name.
+            cache: its.
+            logits: the output that gives those of the whole vocabulary.
+        """
+        self._op = need("openvino").opset13
+        self._inputs = inputs
+        self._cache = cache
+        self._logits = logits
+
+    def graph(self, labels: Sequence[int]) -> openvino.Model:
+        """The scoring graph for these tokens.
+
+        Raises:
+            ConversionError: the cache or the head is not understood.
+        """
+        ov, op = need("openvino"), self._op
+        ids, last = _parameter(IDS, [-1, -1]), _parameter("last", [-1])
+        parameters, results = [ids, last], []
+        before = op.constant(np.zeros(1, np.int64))
+        if self._cache.past:
+            shapes = {place: shape_of(output) for place, output in self._cache.past.items()}
+            layers, heads, width = cache_shape(shapes, self._cache.present)
+            prefix = _parameter("prefix", [layers, 2, heads, -1, width], ov.Type.f32)
+            keep = _parameter("keep", [-1])
+            parameters += [prefix, keep]
+            before = _size(prefix, 3)
+            self._give(prefix, op.concat([_size(ids, 0), np.ones(3, np.int64)], 0))
+            results.append(self._kept(op.add(keep, before), layers))
+        results.insert(0, self._score(last, labels))
+        total = op.concat([_size(ids, 0), op.add(before, _size(ids, 1))], 0)
+        given = {
+            IDS: ids,
+            MASK: op.broadcast(np.int64(1), total),
+            POSITIONS: positions(ids, op.squeeze(before, np.int64(0))),
+        }
+        for name, node in self._inputs.items():
+            if name in given:
+                replace(node.output(0), given[name])
+            elif name == BEAMS:
+                # Every sequence goes on from the same prefix: there is nothing to choose.
+                for target in node.output(0).get_target_inputs():
+                    if (user := target.get_node()).get_type_name() != "Gather":
+                        raise ConversionError(
+                            f"{user.get_type_name()} {user.get_friendly_name()} reads {BEAMS}, "
+                            "where a Gather of keys or values was expected"
+                        )
+                    replace(user.output(0), user.input_value(0).get_node())
+        return ov.Model(results, parameters, "qrank")
+
+    def _give(self, prefix: Any, repeats: Any) -> None:
+        """Give every layer its part of the prefix, for every sequence of the batch."""
+        op = self._op
+        for (layer, kind), output in self._cache.past.items():
+            both = op.gather(prefix, np.int64(layer), np.int64(0))
+            one = op.gather(both, np.array([kind]), np.int64(0))
+            replace(output, op.broadcast(one, repeats, broadcast_spec="BIDIRECTIONAL"))
+
+    def _kept(self, places: Any, layers: int) -> Any:
+        """The keys and values at some places of the first sequence: the output `present`."""
+        op, rows = self._op, []
+        for layer in range(layers):
+            halves = [
+                op.gather(
+                    op.gather(self._cache.present[layer, kind], np.array([0]), np.int64(0)),
+                    places,
+                    np.int64(2),
+                )
+                for kind in (0, 1)
+            ]
+            rows.append(op.unsqueeze(op.concat(halves, 0), np.int64(0)))
+        return _named(op.convert(op.concat(rows, 0), "f32"), "present")
+
+    def _score(self, last: Any, labels: Sequence[int]) -> Any:
+        """The labels' logits at each sequence's last token, as one number: the output `logits`."""
+        op = self._op
+        product = _through(self._logits.get_node(), "Convert")
+        if product.get_type_name() != "MatMul" or product.get_attributes()["transpose_a"]:
+            raise not_understood(f"{product.get_type_name()} {product.get_friendly_name()}")
+        turned = product.get_attributes()["transpose_b"]
+        row = head_row(_rows(product.input_value(1).get_node(), labels, 0 if turned else 1))
+        place = op.unsqueeze(last, np.int64(1))
+        state = op.gather(product.input_value(0), place, np.int64(1), batch_dims=1)
+        final = op.convert(op.squeeze(state, np.int64(1)), "f32")
+        # No matrix product: what quantizes those leaves this one row alone.
+        return _named(op.reduce_sum(op.multiply(final, row), np.int64(1), keep_dims=True), "logits")
+
+
+def replace(output: Any, node: Any) -> None:
+    """Let another node take an output's place, in the output's type."""
+    wanted = output.get_element_type()
+    if node.output(0).get_element_type() != wanted:
+        node = need("openvino").opset13.convert(node, wanted.to_string())
+    for target in output.get_target_inputs():
+        target.replace_source_output(node.output(0))
+
+
+def shape_of(output: Any) -> list[int | None]:
+    """An output's shape; None where a dimension is free."""
+    shape = output.partial_shape
+    if shape.rank.is_dynamic:
+        return []
+    return [None if d.is_dynamic else d.get_length() for d in shape]
+
+
+def positions(ids: Any, first: Any) -> Any:
+    """Consecutive numbers from a first one on, in the shape of `ids`."""
+    op = need("openvino").opset13
+    length = op.squeeze(_size(ids, 1), np.int64(0))
+    numbers = op.range(op.constant(np.int64(0)), length, op.constant(np.int64(1)), "i64")
+    return op.broadcast(op.add(numbers, first), op.shape_of(ids))
+
+
+def _parameter(name: str, shape: list[int], kind: Any = None) -> Any:
+    ov = need("openvino")
+    return _named(ov.opset13.parameter(shape, kind or ov.Type.i64, name=name), name)
+
+
+def _named(node: Any, name: str) -> Any:
+    node.output(0).get_tensor().set_names({name})
+    return node
+
+
+def _size(node: Any, place: int) -> Any:
+    """One dimension of a node, shape [1]."""
+    op = need("openvino").opset13
+    return op.gather(op.shape_of(node), np.array([place]), np.int64(0))
+
+
+def _through(node: Any, kind: str) -> Any:
+    while node.get_type_name() == kind:
+        node = node.input_value(0).get_node()
+    return node
+
+
+def _rows(node: Any, labels: Sequence[int], axis: int) -> Floats:
+    """Some rows of the output matrix in fp32, whatever it is stored as; shape [labels, hidden].
+
+    Args:
+        node: gives the matrix.
+        labels: their numbers.
+        axis: of the matrix's shape that they count along.
+    """
+    shape = list(node.output(0).shape)
+    found = _part(node, labels, axis, shape[axis])
+    rows = found.reshape(len(labels), -1) if axis == 0 else found.reshape(-1, len(labels)).T
+    return np.ascontiguousarray(rows, np.float32)
+
+
+def _part(node: Any, labels: Sequence[int], axis: int, count: int) -> NDArray[Any]:
+    """What a node of constants gives for some of the numbers along one axis."""
+    kind = node.get_type_name()
+    if kind == "Constant":
+        plain = node.get_element_type().to_string() in _PLAIN
+        values: NDArray[Any] = node.data if plain else node.get_data(dtype=np.float32)
+        if values.ndim > axis and values.shape[axis] == count:
+            values = values.take(labels, axis)
+        return values
+    inputs = [node.input_value(i).get_node() for i in range(node.get_input_size())]
+    if kind == "Convert":
+        return _part(inputs[0], labels, axis, count).astype(np.float32)
+    if kind in ("Subtract", "Multiply"):
+        a, b = (_part(x, labels, axis, count) for x in inputs)
+        made: NDArray[Any] = a - b if kind == "Subtract" else a * b
+        return made
+    if kind == "Transpose":
+        return _part(inputs[0], labels, 1 - axis, count).T
+    if kind == "Reshape" and axis == 0:
+        # Groups of a row, each with a scale of its own, are joined.
+        return _part(inputs[0], labels, axis, count).reshape(len(labels), -1)
+    raise not_understood(f"a matrix that {kind} {node.get_friendly_name()} makes")

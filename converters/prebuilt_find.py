@@ -1,0 +1,191 @@
+"""Where a source holds ready-made files, and which of several is taken."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from qrank.backends import FORMATS
+from qrank.bundle.hub import download, listing
+from qrank.bundle.hub_names import HubName
+from qrank.bundle.locate import Fetched, fetch, place, refuse_bundle
+from qrank.converters.checkpoint.read import DESCRIPTION, WEIGHTS
+from qrank.converters.prebuilt import SUFFIXES, Asked, ReadyMade, Taker, format_of, patterns
+from qrank.errors import ConversionError, ModelNotFoundError, QrankError
+
+_FOLDERS = ("onnx", "openvino")
+"""Where in a repository such files lie, if not at its top."""
+
+_NOT_MODELS = ("openvino_tokenizer", "openvino_detokenizer")
+
+_WORDS = {
+    "int8": ("int8", "quantized", "uint8", "qint8"),
+    "int4": ("int4", "q4", "q4f16"),
+    "fp16": ("fp16",),
+}
+"""What a precision is called in names of ONNX and OpenVINO files. GGUF files say it itself."""
+
+_PLAIN = ("model", "openvino_model")
+"""Names of files whose precision is not in their name."""
+
+_ORDER = {
+    "onnx": ("int8", "fp16", "fp32", "int4"),
+    "openvino": ("int8", "fp16", "fp32", "int4"),
+    "gguf": ("q4_k_m", "q8_0", "f16"),
+}
+"""Which of several files is taken where nobody says."""
+
+
+def find(
+    source: str, asked: Asked | None, *, revision: str | None = None, offline: bool = False
+) -> ReadyMade | Fetched:
+    """The ready-made files of a source; or where it is, if it holds a checkpoint or nothing known.
+
+    Args:
+        source: what `qrank.bundle.locate.place` takes: a folder, a file, a name on the hub.
+        asked: what is wanted; None: every format there is.
+        revision: of the hub's repository.
+        offline: use what was downloaded before only.
+
+    Raises:
+        ConversionError: nothing that is wanted is there.
+        ModelNotFoundError: a hub's repository is not to be had; or it is a bundle already.
+    """
+    where = place(source, revision)
+    if isinstance(where, HubName):
+        return _on_hub(where, asked, source, offline)
+    if where.is_dir():
+        return _in_folder(fetch(where, source, []), asked, source)
+    refuse_bundle(source, where)
+    if (format := format_of(where.name)) is None:
+        return fetch(where, source, [])
+    home = _home(where.parent, where.resolve().parent)
+    made, missing = _choose_all({format: [where.name]}, where.parent, asked, source)
+    origin = Fetched.of(home)
+    known = origin.commit is not None or where.stem.startswith(_PLAIN)
+    return ReadyMade(home, origin.id if known else where.stem, origin.commit, made, missing)
+
+
+def _in_folder(found: Fetched, asked: Asked | None, source: str) -> ReadyMade | Fetched:
+    folder = found.folder
+    candidates = _candidates(_names(folder))
+    if any(folder.glob("*.safetensors")) or not candidates:
+        return found
+    made, missing = _choose_all(candidates, folder, asked, source)
+    origin = Fetched.of(home := _home(folder))
+    return ReadyMade(home, origin.id, origin.commit, made, missing)
+
+
+def _on_hub(name: HubName, asked: Asked | None, source: str, offline: bool) -> ReadyMade | Fetched:
+    """Of a repository, or of a file or a known folder in it."""
+    whole = replace(name, path="")
+    format = format_of(name.path)
+    if name.path and format is None and name.path not in _FOLDERS:
+        return fetch(name, source, [])
+    found = fetch(
+        whole, source, DESCRIPTION if name.path else [*DESCRIPTION, *WEIGHTS], offline=offline
+    )
+    if any(found.folder.glob("*.safetensors")) and not name.path:
+        return found
+    if format is not None:
+        candidates = {format: [name.path]}
+    else:
+        names = _names(found.folder) if offline else listing(found.id, found.folder.name)
+        candidates = _candidates(n for n in names if n.startswith(name.path))
+    if not candidates and name.path:
+        raise ModelNotFoundError(f"{found.id} on the hub has no model in {name.path} ({source})")
+    if not candidates:
+        return found
+    made, missing = _choose_all(candidates, found.folder, asked, source)
+    files = [p for m in made for p in patterns(m.path.relative_to(found.folder).as_posix())]
+    download(found.id, files, revision=found.folder.name, offline=offline)
+    if absent := [taker.path.name for taker in made if not taker.path.exists()]:
+        raise ModelNotFoundError(f"{found.id} on the hub has no file {absent[0]} ({source})")
+    return ReadyMade(found.folder, found.id, found.commit, made, missing)
+
+
+def _home(*folders: Path) -> Path:
+    """Where config.json is: beside the files, or above their folder, also where links lead."""
+    for folder in folders:
+        for at in (folder.absolute(), folder.resolve()):
+            for home in (at, at.parent) if at.name in _FOLDERS else (at,):
+                if (home / "config.json").is_file():
+                    return home
+    return folders[0]
+
+
+def _names(folder: Path) -> list[str]:
+    places = [folder, *(folder / name for name in _FOLDERS)]
+    found = (path for place in places if place.is_dir() for path in place.iterdir())
+    return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
+
+
+def _candidates(names: Iterable[str]) -> dict[str, list[str]]:
+    """Format -> the files of it that may be a model."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        path, format = PurePosixPath(name), format_of(name)
+        known_place = str(path.parent) in (".", *_FOLDERS)
+        if format and known_place and path.stem not in _NOT_MODELS:
+            found.setdefault(format, []).append(name)
+    return found
+
+
+def _choose_all(
+    candidates: dict[str, list[str]], folder: Path, asked: Asked | None, source: str
+) -> tuple[tuple[Taker, ...], dict[str, QrankError]]:
+    """The files to take, and what is wanted and not to be had, with the reason.
+
+    Args:
+        candidates: by format, the names of files.
+        folder: where they are.
+        asked: what is wanted; None: every format there is.
+        source: what the user called it.
+
+    Raises:
+        ConversionError: nothing is to be had.
+    """
+    made: list[Taker] = []
+    missing: dict[str, QrankError] = {}
+    for format, precision in asked or [(f, None) for f in FORMATS if f in candidates]:
+        try:
+            if format not in candidates:
+                raise ConversionError(
+                    f"{source} holds ready-made files of {', '.join(candidates)} and none of "
+                    f"{format}; converting to it takes the checkpoint"
+                )
+            name = _choose(format, candidates[format], precision, source)
+            made.append(Taker(folder / name, format, precision))
+        except ConversionError as error:
+            missing[f"{format}-{precision}" if precision else format] = error
+    if not made:
+        raise next(iter(missing.values()))
+    return tuple(made), missing
+
+
+def _choose(format: str, names: list[str], precision: str | None, source: str) -> str:
+    """The file to take of several.
+
+    Raises:
+        ConversionError: none is called as one would expect.
+    """
+    if len(names) == 1:
+        return names[0]
+    for wanted in _ORDER[format] if precision is None else (precision,):
+        if fitting := [name for name in names if _called(name, wanted)]:
+            return min(fitting, key=lambda name: (len(name), name))
+    raise ConversionError(
+        f"{source} holds several {format} files: {', '.join(names)}; name one, as in "
+        f"{source}/{names[0]}"
+    )
+
+
+def _called(name: str, precision: str) -> bool:
+    stem = PurePosixPath(name).stem.lower()
+    if precision == "fp32":
+        return stem in _PLAIN
+    if PurePosixPath(name).suffix == SUFFIXES["gguf"]:
+        return stem.endswith(precision)
+    return bool(set(_WORDS.get(precision, ())) & set(re.split(r"[-_.]", stem)))

@@ -1,0 +1,205 @@
+"""Backends in a process of their own: what crashes or hangs there harms nobody.
+
+Native libraries and drivers end a process without a word, on some CPUs and for some shapes alone.
+So what has never run on this machine is run here first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from qrank import backends
+from qrank.backends import Options
+from qrank.bundle.fidelity import Fidelity
+from qrank.bundle.manifest import FileRecord, Variant
+from qrank.bundle.sequences import Logits, Work
+from qrank.errors import TargetError
+from qrank.system import subprocess_rpc
+from qrank.system.subprocess_rpc import Child, CrashError, HangError
+
+RUNTIME_NAMES = {"onnx": "onnxruntime", "openvino": "OpenVINO", "gguf": "llama.cpp"}
+"""What people call the runtime of a backend."""
+
+_SECONDS = 60.0
+_BYTES_A_SECOND = 1e7
+_OPERATIONS_A_SECOND = 2e10
+"""The slowest that is still no hang: a machine with one busy core, and other work beside."""
+
+_DRIVER_FACTOR = 5
+"""Drivers of GPUs and NPUs compile for minutes where a CPU takes seconds."""
+
+
+class FatalError(TargetError):
+    """A backend that crashed or hung its process."""
+
+
+def advised(backend: str, device: str) -> bool:
+    """Whether a backend should be tried in a process of its own before it runs in this one.
+
+    Every native backend and device but onnxruntime's CPU, whose kernels ask the CPU first. Not a
+    user's own ("module:function"), which is as much part of the application as the caller is; nor
+    torch, which runs the original and is held against nothing.
+    """
+    native = ":" not in backend and backend != "torch" and (backend, device) != ("onnx", "cpu")
+    return native and subprocess_rpc.wanted()
+
+
+def limit(size: int, tokens: int, device: str) -> float:
+    """Seconds that a backend may take to load a model of so many bytes and read so many tokens."""
+    # A byte is a weight, about: a product and a sum for every token.
+    computing = 2 * size * tokens / _OPERATIONS_A_SECOND
+    loading = _SECONDS + size / _BYTES_A_SECOND
+    return (loading + computing) * (1 if device == "cpu" else _DRIVER_FACTOR)
+
+
+class Worker:
+    """A process in which backends run; started at the first question, and anew after it died."""
+
+    def __init__(self) -> None:
+        self._child: Child | None = None
+
+    def executions(self, backend: str, device: str) -> tuple[str, ...]:
+        """As `qrank.backends.executions`.
+
+        Raises:
+            NoChildError: no process can be started here.
+            FatalError: the process died or hung.
+            QrankError: as the backend raises it.
+        """
+        question = {"do": "executions", "backend": backend, "device": device}
+        found = self._ask(question, f"looking for {device}", limit(0, 0, device))
+        return tuple(found["executions"])
+
+    def logits(
+        self,
+        folder: Path,
+        variant: Variant,
+        works: Sequence[Work],
+        options: Options,
+        *,
+        backend: str | None = None,
+        device: str = "cpu",
+    ) -> list[Logits]:
+        """Open a variant, run it on each work, and close it.
+
+        Args:
+            folder: the bundle.
+            variant: of it.
+            works: what to score.
+            options: how it runs; `memory` and `family` stay behind.
+            backend: what runs it; None: its format's own.
+            device: where.
+
+        Returns:
+            Logits of each work, shape [n] each.
+
+        Raises:
+            NoChildError, FatalError, QrankError: as `executions`.
+        """
+        backend = backend or variant.format
+        size = sum(p.stat().st_size for p in (folder / variant.name).rglob("*") if p.is_file())
+        where = "this CPU" if device == "cpu" else device
+        arithmetic = f" in {options.execution}" if options.execution else ""
+        question = {
+            "do": "logits",
+            "folder": str(folder.absolute()),
+            "variant": asdict(variant),
+            "backend": backend,
+            "device": device,
+            "options": {
+                "threads": options.threads,
+                "execution": options.execution,
+                "batch": options.batch,
+                "static_shapes": options.static_shapes,
+            },
+            "works": [_plain(work) for work in works],
+        }
+        what = f"computing {variant.precision}{arithmetic} on {where}"
+        tokens = sum(int(work.lengths.sum()) + len(work.prefix) for work in works)
+        found = self._ask(question, what, limit(size, tokens, device))
+        return [np.array(each, np.float32) for each in found["logits"]]
+
+    def close(self) -> None:
+        """End the process."""
+        if self._child is not None:
+            self._child.close()
+        self._child = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._child is not None:
+            self._child.close(kill=kind is not None)
+        self._child = None
+
+    def _ask(self, question: dict[str, Any], what: str, seconds: float) -> dict[str, Any]:
+        self._child = self._child or Child(__name__)
+        runtime = RUNTIME_NAMES.get(question["backend"], question["backend"])
+        try:
+            return self._child.ask(question, seconds)
+        except CrashError as error:
+            self._child = None
+            said = f": {error.said}" if error.said else ""
+            raise FatalError(f"{runtime} died ({error.how}) {what}{said}") from error
+        except HangError as error:
+            self._child = None
+            raise FatalError(f"{runtime} hung {what}: {error}") from error
+
+
+def _plain(work: Work) -> dict[str, Any]:
+    segments = work.segments
+    return {
+        "sequences": [ids.tolist() for ids in work.sequences],
+        "segments": None if segments is None else [types.tolist() for types in segments],
+        "prefix": work.prefix.tolist(),
+    }
+
+
+def _executions(backend: str, device: str) -> dict[str, Any]:
+    return {"executions": backends.executions(backend, device)}
+
+
+def _logits(
+    folder: str,
+    variant: Mapping[str, Any],
+    backend: str,
+    device: str,
+    options: Mapping[str, Any],
+    works: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    fields = {
+        **variant,
+        "files": {name: FileRecord(**record) for name, record in variant["files"].items()},
+        "fidelity": Fidelity(**variant["fidelity"]),
+    }
+    opened = backends.opener(backend)(Path(folder), Variant(**fields), device, Options(**options))
+    try:
+        return {"logits": [opened.logits(_work(work)).tolist() for work in works]}
+    finally:
+        opened.close()
+
+
+def _work(plain: Mapping[str, Any]) -> Work:
+    segments = plain["segments"]
+    return Work(
+        [np.array(ids, np.int32) for ids in plain["sequences"]],
+        None if segments is None else [np.array(types, np.int8) for types in segments],
+        np.array(plain["prefix"], np.int32),
+    )
+
+
+def main() -> None:
+    """In the child."""
+    subprocess_rpc.answer({"executions": _executions, "logits": _logits})

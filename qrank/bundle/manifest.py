@@ -1,0 +1,387 @@
+"""Bundles: the folder `qrank convert` writes, and its manifest `qrank.json`.
+
+    NAME-qrank/
+      qrank.json          the manifest
+      tokenizer.json      text -> token ids, for every variant
+      onnx-int8/          one folder a variant
+        model.onnx
+
+The manifest names every file with its sha256 and carries a digest of itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qrank.bundle.dimensions import Dimensions
+from qrank.bundle.family import ACTIVATIONS, POOLINGS, Family
+from qrank.bundle.fidelity import Fidelity
+from qrank.bundle.sequences import Logits, Work
+from qrank.errors import BundleError
+from qrank.system import cache, paths
+
+MANIFEST = "qrank.json"
+TOKENIZER = "tokenizer.json"
+SCHEMA = 2
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must be: its sha256 in hex, and its size."""
+
+    sha256: str
+    bytes: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        """Hash a file."""
+        with path.open("rb") as file:
+            return cls(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One (format, precision) of a bundle.
+
+    Attributes:
+        format: the file format, which is also the backend's name: `onnx`.
+        precision: by the format's own names: `fp32`, `int8`, `q4_k_m`.
+        files: path inside the bundle -> what it must be.
+        fidelity: measured on the probes when it was converted.
+        tools: versions of what made it.
+        note: what its precision's name does not say; "" mostly.
+    """
+
+    format: str
+    precision: str
+    files: dict[str, FileRecord]
+    fidelity: Fidelity
+    tools: dict[str, str]
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """`onnx-int8`; also its folder in the bundle."""
+        return f"{self.format}-{self.precision}"
+
+    @property
+    def bytes(self) -> int:
+        """Size of its files."""
+        return sum(record.bytes for record in self.files.values())
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a bundle comes from.
+
+    Attributes:
+        id: hub id, or the name of the checkpoint's folder.
+        revision: the hub's commit; None for a folder.
+        fingerprint: sha256 over the checkpoint's weights, configuration and tokenizer.
+    """
+
+    id: str
+    revision: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Pairs as token ids, and the logits the fp32 reference gives them.
+
+    Attributes:
+        work: the pairs.
+        logits: of the reference, shape [n].
+        reference: the class and versions that gave them.
+        verified: whether that was the original. False: a ready-made model itself, of which nobody
+            knows how close to the original it is; it is self-consistent, no more.
+    """
+
+    work: Work
+    logits: Logits
+    reference: str
+    verified: bool = True
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a bundle says about itself; `dimensions` where the model's are known."""
+
+    name: str
+    family: Family
+    source: Source
+    files: dict[str, FileRecord]
+    probes: Probes
+    variants: dict[str, Variant] = field(default_factory=dict)
+    dimensions: Dimensions | None = None
+
+    def with_variant(self, variant: Variant) -> Manifest:
+        """The manifest with one more variant."""
+        return replace(self, variants={**self.variants, variant.name: variant})
+
+    def identity(self, variant: Variant) -> str:
+        """sha256 over all that decides a variant's logits; other variants may come and go."""
+        files = {**self.files, **variant.files}
+        return _digest(
+            {
+                "fingerprint": self.source.fingerprint,
+                "family": self.family.to_json(),
+                "variant": variant.name,
+                "files": {name: record.sha256 for name, record in files.items()},
+            }
+        )
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON: keys sorted, no spaces, without the digest itself."""
+        return _digest(_to_json(self))
+
+    def save(self, folder: Path) -> None:
+        """Write `qrank.json` into a bundle, whole or not at all."""
+        content = {**_to_json(self), "digest": self.digest}
+        for wait in _WAITS:
+            try:
+                return paths.write_atomically(folder / MANIFEST, _laid_out(content) + "\n")
+            except PermissionError:
+                time.sleep(wait)
+        paths.write_atomically(folder / MANIFEST, _laid_out(content) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read a bundle's manifest. Files are checked by `check_files`.
+
+        Anybody may have written it: it names no files outside the bundle and of each variant, and
+        has enough probes to tell a right backend from a wrong one.
+
+        Raises:
+            BundleError: no manifest, or one that is damaged, of another schema version, or that
+                asks for what no bundle does.
+        """
+        path = folder / MANIFEST
+        try:
+            content = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise BundleError(f"{folder} is no bundle: it holds no {MANIFEST}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise BundleError(f"{path} cannot be read: {error}; {_AGAIN}") from error
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if schema != SCHEMA:
+            raise BundleError(
+                f"{path} has schema version {schema!r}; this qrank reads {SCHEMA}: {_AGAIN}, or "
+                "install the qrank that wrote it"
+            )
+        # Of what was read, not of what is understood: a key of no meaning here counts too.
+        if _digest(content) != content.get("digest"):
+            raise BundleError(f"{path} does not match its own digest: it was changed; {_AGAIN}")
+        try:
+            manifest = _from_json(content)
+            _check(manifest)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise BundleError(f"{path} is damaged ({error!r}); {_AGAIN}") from error
+        return manifest
+
+
+_AGAIN = "convert the model again, with --force to replace it"
+
+_WAITS = (0.05, 0.1, 0.2, 0.4, 0.8) if os.name == "nt" else ()
+"""Seconds to wait for those who read the manifest: Windows replaces no file that is open."""
+
+MIN_PROBES = 32
+"""Fewer do not tell a backend that computes rightly from one that does not."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "digest"}
+    canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _laid_out(value: Any, indent: str = "") -> str:
+    """JSON for people, one line a list of numbers: the probes would fill thousands otherwise."""
+    inner = f"{indent}  "
+    if isinstance(value, dict) and value:
+        rows = [
+            f"{json.dumps(k, ensure_ascii=False)}: {_laid_out(v, inner)}" for k, v in value.items()
+        ]
+        return f"{{\n{inner}" + f",\n{inner}".join(rows) + f"\n{indent}}}"
+    if isinstance(value, (list, tuple)) and any(not isinstance(v, (int, float)) for v in value):
+        rows = [_laid_out(v, inner) for v in value]
+        return f"[\n{inner}" + f",\n{inner}".join(rows) + f"\n{indent}]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _to_json(manifest: Manifest) -> dict[str, Any]:
+    probes = manifest.probes
+    segments = probes.work.segments
+    # Only where it is not: manifests that never knew of it stay what they are.
+    standing = {} if probes.verified else {"verified": False}
+    size = {} if manifest.dimensions is None else {"dimensions": asdict(manifest.dimensions)}
+    return {
+        "schema": SCHEMA,
+        "name": manifest.name,
+        "family": manifest.family.to_json(),
+        "source": asdict(manifest.source),
+        **size,
+        "files": {name: asdict(record) for name, record in manifest.files.items()},
+        "variants": {name: _variant(variant) for name, variant in manifest.variants.items()},
+        "probes": {
+            "reference": probes.reference,
+            **standing,
+            "logits": [float(x) for x in probes.logits],
+            "sequences": [s.tolist() for s in probes.work.sequences],
+            "segments": None if segments is None else [s.tolist() for s in segments],
+        },
+    }
+
+
+def _variant(variant: Variant) -> dict[str, Any]:
+    content = asdict(variant)
+    # Only where there is one: manifests that never knew of notes stay what they are.
+    if not variant.note:
+        del content["note"]
+    return content
+
+
+def _from_json(content: dict[str, Any]) -> Manifest:
+    probes = content["probes"]
+    segments = probes["segments"]
+    work = Work(
+        [np.asarray(s, np.int32) for s in probes["sequences"]],
+        None if segments is None else [np.asarray(s, np.int8) for s in segments],
+    )
+    dimensions = content.get("dimensions")
+    variants = {}
+    for name, item in content["variants"].items():
+        fidelity = Fidelity(**item["fidelity"])
+        variants[name] = Variant(**{**item, "files": _records(item["files"]), "fidelity": fidelity})
+    return Manifest(
+        name=content["name"],
+        family=Family.from_json(content["family"]),
+        source=Source(**content["source"]),
+        files=_records(content["files"]),
+        probes=Probes(
+            work,
+            np.asarray(probes["logits"], np.float32),
+            probes["reference"],
+            probes.get("verified", True),
+        ),
+        variants=variants,
+        dimensions=None if dimensions is None else Dimensions(**dimensions),
+    )
+
+
+def _records(content: dict[str, Any]) -> dict[str, FileRecord]:
+    return {name: FileRecord(**record) for name, record in content.items()}
+
+
+def _check(manifest: Manifest) -> None:
+    """See that a manifest asks for nothing that no bundle does.
+
+    Raises:
+        ValueError: it does; with what was found and what was expected.
+    """
+    family, probes = manifest.family, manifest.probes
+    if not isinstance(manifest.name, str) or not isinstance(manifest.source.id, str):
+        raise ValueError("name and source.id must be texts")
+    if family.activation not in ACTIVATIONS:
+        raise ValueError(
+            f"the activation is {family.activation!r}; known are: {', '.join(ACTIVATIONS)}"
+        )
+    if family.pooling not in POOLINGS:
+        raise ValueError(f"the pooling is {family.pooling!r}; known are: {', '.join(POOLINGS)}")
+    if not 0 < family.temperature < math.inf or family.max_length < 1:
+        raise ValueError("temperature and max_length of the family must be above 0")
+    if TOKENIZER not in manifest.files:
+        raise ValueError(f"files names no {TOKENIZER}")
+    _check_records(manifest.files, "files")
+    for name, variant in manifest.variants.items():
+        # The name is the folder's, too.
+        if name != variant.name or not is_plain(name) or "/" in name:
+            raise ValueError(f"variant {name!r} must be named by format and precision, one word")
+        if not variant.files:
+            raise ValueError(f"variant {name} has no files")
+        _check_records(variant.files, name)
+        if outside := [file for file in variant.files if not file.startswith(f"{name}/")]:
+            raise ValueError(f"variant {name} has a file outside its folder: {outside[0]!r}")
+    count, lengths = len(probes.work), probes.work.lengths
+    if count < MIN_PROBES or len(probes.logits) != count:
+        raise ValueError(
+            f"there are {count} probes with {len(probes.logits)} logits; as many of both were "
+            f"expected, {MIN_PROBES} or more"
+        )
+    if (segments := probes.work.segments) is not None and [*map(len, segments)] != [*lengths]:
+        raise ValueError("the probes' segments are not as long as their sequences")
+    if not np.isfinite(probes.logits).all() or not lengths.all():
+        raise ValueError("a probe is empty, or its logit is not finite")
+
+
+def _check_records(files: dict[str, FileRecord], where: str) -> None:
+    for name, record in files.items():
+        if not is_plain(name):
+            raise ValueError(f"{where} names {name!r}, which is no path within a bundle")
+        if not _SHA256.fullmatch(record.sha256) or type(record.bytes) is not int:
+            raise ValueError(f"{where} has no sha256 and size of {name}")
+
+
+def is_plain(name: str) -> bool:
+    """Whether a path stays below the folder it is read from, on every system."""
+    parts = name.split("/")
+    return all(part not in ("", ".", "..") and not set(part) & set("\\:\0*?[]") for part in parts)
+
+
+def check_files(folder: Path, files: dict[str, FileRecord], *, always_hash: bool = False) -> None:
+    """Compare files with the manifest's records.
+
+    A hash is worked out once and remembered by path, size, time and inode: at 1.2 GB/s a 4 GB
+    model cannot be hashed at every start.
+
+    Args:
+        folder: the bundle.
+        files: path inside the bundle -> what it must be.
+        always_hash: hash even what was found right before.
+
+    Raises:
+        BundleError: a file is missing, or is not what the manifest says.
+    """
+    for name, record in files.items():
+        path = (folder / name).resolve()
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise BundleError(f"{folder} lacks {name} ({error.strerror}); {_AGAIN}") from error
+        state = _Seen(stat.st_size, stat.st_mtime_ns, stat.st_ino, record.sha256)
+        if stat.st_size != record.bytes:
+            raise BundleError(
+                f"{path} has {stat.st_size:,} bytes, {record.bytes:,} expected; {_AGAIN}"
+            )
+        key = {"path": str(path)}
+        if always_hash or cache.load("hashes", key, _Seen) != state:
+            found = FileRecord.of(path).sha256
+            if found != record.sha256:
+                raise BundleError(
+                    f"{path} is damaged: its sha256 is {found[:12]}…, "
+                    f"{record.sha256[:12]}… expected; {_AGAIN}"
+                )
+            cache.store("hashes", key, asdict(state))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A file as it was when it was hashed."""
+
+    size: int
+    time: int
+    inode: int
+    sha256: str

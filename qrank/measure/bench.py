@@ -1,0 +1,215 @@
+"""All targets of a bundle side by side, in turns: what `qrank bench` shows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from qrank.bundle.locate import DEFAULT, locate
+from qrank.bundle.manifest import TOKENIZER, Manifest
+from qrank.errors import InputError, QrankError
+from qrank.measure.discover import surveys
+from qrank.measure.tuning import (
+    QUERY,
+    Candidate,
+    Contest,
+    Opened,
+    candidates,
+    documents,
+    in_turns,
+    room,
+)
+from qrank.scoring import arguments
+from qrank.scoring.inputs import as_texts
+from qrank.scoring.pair_tokenizer import Encoder
+from qrank.select.selection import Measurement, Wish, order
+from qrank.system import machine
+
+COUNTS = (1, 20, 100)
+"""Documents of a request."""
+
+ROUNDS = (5, 30)
+"""Least and most rounds."""
+
+log = logging.getLogger("qrank")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a target does, or why it cannot be used.
+
+    Attributes:
+        target: its name.
+        setting: arithmetic it computes in; "" where there is no choice.
+        reason: why it cannot be used; None if it can.
+        pairs: a second, with the largest request.
+        tokens: a second, likewise.
+        p50: median milliseconds of a request, by its number of documents.
+        p95: of a hundred requests, 95 take less.
+        load: seconds to open it.
+        peak: most bytes its process held, Python's and the tokenizer's included; None where the
+            system does not tell.
+        bytes: size of its files.
+        kendall: Kendall's tau against the original, on the bundle's probes.
+        rounds: how many requests of each size were timed.
+    """
+
+    target: str
+    setting: str
+    reason: str | None = None
+    pairs: float = 0.0
+    tokens: float = 0.0
+    p50: dict[int, float] = field(default_factory=dict)
+    p95: dict[int, float] = field(default_factory=dict)
+    load: float = 0.0
+    peak: int | None = None
+    bytes: int = 0
+    kendall: float = -1.0
+    rounds: dict[int, int] = field(default_factory=dict)
+
+
+def bench(
+    model: str | Path = DEFAULT,
+    *,
+    texts: Sequence[str] | None = None,
+    query: str | None = None,
+    threads: int | None = None,
+    only: Sequence[str] = (),
+    seconds: float = 30.0,
+    progress: Callable[[str], object] = log.info,
+) -> list[Row]:
+    """Rank the same documents with every target, request by request in turns.
+
+    Args:
+        model: as for `Reranker`.
+        texts: documents; repeated where there are fewer than a request has. None: made-up ones of
+            128 tokens.
+        query: None: a made-up one.
+        threads: CPU threads a target may use. None: all.
+        only: names of targets, variants or formats; () for all. All of them are in memory at once.
+        seconds: for each size of a request, after which no further round begins.
+        progress: told what is being done.
+
+    Returns:
+        Rows, the fastest first, then those that cannot be used.
+
+    Raises:
+        QrankError: there is no such bundle, or nothing of it is named by `only`.
+    """
+    model = arguments.place("model", model, "a bundled name, a bundle's folder or a hub id")
+    threads = arguments.whole("threads", threads, 1) or machine.processors()
+    arguments.number("seconds", seconds, "a number, 0 or more", lambda x: x >= 0, none=False)
+    arguments.function("progress", progress)
+    query = arguments.text("query", query) or QUERY
+    given = None if texts is None else as_texts(texts, "texts", "text")
+    only = as_texts(only, "only", "name")
+    folder = locate(model)
+    manifest = Manifest.load(folder)
+    given = documents(folder, manifest, "passages") if given is None else given
+    if not given:
+        raise InputError("no documents: give at least one")
+    work = [given[place % len(given)] for place in range(COUNTS[-1])]
+    rows: list[Row] = []
+    found = surveys(manifest, 60.0, progress)
+    rows += [Row(f.backend, "", f.reason) for f in found if f.reason]
+    chosen = [c for c in candidates(manifest, found, threads) if _named(c, only)]
+    if not chosen:
+        raise InputError(f"no target is named by {', '.join(only) or 'anything'}")
+    encoder = Encoder(folder / TOKENIZER, manifest.family, threads=threads)
+    tokens = sum(len(encoder.whole(query, text)[0]) for text in work)
+    contest = Contest(folder, {}, query=query)
+    with ExitStack() as stack:
+        running: list[Opened] = []
+        failed: dict[int, str] = {}
+        for candidate in chosen:
+            progress(f"opening {candidate.name}")
+            # What is open already is missing from what is free, where the system tells that.
+            taken = 0 if machine.free_memory() is not None else _taken(running)
+            if candidate.target.variant.bytes * 3 + taken > room():
+                reason = "no room in memory beside the others: name fewer with --only"
+                rows.append(Row(candidate.target.name, candidate.execution or "", reason))
+                continue
+            try:
+                running.append(stack.enter_context(contest.opened(candidate)))
+            except QrankError as error:
+                rows.append(Row(candidate.target.name, candidate.execution or "", str(error)))
+        times: dict[int, dict[int, list[float]]] = {}
+        expected: dict[int, float] = {}
+        for count in COUNTS:
+            progress(f"ranking {count} in turns")
+            cases = {
+                number: partial(contest.rank, opened, work[:count], expected.get(number))
+                for number, opened in enumerate(running)
+                if number not in failed
+            }
+            failed |= in_turns(cases, (1, 1), 0)[1]  # warms up
+            cases = {number: case for number, case in cases.items() if number not in failed}
+            times[count], more = in_turns(cases, ROUNDS, seconds)
+            failed |= more
+            # A document may be many times longer than the one before.
+            expected = {n: max(seconds) * COUNTS[-1] for n, seconds in times[count].items()}
+        for number, opened in enumerate(running):
+            candidate = opened.candidate
+            target, setting = candidate.target, candidate.execution or ""
+            if number in failed:
+                rows.append(Row(target.name, setting, failed[number]))
+                continue
+            ms = {count: np.array(times[count][number]) * 1000 for count in COUNTS}
+            calls = 1000 / float(np.mean(ms[COUNTS[-1]]))
+            rows.append(
+                Row(
+                    target=target.name,
+                    setting=setting,
+                    pairs=COUNTS[-1] * calls,
+                    tokens=tokens * calls,
+                    p50={count: float(np.percentile(ms[count], 50)) for count in COUNTS},
+                    p95={count: float(np.percentile(ms[count], 95)) for count in COUNTS},
+                    load=opened.load,
+                    peak=contest.peak(opened),
+                    bytes=target.variant.bytes,
+                    kendall=opened.kendall,
+                    rounds={count: len(ms[count]) for count in COUNTS},
+                )
+            )
+    return sorted(rows, key=lambda row: (row.reason is not None, -row.pairs))
+
+
+def chosen(rows: Sequence[Row], wish: Wish, last: Collection[str] = ()) -> Row | None:
+    """The row of the target that would be taken; None where none can be.
+
+    Args:
+        rows: of `bench`.
+        wish: what decides.
+        last: names of variants to take after all others, of `selection.doubtful`.
+    """
+    usable = [row for row in rows if row.reason is None]
+    measured = [
+        Measurement(
+            row.target,
+            str(number),
+            "",
+            speeds={wish.profile: row.pairs},
+            kendall=row.kendall,
+            bytes=row.bytes,
+        )
+        for number, row in enumerate(usable)
+    ]
+    best = next(iter(order(measured, wish, last)), None)
+    return None if best is None else usable[int(best.selector)]
+
+
+def _taken(running: Sequence[Opened]) -> int:
+    """Bytes that targets take, about."""
+    return sum(opened.candidate.target.variant.bytes * 3 for opened in running)
+
+
+def _named(candidate: Candidate, only: Sequence[str]) -> bool:
+    target = candidate.target
+    names = {target.name, target.variant.name, target.variant.format, target.backend}
+    return not only or bool(names & set(only))

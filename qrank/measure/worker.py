@@ -1,0 +1,82 @@
+"""A backend looked at, or a target tried, away from the user's process.
+
+It is what `qrank.system.subprocess_rpc` runs in a child.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from qrank import backends
+from qrank.errors import TargetError
+from qrank.reranker import Reranker
+from qrank.system import machine
+from qrank.system.subprocess_rpc import answer
+
+
+class Trial:
+    """A target, once opened; each method is a question, and returns what JSON can hold."""
+
+    def __init__(self) -> None:
+        self._reranker: Reranker | None = None
+
+    def survey(self, backend: str) -> dict[str, Any]:
+        """A backend's version, the formats it reads, and its devices here with their choices."""
+        module = backends.module(backend)
+        return {
+            "version": module.version(),
+            "formats": backends.reads(backend),
+            "devices": {
+                device: {
+                    "executions": backends.executions(backend, device),
+                    "batches": backends.batches(backend, device),
+                }
+                for device in module.devices()
+            },
+        }
+
+    def check(self, backend: str, device: str) -> dict[str, Any]:
+        """How far a product of matrices is from numpy's; None where a backend has no such check."""
+        compute = getattr(backends.module(backend), "product", None)
+        if compute is None:
+            return {"off": None}
+        numbers = np.random.default_rng(0)
+        a = numbers.standard_normal((24, 64), np.float32)
+        b = numbers.standard_normal((64, 40), np.float32)
+        found = np.asarray(compute(a, b, device))
+        if found.shape != (24, 40) or not np.isfinite(found).all():
+            raise TargetError(f"a product of matrices gave {found.shape} of {found.ravel()[:3]}")
+        return {"off": float(np.abs(found - a @ b).max())}
+
+    def open(self, model: str, **options: Any) -> dict[str, Any]:
+        """Open and prove a target, see `Reranker`: seconds, and its Kendall's tau on the probes."""
+        start = time.perf_counter()
+        self._reranker = Reranker(model, **options)
+        return {"seconds": time.perf_counter() - start, "kendall": self._reranker.kendall}
+
+    def rank(self, query: str, documents: list[str]) -> dict[str, Any]:
+        """Seconds that ranking takes."""
+        assert self._reranker is not None
+        start = time.perf_counter()
+        self._reranker.rank(query, documents)
+        return {"seconds": time.perf_counter() - start}
+
+    def memory(self) -> dict[str, Any]:
+        """Most bytes this process held."""
+        return {"bytes": machine.peak_memory()}
+
+
+def questions() -> dict[str, Callable[..., dict[str, Any]]]:
+    """What a new trial can be asked, by name."""
+    trial = Trial()
+    names = ("survey", "check", "open", "rank", "memory")
+    return {name: getattr(trial, name) for name in names}
+
+
+def main() -> None:
+    """In the child."""
+    answer(questions())

@@ -1,0 +1,288 @@
+"""A test collection: queries, documents, judgements, and the candidates a first stage finds."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Set
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qrank.errors import InputError
+from qrank.quality.records import Texts, judgements, run_lines
+from qrank.quality.words import words
+from qrank.system.extras import need
+from qrank.system.textfiles import STANDARD_INPUT, SUFFIXES, TextFile
+
+log = logging.getLogger("qrank")
+
+Run = dict[str, dict[str, float]]
+"""Query id -> document id -> the first stage's score, best first."""
+
+LAYOUTS = (
+    {"documents": "corpus.jsonl", "queries": "queries.jsonl", "qrels": "qrels/test.tsv"},
+    {"documents": "documents.jsonl", "queries": "queries.jsonl", "qrels": "qrels.trec"},
+)
+"""What a collection's files are called in a folder: BEIR's layout, and a plain one."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a collection lies."""
+
+    queries: Path
+    documents: Path
+    qrels: Path
+
+    @classmethod
+    def find(cls, folder: Path | None = None, **named: Path | None) -> Files:
+        """The files of a folder in one of `LAYOUTS`; one that is named takes its place.
+
+        Raises:
+            InputError: one is neither named nor in the folder.
+        """
+        files = {kind: path for kind, path in named.items() if path is not None}
+        if folder is not None:
+            layout = next((x for x in LAYOUTS if _there(folder / x["documents"])), None)
+            if layout is None:
+                raise InputError(
+                    f"{folder} holds no collection: expected {' or '.join(map(_listed, LAYOUTS))}, "
+                    f"maybe compressed ({', '.join(SUFFIXES)})"
+                )
+            found = {kind: folder / name for kind, name in layout.items()}
+            files = {**{kind: _there(path) or path for kind, path in found.items()}, **files}
+        for kind in ("documents", "queries", "qrels"):
+            if kind not in files:
+                raise InputError(f"no {kind}: give --{kind} FILE, or all by --data FOLDER")
+            path = files[kind]
+            # A pipe is no "file", and can be read all the same.
+            if path != STANDARD_INPUT and (path.is_dir() or not path.exists()):
+                raise InputError(f"no {kind}: {path} is no file; give --{kind} FILE")
+        return cls(**files)
+
+
+def _there(path: Path) -> Path | None:
+    """A file, or what it is called when it is compressed; None if neither is there."""
+    names = [path, *(path.with_name(path.name + suffix) for suffix in SUFFIXES)]
+    return next((name for name in names if name.is_file()), None)
+
+
+def _listed(layout: dict[str, str]) -> str:
+    return ", ".join(layout.values())
+
+
+class Collection:
+    """The queries that judgements speak of, their judgements, and all documents.
+
+    Documents stay on disk. What judgements name and the other files lack is counted by a warning:
+    such a document still counts as one that ought to be found, as trec_eval has it; such a query
+    cannot be asked, and is left out, and so are queries that are not judged.
+
+    Attributes:
+        queries: query id -> text, in the file's order.
+        documents: texts by id.
+        qrels: query id -> document id -> relevance.
+
+    Raises:
+        InputError: a file cannot be parsed, with the line; or no judged query, or no judged
+            document, is in the other files.
+    """
+
+    def __init__(self, files: Files) -> None:
+        lies = files.documents
+        self.name = lies.absolute().parent.name if lies.is_file() else "a pipe"
+        with ExitStack() as opened:
+            self.documents = opened.enter_context(closing(Texts(lies, "document")))
+            with closing(Texts(files.queries, "query")) as asked, TextFile(files.qrels) as file:
+                qrels = _judgements(file)
+                self.queries = {query: asked[query] for query in asked if query in qrels}
+                self.qrels = {query: qrels[query] for query in self.queries}
+                self._tell_what_lacks(asked, file.name, len(qrels))
+            self._opened = opened.pop_all()
+
+    def _tell_what_lacks(self, asked: Texts, qrels: str, judged: int) -> None:
+        """Warn of what one of the files names and another has not.
+
+        Args:
+            asked: all queries.
+            qrels: what the judgements' file is called.
+            judged: queries it names.
+        """
+        known = len(self.queries)
+        _tell(
+            f"judged in {qrels}, not in {asked.name}, left out", judged - known, judged, "queries"
+        )
+        _tell(f"in {asked.name}, not judged, left out", len(asked) - known, len(asked), "queries")
+        named = {document for found in self.qrels.values() for document in found}
+        lacking = sum(document not in self.documents for document in named)
+        what = f"judged in {qrels}, not in {self.documents.name}, counted as not found"
+        _tell(what, lacking, len(named), "documents")
+
+    @classmethod
+    def read(cls, folder: Path) -> Collection:
+        """The collection in a folder of one of `LAYOUTS`."""
+        return cls(Files.find(folder))
+
+    def close(self) -> None:
+        """Close the documents' file."""
+        self._opened.close()
+
+    def bm25(self, depth: int = 100, limit: int | None = None) -> Run:
+        """BM25's best documents of the queries; those that share no word with one are none.
+
+        bm25s with its default parameters, `words` without English stop words. A query that stands
+        among the documents is no candidate for itself: see `_itself`.
+
+        Args:
+            depth: documents of a query.
+            limit: only the first so many queries.
+        """
+        bm25s = need("bm25s")
+        stop = frozenset(need("bm25s.stopwords").STOPWORDS_EN)
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for DEBUG
+        names = list(self.documents)
+        queries = dict(list(self.queries.items())[:limit])
+        if not names or not queries:
+            return {}
+
+        def tokens(texts: Iterable[str]) -> list[list[str]]:
+            return [[word for word in words(text) if word not in stop] for text in texts]
+
+        corpus = tokens(self.documents[name] for name in names)
+        if not any(corpus):
+            return {query: {} for query in queries}
+        index = bm25s.BM25()
+        index.index(corpus, show_progress=False)
+        itself = self._itself(queries)
+        found, scores = index.retrieve(
+            tokens(queries.values()), k=min(depth + bool(itself), len(names)), show_progress=False
+        )
+        run = {
+            query: {names[place]: float(score) for place, score in zip(*best, strict=True) if score}
+            for query, *best in zip(queries, found, np.asarray(scores), strict=True)
+        }
+        return _without(run, itself, depth)
+
+    def run(self, path: Path, depth: int = 100, limit: int | None = None) -> Run:
+        """The best documents of a TREC run's judged queries, by its scores, equal ones as they lie.
+
+        A query that stands among the documents is no candidate for itself: see `_itself`.
+
+        Args:
+            path: of the run.
+            depth: documents of a query.
+            limit: only the first so many queries, in the order of the queries' file.
+
+        Raises:
+            InputError: it cannot be parsed, names documents that the documents' file lacks, or
+                names no query that is judged; with the line.
+        """
+        found: Run = {}
+        others = set()
+        with TextFile(path) as file:
+            for line in run_lines(file):
+                where = f"{file.name}, line {line.number}"
+                if line.query not in self.queries:
+                    others.add(line.query)
+                    continue
+                try:
+                    score = float(line.score)
+                except ValueError:
+                    score = math.nan
+                if not math.isfinite(score):
+                    raise InputError(f"{where}: the score {line.score!r} is no finite number")
+                if line.document not in self.documents:
+                    raise InputError(f"{where}: the documents file lacks {line.document!r}")
+                if line.document in found.setdefault(line.query, {}):
+                    raise InputError(
+                        f"{where}: document {line.document!r} stands there twice for query "
+                        f"{line.query!r}"
+                    )
+                found[line.query][line.document] = score
+            if not found:
+                raise InputError(
+                    f"{file.name} names no query that is judged; is it of this collection?"
+                )
+            what = f"in {file.name}, not judged, left out"
+            _tell(what, len(others), len(others) + len(found), "queries")
+        queries = [query for query in self.queries if query in found][:limit]
+        ranked = {
+            query: dict(sorted(found[query].items(), key=lambda item: -item[1]))
+            for query in queries
+        }
+        return _without(ranked, self._itself(queries), depth)
+
+    def judged(self, limit: int | None = None) -> Run:
+        """The judged documents of the queries, as candidates by no first stage: all score 0."""
+        return {
+            query: {name: 0.0 for name in self.qrels[query] if name in self.documents}
+            for query in list(self.queries)[:limit]
+        }
+
+    def _itself(self, queries: Iterable[str]) -> set[str]:
+        """The queries that stand among the documents too, with their id and their text.
+
+        So it is in collections of arguments (ArguAna) and duplicate questions (Quora), and BEIR
+        evaluates without them. BEIR goes by the id alone; but where queries and documents are only
+        numbered, the same number says nothing.
+        """
+        return {
+            query
+            for query in queries
+            if query in self.documents and _holds(self.documents[query], self.queries[query])
+        }
+
+
+def _without(run: Run, itself: Set[str], depth: int) -> Run:
+    """The best candidates of every query but itself."""
+    found_itself = sum(query in found for query, found in run.items() if query in itself)
+    if found_itself:
+        log.warning(
+            "among its own candidates (same id and text), left out there: %d of %d queries",
+            found_itself,
+            len(run),
+        )
+    kept: Run = {}
+    for query, found in run.items():
+        names = [name for name in found if not (name == query and query in itself)]
+        kept[query] = {name: found[name] for name in names[:depth]}
+    return kept
+
+
+def _holds(document: str, query: str) -> bool:
+    """Whether a document is a query's text, maybe behind a title."""
+    return f" {' '.join(document.split())}".endswith(f" {' '.join(query.split())}")
+
+
+def _tell(what: str, count: int, of: int, kind: str) -> None:
+    """A warning if there is something to tell of.
+
+    Raises:
+        InputError: it is so of all.
+    """
+    if count == of:
+        raise InputError(f"{what}: all {of} {kind}; these files do not belong together")
+    if count:
+        log.warning("%s: %d of %d %s", what, count, of, kind)
+
+
+def _judgements(file: TextFile) -> dict[str, dict[str, int]]:
+    """Query id -> document id -> relevance.
+
+    Raises:
+        InputError: a line cannot be parsed or contradicts another, or there is none.
+    """
+    qrels: dict[str, dict[str, int]] = {}
+    for item in judgements(file):
+        known = qrels.setdefault(item.query, {}).setdefault(item.document, item.relevance)
+        if known != item.relevance:
+            raise InputError(
+                f"{file.name}, line {item.number}: document {item.document!r} is judged "
+                f"{item.relevance} for query {item.query!r}, and {known} above"
+            )
+    if not qrels:
+        raise InputError(f"{file.name} holds no judgement")
+    return qrels

@@ -1,0 +1,127 @@
+"""Rerank a TREC run file: as many queries as it holds, in memory for one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from itertools import groupby
+from pathlib import Path
+
+from qrank.errors import InputError
+from qrank.quality.records import Places, Texts, run_lines
+from qrank.reranker import Reranker
+from qrank.scoring.inputs import LongDocuments
+from qrank.system.textfiles import TextFile
+
+TAG = "qrank"
+"""The last column of a run qrank writes."""
+
+LOGIT = ".9g"
+"""How a logit is written: two of float32 that differ are written differently."""
+
+
+def falling(logits: Sequence[float]) -> list[float]:
+    """Logits of a ranked list, NaNs at its end falling on by 1 each: evaluators sort by them."""
+    scored = [logit for logit in logits if not math.isnan(logit)]
+    lowest = scored[-1] if scored else 0.0
+    return scored + [lowest - number for number in range(1, len(logits) - len(scored) + 1)]
+
+
+class RunReranker:
+    """A run checked from end to end before anything is scored.
+
+    Args:
+        run: TREC run file: query, Q0, document, rank, score, tag; grouped by query.
+        queries: JSONL with id and text: see `Texts`.
+        documents: likewise.
+
+    Attributes:
+        count: queries in the run.
+        documents: of all queries that were reranked so far.
+        scored: how many of these fitted the budget.
+        shown: how many are among the first `top_k`.
+        truncated: how many of those shown were not read whole.
+
+    Raises:
+        InputError: a file cannot be read or parsed, the run is empty or not grouped by query, or
+            names what the other files lack; with the line.
+    """
+
+    def __init__(self, run: Path, queries: Path, documents: Path) -> None:
+        with ExitStack() as opened:
+            self._run = opened.enter_context(TextFile(run))
+            self._queries = opened.enter_context(closing(Texts(queries, "query")))
+            self._documents = opened.enter_context(closing(Texts(documents, "document")))
+            with closing(Places()) as seen:
+                self.count = self._check(seen)
+            self._opened = opened.pop_all()
+        self.documents = self.scored = self.shown = self.truncated = 0
+
+    def rerank(
+        self,
+        reranker: Reranker,
+        *,
+        top_k: int | None = None,
+        instruction: str | None = None,
+        long_documents: LongDocuments = "truncate",
+        budget_ms: float | None = None,
+    ) -> Iterator[list[str]]:
+        """The reranked run, a query at a time, as lines without line ends; see `Reranker.rank`.
+
+        Scores are logits: an evaluator sorts by them, and an activation may tie what they order.
+        """
+        for query, lines in groupby(run_lines(self._run), key=lambda line: line.query):
+            identities = [line.document for line in lines]
+            try:
+                asked = self._queries[query]
+                texts = [self._documents[identity] for identity in identities]
+            except KeyError:
+                raise InputError(f"{self._run.name} was changed while it was read") from None
+            ranking = reranker.rank(
+                asked,
+                texts,
+                top_k=top_k,
+                instruction=instruction,
+                long_documents=long_documents,
+                budget_ms=budget_ms,
+            )
+            self.documents += len(texts)
+            self.scored += ranking.scored
+            self.shown += len(ranking)
+            self.truncated += sum(item.truncated for item in ranking)
+            numbers = falling([item.logit for item in ranking])
+            yield [
+                f"{query} Q0 {identities[item.index]} {rank} {number:{LOGIT}} {TAG}"
+                for rank, (item, number) in enumerate(zip(ranking, numbers, strict=True), 1)
+            ]
+
+    def close(self) -> None:
+        """Close the files."""
+        self._opened.close()
+
+    def _check(self, seen: Places) -> int:
+        current = None
+        documents: set[str] = set()
+        for line in run_lines(self._run):
+            where = f"{self._run.name}, line {line.number}"
+            if line.query != current:
+                current = line.query
+                documents.clear()
+                if current not in self._queries:
+                    raise InputError(f"{where}: the queries file lacks query {current!r}")
+                if not seen.add(current, line.number):
+                    raise InputError(
+                        f"{where}: query {current!r} comes back after another one; "
+                        "sort the run by query first"
+                    )
+            if line.document not in self._documents:
+                raise InputError(f"{where}: the documents file lacks {line.document!r}")
+            if line.document in documents:
+                raise InputError(
+                    f"{where}: document {line.document!r} stands there twice for query {current!r}"
+                )
+            documents.add(line.document)
+        if current is None:
+            raise InputError(f"{self._run.name} is empty: there is no run to rerank")
+        return len(seen)

@@ -1,0 +1,173 @@
+"""A target's logits of a collection's candidates, kept query by query: work can be interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qrank.backends import conditions
+from qrank.bundle.sequences import Logits
+from qrank.quality.collection import Collection, Run
+from qrank.reranker import Reranker
+from qrank.scoring.inputs import LongDocuments
+from qrank.select.targets import Target
+from qrank.system import cache
+from qrank.system.disk import cannot_write
+from qrank.system.safejson import parse_json
+
+log = logging.getLogger("qrank")
+
+Progress = Callable[[str, int, int], None]
+"""Told of a target's name, its queries that are done, and how many there are."""
+
+
+def no_progress(target: str, done: int, total: int) -> None:
+    """A `Progress` that says nothing."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How targets are opened and asked: see `Reranker` and `Reranker.rank`."""
+
+    device: str | None = None
+    threads: int | None = None
+    execution: str | None = None
+    max_length: int | None = None
+    instruction: str | None = None
+    long_documents: LongDocuments = "truncate"
+
+    def open(self, model: str | Path, backend: str | None, family: str | None = None) -> Reranker:
+        """Open a target."""
+        return Reranker(
+            model,
+            backend=backend,
+            device=self.device,
+            threads=self.threads,
+            execution=self.execution,
+            max_length=self.max_length,
+            family=family,
+        )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a target made of candidates.
+
+    Attributes:
+        target: it.
+        logits: query id -> logits in the order of its candidates.
+        before: queries that were not scored now, but some time before.
+    """
+
+    target: Target
+    logits: dict[str, Logits]
+    before: int
+
+
+def score(
+    reranker: Reranker,
+    setting: Setting,
+    collection: Collection,
+    candidates: Run,
+    *,
+    custom: bool = False,
+    progress: Progress = no_progress,
+) -> Scored:
+    """Score every query's candidates, those that were scored before out of the cache folder.
+
+    What is kept is found again by what decides a logit: the variant's files and family, device,
+    arithmetic and runtime, and the texts. So judgements may change, and queries be added.
+
+    Args:
+        reranker: of the target.
+        setting: it was opened with.
+        collection: texts.
+        candidates: what to score.
+        custom: the backend is the user's own. Nothing tells when its code changes: nothing is kept.
+        progress: called after each query.
+    """
+    file = None if custom else _file(reranker, setting)
+    known = {} if file is None else _read(file)
+    kept = frozenset(known)
+    logits: dict[str, Logits] = {}
+    before = 0
+    progress(reranker.target.name, 0, len(candidates))
+    for query, found in candidates.items():
+        pairs = [(collection.queries[query], collection.documents[name]) for name in found]
+        key = _key(pairs)
+        if key in known and known[key].shape != (len(pairs),):
+            del known[key]
+        before += key in kept & known.keys()
+        if key not in known:
+            known[key] = reranker.score(
+                pairs,
+                raw=True,
+                instruction=setting.instruction,
+                long_documents=setting.long_documents,
+            )
+            if file is not None and (error := _append(file, key, known[key])):
+                log.warning("what is scored is not kept, and a stopped run begins anew: %s", error)
+                file = None
+        logits[query] = known[key]
+        progress(reranker.target.name, len(logits), len(candidates))
+    return Scored(reranker.target, logits, before)
+
+
+def _file(reranker: Reranker, setting: Setting) -> Path | None:
+    """Where a target's logits are kept; None where there is no cache."""
+    target = reranker.target
+    # Threads change no logit.
+    asked = {name: value for name, value in asdict(setting).items() if name != "threads"}
+    key = {
+        "variant": reranker.manifest.identity(target.variant),
+        "target": target.name,
+        **asked,
+        # As it was chosen, where nobody named it.
+        "execution": reranker.execution,
+        **conditions(target.backend, target.device),
+    }
+    return cache.place("logits", key, ".jsonl")
+
+
+def _key(pairs: Sequence[tuple[str, str]]) -> str:
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def _read(file: Path) -> dict[str, Logits]:
+    known: dict[str, Logits] = {}
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except FileNotFoundError:
+        return known
+    except (OSError, ValueError) as error:
+        cache.ignore(file, str(error))
+        return known
+    for line in filter(None, lines):
+        try:
+            key, values = parse_json(line)
+            logits = np.array(values, np.float32)
+            if not np.isfinite(logits).all():
+                raise ValueError("a logit is no finite number")
+            known[key] = logits
+        except (ValueError, TypeError):
+            log.info("ignoring a line of %s that was not written to its end", file)
+    return known
+
+
+def _append(file: Path, key: str, logits: Logits) -> OSError | None:
+    """Keep logits; what hindered it."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # A line end first: the last line may have been cut off.
+        # One write, so that another process's comes before or after it.
+        with file.open("ab", buffering=0) as out:
+            out.write(("\n" + json.dumps([key, logits.tolist()])).encode())
+    except OSError as error:
+        return cannot_write(error, file, "QRANK_CACHE names another folder")
+    return None

@@ -1,0 +1,1 @@
+"""Text to logits to scores: everything but the model itself."""

@@ -1,0 +1,156 @@
+"""Texts, pairs and model inputs: as users give them, and as they go to a backend together."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, MappingView, Sequence, Set
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from qrank.bundle.sequences import Ids, Logits, Segments, Work
+from qrank.errors import InputError
+from qrank.scoring.arguments import wrong
+
+LongDocuments = Literal["truncate", "tail", "chunk"]
+
+
+class Item(NamedTuple):
+    """One model input: (a part of) a document beside its query; `ids` follow the prefix."""
+
+    owner: int
+    prefix: Ids
+    ids: Ids
+    segments: Segments | None
+    truncated: bool
+    part: tuple[int, int] | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the model reads for it, those of the prefix included."""
+        return len(self.prefix) + len(self.ids)
+
+
+def works(items: list[Item]) -> list[tuple[list[int], Work]]:
+    """Items as work, with their places: those of a prefix together, if there are several.
+
+    A prefix of one item's own is no gain, and works run one after the other.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for place, item in enumerate(items):
+        groups.setdefault(item.prefix.tobytes(), []).append(place)
+    shared = [places for prefix, places in groups.items() if prefix and len(places) > 1]
+    taken = {place for places in shared for place in places}
+    single = [place for place in range(len(items)) if place not in taken]
+    works = []
+    if single:
+        chosen = [items[place] for place in single]
+        segments = [item.segments for item in chosen if item.segments is not None]
+        sequences = [np.concatenate((item.prefix, item.ids)) for item in chosen]
+        works.append((single, Work(sequences, segments or None)))
+    for places in shared:
+        chosen = [items[place] for place in places]
+        works.append((places, Work([item.ids for item in chosen], prefix=chosen[0].prefix)))
+    return works
+
+
+def best_items(owners: list[int], logits: Logits) -> list[int]:
+    """For each owner, in order, which of its items has the highest logit (the first of equals)."""
+    best: dict[int, int] = {}
+    for i, owner in enumerate(owners):
+        if owner not in best or logits[i] > logits[best[owner]]:
+            best[owner] = i
+    return list(best.values())
+
+
+def as_text(value: object, what: str) -> str:
+    """A plain string of a string as arrays and columns hold it: NumPy's, or an Arrow scalar.
+
+    Args:
+        value: to be read.
+        what: to call it in an error.
+
+    Raises:
+        InputError: it is no string.
+    """
+    if isinstance(value, str):
+        # Neither NumPy's kind nor another subclass, whose methods may be its own.
+        return str.__str__(value)
+    if hasattr(value, "as_py"):
+        return as_text(value.as_py(), what)
+    raise InputError(f"{what} is {type(value).__name__}, not a string")
+
+
+def as_texts(values: Iterable[str], name: str, each: str) -> list[str]:
+    """The texts of a list, an array, a column, a generator.
+
+    Args:
+        values: to be read.
+        name: the argument's.
+        each: to call one of them in an error.
+
+    Raises:
+        InputError: one is no string, or what would be iterated is not the texts in their order.
+    """
+    return [as_text(item, f"{each} {i}") for i, item in enumerate(_items(values, name, "strings"))]
+
+
+def as_pairs(values: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
+    """(query, document) pairs, each any sequence of two texts: a tuple, a list, an array's row.
+
+    Raises:
+        InputError: as for `as_texts`; or an item is no pair.
+    """
+    pairs = []
+    for i, item in enumerate(_items(values, "pairs", "(query, document) pairs", "items")):
+        pair = item.as_py() if hasattr(item, "as_py") else item
+        if isinstance(pair, str | bytes | Mapping | Set) or not isinstance(pair, Iterable):
+            raise _no_pair(i, item)
+        if len(both := list(pair)) != 2:
+            raise _no_pair(i, item)
+        pairs.append((as_text(both[0], f"query {i}"), as_text(both[1], f"document {i}")))
+    return pairs
+
+
+def _no_pair(place: int, value: object) -> InputError:
+    return InputError(f"pair {place} is no (query, document) pair, but {reprlib.repr(value)}")
+
+
+def _items(values: object, name: str, kind: str, part: str = "values") -> Iterator[Any]:
+    """What an argument holds, one after the other.
+
+    Args:
+        values: the argument.
+        name: its name.
+        kind: what it should hold.
+        part: what of a mapping that might be: its values, or its items.
+
+    Raises:
+        InputError: it cannot be iterated, or not by what is wanted.
+    """
+    wanted = f"a list of {kind}"
+    if isinstance(values, str):
+        raise InputError(f"{name} is one string; give {wanted}")
+    if isinstance(values, Mapping):
+        raise InputError(
+            f"{name} is a {type(values).__name__}, which would be read by its keys; "
+            f"give {wanted}, such as list({name}.{part}())"
+        )
+    # A dictionary's keys and items are sets, whose order is known.
+    if isinstance(values, Set) and not isinstance(values, MappingView):
+        raise InputError(
+            f"{name} is a {type(values).__name__}, which has no order to tell results "
+            f"by; give {wanted}"
+        )
+    # pandas, polars and Arrow call theirs so.
+    if hasattr(values, "columns"):
+        raise InputError(
+            f"{name} is a {type(values).__name__}, which would be read by its columns;"
+            f" give {wanted}: one column, or the rows as a list or an array"
+        )
+    if isinstance(values, bytes | bytearray):
+        raise wrong(name, values, wanted)
+    try:
+        return iter(values)  # type: ignore[call-overload, no-any-return]
+    except TypeError:
+        raise wrong(name, values, wanted) from None

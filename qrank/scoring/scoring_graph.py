@@ -1,0 +1,180 @@
+"""The torch modules that are exported: token ids in, one logit a sequence out.
+
+Imported by converters and the torch backend alone: it needs torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qrank.bundle.family import Family
+
+
+def scorer(model: PreTrainedModel, family: Family) -> EncoderScorer | DecoderScorer:
+    """The scoring graph of transformers' own model."""
+    for module in model.modules():
+        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
+            # Both scale positions anew beyond a length, which is beyond the family's limit.
+            module.rope_type = "default"
+    if not family.decoder:
+        return EncoderScorer(model)
+    return DecoderScorer(model, head_row(model, family), family.max_length)
+
+
+def input_names(family: Family) -> list[str]:
+    """What a family's scoring graph takes, in its order."""
+    if family.decoder:
+        return ["input_ids", "last", "prefix", "keep"]
+    types = [] if family.segments is None else ["token_type_ids"]
+    return ["input_ids", "attention_mask", *types]
+
+
+def head_row(model: PreTrainedModel, family: Family) -> torch.Tensor:
+    """A decoder's whole score head, fp32 of shape [hidden].
+
+    Of a causal language model the row of its first label, less that of its second, if there is one:
+    the logits of no other token matter.
+    """
+    if not family.labels:
+        rows: torch.Tensor = model.score.weight.float()
+    else:
+        rows = model.get_output_embeddings().weight[list(family.labels)].float()
+    return rows[0] - rows[1:].sum(0)
+
+
+class EncoderScorer(torch.nn.Module):
+    """A cross-encoder with one label, as transformers computes it.
+
+    Inputs, int64 of shape [batch, length], under the field's usual names so that other tools can
+    run the exported graph too: `input_ids`, `attention_mask`, and with token types
+    `token_type_ids`. Output: `logits`, float32 of shape [batch, 1].
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See the class."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids
+        logits: torch.Tensor = self.model(**inputs).logits
+        return logits.float()
+
+
+class DecoderScorer(torch.nn.Module):
+    """A causal model that scores at its last token, behind a prefix that was read before.
+
+    No padding mask is wanted: what is filled up on the right is seen by nobody to its left. There
+    is one graph for both uses: a prefix is read as a batch of one, `keep` naming all of its places;
+    then every batch is given what that returned, and keeps nothing.
+
+    Inputs:
+        input_ids: int64 [batch, length].
+        last: int64 [batch], the place of each sequence's last token.
+        prefix: [layers, 2, heads, before, width], its keys and values; `before` may be 0.
+        keep: int64 [kept], places of the first sequence whose keys and values to return, if any.
+
+    Outputs:
+        logits: float32 [batch, 1].
+        present: [layers, 2, heads, kept, width].
+    """
+
+    def __init__(self, model: PreTrainedModel, head: torch.Tensor, max_length: int) -> None:
+        """Take over a model.
+
+        Args:
+            model: transformers' own.
+            head: the score's row, float32 [hidden].
+            max_length: tokens that it is given at most, the prefix's included.
+        """
+        super().__init__()
+        self.model = model.base_model
+        # Which layers have a window: all where the configuration does not tell kinds apart.
+        self._kinds = getattr(model.config, "layer_types", None)
+        window = getattr(model.config, "sliding_window", None)
+        slides = self._kinds is None or "sliding_attention" in self._kinds
+        shortens = slides and window is not None and window < max_length
+        self._window = window if shortens else None
+        self.head = torch.nn.Parameter(head.detach().clone(), requires_grad=False)
+
+    @property
+    def prefix_shape(self) -> tuple[int, ...]:
+        """Of no prefix at all."""
+        config = self.model.config
+        width = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        return config.num_hidden_layers, 2, config.num_key_value_heads, 0, width
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        last: torch.Tensor,
+        prefix: torch.Tensor,
+        keep: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the class."""
+        batch, length = input_ids.shape
+        before = prefix.shape[3]
+        places = torch.arange(length, device=input_ids.device) + before
+        others = torch.arange(before + length, device=input_ids.device)[None]
+        seen = others <= places[:, None]
+
+        def mask(seen: torch.Tensor) -> torch.Tensor:
+            lowest = torch.finfo(prefix.dtype).min
+            values = torch.where(seen, 0.0, lowest).to(prefix.dtype)
+            return values[None, None].expand(batch, 1, length, before + length)
+
+        full = mask(seen)
+        masks: torch.Tensor | dict[str, torch.Tensor] = full
+        if self._window is not None:
+            # As transformers' `sliding_window_overlay`: a token and those before it.
+            near = mask(seen & (others > places[:, None] - self._window))
+            kinds = {"full_attention": full, "sliding_attention": near}
+            masks = near if self._kinds is None else kinds
+        cache = _Cache(prefix, keep)
+        hidden = self.model(
+            input_ids=input_ids,
+            attention_mask=masks,
+            position_ids=places[None].expand(batch, length),
+            past_key_values=cache,
+            use_cache=False,
+        ).last_hidden_state
+        index = last[:, None, None].expand(batch, 1, hidden.shape[2])
+        final = hidden.gather(1, index)[:, 0].float()
+        # No matrix product: what quantizes those leaves this one row alone.
+        return (final * self.head).sum(1, keepdim=True), torch.stack(cache.kept)
+
+
+class _Cache:
+    """What transformers' attention asks for keys and values: the prefix's, then its own."""
+
+    def __init__(self, prefix: torch.Tensor, keep: torch.Tensor) -> None:
+        self._prefix = prefix
+        self._keep = keep
+        self.kept: list[torch.Tensor] = []
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both of shape [batch, heads, length, width]; the prefix's come in front."""
+        kept = [x[0].index_select(1, self._keep) for x in (keys, values)]
+        self.kept.append(torch.stack(kept))
+        before = self._prefix[layer][:, None].expand(2, keys.shape[0], -1, -1, -1)
+        return torch.cat((before[0], keys), 2), torch.cat((before[1], values), 2)
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Tokens of the prefix."""
+        return self._prefix.shape[3]

@@ -1,0 +1,1 @@
+"""The machine, its files and processes, and what qrank remembers there."""

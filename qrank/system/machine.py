@@ -1,0 +1,206 @@
+"""What this machine is: what proofs and measurements hold for, and what `qrank doctor` says."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import math
+import os
+import platform
+from functools import cache
+from pathlib import Path
+
+from qrank.system import cgroups
+
+INSTRUCTION_SETS = {
+    "AVX2": "avx2",
+    "AVX-512": "avx512f",
+    "VNNI": "avx512_vnni",
+    "AVX-VNNI": "avx_vnni",
+    "AVX-512 BF16": "avx512_bf16",
+    "AMX int8": "amx_int8",
+    "AMX bf16": "amx_bf16",
+    "NEON dot product": "asimddp",
+    "NEON int8 matrices": "i8mm",
+    "NEON bf16": "bf16",
+    "SVE": "sve",
+}
+"""Those that decide how fast a quantized model is -> Linux's name."""
+
+
+ROOT = Path("/")
+"""Where the system's own folders are: proc, sys and dev."""
+
+
+def processors() -> int:
+    """CPUs this process may use: by its affinity, and by the quota of its container.
+
+    A part of a CPU counts as one: of 1.5, two threads take more than one does.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    return min(count, _quota())
+
+
+def _quota() -> int:
+    """CPUs that the container leaves, at least 1; more than any machine has without a limit."""
+    return max(math.ceil(cgroups.cpus() or 2**16), 1)
+
+
+@cache
+def _cpuinfo() -> dict[str, str]:
+    """/proc/cpuinfo of the first CPU; {} where there is none."""
+    try:
+        first = (ROOT / "proc/cpuinfo").read_text("utf-8").partition("\n\n")[0]
+    except OSError:
+        return {}
+    lines = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
+
+
+def cpu_name() -> str:
+    """As its maker calls it, where the system tells."""
+    info = _cpuinfo()
+    if name := info.get("model name") or _apple_chip():
+        return name
+    name = platform.processor() or platform.machine()
+    # Linux on ARM has numbers alone.
+    part = ", ".join(f"{key.lower()} {info[key]}" for key in _ARM if key in info)
+    return f"{name} ({part})" if part else name
+
+
+_ARM = ("CPU implementer", "CPU variant", "CPU part")
+
+
+def _apple_chip() -> str:
+    """`Apple M4 Max`; "" on other systems, and where macOS does not tell."""
+    if platform.system() != "Darwin":
+        return ""
+    text = ctypes.create_string_buffer(256)
+    size = ctypes.c_size_t(len(text))
+    name = b"machdep.cpu.brand_string"
+    failed = ctypes.CDLL(None).sysctlbyname(name, text, ctypes.byref(size), None, 0)
+    return "" if failed else text.value.decode()
+
+
+def instruction_sets() -> list[str]:
+    """Those of INSTRUCTION_SETS this CPU has; nothing where the system does not tell (Linux does).
+
+    On other systems this is no proof of absence.
+    """
+    info = _cpuinfo()
+    flags = set((info.get("flags") or info.get("Features") or "").split())
+    return [name for name, flag in INSTRUCTION_SETS.items() if flag in flags]
+
+
+def cores() -> int:
+    """`processors`, but each physical core counted once where the system tells."""
+    if not hasattr(os, "sched_getaffinity"):
+        return processors()
+    siblings = set()
+    for cpu in os.sched_getaffinity(0):
+        path = ROOT / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        try:
+            siblings.add(path.read_text("ascii").strip())
+        except OSError:
+            return processors()
+    return min(len(siblings), _quota())
+
+
+@cache
+def cpu() -> str:
+    """A short name of this CPU: kernels differ with its instruction set."""
+    info = _cpuinfo()
+    # The clock in this file changes; model and instruction set do not.
+    text = cpu_name() + info.get("flags", info.get("Features", ""))
+    return platform.machine() + "-" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def accelerators() -> list[str]:
+    """GPUs and NPUs, each with its model, and NVIDIA's driver: what the system shows.
+
+    `dri/renderD128 8086:56a0` (maker and model, by PCI's numbers), `NVIDIA H100 80GB HBM3`.
+    """
+    found = []
+    for folder, kind in (("dri", "drm"), ("accel", "accel")):
+        for node in sorted((ROOT / "dev" / folder).glob("*")):
+            if node.name.startswith(("renderD", "accel")):
+                device = ROOT / "sys/class" / kind / node.name / "device"
+                numbers = (_line(device / name).removeprefix("0x") for name in ("vendor", "device"))
+                found.append(f"{folder}/{node.name} {':'.join(numbers)}".rstrip(" :"))
+    nvidia = ROOT / "proc/driver/nvidia"
+    for information in sorted(nvidia.glob("gpus/*/information")):
+        # "Model:           NVIDIA H100 80GB HBM3" comes first.
+        found.append(_line(information).partition(":")[2].strip())
+    return found + [driver for driver in [_line(nvidia / "version")] if driver]
+
+
+def _line(path: Path) -> str:
+    """A file's first line; "" where there is none."""
+    try:
+        return path.read_text("utf-8", "replace").partition("\n")[0].strip()
+    except OSError:
+        return ""
+
+
+def system() -> str:
+    """The operating system with its version, which its own drivers come with."""
+    return f"{platform.system()} {platform.release()} {platform.machine()}"
+
+
+def packages(modules: tuple[str, ...]) -> list[str]:
+    """`onnxruntime-1.31.1`, ... of those modules that are installed, none of them imported.
+
+    By the names of their folders: to ask importlib.metadata would cost the time that a remembered
+    measurement saves.
+    """
+    found = []
+    for module in modules:
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.origin is not None:
+            site = Path(spec.origin).parent.parent
+            names = [path.name for path in site.glob(f"{module}*-info")]
+            found += sorted(name.rpartition(".")[0] for name in names) or [module]
+    return found
+
+
+def memory() -> int | None:
+    """Bytes of memory that this process may take: the machine's, or its container's.
+
+    None where the system does not tell.
+    """
+    try:
+        whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
+    return min(whole, cgroups.memory() or whole)
+
+
+def free_memory() -> int | None:
+    """Bytes that this process can still take; None where the system does not tell (Linux does)."""
+    try:
+        lines = (ROOT / "proc/meminfo").read_text("utf-8").splitlines()
+    except OSError:
+        return None
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    left = cgroups.free_memory()
+    return min(free if left is None else [*free, left], default=None)
+
+
+def peak_memory() -> int | None:
+    """Most bytes this process held; None where the system does not tell.
+
+    On Linux not getrusage's ru_maxrss, which a child starts with its parent's size in.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text("utf-8").splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    if platform.system() != "Darwin":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,131 @@
+"""The import graph of the house: modules, the rooms they lie in, and the arrows between rooms.
+
+`python tests/rooms.py` prints it. A room is a package, or a module beside the packages.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+FLOORS: list[set[str]] = [
+    {"errors"},
+    {"system"},
+    {"bundle"},
+    {"scoring"},
+    {"converters.checkpoint"},
+    {"backends"},
+    {"select", "converters"},
+    {"reranker", "converters.onnx", "converters.gguf"},
+    {"measure", "converters.openvino"},
+    {"quality", "serve"},
+    {""},
+    {"cli"},
+    {"__main__"},
+]
+"""Rooms, the lowest floor first; "" is the package itself. A room imports lower floors only."""
+
+FLOOR = {
+    f"qrank.{name}".rstrip("."): number for number, names in enumerate(FLOORS) for name in names
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module's name and file, converters under their installed name."""
+    found = {}
+    for folder, package in (("qrank", "qrank"), ("converters", "qrank.converters")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            if parts[-1] == "__init__":
+                parts = parts[:-1]
+            found[".".join((package, *parts))] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Modules that a tree imports anywhere in it, also where only types are checked."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            assert node.module is not None
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in MODULES else node.module)
+    return found
+
+
+def parsed(name: str) -> ast.Module:
+    """A module's tree."""
+    return ast.parse(MODULES[name].read_text("utf-8"), str(MODULES[name]))
+
+
+def own(name: str) -> set[str]:
+    """Modules of qrank that a module imports."""
+    return {found for found in imports(parsed(name)) if found.split(".")[0] == "qrank"}
+
+
+def room(name: str) -> str:
+    """The room that a module lies in."""
+    package = name.rpartition(".")[0]
+    is_package = MODULES[name].name == "__init__.py"
+    return name if is_package or package == "qrank" else package
+
+
+def arrows() -> dict[tuple[str, str], set[str]]:
+    """(room, room that it imports) -> the modules that do so, as "importer imported"."""
+    found = defaultdict(set)
+    for name in MODULES:
+        for other in own(name):
+            if (start := room(name)) != (end := room(other)):
+                found[start, end].add(f"{name} {other}")
+    return dict(found)
+
+
+def upward() -> list[str]:
+    """Imports of a floor that is not lower."""
+    return sorted(
+        line
+        for (start, end), lines in arrows().items()
+        if FLOOR[end] >= FLOOR[start]
+        for line in lines
+    )
+
+
+def circles() -> list[str]:
+    """Modules that import each other, in a circle; [] if there is none."""
+    try:
+        list(TopologicalSorter({name: own(name) - {name} for name in MODULES}).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def main() -> None:
+    """Print the graph."""
+    found = arrows()
+    rooms = sorted({room(name) for name in MODULES}, key=lambda name: (-FLOOR[name], name))
+    for name in rooms:
+        files = sum(room(module) == name for module in MODULES)
+        below = ", ".join(sorted(end.removeprefix("qrank.") for start, end in found if start == name))
+            end.removeprefix("qrank.") for start, end in sorted(found) if start == name
+        )
+        print(f"{FLOOR[name]:2} {name:29} {files:2} files -> {below}")  # noqa: T201
+    floors = len({FLOOR[name] for name in rooms})
+    print(  # noqa: T201
+        f"{len(rooms)} rooms on {floors} floors, {len(found)} arrows between rooms, "
+        f"{len(upward())} imports upward, circles: {circles() or 'none'}"
+    )
+
+
+if __name__ == "__main__":
+    main()
