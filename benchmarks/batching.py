@@ -19,9 +19,9 @@ from common import alternate, arguments, encode, join, open_onnx, report
 from qrank.backends.onnx import CPU_BATCH, OnnxBackend
 from qrank.bundle.locate import DEFAULT, locate
 from qrank.bundle.manifest import TOKENIZER, Manifest
-from qrank.bundle.sequences import Work
+from qrank.bundle.sequences import Sequences
 from qrank.quality.collection import Collection
-from qrank.scoring.pair_tokenizer import Encoder
+from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.system.machine import processors
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     folder = locate(options.model)
-    encoder = Encoder(folder / TOKENIZER, Manifest.load(folder).family)
+    encoder = PairTokenizer(folder / TOKENIZER, Manifest.load(folder).family)
     works = _works(Collection.read(options.data), encoder, options.pairs)
     threads = options.threads
     label = f"{options.model}, {options.precision}, {threads} threads"
@@ -87,11 +87,11 @@ def main() -> None:
 
 
 def _speeds(
-    measured: Mapping[Any, tuple[OnnxBackend, int]], works: Mapping[str, Work], rounds: int
+    measured: Mapping[Any, tuple[OnnxBackend, int]], works: Mapping[str, Sequences], rounds: int
 ) -> dict[Any, float]:
     """Median pairs a second of every (backend, padded tokens a batch) with every work."""
 
-    def run(backend: OnnxBackend, batch: int, work: Work) -> None:
+    def run(backend: OnnxBackend, batch: int, work: Sequences) -> None:
         backend._batch = batch
         backend.logits(work)
 
@@ -104,7 +104,7 @@ def _speeds(
     return {(key, name): len(works[name]) / median(found) for (key, name), found in seconds.items()}
 
 
-def _works(collection: Collection, encoder: Encoder, pairs: int) -> dict[str, Work]:
+def _works(collection: Collection, encoder: PairTokenizer, pairs: int) -> dict[str, Sequences]:
     """Pairs by the names of the table's columns."""
     queries = list(collection.queries)[:4]
     found = collection.bm25(max(pairs // len(queries), 1))

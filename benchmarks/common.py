@@ -18,8 +18,8 @@ import numpy as np
 from qrank.backends import Options, onnx
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import Variant
-from qrank.bundle.sequences import Work
-from qrank.scoring.pair_tokenizer import Encoder
+from qrank.bundle.sequences import Sequences
+from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.system.machine import cpu_name, processors
 
 Row = Mapping[str, Any]
@@ -40,18 +40,18 @@ def arguments(description: str | None, *, on_data: bool = False) -> argparse.Arg
     return parser
 
 
-def encode(encoder: Encoder, query: str, documents: Sequence[str]) -> Work:
+def encode(encoder: PairTokenizer, query: str, documents: Sequence[str]) -> Sequences:
     """One query's pairs as token ids, cut as `Reranker.rank` cuts them."""
     pairs = [encoder.whole(query, document) for document in documents]
-    return Work(
+    return Sequences(
         [ids for ids, _ in pairs], [types for _, types in pairs if types is not None] or None
     )
 
 
-def join(works: Sequence[Work]) -> Work:
+def join(works: Sequence[Sequences]) -> Sequences:
     """Several works as one."""
     segments = [types for work in works for types in work.segments or []]
-    return Work([ids for work in works for ids in work.sequences], segments or None)
+    return Sequences([ids for work in works for ids in work.sequences], segments or None)
 
 
 def open_onnx(

@@ -30,7 +30,7 @@ from real_size import convert, make
 from qrank import Reranker
 from qrank.backends import Options, llama, module, opener
 from qrank.bundle.manifest import Manifest
-from qrank.bundle.sequences import Work
+from qrank.bundle.sequences import Sequences
 from qrank.system.machine import peak_memory, processors
 
 SHAPE = "Qwen3-Reranker-0.6B"
@@ -95,11 +95,11 @@ def main() -> None:
         report(f"{SHAPE}'s size, cold start", LOAD, loads, as_json=options.json)
 
 
-def _pairs(length: int, count: int) -> Work:
+def _pairs(length: int, count: int) -> Sequences:
     """Documents of random ordinary tokens behind one prefix."""
     chance = np.random.default_rng(length)
     ids = chance.integers(300, 1000, PREFIX + count * length).astype(np.int32)
-    return Work(list(ids[PREFIX:].reshape(count, length)), prefix=ids[:PREFIX])
+    return Sequences(list(ids[PREFIX:].reshape(count, length)), prefix=ids[:PREFIX])
 
 
 def _ours(
@@ -109,7 +109,7 @@ def _ours(
     prepared: dict[str, Callable[[int, int], Run]] = {}
     for name in variants:
         variant = manifest.variants[name]
-        choices = getattr(module(variant.format), "executions", lambda device: (None,))("cpu")
+        choices = getattr(module(variant.format), "compute_dtypes", lambda device: (None,))("cpu")
         settings = Options(processors(), choices[0])
         backend = opener(variant.format)(bundle, variant, "cpu", settings)
 

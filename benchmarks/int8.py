@@ -28,11 +28,11 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 from qrank.backends.onnx import OnnxBackend
 from qrank.bundle.fidelity import TOLERANCES, Fidelity, Tolerance
 from qrank.bundle.manifest import TOKENIZER
-from qrank.bundle.sequences import Logits, Work
+from qrank.bundle.sequences import Logits, Sequences
 from qrank.converters.convert import convert
 from qrank.converters.onnx.export import head_nodes
 from qrank.quality.collection import Collection
-from qrank.scoring.pair_tokenizer import Encoder
+from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.system.machine import processors
 
 COLUMNS = {
@@ -67,7 +67,7 @@ def main() -> None:
         TOLERANCES.update(dict.fromkeys(TOLERANCES, Tolerance(math.inf)))
         made = convert(options.checkpoint, variants, folder, family=options.family)
         manifest = made.manifest
-        encoder = Encoder(folder / TOKENIZER, manifest.family, threads=options.threads)
+        encoder = PairTokenizer(folder / TOKENIZER, manifest.family, threads=options.threads)
         names = {"fp32": "fp32", "int8": "qrank int8"}
         if not manifest.family.decoder:
             _dynamic(folder)
@@ -148,7 +148,7 @@ def _new(folder: Path, name: str) -> Path:
     return path
 
 
-def _batch_dependence(backend: OnnxBackend, work: Work) -> float:
+def _batch_dependence(backend: OnnxBackend, work: Sequences) -> float:
     order = np.random.default_rng(0).permutation(len(work))
     alone: list[Logits] = []
     batched: list[Logits] = []

@@ -22,7 +22,7 @@ from qrank.bundle.locate import DEFAULT, locate
 from qrank.bundle.manifest import TOKENIZER, Manifest
 from qrank.quality.collection import Collection
 from qrank.scoring.batching import cut_padded
-from qrank.scoring.pair_tokenizer import Encoder
+from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.system.machine import peak_memory, processors
 
 COLUMNS = {
@@ -80,7 +80,7 @@ def measure(model: str, variant: str, tasks: Path, count: int, threads: int) -> 
     content = json.loads(tasks.read_text("utf-8"))
     reranker = Reranker(model, backend=variant, threads=threads)
     family = reranker.manifest.family
-    encoder = Encoder(locate(model) / TOKENIZER, family, threads=threads)
+    encoder = PairTokenizer(locate(model) / TOKENIZER, family, threads=threads)
     seconds, encoding = [], 0.0
     tokens = padded = 0
     for number, (query, documents) in enumerate([content[0], *content]):

@@ -20,7 +20,7 @@ from common import arguments, report
 from qrank.backends import Options, gguf, llama
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import Manifest, Variant
-from qrank.bundle.sequences import Work
+from qrank.bundle.sequences import Sequences
 from qrank.converters.convert import convert
 from qrank.converters.gguf import export as converter
 from qrank.errors import QrankError
@@ -138,7 +138,7 @@ class Case:
         vocabulary = max(int(ids.max()) for ids in probes.work.sequences)
         ids = [numbers.integers(5, vocabulary, TOKENS).astype(np.int32) for _ in range(PAIRS)]
         types = [np.zeros(TOKENS, np.int8) for _ in range(PAIRS)]
-        self._work = Work(ids, None if probes.work.segments is None else types)
+        self._work = Sequences(ids, None if probes.work.segments is None else types)
         off = np.abs(self._backend.logits(probes.work) - probes.logits)
         return {"max": float(off.max())}
 

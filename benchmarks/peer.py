@@ -167,10 +167,10 @@ def llama_cpp(model: str, work: Path, threads: int) -> Score:
     from qrank.backends import llama
     from qrank.bundle.manifest import TOKENIZER, Manifest
     from qrank.scoring.batching import cut_ragged, in_order
-    from qrank.scoring.pair_tokenizer import Encoder
+    from qrank.scoring.pair_tokenizer import PairTokenizer
 
     folder = Path(model)
-    encoder = Encoder(folder / TOKENIZER, Manifest.load(folder).family, max_length=TOKENS)
+    encoder = PairTokenizer(folder / TOKENIZER, Manifest.load(folder).family, max_length=TOKENS)
     library = llama.library()
     context = llama.new_context(
         llama.load(folder / "gguf-q8_0" / "model.gguf", "cpu"),

@@ -105,7 +105,7 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {
 }
 """A tiny checkpoint of the tests, and what its configuration is given of the real model's."""
 
-VARIANTS = ("onnx-int8", "openvino-int8", "openvino-int8-full", "gguf-q4_k_m", "gguf-q8_0")
+VARIANTS = ("onnx-int8", "openvino-int8", "openvino-int8-w8a8", "gguf-q4_k_m", "gguf-q8_0")
 DECODER_VARIANTS = ("openvino-int8", "gguf-q4_k_m", "gguf-q8_0")
 LENGTHS = (128, 512)
 HEAD_GAIN = 6.0

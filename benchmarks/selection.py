@@ -2,7 +2,7 @@
 
 "behind" is by how much the chosen target's median speed is below that of the best one. "bar met":
 by 5 % or less, or less than the rounds stray (the 95 % interval of the ratio of the two medians,
-by resampling rounds). Variants that are taken last whatever their speed (`selection.doubtful`) do
+by resampling rounds). Variants taken last whatever their speed (`selection.deprioritized`) do
 not take part.
 """
 
@@ -19,8 +19,8 @@ from qrank.backends import FORMATS
 from qrank.bundle.locate import locate
 from qrank.bundle.manifest import Manifest
 from qrank.measure.discover import survey
-from qrank.measure.tuning import Candidate, Contest, candidates, documents, in_turns, tune
-from qrank.select.selection import ALIKE, PROFILES, Measurement, Wish, doubtful, order
+from qrank.measure.tuning import Candidate, Tournament, candidates, documents, in_turns, tune
+from qrank.select.selection import PROFILES, TIE_MARGIN, Criteria, Measurement, deprioritized, order
 from qrank.system import machine
 
 COLUMNS = {
@@ -53,21 +53,21 @@ def examined(bundle: str, options: Any) -> list[dict[str, object]]:
     manifest = Manifest.load(folder)
     threads = machine.processors()
     measured = tune(bundle)
-    last = doubtful(manifest, Wish())
+    last = deprioritized(manifest, Criteria())
     found = [survey(f, 60.0) for f in FORMATS]
     every = [c for c in candidates(manifest, found, threads) if c.target.variant.name not in last]
     for profile in PROFILES:
-        best = order(measured, Wish(profile=profile), last)[0]
+        best = order(measured, Criteria(profile=profile), last)[0]
         if not any(_is(candidate, best) for candidate in every):
             base = next(c for c in every if c.target.name == best.target)
-            setting = (best.execution, best.threads, best.batch)
+            setting = (best.compute_dtype, best.threads, best.batch)
             every.append(Candidate(base.target, *setting))
-    contest = Contest(folder, {})
+    contest = Tournament(folder, {})
     rows = []
     with ExitStack() as stack:
         children = [stack.enter_context(contest.opened(candidate))[0] for candidate in every]
         for profile in PROFILES:
-            best = order(measured, Wish(profile=profile), last)[0]
+            best = order(measured, Criteria(profile=profile), last)[0]
             texts = documents(folder, manifest, profile)[: options.pairs]
             cases = {
                 number: partial(contest.rank, child, candidate, texts)
@@ -90,16 +90,16 @@ def examined(bundle: str, options: Any) -> list[dict[str, object]]:
                     "best": every[fastest].name,
                     "best pairs/s": speeds[fastest],
                     "behind": behind,
-                    "bar met": "yes" if behind <= ALIKE or low <= 0 else "no",
+                    "bar met": "yes" if behind <= TIE_MARGIN or low <= 0 else "no",
                 }
             )
     return rows
 
 
 def _is(candidate: Candidate, best: Measurement) -> bool:
-    return (candidate.target.name, candidate.execution, candidate.threads, candidate.batch) == (
+    return (candidate.target.name, candidate.compute_dtype, candidate.threads, candidate.batch) == (
         best.target,
-        best.execution,
+        best.compute_dtype,
         best.threads,
         best.batch,
     )

@@ -32,7 +32,7 @@ from qrank import Reranker
 from qrank.bundle.manifest import TOKENIZER, Manifest
 from qrank.quality.collection import Collection
 from qrank.quality.metrics import MAIN, measure
-from qrank.scoring.pair_tokenizer import Encoder
+from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.system.machine import processors
 
 DEFAULT = "sentence-transformers, fp32"
@@ -84,7 +84,7 @@ def main() -> None:
     qrels = {query: collection.qrels[query] for query in queries}
     with Reranker(options.bundle, threads=options.threads) as reranker:
         chosen = f"{OURS}, chosen: {reranker.target.name}"
-        execution = reranker.choice.options.execution
+        compute_dtype = reranker.choice.options.compute_dtype
     with tempfile.TemporaryDirectory() as work, ExitStack() as stack:
         systems: dict[str, Ask] = {}
         for label, system, python, model in _systems(options, chosen):
@@ -131,8 +131,8 @@ def main() -> None:
     report(title, COLUMNS, rows, as_json=options.json)
     table = [{"matrix products in": n, "GFLOP/s": found / 1e9} for n, found in limit.items()]
     report(f"The machine's limit ({SIDE} x {SIDE}, torch)", LIMITS, table, as_json=options.json)
-    if execution:
-        sys.stdout.write(f"The chosen target computes in {execution}.\n")
+    if compute_dtype:
+        sys.stdout.write(f"The chosen target computes in {compute_dtype}.\n")
 
 
 def _systems(options: Any, chosen: str) -> Iterator[tuple[str, str, Path, Path]]:
@@ -193,7 +193,7 @@ def _operations(options: Any, tasks: list[tuple[str, list[str]]]) -> float:
     """Floating-point operations of the matrix products that tasks take, unpadded."""
     config = json.loads((options.checkpoint / "config.json").read_text("utf-8"))
     width, inner = config["hidden_size"], config["intermediate_size"]
-    encoder = Encoder(options.bundle / TOKENIZER, Manifest.load(options.bundle).family)
+    encoder = PairTokenizer(options.bundle / TOKENIZER, Manifest.load(options.bundle).family)
     lengths = np.array(
         [len(encoder.whole(query, d)[0]) for query, documents in tasks for d in documents]
     )

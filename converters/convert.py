@@ -10,7 +10,7 @@ from pathlib import Path
 from qrank.bundle.manifest import MANIFEST, TOKENIZER, FileRecord, Manifest
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.makers import Failed, Maker, Name, nothing
-from qrank.converters.prebuilt import Asked
+from qrank.converters.prebuilt import Request
 from qrank.converters.publish import check_output, workshop
 from qrank.converters.sources import Model, read
 from qrank.converters.variants import Made, Progress, make
@@ -36,7 +36,7 @@ class Converted:
 
 def convert(
     source: str,
-    variants: Asked | None = None,
+    variants: Request | None = None,
     output: Path | None = None,
     *,
     reference: str | None = None,

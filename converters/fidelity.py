@@ -10,7 +10,7 @@ import numpy as np
 from qrank.backends import Options, isolation, module, opener
 from qrank.bundle.fidelity import Fidelity, tolerance
 from qrank.bundle.manifest import Probes, Variant
-from qrank.bundle.sequences import Logits, Work
+from qrank.bundle.sequences import Logits, Sequences
 from qrank.converters.checkpoint.ids import check_ids, encode_pairs
 from qrank.converters.checkpoint.probes import probe_pairs
 from qrank.converters.checkpoint.read import Checkpoint
@@ -89,7 +89,7 @@ def measure(folder: Path, variant: Variant, probes: Probes, worker: isolation.Wo
 
 
 def _run(
-    folder: Path, variant: Variant, works: list[Work], worker: isolation.Worker
+    folder: Path, variant: Variant, works: list[Sequences], worker: isolation.Worker
 ) -> list[Logits]:
     """Logits of each work by the backend of a variant, in its most exact arithmetic.
 

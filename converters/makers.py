@@ -11,9 +11,9 @@ from typing import Protocol, cast
 
 from qrank.backends import FORMATS
 from qrank.bundle.fidelity import TOLERANCES
-from qrank.bundle.sequences import Work
+from qrank.bundle.sequences import Sequences
 from qrank.converters.checkpoint.read import Checkpoint
-from qrank.converters.prebuilt import Asked, ReadyMade
+from qrank.converters.prebuilt import Prebuilt, Request
 from qrank.errors import ConversionError, FidelityError, MissingExtraError, QrankError
 from qrank.system.extras import EXTRA_OF, installed, need, pip_line
 
@@ -38,7 +38,7 @@ class Maker(Protocol):
         """The least memory it takes, in times of the model's size in fp32."""
 
     def convert(
-        self, checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work
+        self, checkpoint: Checkpoint, precision: str, folder: Path, calibration: Sequences
     ) -> str:
         """Write the variant's files; gives a note for the manifest, "" mostly."""
 
@@ -64,7 +64,7 @@ def formats_at_hand() -> list[str]:
     return [f for f in FORMATS if all(installed(m) for m in converter(f).MODULES)]
 
 
-def of_checkpoint(asked: Asked | None) -> tuple[dict[Name, Maker], Failed]:
+def of_checkpoint(asked: Request | None) -> tuple[dict[Name, Maker], Failed]:
     """What makes each variant of a checkpoint, and what cannot be made for want of packages.
 
     Args:
@@ -98,7 +98,7 @@ def of_checkpoint(asked: Asked | None) -> tuple[dict[Name, Maker], Failed]:
     return makers, failed
 
 
-def of_files(ready: ReadyMade) -> tuple[dict[Name, Maker], Failed]:
+def of_files(ready: Prebuilt) -> tuple[dict[Name, Maker], Failed]:
     """What makes each variant of ready-made files, the most exact one first; and what cannot."""
     makers: dict[Name, Maker] = {}
     failed: Failed = dict(ready.missing)

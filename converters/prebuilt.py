@@ -14,14 +14,14 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 
 from qrank.bundle.fidelity import TOLERANCES
-from qrank.bundle.sequences import Work
+from qrank.bundle.sequences import Sequences
 from qrank.converters.checkpoint.read import Checkpoint, describe
 from qrank.errors import ConversionError, ModelNotFoundError, QrankError
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "gguf": ".gguf"}
 """What a format's files end with."""
 
-Asked = Sequence[tuple[str, str | None]]
+Request = Sequence[tuple[str, str | None]]
 """Formats with a precision each, None being whatever there is."""
 
 
@@ -71,7 +71,7 @@ class Taker:
         return found
 
     def convert(
-        self, checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work
+        self, checkpoint: Checkpoint, precision: str, folder: Path, calibration: Sequences
     ) -> str:
         """Fill a variant's folder; see the converters of checkpoints."""
         if checkpoint.window is not None:
@@ -89,7 +89,7 @@ class Taker:
 
 
 @dataclass(frozen=True)
-class ReadyMade:
+class Prebuilt:
     """What a source holds.
 
     Attributes:

@@ -12,7 +12,7 @@ from qrank.bundle.hub import download, listing
 from qrank.bundle.hub_names import HubName
 from qrank.bundle.locate import Fetched, fetch, place, refuse_bundle
 from qrank.converters.checkpoint.read import DESCRIPTION, WEIGHTS
-from qrank.converters.prebuilt import SUFFIXES, Asked, ReadyMade, Taker, format_of, patterns
+from qrank.converters.prebuilt import SUFFIXES, Prebuilt, Request, Taker, format_of, patterns
 from qrank.errors import ConversionError, ModelNotFoundError, QrankError
 
 _FOLDERS = ("onnx", "openvino")
@@ -39,8 +39,8 @@ _ORDER = {
 
 
 def find(
-    source: str, asked: Asked | None, *, revision: str | None = None, offline: bool = False
-) -> ReadyMade | Fetched:
+    source: str, asked: Request | None, *, revision: str | None = None, offline: bool = False
+) -> Prebuilt | Fetched:
     """The ready-made files of a source; or where it is, if it holds a checkpoint or nothing known.
 
     Args:
@@ -65,20 +65,20 @@ def find(
     made, missing = _choose_all({format: [where.name]}, where.parent, asked, source)
     origin = Fetched.of(home)
     known = origin.commit is not None or where.stem.startswith(_PLAIN)
-    return ReadyMade(home, origin.id if known else where.stem, origin.commit, made, missing)
+    return Prebuilt(home, origin.id if known else where.stem, origin.commit, made, missing)
 
 
-def _in_folder(found: Fetched, asked: Asked | None, source: str) -> ReadyMade | Fetched:
+def _in_folder(found: Fetched, asked: Request | None, source: str) -> Prebuilt | Fetched:
     folder = found.folder
     candidates = _candidates(_names(folder))
     if any(folder.glob("*.safetensors")) or not candidates:
         return found
     made, missing = _choose_all(candidates, folder, asked, source)
     origin = Fetched.of(home := _home(folder))
-    return ReadyMade(home, origin.id, origin.commit, made, missing)
+    return Prebuilt(home, origin.id, origin.commit, made, missing)
 
 
-def _on_hub(name: HubName, asked: Asked | None, source: str, offline: bool) -> ReadyMade | Fetched:
+def _on_hub(name: HubName, asked: Request | None, source: str, offline: bool) -> Prebuilt | Fetched:
     """Of a repository, or of a file or a known folder in it."""
     whole = replace(name, path="")
     format = format_of(name.path)
@@ -103,7 +103,7 @@ def _on_hub(name: HubName, asked: Asked | None, source: str, offline: bool) -> R
     download(found.id, files, revision=found.folder.name, offline=offline)
     if absent := [taker.path.name for taker in made if not taker.path.exists()]:
         raise ModelNotFoundError(f"{found.id} on the hub has no file {absent[0]} ({source})")
-    return ReadyMade(found.folder, found.id, found.commit, made, missing)
+    return Prebuilt(found.folder, found.id, found.commit, made, missing)
 
 
 def _home(*folders: Path) -> Path:
@@ -134,7 +134,7 @@ def _candidates(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _choose_all(
-    candidates: dict[str, list[str]], folder: Path, asked: Asked | None, source: str
+    candidates: dict[str, list[str]], folder: Path, asked: Request | None, source: str
 ) -> tuple[tuple[Taker, ...], dict[str, QrankError]]:
     """The files to take, and what is wanted and not to be had, with the reason.
 

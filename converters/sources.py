@@ -12,7 +12,7 @@ from qrank.converters import makers
 from qrank.converters.checkpoint.probes import calibration_pairs, read_pairs
 from qrank.converters.checkpoint.read import Checkpoint, of_fetched, read_checkpoint
 from qrank.converters.makers import Failed, Maker, Name
-from qrank.converters.prebuilt import SUFFIXES, Asked, ReadyMade
+from qrank.converters.prebuilt import SUFFIXES, Prebuilt, Request
 from qrank.converters.prebuilt_find import find
 from qrank.errors import ConversionError
 
@@ -40,7 +40,7 @@ class Model:
 
 def read(
     source: str,
-    asked: Asked | None,
+    asked: Request | None,
     reference: str | None,
     family: str | None,
     revision: str | None,
@@ -62,7 +62,7 @@ def read(
         QrankError: nothing that is asked for can be made, or the source cannot be read.
     """
     found = find(source, asked, revision=revision, offline=offline)
-    if isinstance(found, ReadyMade):
+    if isinstance(found, Prebuilt):
         if calibration is not None:
             raise ConversionError(f"--calibration is for quantizing; {source} is ready-made")
         model = _ready_made(found, reference, family, offline)
@@ -79,7 +79,7 @@ def read(
 
 
 def _checkpoint(
-    found: Fetched, asked: Asked | None, family: str | None, calibration: Path | None
+    found: Fetched, asked: Request | None, family: str | None, calibration: Path | None
 ) -> Model:
     able, failed = makers.of_checkpoint(asked)
     if not able:
@@ -96,9 +96,7 @@ def _checkpoint(
     return Model(checkpoint, able, failed, pairs, True, sources)
 
 
-def _ready_made(
-    found: ReadyMade, reference: str | None, family: str | None, offline: bool
-) -> Model:
+def _ready_made(found: Prebuilt, reference: str | None, family: str | None, offline: bool) -> Model:
     able, failed = makers.of_files(found)
     if not able:
         raise makers.nothing(failed)

@@ -11,7 +11,7 @@ from pathlib import Path
 from qrank.backends.isolation import Worker
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import TOKENIZER, FileRecord, Manifest, Probes, Variant
-from qrank.bundle.sequences import Work
+from qrank.bundle.sequences import Sequences
 from qrank.converters.checkpoint.ids import encode_pairs
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.fidelity import make_probes, measure, own_probes
@@ -78,7 +78,7 @@ def make(
 
 
 def _converted(
-    variant: Variant, maker: Maker, checkpoint: Checkpoint, calibration: Work, folder: Path
+    variant: Variant, maker: Maker, checkpoint: Checkpoint, calibration: Sequences, folder: Path
 ) -> Variant:
     """Make a variant's files.
 

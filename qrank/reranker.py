@@ -25,17 +25,25 @@ from qrank.bundle.manifest import TOKENIZER, Manifest, check_files
 from qrank.bundle.sequences import Logits
 from qrank.errors import InputError, TargetError
 from qrank.scoring import activation, arguments, calibration
-from qrank.scoring.deadline import Pace, spend
-from qrank.scoring.inputs import Item, LongDocuments, as_pairs, as_text, as_texts, best_items, works
-from qrank.scoring.memory import Memory
-from qrank.scoring.pair_tokenizer import Encoder, Prompt
+from qrank.scoring.deadline import LatencyEstimate, score_within
+from qrank.scoring.inputs import (
+    LongDocuments,
+    ModelInput,
+    as_pairs,
+    as_text,
+    as_texts,
+    best_part_of_each,
+    works,
+)
+from qrank.scoring.memory import MemoryBudget
+from qrank.scoring.pair_tokenizer import PairTokenizer, Prompt
 from qrank.select.selection import (
     POLICIES,
     PROFILES,
     Choice,
+    Criteria,
     Policy,
     Profile,
-    Wish,
     choices,
     first_that_works,
 )
@@ -145,7 +153,7 @@ class Reranker:
         backend: str | None = None,
         device: str | None = None,
         threads: int | None = None,
-        execution: str | None = None,
+        compute_dtype: str | None = None,
         batch: int | None = None,
         max_memory: int | str | None = None,
         max_length: int | None = None,
@@ -175,7 +183,7 @@ class Reranker:
                 `mps`. None: as measured, or `cpu`.
             threads: CPU threads in all. None: every CPU this process may use, by its affinity and
                 its container's quota.
-            execution: arithmetic to compute in where the backend leaves a choice (openvino):
+            compute_dtype: arithmetic to compute in where the backend leaves a choice (openvino):
                 `fp32`, `bf16` or `fp16`. None: the fastest that reproduces the probes here.
             batch: padded tokens a batch, for onnx and openvino. None: as measured, or their own.
             max_memory: bytes that the model's files and what is computed at once may take, by an
@@ -200,7 +208,11 @@ class Reranker:
         """
         self._arguments = {name: value for name, value in locals().items() if name != "self"}
         model = arguments.place("model", model, "a bundled name, a bundle's folder or a hub id")
-        for name, value in (("backend", backend), ("device", device), ("execution", execution)):
+        for name, value in (
+            ("backend", backend),
+            ("device", device),
+            ("compute_dtype", compute_dtype),
+        ):
             arguments.text(name, value)
         threads = arguments.whole("threads", threads, 1)
         batch = arguments.whole("batch", batch, 1)
@@ -214,7 +226,7 @@ class Reranker:
         max_loss = arguments.number("max_loss", max_loss, "a finite number")
         self._max_memory = arguments.memory("max_memory", max_memory)
         self._calibrated = arguments.flag("calibrated", calibrated)
-        wish = Wish(backend, device, policy, min_kendall, max_loss, profile)
+        criteria = Criteria(backend, device, policy, min_kendall, max_loss, profile)
         tokenizer: Path | str
         if backend is not None and backend.partition("-")[0] == "torch":
             torch = backends.module("torch")
@@ -230,18 +242,18 @@ class Reranker:
         self._folder = folder
         check_files(folder, self.manifest.files)
         options = backends.Options(
-            threads or processors(), execution, batch, family=self.manifest.family
+            threads or processors(), compute_dtype, batch, family=self.manifest.family
         )
-        self._encoder = Encoder(
+        self._encoder = PairTokenizer(
             tokenizer, self.manifest.family, max_length=max_length, threads=options.threads
         )
-        self._pace = Pace()
+        self._pace = LatencyEstimate()
         self._lock = threading.RLock()
         self._backend: backends.Backend | None = None
         self._proof: Proof | None = None
         self._users = _Users()
         _living.add(self)
-        first_that_works(choices(self.manifest, wish, options), self._take)
+        first_that_works(choices(self.manifest, criteria, options), self._take)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What `pickle` and `copy` keep: that it is opened with the same arguments."""
@@ -272,9 +284,9 @@ class Reranker:
         return self.choice.options.threads
 
     @property
-    def execution(self) -> str | None:
+    def compute_dtype(self) -> str | None:
         """Arithmetic it computes in; None where the backend leaves no choice."""
-        return None if self._proof is None else self._proof.execution
+        return None if self._proof is None else self._proof.compute_dtype
 
     @property
     def kendall(self) -> float:
@@ -326,7 +338,7 @@ class Reranker:
             return Rankings()
         pairs = [(query, document) for document in documents]
         prompts = {query: self._encoder.prompt(query, instruction)}
-        items: list[Item] = []
+        items: list[ModelInput] = []
         found: list[Logits] = []
 
         def encode(start: int, end: int) -> list[int]:
@@ -347,11 +359,11 @@ class Reranker:
             encode(0, len(documents))
             score(0, scored := len(documents))
         else:
-            scored = spend(
+            scored = score_within(
                 budget_ms / 1000, len(documents), self._pace, encode, score, time.perf_counter
             )
         logits = np.concatenate(found)
-        best = best_items([item.owner for item in items[: len(logits)]], logits)
+        best = best_part_of_each([item.owner for item in items[: len(logits)]], logits)
         scores = self.scores(logits)
         # Stable, and on logits: scores may tie where an activation saturates.
         order = sorted(best, key=lambda i: -logits[i])
@@ -423,7 +435,7 @@ class Reranker:
         if not items:
             return np.empty(0, np.float32) if raw else np.empty(0, np.float64)
         logits = self.logits(items)
-        logits = logits[best_items([item.owner for item in items], logits)]
+        logits = logits[best_part_of_each([item.owner for item in items], logits)]
         return logits if raw else self.scores(logits)
 
     def close(self) -> None:
@@ -456,7 +468,9 @@ class Reranker:
         with self._lock:
             if self._backend is None:
                 files = self.target.variant.bytes
-                self._memory = Memory.beside(files, self._max_memory, self.manifest.dimensions)
+                self._memory = MemoryBudget.beside(
+                    files, self._max_memory, self.manifest.dimensions
+                )
                 options = replace(self.choice.options, memory=self._memory)
                 self._backend, self._proof = ready(
                     self._folder,
@@ -500,7 +514,7 @@ class Reranker:
         instruction: str | None = None,
         long_documents: LongDocuments = "truncate",
         document_tokens: int | None = None,
-    ) -> list[Item]:
+    ) -> list[ModelInput]:
         """Encode pairs for `logits`: one item each, or with `chunk` one a part.
 
         Args:
@@ -522,7 +536,7 @@ class Reranker:
         long_documents: LongDocuments = "truncate",
         document_tokens: int | None = None,
         characters: int | None = None,
-    ) -> Iterator[list[Item]]:
+    ) -> Iterator[list[ModelInput]]:
         """As `prepare`, in steps of about so many characters of documents; None: all in one."""
         _check(instruction, long_documents)
         pairs = as_pairs(pairs)
@@ -545,7 +559,7 @@ class Reranker:
         long_documents: LongDocuments,
         document_tokens: int | None = None,
         first: int = 0,
-    ) -> list[Item]:
+    ) -> list[ModelInput]:
         """Model inputs of pairs; `owner` is a pair's place, counted from `first`."""
         encoder = self._encoder
         texts = dict.fromkeys(document for _, document in pairs)
@@ -561,18 +575,22 @@ class Reranker:
                 if truncated and long_documents == "tail":
                     ids = encoder.end(document, prompt, room)
                 pair = encoder.pair(prompt, ids[:room])
-                items.append(Item(owner, prompt.prefix, *pair, truncated=truncated, part=None))
+                items.append(
+                    ModelInput(owner, prompt.prefix, *pair, truncated=truncated, part=None)
+                )
             else:
                 for chunk in encoder.chunks(document, prompt, document_tokens):
                     pair = encoder.pair(prompt, chunk.ids)
                     part = (chunk.start, chunk.end)
-                    items.append(Item(owner, prompt.prefix, *pair, truncated=False, part=part))
+                    items.append(
+                        ModelInput(owner, prompt.prefix, *pair, truncated=False, part=part)
+                    )
         if items:
             longest = max(items, key=lambda item: item.tokens)
             self._memory.check(longest.tokens, f"document {longest.owner}")
         return items
 
-    def logits(self, items: list[Item]) -> Logits:
+    def logits(self, items: list[ModelInput]) -> Logits:
         """One logit an item of `prepare`, shape [n]; items of several calls may be mixed.
 
         Raises:
@@ -625,7 +643,7 @@ def _forget_backends() -> None:
     for reranker in _living:
         # A thread the child does not have may hold the old ones.
         reranker._lock = threading.RLock()
-        reranker._pace = Pace()
+        reranker._pace = LatencyEstimate()
         reranker._users = _Users()
         if reranker._backend is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(reranker._backend))

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, settings
 
 from qrank import Reranker
 from qrank.bundle.manifest import Manifest
-from qrank.bundle.sequences import Work
+from qrank.bundle.sequences import Sequences
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.convert import convert
 from qrank.converters.onnx import export as onnx_converter
@@ -174,7 +174,9 @@ def ready_graph(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path
     """Makes converting quick: the exporter's work is done already. Everything around it is real."""
     graph = bundle / "onnx-fp32" / "model.onnx"
 
-    def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work) -> str:
+    def convert(
+        checkpoint: Checkpoint, precision: str, folder: Path, calibration: Sequences
+    ) -> str:
         use(folder)
         return ""
 

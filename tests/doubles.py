@@ -16,7 +16,7 @@ import numpy as np
 
 from qrank.backends import Backend, Options
 from qrank.bundle.manifest import Variant
-from qrank.bundle.sequences import Floats, Logits, Work
+from qrank.bundle.sequences import Floats, Logits, Sequences
 
 
 class Right:
@@ -48,7 +48,7 @@ class Wrong(Right):
         """See `qrank.backends`."""
 
         class Random:
-            def logits(self, work: Work) -> Logits:
+            def logits(self, work: Sequences) -> Logits:
                 return np.random.default_rng(0).normal(50, 9, len(work)).astype(np.float32)
 
             def close(self) -> None:
@@ -85,7 +85,7 @@ class CrashesInTheMiddle(Right):
         """See `qrank.backends`."""
 
         class Frail:
-            def logits(self, work: Work) -> Logits:
+            def logits(self, work: Sequences) -> Logits:
                 if len(work) >= 10:
                     ctypes.string_at(0)
                 return np.zeros(len(work), np.float32)
@@ -135,7 +135,7 @@ class Tires(Right):
         class Tired(fakes.Fake):
             calls = 0
 
-            def logits(self, work: Work) -> Logits:
+            def logits(self, work: Sequences) -> Logits:
                 self.calls += 1
                 if self.calls > 4:
                     raise MemoryError("no more")

@@ -20,12 +20,12 @@ import numpy as np
 
 from qrank.backends import Backend, Options, onnx
 from qrank.bundle.manifest import Manifest, Variant
-from qrank.bundle.sequences import Ids, Logits, Work
+from qrank.bundle.sequences import Ids, Logits, Sequences
 
 LONG = 40
 """Tokens from which `nan_when_long` and `inf_when_long` fail."""
 
-recorded: list[Work] = []
+recorded: list[Sequences] = []
 """What `recording` was asked, oldest first."""
 
 closed: list[str] = []
@@ -41,7 +41,7 @@ class Fake:
         self._known = dict(zip(sequences, probes.logits.tolist(), strict=True))
         self._rule = rule
 
-    def logits(self, work: Work) -> Logits:
+    def logits(self, work: Sequences) -> Logits:
         """See `qrank.backends.Backend`."""
         values = [self._known.get(ids.tobytes(), self._rule(ids)) for ids in work.sequences]
         return np.array(values, np.float32)
@@ -97,7 +97,7 @@ NAP = 0.005
 
 
 class _Sleepy(Fake):
-    def logits(self, work: Work) -> Logits:
+    def logits(self, work: Sequences) -> Logits:
         time.sleep(NAP * len(work))
         return super().logits(work)
 
@@ -117,7 +117,7 @@ class _Strict(Fake):
         self._lock = threading.Lock()
         strict["opened"] += 1
 
-    def logits(self, work: Work) -> Logits:
+    def logits(self, work: Sequences) -> Logits:
         with self._lock:
             strict["used when closed"] += self._closed
             self._users += 1
@@ -146,7 +146,7 @@ def strict_length(folder: Path, variant: Variant, device: str, options: Options)
 
 
 class _Recording(Fake):
-    def logits(self, work: Work) -> Logits:
+    def logits(self, work: Sequences) -> Logits:
         recorded.append(work)
         return super().logits(work)
 
@@ -157,7 +157,7 @@ def recording(folder: Path, variant: Variant, device: str, options: Options) -> 
 
 
 class _Forgetful(Fake):
-    def logits(self, work: Work) -> Logits:
+    def logits(self, work: Sequences) -> Logits:
         logits = super().logits(work)
         return logits if len(logits) < 100 else logits[:-1]
 
@@ -171,7 +171,7 @@ class _Shifted:
     def __init__(self, inner: Backend) -> None:
         self._inner = inner
 
-    def logits(self, work: Work) -> Logits:
+    def logits(self, work: Sequences) -> Logits:
         return self._inner.logits(work) + np.float32(3)
 
     def close(self) -> None:
@@ -196,7 +196,7 @@ class _Plodding(Fake):
         super().__init__(folder, rule)
         self._processor = threading.Lock()
 
-    def logits(self, work: Work) -> Logits:
+    def logits(self, work: Sequences) -> Logits:
         with self._processor:
             time.sleep(SLOW_SECONDS * len(work))
         return super().logits(work)
@@ -212,7 +212,7 @@ class _Failing(Fake):
         super().__init__(folder, rule)
         self._calls = 0
 
-    def logits(self, work: Work) -> Logits:
+    def logits(self, work: Sequences) -> Logits:
         self._calls += 1
         if self._calls % 10 == 0:
             raise RuntimeError("every tenth call fails")

@@ -116,10 +116,8 @@ def main() -> None:
     rooms = sorted({room(name) for name in MODULES}, key=lambda name: (-FLOOR[name], name))
     for name in rooms:
         files = sum(room(module) == name for module in MODULES)
-        below = ", ".join(sorted(end.removeprefix("qrank.") for start, end in found if start == name))
-            end.removeprefix("qrank.") for start, end in sorted(found) if start == name
-        )
-        print(f"{FLOOR[name]:2} {name:29} {files:2} files -> {below}")  # noqa: T201
+        below = sorted(end.removeprefix("qrank.") for start, end in found if start == name)
+        print(f"{FLOOR[name]:2} {name:29} {files:2} files -> {', '.join(below)}")  # noqa: T201
     floors = len({FLOOR[name] for name in rooms})
     print(  # noqa: T201
         f"{len(rooms)} rooms on {floors} floors, {len(found)} arrows between rooms, "

@@ -25,7 +25,7 @@ from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.checkpoint.tokenizer import is_control, text_tokenizer
 from qrank.converters.convert import convert
 from qrank.errors import ConversionError, FamilyError
-from qrank.scoring.pair_tokenizer import Encoder
+from qrank.scoring.pair_tokenizer import PairTokenizer
 
 KINDS = ("bert", "xlm-roberta", "modernbert-mean", "qwen3")
 """WordPiece, Unigram, and BPE of two vocabularies."""
@@ -67,10 +67,10 @@ def family(folder: Path) -> str | None:
 
 
 @cache
-def encoder(folder: Path) -> tuple[Any, Encoder]:
+def encoder(folder: Path) -> tuple[Any, PairTokenizer]:
     checkpoint = read_checkpoint(str(folder), family=family(folder))
     made = json.dumps(checkpoint.text_tokenizer())
-    return checkpoint, Encoder(made, checkpoint.family)
+    return checkpoint, PairTokenizer(made, checkpoint.family)
 
 
 PARTS = [*(t.content for t in WORDS), "PLANETOID", "gmbh", "ångström", "s", "mars", "x", ".", "-"]

@@ -46,7 +46,7 @@ OPENING: dict[str, list[Any]] = {
     "backend": TEXT,
     "device": TEXT,
     "threads": [*WHOLE, 0],
-    "execution": TEXT,
+    "compute_dtype": TEXT,
     "batch": [*WHOLE, 0],
     "max_memory": [True, 2.0, "2X", "", "G", 0, -1, "0", "0G", b"2G", "-2G", "9" * 400],
     "max_length": [*WHOLE, 0],

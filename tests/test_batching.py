@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrank.bundle.sequences import Logits, Work
+from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import TargetError
 from qrank.scoring.batching import cut_padded, in_halves, out_of_memory
 
@@ -61,13 +61,13 @@ def test_where_memory_does_not_suffice_the_same_comes_of_smaller_batches(
     """Room for so many padded tokens, and at least for one sequence."""
     tried: list[int] = []
 
-    def run(batch: Work) -> Logits:
+    def run(batch: Sequences) -> Logits:
         tried.append(len(batch))
         if len(batch) * int(batch.lengths.max()) > room:
             raise MemoryError("too many")
         return np.array([ids.sum() for ids in batch.sequences], np.float32)
 
-    work = Work([np.full(length, i, np.int32) for i, length in enumerate(lengths)])
+    work = Sequences([np.full(length, i, np.int32) for i, length in enumerate(lengths)])
     expected = [i * length for i, length in enumerate(lengths)]
     assert in_halves(work, run).tolist() == expected
     assert tried[0] == len(lengths)
@@ -75,12 +75,12 @@ def test_where_memory_does_not_suffice_the_same_comes_of_smaller_batches(
 
 
 def test_a_single_pair_that_is_too_large_is_told_with_its_tokens() -> None:
-    def run(batch: Work) -> Logits:
+    def run(batch: Sequences) -> Logits:
         if max(map(len, batch.sequences)) > 5:
             raise MemoryError("Failed to allocate memory")
         return np.zeros(len(batch), np.float32)
 
-    work = Work([np.zeros(n, np.int32) for n in (3, 900, 2)], prefix=np.zeros(100, np.int32))
+    work = Sequences([np.zeros(n, np.int32) for n in (3, 900, 2)], prefix=np.zeros(100, np.int32))
     with pytest.raises(
         TargetError, match=r"a single pair of 1,000 tokens: Failed to.*--max-length"
     ):

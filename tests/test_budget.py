@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qrank import Reranker
 from qrank.cli import main
 from qrank.errors import InputError
-from qrank.scoring.deadline import Pace, spend
+from qrank.scoring.deadline import LatencyEstimate, score_within
 
 WARM_UP = 8
 
@@ -37,14 +37,14 @@ class Machine:
             ends[ends.index(min(ends))] += count * self._rate
         return self._call + max(ends)
 
-    def request(self, pace: Pace, tokens: list[int], budget: float) -> tuple[int, float]:
+    def request(self, pace: LatencyEstimate, tokens: list[int], budget: float) -> tuple[int, float]:
         """Documents scored, and seconds spent."""
 
         def score(start: int, end: int) -> None:
             self.now += self.cost(tokens[start:end])
 
         begun = self.now
-        done = spend(budget, len(tokens), pace, lambda a, b: tokens[a:b], score, self.clock)
+        done = score_within(budget, len(tokens), pace, lambda a, b: tokens[a:b], score, self.clock)
         return done, self.now - begun
 
 
@@ -62,7 +62,7 @@ def test_with_documents_alike_it_is_kept_and_used(
     machine = Machine(streams, rate, call * rate * length)
     tokens = [length] * 300
     budget = fits * machine.cost(tokens[:1])
-    pace = Pace()
+    pace = LatencyEstimate()
     for number in range(WARM_UP + 10):
         done, seconds = machine.request(pace, tokens, budget)
         if number >= WARM_UP:
@@ -78,7 +78,7 @@ def test_with_documents_alike_it_is_kept_and_used(
 def test_whatever_comes_documents_are_scored_in_order_and_the_first_always(
     tokens: list[int], budget: float, requests: int
 ) -> None:
-    pace = Pace()
+    pace = LatencyEstimate()
     for _ in range(requests):
         scored: list[int] = []
         ready: list[int] = []
@@ -96,14 +96,14 @@ def test_whatever_comes_documents_are_scored_in_order_and_the_first_always(
             scored.extend(range(start, end))
 
         clock = itertools.count().__next__
-        done = spend(budget, len(tokens), pace, encode, score, clock)
+        done = score_within(budget, len(tokens), pace, encode, score, clock)
         assert scored == list(range(done))
         assert 1 <= done <= len(tokens)
 
 
 def test_a_hiccup_is_forgotten() -> None:
     machine = Machine(2, 1e-3, 0.0)
-    pace = Pace()
+    pace = LatencyEstimate()
     tokens = [100] * 64
     budget = 1.0
     before = [machine.request(pace, tokens, budget)[0] for _ in range(WARM_UP)][-1]

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 from qrank import Reranker
 from qrank.bundle.fidelity import TOLERANCES, Tolerance
 from qrank.bundle.manifest import MANIFEST, TOKENIZER, Manifest
-from qrank.bundle.sequences import Work
+from qrank.bundle.sequences import Sequences
 from qrank.cli import main
 from qrank.converters import graph_file, makers
 from qrank.converters.checkpoint.read import Checkpoint
@@ -71,7 +71,9 @@ def test_a_graph_that_computes_wrongly_is_refused(
     bert: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def write_wrong(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work) -> str:
+    def write_wrong(
+        checkpoint: Checkpoint, precision: str, folder: Path, calibration: Sequences
+    ) -> str:
         graph = onnx.load(bundle / "onnx-fp32" / "model.onnx")
         damage(graph.graph)
         onnx.save(graph, folder / "model.onnx")
@@ -123,7 +125,7 @@ def test_what_fails_leaves_nothing(
     bert: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work) -> str:
+    def fail(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Sequences) -> str:
         write(folder)
         return ""
 
@@ -210,7 +212,9 @@ def failing(
     """Makes a format's converter fail, once half of a file is written. onnx works."""
 
     def fail(format: str, error: Exception) -> None:
-        def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work) -> str:
+        def convert(
+            checkpoint: Checkpoint, precision: str, folder: Path, calibration: Sequences
+        ) -> str:
             (folder / "half").write_bytes(b"half")
             raise error
 

@@ -28,13 +28,13 @@ from qrank.backends import gguf as gguf_backend
 from qrank.backends import llama
 from qrank.bundle.fidelity import TOLERANCES, Fidelity
 from qrank.bundle.manifest import TOKENIZER, Manifest
-from qrank.bundle.sequences import Logits, Work
+from qrank.bundle.sequences import Logits, Sequences
 from qrank.cli import main
 from qrank.converters.checkpoint.probes import probe_pairs
 from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.convert import convert
 from qrank.errors import ConversionError, FamilyError, InputError
-from qrank.scoring.pair_tokenizer import Encoder
+from qrank.scoring.pair_tokenizer import PairTokenizer
 
 TASK = (
     "You are a search relevance expert who evaluates how well documents match search queries. For "
@@ -176,7 +176,7 @@ def test_conformance(
 ) -> None:
     theirs = reference(decoder, checkpoint_of(decoder))
     # In bf16, OpenVINO's choice, a variant in fp16 is as exact as bf16 is, on 2,000 tokens.
-    exact = {"execution": "fp32"} if row == ("openvino", "fp16") else {}
+    exact = {"compute_dtype": "fp32"} if row == ("openvino", "fp16") else {}
     conforms(bundle_of(decoder), "-".join(row), PAIRS, theirs, SHARED, **exact)
 
 
@@ -191,9 +191,11 @@ def test_the_original_conforms(decoder: str, checkpoint_of: Callable[[str], Path
 
 
 @cache
-def encoder_of(kind: str, folder: Path, bundle: Path) -> tuple[Encoder, PreTrainedTokenizerBase]:
+def encoder_of(
+    kind: str, folder: Path, bundle: Path
+) -> tuple[PairTokenizer, PreTrainedTokenizerBase]:
     family = Manifest.load(bundle).family
-    return Encoder(bundle / TOKENIZER, family), AutoTokenizer.from_pretrained(folder)
+    return PairTokenizer(bundle / TOKENIZER, family), AutoTokenizer.from_pretrained(folder)
 
 
 ORDINARY = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(
@@ -241,7 +243,7 @@ def test_control_tokens_in_text_are_text(
 
 def test_only_the_document_gives_way(decoder: str, bundle_of: Callable[[str], Path]) -> None:
     family = Manifest.load(bundle_of(decoder)).family
-    encoder = Encoder(bundle_of(decoder) / TOKENIZER, family, max_length=400)
+    encoder = PairTokenizer(bundle_of(decoder) / TOKENIZER, family, max_length=400)
     short, _ = encoder.whole("mars", "red")
     long, _ = encoder.whole("mars", "red " * 900)
     prompt = encoder.prompt("mars")
@@ -255,7 +257,7 @@ def test_a_query_beyond_the_limit_is_cut(
     decoder: str, bundle_of: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     family = Manifest.load(bundle_of(decoder)).family
-    encoder = Encoder(bundle_of(decoder) / TOKENIZER, family, max_length=400)
+    encoder = PairTokenizer(bundle_of(decoder) / TOKENIZER, family, max_length=400)
     with caplog.at_level(logging.WARNING, "qrank"):
         ids, _ = encoder.whole("which planet is red? " * 200, "mars")
     assert len(ids) <= 400
@@ -266,7 +268,7 @@ def test_a_query_beyond_the_limit_is_cut(
 def test_chunks_stand_in_the_whole_prompt(decoder: str, bundle_of: Callable[[str], Path]) -> None:
     """What leads to the document within its item leads to each of its parts."""
     family = Manifest.load(bundle_of(decoder)).family
-    encoder = Encoder(bundle_of(decoder) / TOKENIZER, family, max_length=400)
+    encoder = PairTokenizer(bundle_of(decoder) / TOKENIZER, family, max_length=400)
     text = " ".join("red planet mars bread".split()[i * i % 4] for i in range(900))
     prompt = encoder.prompt("mars")
     whole, other = encoder.documents([text, "mars"])
@@ -334,12 +336,12 @@ def test_zerank_divides_by_its_temperature(bundle_of: Callable[[str], Path]) -> 
 
 
 def test_the_prefix_is_read_once_a_query(bundle_of: Callable[[str], Path]) -> None:
-    seen: list[Work] = []
+    seen: list[Sequences] = []
     with Reranker(bundle_of("qwen3"), backend="onnx-fp32") as reranker:
         backend = reranker._ready()
 
         class Recorder:
-            def logits(self, work: Work) -> Logits:
+            def logits(self, work: Sequences) -> Logits:
                 seen.append(work)
                 return backend.logits(work)
 
@@ -476,10 +478,10 @@ def test_a_label_of_several_tokens_is_refused(
 def test_activations_of_a_decoder_have_no_one_scale(
     checkpoint_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(ConversionError, match="int8-full is for encoder families"):
+    with pytest.raises(ConversionError, match="int8-w8a8 is for encoder families"):
         convert(
             str(checkpoint_of("qwen3")),
-            [("openvino", "int8-full")],
+            [("openvino", "int8-w8a8")],
             tmp_path / "bundle",
             family="qwen3-reranker",
         )

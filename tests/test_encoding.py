@@ -14,7 +14,7 @@ from qrank import Reranker
 from qrank.bundle.family import Family
 from qrank.bundle.manifest import TOKENIZER, Manifest
 from qrank.errors import InputError
-from qrank.scoring.pair_tokenizer import Encoder, Prompt
+from qrank.scoring.pair_tokenizer import PairTokenizer, Prompt
 
 # Anything a string can hold, surrogates included.
 TEXT = st.text(st.characters(), max_size=60)
@@ -28,8 +28,8 @@ def family(bundle: Path) -> Family:
 
 
 @pytest.fixture(scope="module")
-def encoder(bundle: Path, family: Family) -> Encoder:
-    return Encoder(bundle / TOKENIZER, family)
+def encoder(bundle: Path, family: Family) -> PairTokenizer:
+    return PairTokenizer(bundle / TOKENIZER, family)
 
 
 @pytest.fixture(scope="module", params=[5, 9, 33, None])
@@ -39,7 +39,7 @@ def recorder(bundle: Path, request: pytest.FixtureRequest) -> Iterator[Reranker]
         yield reranker
 
 
-def roomy(encoder: Encoder, room: int) -> Prompt:
+def roomy(encoder: PairTokenizer, room: int) -> Prompt:
     """A prompt that leaves so much room."""
     return replace(encoder.prompt("mars"), room=room)
 
@@ -51,7 +51,7 @@ def limit_of(recorder: Reranker, request: pytest.FixtureRequest) -> int:
 
 @given(query=TEXT, document=TEXT)
 def test_a_pair_is_the_template_filled_in(
-    encoder: Encoder, family: Family, query: str, document: str
+    encoder: PairTokenizer, family: Family, query: str, document: str
 ) -> None:
     query_ids, document_ids = encoder.ids([query, document])
     ids, segments = encoder.pair(encoder.prompt(query), document_ids)
@@ -68,7 +68,7 @@ def test_a_pair_is_the_template_filled_in(
 @given(query=LETTERS, document=LETTERS)
 def test_only_the_document_gives_way(
     recorder: Reranker,
-    encoder: Encoder,
+    encoder: PairTokenizer,
     request: pytest.FixtureRequest,
     query: str,
     document: str,
@@ -91,7 +91,7 @@ def test_only_the_document_gives_way(
 
 
 def test_a_query_beyond_the_limit_is_cut_with_a_warning(
-    encoder: Encoder, family: Family, caplog: pytest.LogCaptureFixture
+    encoder: PairTokenizer, family: Family, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "qrank"):
         prompt = encoder.prompt("a " * family.max_length)
@@ -109,7 +109,7 @@ def test_documents_differ_beside_a_query_beyond_the_limit(reranker: Reranker) ->
 
 
 def test_a_query_that_fits_is_not_warned_of(
-    encoder: Encoder, caplog: pytest.LogCaptureFixture
+    encoder: PairTokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     encoder.prompt("which planet is red?")
     assert not caplog.records
@@ -117,7 +117,7 @@ def test_a_query_that_fits_is_not_warned_of(
 
 @given(text=LETTERS, room=st.integers(1, 40))
 def test_chunks_of_words_are_what_their_characters_say(
-    encoder: Encoder, text: str, room: int
+    encoder: PairTokenizer, text: str, room: int
 ) -> None:
     for part in encoder.chunks(text, roomy(encoder, room)):
         (again,) = encoder.ids([text[part.start : part.end]])
@@ -125,7 +125,9 @@ def test_chunks_of_words_are_what_their_characters_say(
 
 
 @given(text=TEXT, room=st.integers(1, 20))
-def test_chunks_cover_the_document_fit_and_overlap(encoder: Encoder, text: str, room: int) -> None:
+def test_chunks_cover_the_document_fit_and_overlap(
+    encoder: PairTokenizer, text: str, room: int
+) -> None:
     (ids,) = encoder.ids([text])
     parts = encoder.chunks(text, roomy(encoder, room))
     overlap = room // 8
@@ -140,7 +142,7 @@ def test_chunks_cover_the_document_fit_and_overlap(encoder: Encoder, text: str, 
     assert [part.start for part in parts] == sorted(part.start for part in parts)
 
 
-def test_surrogates_do_not_shift_the_characters_of_a_chunk(encoder: Encoder) -> None:
+def test_surrogates_do_not_shift_the_characters_of_a_chunk(encoder: PairTokenizer) -> None:
     text = "\ud83d\ude00 " * 5 + "a b c d"
     (*_, last) = encoder.chunks(text, roomy(encoder, 4))
     assert last.end == len(text)
@@ -199,6 +201,6 @@ def test_strange_text_has_chunks(bundle: Path, kind: str) -> None:
 
 def test_tokenizing_on_several_threads_gives_the_same(bundle: Path, family: Family) -> None:
     texts = [f"document {i} of mars \ud800 🪐 " * 20 for i in range(100)]
-    one = Encoder(bundle / TOKENIZER, family, threads=1).ids(texts)
-    two = Encoder(bundle / TOKENIZER, family, threads=2).ids(texts)
+    one = PairTokenizer(bundle / TOKENIZER, family, threads=1).ids(texts)
+    two = PairTokenizer(bundle / TOKENIZER, family, threads=2).ids(texts)
     assert [ids.tolist() for ids in one] == [ids.tolist() for ids in two]

@@ -421,7 +421,7 @@ def test_the_table_has_80_columns(data: Path, bundle: Path) -> None:
     assert lines[0].split()[:5] == ["run", *MEASURES]
     assert [line.split()[0] for line in lines[1:3]] == ["BM25", "onnx-fp32"]
     # Nothing is cut off where a name is longest.
-    assert any(line.startswith("openvino-int8-full ") for line in lines)
+    assert any(line.startswith("openvino-int8-w8a8 ") for line in lines)
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])

@@ -21,12 +21,12 @@ from qrank import Reranker
 from qrank.backends import Options, llama
 from qrank.backends import gguf as backend
 from qrank.bundle.manifest import TOKENIZER, Manifest
-from qrank.bundle.sequences import Ids, Work
+from qrank.bundle.sequences import Ids, Sequences
 from qrank.cli import main
 from qrank.converters.checkpoint.probes import probe_pairs
 from qrank.converters.convert import convert
 from qrank.errors import ConversionError, TargetError
-from qrank.scoring.pair_tokenizer import Encoder
+from qrank.scoring.pair_tokenizer import PairTokenizer
 
 PRECISIONS = [precision for format, precision in tiny.VARIANTS if format == "gguf"]
 PAIRS = [(query, document[:200]) for query, document in probe_pairs()]
@@ -141,7 +141,7 @@ def test_plain_llama_cpp_gives_the_same_tokens_and_logits(
     kind: str, plain: Plain, bundle_of: Callable[[str], Path]
 ) -> None:
     bundle = bundle_of(kind)
-    encoder = Encoder(bundle / TOKENIZER, Manifest.load(bundle).family)
+    encoder = PairTokenizer(bundle / TOKENIZER, Manifest.load(bundle).family)
 
     def ours(query: str, document: str) -> Ids:
         prompt, (ids,) = encoder.prompt(query), encoder.documents([document])
@@ -292,5 +292,5 @@ def test_ids_beyond_the_vocabulary_are_an_error(bundle: Path) -> None:
     opened = backend.open(bundle, Manifest.load(bundle).variants["gguf-f16"], "cpu", Options(1))
     bad = np.array([2, 1_000_000, 3], np.int32)
     with pytest.raises(TargetError, match="invalid token"):
-        opened.logits(Work([bad], [np.zeros(3, np.int8)]))
+        opened.logits(Sequences([bad], [np.zeros(3, np.int8)]))
     opened.close()

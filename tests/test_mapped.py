@@ -31,7 +31,7 @@ def test_what_openvino_has_read_leaves_memory(
     found = []
     for large in (mapped.LARGE, 0):
         monkeypatch.setattr(mapped, "LARGE", large)
-        with Reranker(bundle, backend="openvino-int8", execution="fp32") as reranker:
+        with Reranker(bundle, backend="openvino-int8", compute_dtype="fp32") as reranker:
             logits = [r.logit for r in reranker.rank("a", ["b c", "d " * 40, "e"])]
             found.append((resident(bundle / "openvino-int8" / "model.bin"), logits))
     (kept, expected), (left, logits) = found
@@ -72,6 +72,6 @@ def test_memory_that_somebody_else_has_by_now_keeps_what_it_holds(
         del held
         monkeypatch.setattr(mapped, "LARGE", 0)
         monkeypatch.setattr(mapped, "_ranges", lambda path: [(start, start + len(heap))])
-        with mapped.given_back(file):
+        with mapped.dropping_pages(file):
             pass
         assert heap[:] == b"\x01" * len(heap)

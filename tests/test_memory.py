@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from qrank import Reranker
 from qrank.bundle.dimensions import Dimensions
 from qrank.bundle.manifest import Manifest
-from qrank.bundle.sequences import Work
+from qrank.bundle.sequences import Sequences
 from qrank.cli import main
 from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.convert import convert
 from qrank.errors import ConversionError, InputError, TargetError
 from qrank.scoring.batching import cut, cut_ragged
-from qrank.scoring.memory import Memory
+from qrank.scoring.memory import MemoryBudget
 from qrank.system import machine
 
 QWEN3 = Dimensions(held=12, hidden=1024, intermediate=3072, heads=16, key_heads=8, width=128)
@@ -39,8 +39,8 @@ QWEN3 = Dimensions(held=12, hidden=1024, intermediate=3072, heads=16, key_heads=
 def test_batches_hold_everything_once_and_find_memory(
     lengths: list[int], before: int, size: int, limit: int
 ) -> None:
-    memory = Memory(size, QWEN3)
-    work = Work([np.zeros(n, np.int32) for n in lengths], prefix=np.zeros(before, np.int32))
+    memory = MemoryBudget(size, QWEN3)
+    work = Sequences([np.zeros(n, np.int32) for n in lengths], prefix=np.zeros(before, np.int32))
     padded = cut(work, limit, memory)
     ragged = cut_ragged(lengths, limit, 16, lambda n: memory.most(n, before))
     for batches in (padded, ragged):
@@ -59,7 +59,7 @@ def test_more_tokens_take_more(length: int, before: int) -> None:
 
 def test_batches_side_by_side_share_what_there_is() -> None:
     one = QWEN3.taken(100)
-    memory = Memory(2 * one, QWEN3)
+    memory = MemoryBudget(2 * one, QWEN3)
     lock = threading.Lock()
     running, most = 0, 0
     both = threading.Barrier(2, timeout=30)
@@ -90,7 +90,7 @@ def test_batches_side_by_side_share_what_there_is() -> None:
 def test_first_come_first_served() -> None:
     """A large one that waits is not overtaken by small ones, or it would wait for ever."""
     one = QWEN3.taken(100)
-    memory = Memory(10 * one, QWEN3)
+    memory = MemoryBudget(10 * one, QWEN3)
     entered: SimpleQueue[int] = SimpleQueue()
 
     def run(count: int) -> None:
@@ -113,7 +113,7 @@ def test_first_come_first_served() -> None:
 
 
 def test_one_that_needs_everything_gets_it_beside_a_stream_of_small_ones() -> None:
-    memory = Memory(4 * QWEN3.taken(100), QWEN3)
+    memory = MemoryBudget(4 * QWEN3.taken(100), QWEN3)
     done = threading.Event()
 
     def small() -> None:
@@ -144,7 +144,7 @@ def test_one_that_is_interrupted_as_it_waits_holds_up_no_other(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    memory = Memory(QWEN3.taken(100), QWEN3)
+    memory = MemoryBudget(QWEN3.taken(100), QWEN3)
     with memory.share(1, 100), monkeypatch.context() as patched:
         patched.setattr(threading.Condition, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt), memory.share(1, 100):

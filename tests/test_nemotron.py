@@ -25,7 +25,7 @@ from qrank.converters.checkpoint.probes import probe_pairs
 from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.convert import convert
 from qrank.errors import ConversionError, InputError
-from qrank.scoring.pair_tokenizer import Encoder
+from qrank.scoring.pair_tokenizer import PairTokenizer
 
 TEMPERATURE = 0.5
 
@@ -119,8 +119,8 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \n:?
 
 
 @cache
-def encoder_of(folder: Path) -> Encoder:
-    return Encoder(folder / TOKENIZER, Manifest.load(folder).family)
+def encoder_of(folder: Path) -> PairTokenizer:
+    return PairTokenizer(folder / TOKENIZER, Manifest.load(folder).family)
 
 
 @given(query=TEXT, document=TEXT)

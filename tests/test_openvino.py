@@ -22,7 +22,7 @@ from qrank.backends import Backend, Options, openvino
 from qrank.bundle.family import Family
 from qrank.bundle.fidelity import TOLERANCES, Fidelity
 from qrank.bundle.manifest import Manifest, Variant
-from qrank.bundle.sequences import Logits, Work
+from qrank.bundle.sequences import Logits, Sequences
 from qrank.cli import main
 from qrank.converters.checkpoint.probes import calibration_pairs
 from qrank.converters.convert import convert
@@ -48,12 +48,12 @@ def test_the_head_stays_fp32(
     checkpoint_of: Callable[[str], Path],
     bundle_of: Callable[[str], Path],
 ) -> None:
-    """Its weights are in the graph as the checkpoint has them; int8-full scales their columns."""
+    """Its weights are in the graph as the checkpoint has them; int8-w8a8 scales their columns."""
 
     def same(found: Any, weight: Any) -> bool:
         if found.shape != weight.shape:
             return False
-        if precision == "int8-full":
+        if precision == "int8-w8a8":
             scales = found / weight
             return np.allclose(scales, scales[:1], rtol=1e-5)
         return np.array_equal(found, weight)
@@ -73,7 +73,7 @@ def test_the_head_stays_fp32(
 
 
 @pytest.mark.parametrize(
-    ("precision", "small"), [("int8", ("u8",)), ("int8-full", ("i8", "u8")), ("fp16", ("f16",))]
+    ("precision", "small"), [("int8", ("u8",)), ("int8-w8a8", ("i8", "u8")), ("fp16", ("f16",))]
 )
 def test_all_other_matrices_are_small(
     kind: str, precision: str, small: tuple[str, ...], bundle_of: Callable[[str], Path]
@@ -160,10 +160,10 @@ def test_a_file_that_is_not_whole_is_caught(
 def test_quantization_looks_at_the_pairs_of_the_file_too(
     checkpoint_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Work] = []
+    seen: list[Sequences] = []
     quantize = converter._quantize
 
-    def record(graph: object, head: set[str], calibration: Work) -> object:
+    def record(graph: object, head: set[str], calibration: Sequences) -> object:
         seen.append(calibration)
         return quantize(graph, head, calibration)
 
@@ -173,7 +173,7 @@ def test_quantization_looks_at_the_pairs_of_the_file_too(
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, pairs)), "utf-8")
     command = ["convert", str(checkpoint_of("bert")), "--to", "openvino", "--precision"]
-    command += ["int8-full", "--calibration", str(path), "-o", str(tmp_path / "out")]
+    command += ["int8-w8a8", "--calibration", str(path), "-o", str(tmp_path / "out")]
     CliRunner().invoke(main, command)
     (calibration,) = seen
     ours = len(calibration_pairs())
@@ -189,7 +189,7 @@ def test_pairs_that_are_none_are_refused(content: str, message: str, tmp_path: P
     path = tmp_path / "pairs.jsonl"
     path.write_text(content, "utf-8")
     with pytest.raises(InputError, match=message):
-        convert("anything", [("openvino", "int8-full")], tmp_path / "out", calibration=path)
+        convert("anything", [("openvino", "int8-w8a8")], tmp_path / "out", calibration=path)
 
 
 # Running
@@ -205,7 +205,7 @@ def test_static_shapes_score_as_dynamic_ones(kind: str, bundle_of: Callable[[str
     """Lengths below the first bucket, between two, and at the limit, which is no power of two."""
     bundle = bundle_of(kind)
     with (
-        Reranker(bundle, backend="openvino-fp16", execution="fp32") as dynamic,
+        Reranker(bundle, backend="openvino-fp16", compute_dtype="fp32") as dynamic,
         Reranker(bundle, backend=f"{__name__}:static") as fixed,
     ):
         ours, theirs = fixed.score(PAIRS * 3, raw=True), dynamic.score(PAIRS * 3, raw=True)
@@ -222,9 +222,9 @@ def test_an_absent_device_is_told_with_those_present(bundle: Path, device: str) 
 
 
 def test_arithmetic_is_chosen_and_named(bundle: Path) -> None:
-    present = openvino.executions("cpu")
+    present = openvino.compute_dtypes("cpu")
     assert present[-1] == "fp32"
-    with Reranker(bundle, backend="openvino-fp16", execution="fp32") as exact:
+    with Reranker(bundle, backend="openvino-fp16", compute_dtype="fp32") as exact:
         logits = exact.manifest.probes.logits
         assert exact._backend is not None
         found = exact._backend.logits(exact.manifest.probes.work)
@@ -232,9 +232,9 @@ def test_arithmetic_is_chosen_and_named(bundle: Path) -> None:
     assert fidelity.max_abs == pytest.approx(
         exact.target.variant.fidelity.max_abs, abs=1e-5 * fidelity.spread
     ), "a conversion is verified in fp32"
-    for backend, execution in (("openvino", "int4"), ("onnx", "fp32")):
-        with pytest.raises(TargetError, match=f"cannot compute in {execution} here"):
-            Reranker(bundle, backend=backend, execution=execution)
+    for backend, compute_dtype in (("openvino", "int4"), ("onnx", "fp32")):
+        with pytest.raises(TargetError, match=f"cannot compute in {compute_dtype} here"):
+            Reranker(bundle, backend=backend, compute_dtype=compute_dtype)
 
 
 def test_arithmetic_that_misses_the_probes_is_not_used(
@@ -247,25 +247,25 @@ def test_arithmetic_that_misses_the_probes_is_not_used(
     opened = []
 
     def wrong_in_bf16(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-        opened.append(options.execution)
-        if options.execution == "bf16":
+        opened.append(options.compute_dtype)
+        if options.compute_dtype == "bf16":
             exact = Options(options.threads)
             return fakes._Shifted(real(folder, variant, device, exact))
         return real(folder, variant, device, options)
 
     monkeypatch.setattr(openvino, "open", wrong_in_bf16)
-    monkeypatch.setattr(openvino, "executions", lambda device: ("bf16", "fp32"))
+    monkeypatch.setattr(openvino, "compute_dtypes", lambda device: ("bf16", "fp32"))
     monkeypatch.setattr(sys, "frozen", True, raising=False)  # all of it in this process
     caplog.set_level("INFO", "qrank")
     with Reranker(bundle, backend="openvino-int8") as reranker:
         found = reranker.score(PAIRS[:1], raw=True)
-    with Reranker(bundle, backend="openvino-int8", execution="fp32") as exact:
+    with Reranker(bundle, backend="openvino-int8", compute_dtype="fp32") as exact:
         np.testing.assert_allclose(found, exact.score(PAIRS[:1], raw=True), rtol=0, atol=1e-6)
     assert opened == ["bf16", "fp32", "fp32"]
     assert "does not compute in bf16" in caplog.text
     # Asked for by name, it fails and nothing else is tried.
     with pytest.raises(TargetError, match="computes wrongly"):
-        Reranker(bundle, backend="openvino-int8", execution="bf16")
+        Reranker(bundle, backend="openvino-int8", compute_dtype="bf16")
     assert opened[3:] == ["bf16"]
 
 
@@ -281,26 +281,26 @@ def test_bf16_is_as_good_of_fp16_as_of_int8_weights_where_it_ranks_as_well(
             self._inner, self._by = inner, by
             self.close = inner.close
 
-        def logits(self, work: Work) -> Logits:
+        def logits(self, work: Sequences) -> Logits:
             return self._inner.logits(work) + np.float32(self._by)
 
     def shifted(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-        by = shifts.get(options.execution or "", 0.0)
-        return Shifted(real(folder, variant, device, replace(options, execution="fp32")), by)
+        by = shifts.get(options.compute_dtype or "", 0.0)
+        return Shifted(real(folder, variant, device, replace(options, compute_dtype="fp32")), by)
 
     monkeypatch.setattr(openvino, "open", shifted)
-    monkeypatch.setattr(openvino, "executions", lambda device: ("bf16", "fp32"))
+    monkeypatch.setattr(openvino, "compute_dtypes", lambda device: ("bf16", "fp32"))
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     with Reranker(bundle, backend="openvino-fp16") as reranker:
-        assert reranker.execution == "bf16"
+        assert reranker.compute_dtype == "bf16"
         assert 0.9 <= reranker.kendall <= 1
     shifts["bf16"] = 0.08 * max(1.0, spread)
     with Reranker(bundle, backend="openvino-fp16", threads=1) as reranker:
-        assert reranker.execution == "fp32"
+        assert reranker.compute_dtype == "fp32"
 
 
 def test_x86_cpus_are_not_asked_to_compute_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """int8-full hangs there; and what has fp16 has bf16, which is five times as fast."""
+    """int8-w8a8 hangs there; and what has fp16 has bf16, which is five times as fast."""
 
     class Core:
         available_devices = ("CPU", "GPU")
@@ -311,8 +311,8 @@ def test_x86_cpus_are_not_asked_to_compute_in_fp16(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(openvino, "_core", Core)
     for machine, expected in (("x86_64", ("bf16", "fp32")), ("aarch64", ("bf16", "fp16", "fp32"))):
         monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
-        assert openvino.executions("cpu") == expected
-        assert openvino.executions("gpu") == ("bf16", "fp16", "fp32")
+        assert openvino.compute_dtypes("cpu") == expected
+        assert openvino.compute_dtypes("gpu") == ("bf16", "fp16", "fp32")
 
 
 def test_a_fused_feed_forward_part_gets_one_stream_of_two_threads(
@@ -322,7 +322,7 @@ def test_a_fused_feed_forward_part_gets_one_stream_of_two_threads(
     manifest = Manifest.load(bundle)
     variant = manifest.variants["openvino-fp16"]
     monkeypatch.setattr(openvino, "_has_fused_mlp", lambda model: True)
-    options = Options(4, execution="bf16")
+    options = Options(4, compute_dtype="bf16")
     backend = openvino.open(bundle, variant, "cpu", options)
     assert backend._streams._max_workers == 1
     assert np.isfinite(backend.logits(manifest.probes.work)).all()
@@ -338,12 +338,16 @@ def test_a_fused_feed_forward_part_gets_one_stream_of_two_threads(
 
 def test_lengths_that_are_computed_wrongly_are_not_padded_to(bundle: Path) -> None:
     manifest = Manifest.load(bundle)
-    for precision, execution in (("int8-full", "bf16"), ("int8-full", "fp32"), ("int8", "bf16")):
+    for precision, compute_dtype in (
+        ("int8-w8a8", "bf16"),
+        ("int8-w8a8", "fp32"),
+        ("int8", "bf16"),
+    ):
         variant = manifest.variants[f"openvino-{precision}"]
-        backend = openvino.open(bundle, variant, "cpu", Options(1, execution=execution))
+        backend = openvino.open(bundle, variant, "cpu", Options(1, compute_dtype=compute_dtype))
         lengths = [backend._length(n) for n in (1, 16, 17, 32, 33, 48, tiny.MAX_LENGTH)]
         backend.close()
-        wrong = (precision, execution) in openvino.WRONG_LENGTHS
+        wrong = (precision, compute_dtype) in openvino.WRONG_LENGTHS
         between = 48 if wrong else 32
         assert lengths == [16, 16, between, between, 48, 48, tiny.MAX_LENGTH]
 

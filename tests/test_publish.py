@@ -20,7 +20,7 @@ from conftest import contents
 
 from qrank import Reranker
 from qrank.bundle.manifest import MANIFEST, TOKENIZER, Manifest
-from qrank.bundle.sequences import Work
+from qrank.bundle.sequences import Sequences
 from qrank.cli import main
 from qrank.converters import publish
 from qrank.converters.checkpoint.read import Checkpoint
@@ -183,7 +183,9 @@ def blocking(
     """Make conversions wait: an event that one has begun, and one that lets them go on."""
     begun, go = threading.Event(), threading.Event()
 
-    def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work) -> str:
+    def convert(
+        checkpoint: Checkpoint, precision: str, folder: Path, calibration: Sequences
+    ) -> str:
         begun.set()
         assert go.wait(120)
         shutil.copy(graph, folder)
@@ -389,7 +391,9 @@ def test_a_disk_that_gets_full_is_told(
 ) -> None:
     full = False
 
-    def convert_(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work) -> str:
+    def convert_(
+        checkpoint: Checkpoint, precision: str, folder: Path, calibration: Sequences
+    ) -> str:
         nonlocal full
         full = True
         (folder / "model.onnx").write_bytes(b"half")

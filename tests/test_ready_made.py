@@ -23,7 +23,7 @@ from qrank.bundle.sequences import Logits
 from qrank.cli import main
 from qrank.converters.convert import convert
 from qrank.errors import ConversionError, FidelityError, ModelNotFoundError
-from qrank.scoring.pair_tokenizer import Encoder
+from qrank.scoring.pair_tokenizer import PairTokenizer
 
 Folders = Callable[[str], Path]
 TYPES = ["input_ids", "attention_mask", "token_type_ids"]
@@ -124,7 +124,9 @@ def test_it_scores_as_transformers_does(
     pairs, theirs = expected(layout, checkpoint_of)
     assert list(manifest.variants) == [name]
     assert not manifest.probes.verified
-    with Reranker(target, execution="fp32" if name.startswith("openvino") else None) as reranker:
+    with Reranker(
+        target, compute_dtype="fp32" if name.startswith("openvino") else None
+    ) as reranker:
         ours = reranker.score(pairs, raw=True)
         ranked = reranker.rank(pairs[0][0], [d for q, d in pairs if q == pairs[0][0]])
     tolerance = TOLERANCES[manifest.variants[name].precision]
@@ -155,7 +157,7 @@ def test_the_cut_changes_nothing(
     source = layout_of(layout) / file
     made = convert(str(source), None, tmp_path / "out", family=family_of(layout))
     target, manifest = made.folder, made.manifest
-    encoder = Encoder(target / TOKENIZER, manifest.family)
+    encoder = PairTokenizer(target / TOKENIZER, manifest.family)
     run_theirs, run_ours = ready_files.runner(source), ready_files.runner(target / variant)
     labels, ours, theirs = manifest.family.labels, [], []
     for pair in [(q, d) for q, d in test_decoders.PAIRS if len(d) < 200]:

@@ -10,9 +10,9 @@ import pytest
 from qrank import Reranker
 from qrank.backends import Options, onnx
 from qrank.bundle.manifest import TOKENIZER, Manifest, Probes
-from qrank.bundle.sequences import Work
+from qrank.bundle.sequences import Sequences
 from qrank.errors import BundleError, InputError, ModelNotFoundError, TargetError
-from qrank.scoring.pair_tokenizer import Encoder
+from qrank.scoring.pair_tokenizer import PairTokenizer
 
 QUERY = "which planet is red?"
 DOCUMENTS = ["bread is baked in an oven", "mars is the red planet", "", "the sky", " \t "]
@@ -126,7 +126,7 @@ def test_the_best_chunk_wins_and_says_where_it_is(
 def test_chunks_score_like_documents_of_their_own(reranker: Reranker, bundle: Path) -> None:
     document = " ".join("abcdefghij"[i * i % 10] for i in range(1200))
     family = reranker.manifest.family
-    encoder = Encoder(bundle / TOKENIZER, family)
+    encoder = PairTokenizer(bundle / TOKENIZER, family)
     chunks = encoder.chunks(document, encoder.prompt(QUERY))
     assert len(chunks) > 1
     texts = [document[chunk.start : chunk.end] for chunk in chunks]
@@ -245,7 +245,7 @@ def test_a_runtimes_own_error_is_a_target_error(bundle: Path) -> None:
     backend = onnx.open(bundle, variant, "cpu", Options(1))
     work = Manifest.load(bundle).probes.work.take(np.array([0]))
     with pytest.raises(TargetError, match="onnxruntime failed: "):
-        backend.logits(Work([work.sequences[0] + 10**6], work.segments))
+        backend.logits(Sequences([work.sequences[0] + 10**6], work.segments))
     assert backend.logits(work).shape == (1,)
     backend.close()
 

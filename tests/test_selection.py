@@ -26,7 +26,15 @@ from qrank.errors import BundleError, InputError, MissingExtraError, TargetError
 from qrank.measure import tuning
 from qrank.select import losses, selection
 from qrank.select.losses import Loss
-from qrank.select.selection import ALIKE, PROFILES, Measurement, Wish, order, recalled, remember
+from qrank.select.selection import (
+    PROFILES,
+    TIE_MARGIN,
+    Criteria,
+    Measurement,
+    order,
+    recalled,
+    remember,
+)
 from qrank.select.targets import ELSEWHERE, ON_CPU, guesses
 from qrank.system import cache, machine
 from qrank.system.cache import store
@@ -400,13 +408,13 @@ measurements = st.lists(
 def test_fastest_is_the_fastest_or_as_good_as_and_more_faithful(
     found: list[Measurement], least: float | None
 ) -> None:
-    ordered = order(found, Wish(min_kendall=least))
+    ordered = order(found, Criteria(min_kendall=least))
     fit = [m for m in found if m.reason is None and (least is None or m.kendall >= least)]
     assert sorted(map(id, ordered)) == sorted(map(id, fit))
     if fit:
         top = max(m.speeds["passages"] for m in fit)
-        assert ordered[0].speeds["passages"] >= top * (1 - ALIKE)
-        alike = [m for m in fit if m.speeds["passages"] >= top * (1 - ALIKE)]
+        assert ordered[0].speeds["passages"] >= top * (1 - TIE_MARGIN)
+        alike = [m for m in fit if m.speeds["passages"] >= top * (1 - TIE_MARGIN)]
         assert ordered[0].kendall == max(m.kendall for m in alike)
 
 
@@ -414,9 +422,9 @@ def test_fastest_is_the_fastest_or_as_good_as_and_more_faithful(
 def test_the_other_policies(found: list[Measurement]) -> None:
     fit = [m for m in found if m.reason is None]
     if fit:
-        smallest = order(found, Wish(policy="smallest"))[0]
+        smallest = order(found, Criteria(policy="smallest"))[0]
         assert smallest.bytes == min(m.bytes for m in fit)
-        faithful = order(found, Wish(policy="most-faithful"))[0]
+        faithful = order(found, Criteria(policy="most-faithful"))[0]
         assert faithful.kendall == max(m.kendall for m in fit)
 
 
@@ -464,29 +472,29 @@ def test_bounds_that_different_variants_satisfy_are_told(bundle: Path) -> None:
 
 
 def test_what_loses_much_or_nobody_knows_what_is_taken_last(bundle: Path, tmp_path: Path) -> None:
-    speeds = {"openvino-int8-full": 9.0, "openvino-int8": 8.0, "onnx-int8": 5.0}
+    speeds = {"openvino-int8-w8a8": 9.0, "openvino-int8": 8.0, "onnx-int8": 5.0}
     bundle = subset(bundle, tmp_path / "three", list(speeds))
     manifest = Manifest.load(bundle)
     remember(
         manifest, THREADS, [measurement(f"{name}@cpu", speed) for name, speed in speeds.items()]
     )
 
-    def chosen(**wish: Any) -> str:
-        with Reranker(bundle, **wish) as reranker:
+    def chosen(**criteria: Any) -> str:
+        with Reranker(bundle, **criteria) as reranker:
             return reranker.target.variant.name
 
     def lost(variant: str, mean: float) -> None:
         losses.remember(manifest, {variant: Loss(mean, 0.001, 100, "cranfield")})
 
     assert chosen() == "openvino-int8"
-    assert chosen(backend="openvino") == "openvino-int8-full"
+    assert chosen(backend="openvino") == "openvino-int8-w8a8"
     lost("openvino-int8", 0.02)
     assert chosen() == "onnx-int8"
-    lost("openvino-int8-full", 0.002)
-    assert chosen() == "openvino-int8-full"
+    lost("openvino-int8-w8a8", 0.002)
+    assert chosen() == "openvino-int8-w8a8"
     shown = qrank_("tune", bundle, "--limit", "30").stdout
     assert "taken last: openvino-int8, which loses" in shown
-    assert "taken last: openvino-int8-full" not in shown
+    assert "taken last: openvino-int8-w8a8" not in shown
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrank import Reranker
-from qrank.scoring.inputs import Item, LongDocuments
+from qrank.scoring.inputs import LongDocuments, ModelInput
 from qrank.serve.batcher import PREFIX_TURNS, Batcher, Job, Turn, cut
 from qrank.serve.metrics import Metrics
-from qrank.serve.request import Asked, Outcome, RefusedError
+from qrank.serve.request import RequestError, RerankOutcome, RerankTask
 
 Result = TypeVar("Result")
 
@@ -32,7 +32,7 @@ NO_LOOP.close()
 def job(lengths: list[int], *, prefix: int = 0, ends: float | None = None) -> Job:
     before = np.zeros(prefix, np.int32)
     items = [
-        Item(owner, before, np.zeros(length, np.int32), None, truncated=False, part=None)
+        ModelInput(owner, before, np.zeros(length, np.int32), None, truncated=False, part=None)
         for owner, length in enumerate(lengths)
     ]
     return Job(items, 0.0, ends, asyncio.Future(loop=NO_LOOP))
@@ -77,9 +77,9 @@ def plodding() -> Iterator[Reranker]:
         yield opened
 
 
-def asked(count: int, *, text: str = "a", budget: float | None = None) -> Asked:
+def asked(count: int, *, text: str = "a", budget: float | None = None) -> RerankTask:
     pairs = [("q", f"{text} {i}") for i in range(count)]
-    return Asked(None, pairs, None, "truncate", None, budget)
+    return RerankTask(None, pairs, None, "truncate", None, budget)
 
 
 @asynccontextmanager
@@ -131,7 +131,7 @@ def test_the_oldest_moves_on_beside_a_stream_of_short_ones(plodding: Reranker) -
 
 
 def test_scores_of_mixed_requests_are_those_of_each() -> None:
-    async def scene(reranker: Reranker) -> list[Outcome]:
+    async def scene(reranker: Reranker) -> list[RerankOutcome]:
         async with queue(reranker) as batcher:
             words = ["a b c", "d", "e f g h i j"]
             return await asyncio.gather(
@@ -152,7 +152,7 @@ def test_scores_of_mixed_requests_are_those_of_each() -> None:
 
 
 def test_a_budget_is_kept_and_the_rest_stays_in_order(plodding: Reranker) -> None:
-    async def scene() -> Outcome:
+    async def scene() -> RerankOutcome:
         async with queue(plodding) as batcher:
             await batcher.score(asked(20), 30)  # the engine's speed is known then
             outcome = await batcher.score(asked(100, budget=0.4), 30)
@@ -171,7 +171,7 @@ def test_a_budget_is_kept_and_the_rest_stays_in_order(plodding: Reranker) -> Non
 def test_a_budget_that_is_used_before_its_turn_scores_the_first(way: LongDocuments) -> None:
     """As `Reranker.rank` does: a document is there to stand for the others."""
 
-    async def scene(reranker: Reranker) -> Outcome:
+    async def scene(reranker: Reranker) -> RerankOutcome:
         async with queue(reranker) as batcher:
             first = asyncio.create_task(batcher.score(asked(40), 30))
             await asyncio.sleep(0.05)
@@ -192,7 +192,7 @@ def test_a_budget_that_is_used_before_its_turn_scores_the_first(way: LongDocumen
 def test_a_budget_ends_the_reading_too() -> None:
     """10 million characters in parts are not all turned into tokens for a budget of a moment."""
 
-    async def scene(reranker: Reranker) -> Outcome:
+    async def scene(reranker: Reranker) -> RerankOutcome:
         async with queue(reranker) as batcher:
             return await batcher.score(
                 replace(
@@ -273,9 +273,9 @@ def test_a_queue_that_fails_tells_everyone(monkeypatch: pytest.MonkeyPatch) -> N
         await asyncio.sleep(0.1)
         monkeypatch.setattr("qrank.serve.batcher.cut", broken)
         found = await asyncio.gather(*waiting, return_exceptions=True)
-        assert [type(error) for error in found] == [RefusedError] * 3
-        assert {error.status for error in found if isinstance(error, RefusedError)} == {500}
-        with pytest.raises(RefusedError, match="the queue of m has failed") as refused:
+        assert [type(error) for error in found] == [RequestError] * 3
+        assert {error.status for error in found if isinstance(error, RequestError)} == {500}
+        with pytest.raises(RequestError, match="the queue of m has failed") as refused:
             await batcher.score(asked(1), 30)
         assert refused.value.status == 503
         assert batcher.queued == 0
@@ -290,7 +290,7 @@ def test_what_takes_too_long_is_given_up(plodding: Reranker) -> None:
     async def scene() -> None:
         async with queue(plodding) as batcher:
             start = time.perf_counter()
-            with pytest.raises(RefusedError, match=r"not scored within 0\.2 s") as refused:
+            with pytest.raises(RequestError, match=r"not scored within 0\.2 s") as refused:
                 await batcher.score(asked(100), 0.2)
             assert refused.value.status == 503
             assert time.perf_counter() - start < 1.8
@@ -308,7 +308,7 @@ def test_a_full_queue_refuses_and_says_when(plodding: Reranker) -> None:
             # More than the limit, but it finds the queue empty.
             long = asyncio.create_task(batcher.score(asked(50), 30))
             await asyncio.sleep(0.2)
-            with pytest.raises(RefusedError, match="beyond its limit of 200") as refused:
+            with pytest.raises(RequestError, match="beyond its limit of 200") as refused:
                 await batcher.score(asked(1), 30)
             assert refused.value.status == 429
             assert 1 <= (refused.value.retry_after or 0) <= 600
@@ -336,7 +336,7 @@ def test_a_cancelled_request_leaves_the_queue(plodding: Reranker) -> None:
 def test_one_bad_document_fails_its_own_request_alone() -> None:
     """NaN for pairs of more than 40 tokens, in a call that holds several requests."""
 
-    async def scene(reranker: Reranker) -> list[Outcome | BaseException]:
+    async def scene(reranker: Reranker) -> list[RerankOutcome | BaseException]:
         async with queue(reranker) as batcher:
             requests = [asked(3), asked(1, text="long " * 50), asked(2)]
             return await asyncio.gather(
@@ -345,9 +345,9 @@ def test_one_bad_document_fails_its_own_request_alone() -> None:
 
     with Reranker("mini", backend="fakes:nan_when_long") as reranker:
         first, bad, last = run(scene(reranker))
-    assert isinstance(first, Outcome)
-    assert isinstance(last, Outcome)
-    assert isinstance(bad, RefusedError)
+    assert isinstance(first, RerankOutcome)
+    assert isinstance(last, RerankOutcome)
+    assert isinstance(bad, RequestError)
     assert bad.status == 500
     assert "gave nan for document 0" in bad.message
 
@@ -358,7 +358,7 @@ def test_decoders_in_slices_score_as_they_do_at_once(
 ) -> None:
     """Prefixes of several requests, each read again in every slice."""
 
-    async def scene(reranker: Reranker) -> list[Outcome]:
+    async def scene(reranker: Reranker) -> list[RerankOutcome]:
         async with queue(reranker) as batcher:
             return await asyncio.gather(
                 *(batcher.score(replace(asked(9), pairs=each), 60) for each in requests)

@@ -228,7 +228,7 @@ def test_options_that_do_not_go_together_say_so() -> None:
         (["--instruction", "x", "--port", "0"], "--instruction: "),
         (["--scores", "calibrated", "--port", "0"], "qrank calibrate"),
         (["--min-kendall", "0.9999", "--port", "0"], "Kendall tau of 0.9999"),
-        (["--execution", "fp7", "--port", "0"], "fp7"),
+        (["--compute-dtype", "fp7", "--port", "0"], "fp7"),
     ]:
         done = CliRunner().invoke(main, ["serve", *arguments])
         assert done.exit_code != 0

@@ -15,7 +15,7 @@ from test_serve import EVERY, JSON, QUERY, TEXTS, body, message
 
 from qrank import Reranker
 from qrank.serve.body import inflated
-from qrank.serve.request import Limits, RefusedError
+from qrank.serve.request import Limits, RequestError
 from qrank.serve.routing import ALIASES
 
 STATE = ["/health", "/ready", "/info", "/v1/models", "/metrics", "/docs", "/openapi.json"]
@@ -185,7 +185,7 @@ def test_bodies_that_cannot_be_decompressed(client: httpx.Client, path: str) -> 
 
 def test_what_is_decompressed_never_exceeds_the_limit() -> None:
     bomb = gzip.compress(b"\0" * 30_000_000)
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(RequestError) as refused:
         inflated(bomb, "gzip", 1_000_000)
     assert refused.value.status == 413
     assert inflated(bomb, "gzip", 30_000_000) == b"\0" * 30_000_000

@@ -26,13 +26,13 @@ from transformers import (
 )
 
 from qrank import Reranker
-from qrank.bundle.sequences import Logits, Work
+from qrank.bundle.sequences import Logits, Sequences
 from qrank.converters.checkpoint.ids import PROBE_TOKENS
 from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.convert import convert
 from qrank.converters.gguf import export
 from qrank.errors import ConversionError, FamilyError, TargetError
-from qrank.scoring.pair_tokenizer import Encoder
+from qrank.scoring.pair_tokenizer import PairTokenizer
 
 LENGTH = 700
 WINDOW = 560
@@ -51,7 +51,7 @@ PAIRS = [("why", document) for document in DOCUMENTS]
 def reference(folder: Path, family: str) -> Logits:
     """By transformers' own forward pass, each pair alone and whole."""
     checkpoint = read_checkpoint(str(folder), family=family)
-    encoder = Encoder(json.dumps(checkpoint.text_tokenizer()), checkpoint.family)
+    encoder = PairTokenizer(json.dumps(checkpoint.text_tokenizer()), checkpoint.family)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -162,7 +162,7 @@ def test_an_exported_graph_sees_it_too(windowed: Path, tmp_path: Path) -> None:
 def test_llama_cpp_has_none_and_says_so(windowed: Path, tmp_path: Path) -> None:
     checkpoint = read_checkpoint(str(windowed), family="qwen3-reranker")
     with pytest.raises(ConversionError, match=f"not to a window of {WINDOW}"):
-        export.convert(checkpoint, "f16", tmp_path, Work([]))
+        export.convert(checkpoint, "f16", tmp_path, Sequences([]))
     assert not list(tmp_path.iterdir())
 
 

@@ -18,7 +18,7 @@ from qrank.bundle.manifest import TOKENIZER
 from qrank.converters.checkpoint.read import Checkpoint, read_checkpoint
 from qrank.converters.checkpoint.tokenizer import text_tokenizer
 from qrank.errors import ConversionError
-from qrank.scoring.pair_tokenizer import Encoder
+from qrank.scoring.pair_tokenizer import PairTokenizer
 
 SPECIAL = [
     *("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]", "[unused0]"),
@@ -33,7 +33,7 @@ class Case:
     """A tiny checkpoint, qrank's encoder of it, and the ids no text may give."""
 
     checkpoint: Checkpoint
-    encoder: Encoder
+    encoder: PairTokenizer
     control: frozenset[int]
 
     def pair(self, query: str, document: str) -> list[int]:
@@ -47,7 +47,7 @@ def _case(kind: str, folder: Path, work: Path) -> Case:
     path = work / f"{kind}.json"
     path.write_text(json.dumps(checkpoint.text_tokenizer()), "utf-8")
     control = checkpoint.tokenizer.convert_tokens_to_ids(list(checkpoint.control))
-    return Case(checkpoint, Encoder(path, checkpoint.family), frozenset(control))
+    return Case(checkpoint, PairTokenizer(path, checkpoint.family), frozenset(control))
 
 
 @pytest.fixture(scope="session")

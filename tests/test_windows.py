@@ -22,7 +22,7 @@ from qrank.bundle.locate import locate
 from qrank.bundle.manifest import TOKENIZER
 from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.checkpoint.tokenizer import text_tokenizer
-from qrank.scoring.pair_tokenizer import Encoder
+from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.scoring.windows import WINDOW, Tokens, Windows
 
 HERE = Path(__file__).parent
@@ -135,7 +135,7 @@ def pieces(
     request: pytest.FixtureRequest,
     checkpoint_of: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Encoder, Tokenizer]:
+) -> tuple[PairTokenizer, Tokenizer]:
     """An encoder of each kind, and its tokenizer."""
     kind: str = request.param
     folder = checkpoint_of(kind)
@@ -143,7 +143,7 @@ def pieces(
     path = tmp_path_factory.mktemp("tokenizer") / TOKENIZER
     tokenizer.save(str(path))
     family = read_checkpoint(str(folder), family=tiny_decoders.FAMILIES.get(kind)).family
-    return Encoder(path, family, threads=2), tokenizer
+    return PairTokenizer(path, family, threads=2), tokenizer
 
 
 TEXTS = {
@@ -156,7 +156,7 @@ TEXTS = {
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_a_long_document_is_read_as_if_at_once(
-    pieces: tuple[Encoder, Tokenizer], name: str
+    pieces: tuple[PairTokenizer, Tokenizer], name: str
 ) -> None:
     """Its beginning, its end and its parts; another one beside it."""
     encoder, tokenizer = pieces
@@ -220,11 +220,11 @@ THREADS = """
 import sys, threading, time
 from pathlib import Path
 from qrank.bundle.manifest import TOKENIZER, Manifest
-from qrank.scoring.pair_tokenizer import Encoder
+from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.bundle.locate import locate
 
 folder = locate("mini")
-encoder = Encoder(folder / TOKENIZER, Manifest.load(folder).family, threads=int(sys.argv[1]))
+encoder = PairTokenizer(folder / TOKENIZER, Manifest.load(folder).family, threads=int(sys.argv[1]))
 texts = ["which planet is red and why " * 400] * 100
 done, running = threading.Event(), []
 

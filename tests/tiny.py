@@ -39,7 +39,7 @@ VARIANTS = (
     ("onnx", "fp16"),
     ("onnx", "fp32"),
     ("openvino", "int8"),
-    ("openvino", "int8-full"),
+    ("openvino", "int8-w8a8"),
     ("openvino", "fp16"),
     ("gguf", "q4_k_m"),
     ("gguf", "q8_0"),

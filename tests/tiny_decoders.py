@@ -26,7 +26,7 @@ from transformers import (
 
 from qrank.bundle.family import cards
 
-VARIANTS = tuple(row for row in tiny.VARIANTS if row != ("openvino", "int8-full"))
+VARIANTS = tuple(row for row in tiny.VARIANTS if row != ("openvino", "int8-w8a8"))
 """Every (format, precision) that there is of decoders."""
 
 MAX_LENGTH = 2304

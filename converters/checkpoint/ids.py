@@ -5,29 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 from qrank.bundle.family import Family, fill
-from qrank.bundle.sequences import Work
+from qrank.bundle.sequences import Sequences
 from qrank.converters.checkpoint.configuration import explained
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.errors import ConversionError
-from qrank.scoring.pair_tokenizer import Encoder
+from qrank.scoring.pair_tokenizer import PairTokenizer
 
 PROBE_TOKENS = 512
 """Longest probe: every length behaves alike beyond, and the reference is slow."""
 
 
-def encode_pairs(pairs: list[tuple[str, str]], tokenizer: Path | str, family: Family) -> Work:
+def encode_pairs(pairs: list[tuple[str, str]], tokenizer: Path | str, family: Family) -> Sequences:
     """Pairs as token ids, made by qrank's own encoder; long ones are cut."""
-    encoder = Encoder(tokenizer, family, max_length=min(family.max_length, PROBE_TOKENS))
+    encoder = PairTokenizer(tokenizer, family, max_length=min(family.max_length, PROBE_TOKENS))
     sequences, segments = [], []
     for query, document in pairs:
         sequence, types = encoder.whole(query, document)
         sequences.append(sequence)
         if types is not None:
             segments.append(types)
-    return Work(sequences, segments or None)
+    return Sequences(sequences, segments or None)
 
 
-def check_ids(pairs: list[tuple[str, str]], work: Work, checkpoint: Checkpoint) -> None:
+def check_ids(pairs: list[tuple[str, str]], work: Sequences, checkpoint: Checkpoint) -> None:
     """Hold encoded pairs against transformers' tokenizer.
 
     Raises:

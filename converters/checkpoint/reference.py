@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qrank.bundle.sequences import Logits, Work
+from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import ConversionError
 from qrank.system.extras import need
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def run_reference(model: PreTrainedModel, work: Work, labels: tuple[int, ...] = ()) -> Logits:
+def run_reference(model: PreTrainedModel, work: Sequences, labels: tuple[int, ...] = ()) -> Logits:
     """Logits of transformers' own forward pass in fp32, one pair at a time, shape [n].
 
     Args:

@@ -90,16 +90,16 @@ def text_tokenizer(
     }
     if model["type"] == "Unigram":
         known = {piece for piece, _ in model["vocab"]}
-        model["vocab"] = [[_shut(piece, unreachable), score] for piece, score in model["vocab"]]
+        model["vocab"] = [[_guarded(piece, unreachable), score] for piece, score in model["vocab"]]
     else:
         known = set(model["vocab"])
-        model["vocab"] = {_shut(p, unreachable): number for p, number in model["vocab"].items()}
+        model["vocab"] = {_guarded(p, unreachable): number for p, number in model["vocab"].items()}
     behind = [token for token in added if token["content"] not in known]
     _keep_ids(made, behind, control)
     return made
 
 
-def _shut(piece: str, unreachable: Collection[str]) -> str:
+def _guarded(piece: str, unreachable: Collection[str]) -> str:
     return f" {piece}" if piece in unreachable else piece
 
 

@@ -26,7 +26,7 @@ from qrank.backends.gguf import FILE, TYPE_STRIDE
 from qrank.backends.gguf_decoder import HEAD
 from qrank.backends.llama import complaint, library
 from qrank.bundle.family import Family
-from qrank.bundle.sequences import Work
+from qrank.bundle.sequences import Sequences
 from qrank.converters.checkpoint.configuration import (
     NEMOTRON,
     auto_class,
@@ -75,7 +75,7 @@ _BUFFER = 2**27
 Floats = NDArray[np.float32]
 
 
-def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work) -> str:
+def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Sequences) -> str:
     """Write `model.gguf` into a folder, and a decoder's head as `head.npy`.
 
     Args:
@@ -95,7 +95,7 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: W
     if precision == "f16":
         return ""
     block = _BLOCKS[precision]
-    kinds = _stand_ins(matrices, block)
+    kinds = _fallback_types(matrices, block)
     plain = path.rename(folder / "f16.gguf")
     _quantize(plain, path, precision, kinds)
     plain.unlink()
@@ -108,7 +108,7 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: W
     )
 
 
-def _stand_ins(matrices: Sequence[_Tensor], block: int) -> dict[str, str]:
+def _fallback_types(matrices: Sequence[_Tensor], block: int) -> dict[str, str]:
     """The types of the matrices that cannot be, or had better not be, what the precision says.
 
     Where the vocabulary's rows do not fit, hardly any do, and the few that would come to 4 % of the
@@ -279,7 +279,7 @@ def _tensors(
     torch = need("torch")
     with torch.device("meta"):
         model = auto_class(config.to_dict()).from_config(config, trust_remote_code=False)
-    homeless = []
+    unmapped = []
     for name, _ in model.named_parameters():
         module, _, parameter = name.rpartition(".")
         if module in layout.head:
@@ -289,7 +289,7 @@ def _tensors(
         number = re.search(r"\.(\d+)\.", module)
         theirs = layout.names.get(re.sub(r"\.\d+\.", ".{}.", module))
         if theirs is None or (layout.arch == "modern-bert" and _is_extra_bias(theirs, parameter)):
-            homeless.append(name)
+            unmapped.append(name)
             continue
         target = f"{theirs.format(number[1] if number else '')}.{parameter}"
         shape, load = list(weights.shapes[name]), partial(weights.rows, name)
@@ -300,9 +300,9 @@ def _tensors(
         elif theirs == "token_embd" and (types := _types(checkpoint)) > 1:
             shape[0] *= types
             load = partial(_shifted, weights, name, types)
-        elif layout.norms_from_one and theirs.endswith("norm"):
+        elif layout.norms_minus_one and theirs.endswith("norm"):
             load = partial(_from_one, weights, name)
-        elif layout.pairs_turn and theirs.endswith(("attn_q", "attn_k")):
+        elif layout.interleaved_rope and theirs.endswith(("attn_q", "attn_k")):
             queries = theirs.endswith("attn_q")
             heads = config.num_attention_heads if queries else config.num_key_value_heads
             load = partial(_paired, weights, name, heads)
@@ -312,8 +312,8 @@ def _tensors(
     if _serves(checkpoint.family):
         rows = _label_rows(weights, config, checkpoint.family)
         yield _Tensor("cls.output.weight", list(rows.shape), lambda: iter([rows]))
-    if homeless:
-        raise ConversionError(f"llama.cpp's {layout.arch} has no place for: {', '.join(homeless)}")
+    if unmapped:
+        raise ConversionError(f"llama.cpp's {layout.arch} has no place for: {', '.join(unmapped)}")
 
 
 def _is_extra_bias(theirs: str, parameter: str) -> bool:

@@ -41,8 +41,8 @@ class Layout:
     known_act: str = "gelu"
     eps: str = "layer_norm_eps"
     after_pad: bool = False
-    norms_from_one: bool = False
-    pairs_turn: bool = False
+    norms_minus_one: bool = False
+    interleaved_rope: bool = False
     head: tuple[str, ...] = ()
 
     @classmethod
@@ -157,13 +157,13 @@ _LAYOUTS = {
     "Qwen3ForSequenceClassification": _decoder("qwen3"),
     "Qwen2ForCausalLM": _decoder("qwen2"),
     "Qwen2ForSequenceClassification": _decoder("qwen2"),
-    "LlamaForCausalLM": _decoder("llama", pairs_turn=True),
-    "LlamaBidirectionalForSequenceClassification": _decoder("llama-embed", pairs_turn=True),
+    "LlamaForCausalLM": _decoder("llama", interleaved_rope=True),
+    "LlamaBidirectionalForSequenceClassification": _decoder("llama-embed", interleaved_rope=True),
     "GemmaForCausalLM": _decoder(
         "gemma",
         act="hidden_activation",
         known_act="gelu_pytorch_tanh",
-        norms_from_one=True,
+        norms_minus_one=True,
     ),
 }
 """By the name of transformers' class."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from qrank.bundle.family import Family
-from qrank.bundle.sequences import Work
+from qrank.bundle.sequences import Sequences
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.graph_file import fits, save_graph
 from qrank.converters.logs import errors_only
@@ -35,7 +35,7 @@ HEAD = frozenset({"pooler", "classifier", "head", "score"})
 """Names of the score head's modules in transformers' classes: they stay fp32 in every precision."""
 
 
-def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work) -> str:
+def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Sequences) -> str:
     """Write `model.onnx` (and `model.onnx.data` above 2 GB) into a folder.
 
     Args:

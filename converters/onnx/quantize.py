@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qrank.bundle.sequences import Work, feed, no_prefix
+from qrank.bundle.sequences import Sequences, feed, no_prefix
 from qrank.system.extras import need
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def quantize(
     _Quantizer(model, folder, keep, maxima).run()
 
 
-def channel_maxima(path: Path, calibration: Work) -> dict[str, Floats]:
+def channel_maxima(path: Path, calibration: Sequences) -> dict[str, Floats]:
     """max |x_j| over all calibration tokens, for every norm's output.
 
     Args:

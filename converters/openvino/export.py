@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from qrank.bundle.sequences import Work, feed
+from qrank.bundle.sequences import Sequences, feed
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.logs import errors_only
 from qrank.converters.onnx.export import HEAD, export
@@ -29,7 +29,7 @@ from qrank.system.extras import need
 if TYPE_CHECKING:
     import openvino
 
-PRECISIONS = ("int8", "int8-full", "fp16")
+PRECISIONS = ("int8", "int8-w8a8", "fp16")
 MODULES = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "openvino", "nncf")
 """What converting and verifying takes."""
 
@@ -47,33 +47,33 @@ _LENGTHS = {
 """Which of an input's dimensions is a length, and the least it may be."""
 
 
-def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Work) -> str:
+def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Sequences) -> str:
     """Write `model.xml` and `model.bin` into a folder.
 
     Args:
         checkpoint: loaded here, in fp32.
-        precision: one of PRECISIONS. `int8` is weights alone, `int8-full` activations too. The
+        precision: one of PRECISIONS. `int8` is weights alone, `int8-w8a8` activations too. The
             head stays fp32.
         folder: exists and is empty.
-        calibration: pairs whose activations `int8-full` looks at.
+        calibration: pairs whose activations `int8-w8a8` looks at.
 
     Returns:
         "": there is nothing to add to the precision's name.
 
     Raises:
         ConversionError: the graph cannot be exported, or what was written is not whole; or
-            `int8-full` of a decoder family.
+            `int8-w8a8` of a decoder family.
     """
     ov = need("openvino")
-    if precision == "int8-full" and checkpoint.family.decoder:
+    if precision == "int8-w8a8" and checkpoint.family.decoder:
         raise ConversionError(
-            "int8-full is for encoder families: one scale for all activations does not fit the few "
+            "int8-w8a8 is for encoder families: one scale for all activations does not fit the few "
             "very large ones of causal language models. Take int8, whose activations are quantized "
             "as they come"
         )
     with TemporaryDirectory(dir=folder.parent) as temporary:
         path = Path(temporary) / "model.onnx"
-        activations = precision == "int8-full"
+        activations = precision == "int8-w8a8"
         model = checkpoint.load(lean=True)
         # What folding does to weights takes memory, and is done here one by one.
         export(model, checkpoint.family, path, in_one_file=False, optimize=False)
@@ -149,7 +149,7 @@ def bound(graph: openvino.Model, longest: int) -> None:
     graph.reshape(shapes)
 
 
-def _quantize(graph: openvino.Model, head: set[str], calibration: Work) -> openvino.Model:
+def _quantize(graph: openvino.Model, head: set[str], calibration: Sequences) -> openvino.Model:
     """Weights and activations in int8, by what the activations of some pairs are."""
     nncf = need("nncf")
     names = [i.any_name for i in graph.inputs]

@@ -45,7 +45,7 @@ def precision(path: Path) -> str:
     numbers: Counter[str] = Counter()
     for node in _read(path).get_ordered_ops():
         if node.get_type_name() == "FakeQuantize":
-            return "int8-full"
+            return "int8-w8a8"
         if node.get_type_name() == "Constant":
             shape = node.output(0).shape
             if len(shape) > 1 and math.prod(shape) >= LARGE:

@@ -8,7 +8,7 @@ A backend module offers
 
 and, where it has them,
 
-    executions(device) -> arithmetic it can compute in there, fastest first
+    compute_dtypes(device) -> arithmetic it can compute in there, fastest first
     batches(device) -> what `Options.batch` may be worth trying there, its own choice first
     memory(device) -> bytes that a device other than the CPU has; None where it uses the machine's,
         where nothing tells, and where there is no such device
@@ -30,9 +30,9 @@ from typing import Any, Protocol, cast
 
 from qrank.bundle.family import Family
 from qrank.bundle.manifest import Variant
-from qrank.bundle.sequences import Logits, Work
+from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import TargetError
-from qrank.scoring.memory import Memory
+from qrank.scoring.memory import MemoryBudget
 from qrank.system import machine
 from qrank.system.version import __version__
 
@@ -60,7 +60,7 @@ class Options:
 
     Attributes:
         threads: CPU threads it may use in all.
-        execution: arithmetic to compute in: `fp32`, `bf16` or `fp16`. None: the most exact.
+        compute_dtype: arithmetic to compute in: `fp32`, `bf16` or `fp16`. None: the most exact.
         batch: padded tokens a batch; None: the backend's own choice. Not every backend cuts so.
         static_shapes: compile for fixed lengths, as an NPU needs it, where a backend compiles.
         family: of the model; None where a bundle's own files say what is to be known.
@@ -68,17 +68,17 @@ class Options:
     """
 
     threads: int
-    execution: str | None = None
+    compute_dtype: str | None = None
     batch: int | None = None
     static_shapes: bool = False
     family: Family | None = None
-    memory: Memory = field(default_factory=Memory)
+    memory: MemoryBudget = field(default_factory=MemoryBudget)
 
 
 class Backend(Protocol):
     """Scores sequences with one variant on one device. Safe to call from several threads."""
 
-    def logits(self, work: Work) -> Logits:
+    def logits(self, work: Sequences) -> Logits:
         """One raw logit a sequence, in the order of `work`, shape [n]."""
 
     def close(self) -> None:
@@ -129,13 +129,13 @@ def reads(name: str) -> tuple[str, ...]:
     return (name,) if name in BACKENDS else tuple(module(name).FORMATS)
 
 
-def executions(name: str, device: str) -> tuple[str, ...]:
+def compute_dtypes(name: str, device: str) -> tuple[str, ...]:
     """Arithmetic that a backend can compute in on a device, fastest first.
 
     Returns:
         Nothing where the backend leaves no choice.
     """
-    choices = getattr(module(name), "executions", None)
+    choices = getattr(module(name), "compute_dtypes", None)
     return tuple(choices(device)) if choices else ()
 
 

@@ -15,10 +15,10 @@ from qrank.backends import Backend, Options, llama
 from qrank.backends.gguf_context import Context, freed_with
 from qrank.backends.gguf_decoder import HEAD, GgufDecoder
 from qrank.bundle.manifest import Variant
-from qrank.bundle.sequences import Logits, Work
+from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import TargetError
 from qrank.scoring.batching import cut_ragged, in_order
-from qrank.scoring.memory import Memory
+from qrank.scoring.memory import MemoryBudget
 
 FILE = "model.gguf"
 
@@ -98,7 +98,7 @@ class GgufBackend:
         sequences: int,
         *,
         threads: int,
-        memory: Memory,
+        memory: MemoryBudget,
     ) -> None:
         """Take over a model.
 
@@ -134,7 +134,7 @@ class GgufBackend:
         # would wait for them.
         self._workers = ThreadPoolExecutor(threads, "qrank-gguf")
 
-    def logits(self, work: Work) -> Logits:
+    def logits(self, work: Sequences) -> Logits:
         """See `qrank.backends.Backend.logits`."""
         batches = cut_ragged(work.lengths, BATCH, self._sequences, self._memory.most)
         width = max(self._threads // len(batches), 1)
@@ -146,7 +146,7 @@ class GgufBackend:
         self._workers.shutdown()
         self._free()
 
-    def _run(self, batch: Work, width: int) -> Logits:
+    def _run(self, batch: Sequences, width: int) -> Logits:
         held = [self._idle.get()]
         try:
             # Another may take the last one first.
@@ -159,7 +159,7 @@ class GgufBackend:
             for context in held:
                 self._idle.put(context)
 
-    def _compute(self, batch: Work, context: Context, threads: int) -> Logits:
+    def _compute(self, batch: Sequences, context: Context, threads: int) -> Logits:
         """Logits of a batch, shape [n]."""
         library, ids = llama.library(), self._ids(batch)
         pointer = context.fit(len(ids))
@@ -172,7 +172,7 @@ class GgufBackend:
         logits: Logits = means @ self._head
         return logits
 
-    def _ids(self, batch: Work) -> NDArray[np.int32]:
+    def _ids(self, batch: Sequences) -> NDArray[np.int32]:
         """Token ids of a batch, one after the other, as the file's vocabulary counts them."""
         ids = np.concatenate(batch.sequences).astype(np.int32)
         if batch.segments is not None:

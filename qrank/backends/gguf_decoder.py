@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qrank.backends import Options, llama
 from qrank.backends.gguf_context import Context, freed_with
-from qrank.bundle.sequences import Ids, Logits, Work
+from qrank.bundle.sequences import Ids, Logits, Sequences
 from qrank.scoring.batching import cut_ragged, in_order
 
 HEAD = "head.npy"
@@ -66,7 +66,7 @@ class GgufDecoder:
         # Never the caller's thread, see `qrank.backends.gguf.GgufBackend`; and one call at a time.
         self._worker = ThreadPoolExecutor(1, "qrank-gguf")
 
-    def logits(self, work: Work) -> Logits:
+    def logits(self, work: Sequences) -> Logits:
         """See `qrank.backends.Backend.logits`."""
         return self._worker.submit(self._run, work).result()
 
@@ -75,7 +75,7 @@ class GgufDecoder:
         self._worker.shutdown()
         self._free()
 
-    def _run(self, work: Work) -> Logits:
+    def _run(self, work: Sequences) -> Logits:
         before = len(work.prefix)
         most = partial(self._memory.most, before=before)
         batches = cut_ragged(work.lengths, BATCH, self._sequences, most)
@@ -86,7 +86,7 @@ class GgufDecoder:
             self._decode([work.prefix], 0, first=0, wanted=False)
         return in_order(batches, (self._score(work.take(batch)) for batch in batches))
 
-    def _score(self, batch: Work) -> Logits:
+    def _score(self, batch: Sequences) -> Logits:
         """Logits of sequences behind the prefix, which is sequence 0; the batch's are 1, 2, ..."""
         library = llama.library()
         memory = library.llama_get_memory(self._context.fit(0))

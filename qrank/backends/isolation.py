@@ -18,7 +18,7 @@ from qrank import backends
 from qrank.backends import Options
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import FileRecord, Variant
-from qrank.bundle.sequences import Logits, Work
+from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import TargetError
 from qrank.system import subprocess_rpc
 from qrank.system.subprocess_rpc import Child, CrashError, HangError
@@ -64,23 +64,23 @@ class Worker:
     def __init__(self) -> None:
         self._child: Child | None = None
 
-    def executions(self, backend: str, device: str) -> tuple[str, ...]:
-        """As `qrank.backends.executions`.
+    def compute_dtypes(self, backend: str, device: str) -> tuple[str, ...]:
+        """As `qrank.backends.compute_dtypes`.
 
         Raises:
             NoChildError: no process can be started here.
             FatalError: the process died or hung.
             QrankError: as the backend raises it.
         """
-        question = {"do": "executions", "backend": backend, "device": device}
+        question = {"do": "compute_dtypes", "backend": backend, "device": device}
         found = self._ask(question, f"looking for {device}", limit(0, 0, device))
-        return tuple(found["executions"])
+        return tuple(found["compute_dtypes"])
 
     def logits(
         self,
         folder: Path,
         variant: Variant,
-        works: Sequence[Work],
+        works: Sequence[Sequences],
         options: Options,
         *,
         backend: str | None = None,
@@ -100,12 +100,12 @@ class Worker:
             Logits of each work, shape [n] each.
 
         Raises:
-            NoChildError, FatalError, QrankError: as `executions`.
+            NoChildError, FatalError, QrankError: as `compute_dtypes`.
         """
         backend = backend or variant.format
         size = sum(p.stat().st_size for p in (folder / variant.name).rglob("*") if p.is_file())
         where = "this CPU" if device == "cpu" else device
-        arithmetic = f" in {options.execution}" if options.execution else ""
+        arithmetic = f" in {options.compute_dtype}" if options.compute_dtype else ""
         question = {
             "do": "logits",
             "folder": str(folder.absolute()),
@@ -114,7 +114,7 @@ class Worker:
             "device": device,
             "options": {
                 "threads": options.threads,
-                "execution": options.execution,
+                "compute_dtype": options.compute_dtype,
                 "batch": options.batch,
                 "static_shapes": options.static_shapes,
             },
@@ -158,7 +158,7 @@ class Worker:
             raise FatalError(f"{runtime} hung {what}: {error}") from error
 
 
-def _plain(work: Work) -> dict[str, Any]:
+def _plain(work: Sequences) -> dict[str, Any]:
     segments = work.segments
     return {
         "sequences": [ids.tolist() for ids in work.sequences],
@@ -167,8 +167,8 @@ def _plain(work: Work) -> dict[str, Any]:
     }
 
 
-def _executions(backend: str, device: str) -> dict[str, Any]:
-    return {"executions": backends.executions(backend, device)}
+def _compute_dtypes(backend: str, device: str) -> dict[str, Any]:
+    return {"compute_dtypes": backends.compute_dtypes(backend, device)}
 
 
 def _logits(
@@ -191,9 +191,9 @@ def _logits(
         opened.close()
 
 
-def _work(plain: Mapping[str, Any]) -> Work:
+def _work(plain: Mapping[str, Any]) -> Sequences:
     segments = plain["segments"]
-    return Work(
+    return Sequences(
         [np.array(ids, np.int32) for ids in plain["sequences"]],
         None if segments is None else [np.array(types, np.int8) for types in segments],
         np.array(plain["prefix"], np.int32),
@@ -202,4 +202,4 @@ def _work(plain: Mapping[str, Any]) -> Work:
 
 def main() -> None:
     """In the child."""
-    subprocess_rpc.answer({"executions": _executions, "logits": _logits})
+    subprocess_rpc.answer({"compute_dtypes": _compute_dtypes, "logits": _logits})

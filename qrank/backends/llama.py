@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qrank.backends.mapped import given_back
+from qrank.backends.mapped import dropping_pages
 from qrank.bundle.sequences import Floats
 from qrank.errors import TargetError
 from qrank.system import machine
@@ -171,7 +171,7 @@ def load(path: Path, device: str) -> object:
     settings.use_extra_bufts = rearranges()
     _errors.clear()
     # Weights that it arranges anew, or copies to a GPU, are read in the file once.
-    with given_back(path):
+    with dropping_pages(path):
         model: object = llama.llama_model_load_from_file(os.fsencode(path), settings)
     if not model:
         raise TargetError(f"llama.cpp cannot load {path} on {device}: {complaint()}")

@@ -19,7 +19,7 @@ may have been unmapped and be somebody's heap, which MADV_DONTNEED would fill wi
 
 
 @contextmanager
-def given_back(path: Path) -> Iterator[None]:
+def dropping_pages(path: Path) -> Iterator[None]:
     """While the context lasts, and at its end, a mapped file's pages leave memory again and again.
 
     A runtime that arranges weights anew reads each once, and would hold them twice. Nothing is

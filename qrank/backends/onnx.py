@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from qrank.backends import Options
 from qrank.bundle.manifest import Variant
-from qrank.bundle.sequences import Floats, Logits, Work, feed, no_prefix, read_prefix
+from qrank.bundle.sequences import Floats, Logits, Sequences, feed, no_prefix, read_prefix
 from qrank.errors import TargetError
 from qrank.scoring.batching import cut, in_halves, in_order, out_of_memory
-from qrank.scoring.memory import Memory
+from qrank.scoring.memory import MemoryBudget
 from qrank.system.extras import need
 
 if TYPE_CHECKING:
@@ -158,7 +158,12 @@ class OnnxBackend:
     """A session, fed by parallel streams of small batches on the CPU, of large ones elsewhere."""
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, *, batch: int, streams: int, memory: Memory
+        self,
+        session: onnxruntime.InferenceSession,
+        *,
+        batch: int,
+        streams: int,
+        memory: MemoryBudget,
     ) -> None:
         self._session = session
         self._memory = memory
@@ -169,7 +174,7 @@ class OnnxBackend:
         self._batch = batch
         self._streams = ThreadPoolExecutor(streams, "qrank-onnx")
 
-    def logits(self, work: Work) -> Logits:
+    def logits(self, work: Sequences) -> Logits:
         """See `qrank.backends.Backend.logits`."""
         if not self._bare:
             work = work.whole()
@@ -186,16 +191,18 @@ class OnnxBackend:
         self._streams.shutdown()
         del self._session
 
-    def _run(self, batch: Work, prefix: dict[str, NDArray[Any]]) -> Logits:
+    def _run(self, batch: Sequences, prefix: dict[str, NDArray[Any]]) -> Logits:
         with self._memory.share(len(batch), int(batch.lengths.max()), len(batch.prefix)):
             logits = self._call("logits", batch, prefix)
         return np.asarray(logits, np.float32).reshape(len(batch))
 
-    def _call(self, output: str, batch: Work, more: dict[str, NDArray[Any]]) -> NDArray[Any]:
+    def _call(self, output: str, batch: Sequences, more: dict[str, NDArray[Any]]) -> NDArray[Any]:
         found: NDArray[Any] = in_halves(batch, lambda some: self._compute(output, some, more))
         return found
 
-    def _compute(self, output: str, batch: Work, more: dict[str, NDArray[Any]]) -> NDArray[Any]:
+    def _compute(
+        self, output: str, batch: Sequences, more: dict[str, NDArray[Any]]
+    ) -> NDArray[Any]:
         inputs = feed(self._names, batch, more=more)
         try:
             (found,) = self._session.run([output], inputs)

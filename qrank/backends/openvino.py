@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrank.backends import Options
-from qrank.backends.mapped import given_back
+from qrank.backends.mapped import dropping_pages
 from qrank.bundle.manifest import Variant
-from qrank.bundle.sequences import Floats, Logits, Work, feed, no_prefix, read_prefix
+from qrank.bundle.sequences import Floats, Logits, Sequences, feed, no_prefix, read_prefix
 from qrank.errors import TargetError
 from qrank.scoring.batching import cut, in_order
-from qrank.scoring.memory import Memory
+from qrank.scoring.memory import MemoryBudget
 from qrank.system import paths
 from qrank.system.extras import need
 
@@ -43,7 +43,7 @@ STEP = 16
 """Lengths are rounded up to a multiple. OpenVINO makes kernels for each shape it meets: with fewer
 shapes, uneven documents ran a third faster, and the padding costs 3 %."""
 
-WRONG_LENGTHS: dict[tuple[str, str | None], tuple[int, ...]] = {("int8-full", "bf16"): (32,)}
+WRONG_LENGTHS: dict[tuple[str, str | None], tuple[int, ...]] = {("int8-w8a8", "bf16"): (32,)}
 """Padded lengths that OpenVINO's CPU computes wrongly, by precision and arithmetic: with 2026.4 on
 AMX by up to 4 logits of a spread of 3, all others rightly. They are rounded up once more."""
 
@@ -78,7 +78,7 @@ def devices() -> list[str]:
     return [name.lower() for name in _core().available_devices]
 
 
-def executions(device: str) -> tuple[str, ...]:
+def compute_dtypes(device: str) -> tuple[str, ...]:
     """Arithmetic that a present device has hardware for, fastest first.
 
     Raises:
@@ -89,7 +89,7 @@ def executions(device: str) -> tuple[str, ...]:
     able = core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
     found = tuple(name for name, capability in EXECUTIONS.items() if capability in able)
     if device == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
-        # x86 CPUs that compute in fp16 do so in bf16 too, five times as fast; and int8-full hangs
+        # x86 CPUs that compute in fp16 do so in bf16 too, five times as fast; and int8-w8a8 hangs
         # in fp16 there (2026.4, when shapes follow each other).
         return tuple(name for name in found if name != "fp16")
     return found
@@ -129,7 +129,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
         folder: the bundle.
         variant: its own folder holds the two files.
         device: of `devices()`.
-        options: `execution` None is fp32. Static shapes are taken where a device needs them.
+        options: `compute_dtype` None is fp32. Static shapes are taken where a device needs them.
 
     Raises:
         MissingExtraError: openvino is not installed.
@@ -144,7 +144,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
         settings |= {"CACHE_DIR": str(folder_of_cache), "CACHE_MODE": "OPTIMIZE_SIZE"}
     path = folder / variant.name / "model.xml"
     weights = path.with_suffix(".bin")
-    avoided = WRONG_LENGTHS.get((variant.precision, options.execution), ())
+    avoided = WRONG_LENGTHS.get((variant.precision, options.compute_dtype), ())
 
     def compiled(length: int | None) -> openvino.CompiledModel:
         """The graph for one pair of this length; None: for any batch of any length."""
@@ -152,14 +152,14 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
         if length is not None:
             model.reshape({i.any_name: _static(i, length) for i in model.inputs})
         more = {} if device != "cpu" else {"DYNAMIC_QUANTIZATION_GROUP_SIZE": _group(model)}
-        with given_back(weights):
+        with dropping_pages(weights):
             made = core.compile_model(model, device.upper(), settings | more)
-            if device != "cpu" or options.execution != "bf16" or not _has_fused_mlp(made):
+            if device != "cpu" or options.compute_dtype != "bf16" or not _has_fused_mlp(made):
                 return made
             if options.threads < 2:
                 raise TargetError(
                     f"openvino fuses feed-forward layers of {variant.name} in "
-                    f"{options.execution}, which takes two threads: allow more threads"
+                    f"{options.compute_dtype}, which takes two threads: allow more threads"
                 )
             return core.compile_model(model, "CPU", settings | more | {"NUM_STREAMS": 1})
 
@@ -204,7 +204,7 @@ def _require(core: openvino.Core, device: str) -> None:
 
 
 def _settings(device: str, options: Options) -> dict[str, Any]:
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[options.execution or "fp32"]}
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[options.compute_dtype or "fp32"]}
     if device != "cpu":
         return {**settings, "PERFORMANCE_HINT": "THROUGHPUT"}
     return {
@@ -264,7 +264,7 @@ class OpenvinoBackend:
         limit: int,
         batch: int | None,
         weights: Path,
-        memory: Memory,
+        memory: MemoryBudget,
         avoided: Sequence[int] = (),
     ) -> None:
         """Compile.
@@ -299,7 +299,7 @@ class OpenvinoBackend:
         self._streams = ThreadPoolExecutor(streams, "qrank-openvino")
         self._stream = _Stream()
 
-    def logits(self, work: Work) -> Logits:
+    def logits(self, work: Sequences) -> Logits:
         """See `qrank.backends.Backend.logits`."""
         if not self._batch or not self._bare:
             work = work.whole()
@@ -314,18 +314,18 @@ class OpenvinoBackend:
         self._streams.shutdown()
         self._models.clear()
 
-    def _run(self, batch: Work, prefix: dict[str, NDArray[Any]]) -> Logits:
+    def _run(self, batch: Sequences, prefix: dict[str, NDArray[Any]]) -> Logits:
         length = self._length(int(batch.lengths.max()))
         with self._memory.share(len(batch), length, len(batch.prefix)):
             logits = self._call("logits", batch, prefix)
         return logits.astype(np.float32).reshape(len(batch))
 
-    def _call(self, output: str, batch: Work, more: dict[str, NDArray[Any]]) -> NDArray[Any]:
+    def _call(self, output: str, batch: Sequences, more: dict[str, NDArray[Any]]) -> NDArray[Any]:
         length = self._length(int(batch.lengths.max()))
         inputs = feed(self._inputs, batch, length, more)
         graph = None if self._batch else length
         # A graph's weights are arranged for the device as it first runs.
-        once = nullcontext() if graph in self._arranged else given_back(self._weights)
+        once = nullcontext() if graph in self._arranged else dropping_pages(self._weights)
         try:
             with once:
                 request = self._request(graph)

@@ -19,7 +19,7 @@ from qrank.backends import Options
 from qrank.bundle.family import Family
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import Manifest, Probes, Variant
-from qrank.bundle.sequences import Floats, Logits, Work, feed
+from qrank.bundle.sequences import Floats, Logits, Sequences, feed
 from qrank.errors import TargetError
 from qrank.scoring.batching import cut, in_halves, in_order, out_of_memory
 from qrank.system.extras import need
@@ -70,7 +70,7 @@ def as_bundle(model: str, family: str | None = None) -> tuple[Path, Manifest, st
         family=checkpoint.family,
         source=checkpoint.source,
         files={},
-        probes=Probes(Work([]), np.empty(0, np.float32), "itself"),
+        probes=Probes(Sequences([]), np.empty(0, np.float32), "itself"),
         variants={variant.name: variant for variant in variants},
         dimensions=checkpoint.dimensions,
     )
@@ -135,7 +135,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Torch
 
 
 def _check(
-    scoring: Any, reference: Callable[[Work], Logits], family: Family, precision: str
+    scoring: Any, reference: Callable[[Sequences], Logits], family: Family, precision: str
 ) -> None:
     """Hold our way to a causal model's score against transformers' own, on a few tokens.
 
@@ -151,7 +151,7 @@ def _check(
         TargetError: they differ: the score is more than a row times a hidden state.
     """
     torch = need("torch")
-    work = Work([np.arange(100, 112, dtype=np.int32)])
+    work = Sequences([np.arange(100, 112, dtype=np.int32)])
     (theirs,) = reference(work)
     ids = torch.tensor(work.sequences[0][None], dtype=torch.int64)
     empty = torch.zeros(scoring.prefix_shape, dtype=scoring.model.dtype)
@@ -179,7 +179,7 @@ class TorchBackend:
             1, "qrank-torch", initializer=need("torch").set_num_threads, initargs=(options.threads,)
         )
 
-    def logits(self, work: Work) -> Logits:
+    def logits(self, work: Sequences) -> Logits:
         """See `qrank.backends.Backend.logits`."""
         limit = CPU_BATCH if self._device == "cpu" else DEVICE_BATCH
         batches = cut(work, limit, self._memory)
@@ -194,7 +194,7 @@ class TorchBackend:
         self._worker.shutdown()
         del self._scorer
 
-    def _read(self, work: Work) -> dict[str, Any]:
+    def _read(self, work: Sequences) -> dict[str, Any]:
         """What a decoder is given beside a batch: the prefix's keys and values."""
         if not self._family.decoder:
             return {}
@@ -205,15 +205,15 @@ class TorchBackend:
         if count:
             keep = torch.arange(count, device=self._device)
             more = {"prefix": empty, "keep": keep}
-            _, empty = in_halves(Work([work.prefix]), lambda prefix: self._call(prefix, more))
+            _, empty = in_halves(Sequences([work.prefix]), lambda prefix: self._call(prefix, more))
         return {"prefix": empty, "keep": nothing}
 
-    def _run(self, batch: Work, prefix: dict[str, Any]) -> Logits:
+    def _run(self, batch: Sequences, prefix: dict[str, Any]) -> Logits:
         found = self._call(batch, prefix)
         logits = found[0] if self._family.decoder else found
         return np.asarray(logits.float().cpu().numpy()).reshape(len(batch))
 
-    def _call(self, batch: Work, more: dict[str, Any]) -> Any:
+    def _call(self, batch: Sequences, more: dict[str, Any]) -> Any:
         torch = need("torch")
         from qrank.scoring.scoring_graph import input_names
 

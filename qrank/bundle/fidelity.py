@@ -64,7 +64,7 @@ TOLERANCES = {
     "fp32": Tolerance(1e-4),
     "fp16": Tolerance(1e-2),
     "int8": Tolerance(0.15, 0.9),
-    "int8-full": Tolerance(0.15, 0.9),
+    "int8-w8a8": Tolerance(0.15, 0.9),
     "f16": Tolerance(1e-2),
     "q8_0": Tolerance(0.15, 0.9),
     "q4_k_m": Tolerance(0.3, 0.8),

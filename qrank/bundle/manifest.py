@@ -26,7 +26,7 @@ import numpy as np
 from qrank.bundle.dimensions import Dimensions
 from qrank.bundle.family import ACTIVATIONS, POOLINGS, Family
 from qrank.bundle.fidelity import Fidelity
-from qrank.bundle.sequences import Logits, Work
+from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import BundleError
 from qrank.system import cache, paths
 
@@ -107,7 +107,7 @@ class Probes:
             knows how close to the original it is; it is self-consistent, no more.
     """
 
-    work: Work
+    work: Sequences
     logits: Logits
     reference: str
     verified: bool = True
@@ -226,7 +226,7 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
     probes = manifest.probes
     segments = probes.work.segments
     # Only where it is not: manifests that never knew of it stay what they are.
-    standing = {} if probes.verified else {"verified": False}
+    verification_note = {} if probes.verified else {"verified": False}
     size = {} if manifest.dimensions is None else {"dimensions": asdict(manifest.dimensions)}
     return {
         "schema": SCHEMA,
@@ -238,7 +238,7 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
         "variants": {name: _variant(variant) for name, variant in manifest.variants.items()},
         "probes": {
             "reference": probes.reference,
-            **standing,
+            **verification_note,
             "logits": [float(x) for x in probes.logits],
             "sequences": [s.tolist() for s in probes.work.sequences],
             "segments": None if segments is None else [s.tolist() for s in segments],
@@ -257,7 +257,7 @@ def _variant(variant: Variant) -> dict[str, Any]:
 def _from_json(content: dict[str, Any]) -> Manifest:
     probes = content["probes"]
     segments = probes["segments"]
-    work = Work(
+    work = Sequences(
         [np.asarray(s, np.int32) for s in probes["sequences"]],
         None if segments is None else [np.asarray(s, np.int8) for s in segments],
     )

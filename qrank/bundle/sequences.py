@@ -26,7 +26,7 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Work:
+class Sequences:
     """Sequences to score, in any order and of any length.
 
     Attributes:
@@ -48,23 +48,23 @@ class Work:
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def take(self, indices: NDArray[np.intp]) -> Work:
+    def take(self, indices: NDArray[np.intp]) -> Sequences:
         """The sequences at `indices`, in that order."""
         segments = self.segments
-        return Work(
+        return Sequences(
             [self.sequences[i] for i in indices],
             None if segments is None else [segments[i] for i in indices],
             self.prefix,
         )
 
-    def whole(self) -> Work:
+    def whole(self) -> Sequences:
         """The same with the prefix repeated in every sequence."""
         if not len(self.prefix):
             return self
-        return Work([np.concatenate((self.prefix, s)) for s in self.sequences])
+        return Sequences([np.concatenate((self.prefix, s)) for s in self.sequences])
 
 
-def padded(work: Work, length: int | None = None) -> dict[str, NDArray[np.int64]]:
+def padded(work: Sequences, length: int | None = None) -> dict[str, NDArray[np.int64]]:
     """What scoring graphs may take, by name.
 
     `input_ids`, `attention_mask` and, with segments, `token_type_ids` are of shape [n, length]; ids
@@ -89,7 +89,7 @@ def padded(work: Work, length: int | None = None) -> dict[str, NDArray[np.int64]
 
 def feed(
     names: Iterable[str],
-    work: Work,
+    work: Sequences,
     length: int | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def no_prefix(shape: Sequence[Any]) -> dict[str, NDArray[Any]]:
 def read_prefix(
     prefix: Ids,
     bare: dict[str, NDArray[Any]],
-    present: Callable[[Work, dict[str, NDArray[Any]]], NDArray[Any]],
+    present: Callable[[Sequences, dict[str, NDArray[Any]]], NDArray[Any]],
 ) -> dict[str, NDArray[Any]]:
     """A prefix's keys and values, as a decoder's graph takes them beside every batch.
 
@@ -132,7 +132,7 @@ def read_prefix(
     if not len(prefix):
         return bare
     keep = np.arange(len(prefix))
-    return {**bare, "prefix": present(Work([prefix]), {**bare, "keep": keep})}
+    return {**bare, "prefix": present(Sequences([prefix]), {**bare, "keep": keep})}
 
 
 def _filled(rows: Sequence[NDArray[np.signedinteger]], shape: tuple[int, ...]) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ from qrank.cli.spinner import spinner
 from qrank.measure.bench import COUNTS, Row, chosen
 from qrank.measure.bench import bench as run
 from qrank.quality.plots import check_plot, plot_bench
-from qrank.select.selection import Policy, Wish, doubtful
+from qrank.select.selection import Criteria, Policy, deprioritized
 from qrank.system.machine import cpu_name, processors
 from qrank.system.textfiles import read_lines
 
@@ -80,8 +80,8 @@ def bench(
             seconds=seconds,
             progress=progress,
         )
-    wish = Wish(policy=policy, min_kendall=min_kendall)
-    best = chosen(rows, wish, doubtful(Manifest.load(locate(bundle)), wish))
+    criteria = Criteria(policy=policy, min_kendall=min_kendall)
+    best = chosen(rows, criteria, deprioritized(Manifest.load(locate(bundle)), criteria))
     if as_json:
         content = [{**asdict(row), "chosen": row is best} for row in rows]
         machine = {"cpu": cpu_name(), "processors": processors()}

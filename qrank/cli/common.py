@@ -193,7 +193,7 @@ def policy_options(command: Command) -> Command:
     )(command)
 
 
-def wish_options(command: Command) -> Command:
+def criteria_options(command: Command) -> Command:
     """`--policy`, `--min-kendall` and `--profile`: what a target is chosen by."""
     profile = click.option(
         "--profile",

@@ -10,7 +10,7 @@ import click
 
 from qrank.backends import FORMATS
 from qrank.cli.common import InputFile, debug_option, notice
-from qrank.cli.models import fidelity_lines, standing
+from qrank.cli.models import fidelity_lines, verification_note
 from qrank.cli.spinner import spinner
 from qrank.errors import ConversionError, FidelityError
 
@@ -29,7 +29,7 @@ from qrank.errors import ConversionError, FidelityError
     "--precision",
     "precisions",
     multiple=True,
-    help="onnx: int8, fp16, fp32; openvino: int8, int8-full, fp16; gguf: q4_k_m, q8_0, f16. "
+    help="onnx: int8, fp16, fp32; openvino: int8, int8-w8a8, fp16; gguf: q4_k_m, q8_0, f16. "
     "With exactly one --to; repeat for more.  [default: the first of each]",
 )
 @click.option(
@@ -109,7 +109,7 @@ def convert(
     wanted = [v for v in result.manifest.variants.values() if not formats or v.format in formats]
     for line in fidelity_lines(v for v in wanted if not precisions or v.precision in precisions):
         click.echo(line)
-    for line in standing(result.manifest):
+    for line in verification_note(result.manifest):
         click.echo(line)
     folder = _shown(result.folder)
     click.echo(f"{folder} is ready: qrank score -m {folder} -q QUERY FILE")

@@ -39,7 +39,7 @@ _OPTIONS = (
     click.option("--limit", type=click.IntRange(min=1), help="Only the first so many queries."),
     click.option("--device", help="cpu, cuda, gpu, npu, metal, ...  [default: cpu]"),
     click.option(
-        "--execution", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]"
+        "--compute-dtype", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]"
     ),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]"),
     click.option("--max-length", type=int, help="Tokens of a pair.  [default: the model's limit]"),
@@ -53,7 +53,7 @@ _OPTIONS = (
     ),
 )
 
-_SETTING = ("device", "execution", "threads", "max_length", "instruction", "long_documents")
+_SETTING = ("device", "compute_dtype", "threads", "max_length", "instruction", "long_documents")
 _FILES = ("queries", "documents", "qrels")
 
 

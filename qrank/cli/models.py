@@ -58,7 +58,7 @@ def inspect(bundle: str, verify: bool) -> None:
     for name, value in facts.items():
         click.echo(f"{name:12} {value}")
     click.echo()
-    for line in (*fidelity_lines(manifest.variants.values()), *standing(manifest)):
+    for line in (*fidelity_lines(manifest.variants.values()), *verification_note(manifest)):
         click.echo(line)
     if verify:
         absent = [v for v in manifest.variants.values() if _on_the_hub_yet(folder, v)]
@@ -98,7 +98,7 @@ def fidelity_lines(variants: Iterable[Variant]) -> Iterator[str]:
             yield f"{variant.name}: {variant.note}"
 
 
-def standing(manifest: Manifest) -> Iterator[str]:
+def verification_note(manifest: Manifest) -> Iterator[str]:
     """What has to be said of a bundle that was not held against the original."""
     if not manifest.probes.verified:
         yield "self-consistent, not verified: the figures compare a ready-made model with itself."

@@ -15,10 +15,10 @@ from qrank.cli.common import (
     FiniteFloat,
     FiniteRange,
     InputFile,
+    criteria_options,
     debug_option,
     memory_option,
     notice,
-    wish_options,
 )
 from qrank.cli.output import WRITERS, Result
 from qrank.cli.progress import progress_bars
@@ -58,8 +58,10 @@ from qrank.system.textfiles import STANDARD_INPUT, TextFile
 @click.option("--raw", is_flag=True, help="Print logits, before the model's activation.")
 @click.option("--backend", help="onnx, openvino-int8, ..., or torch for a checkpoint.")
 @click.option("--device", help="cpu, cuda, gpu, npu, ...  [default: as measured, or cpu]")
-@click.option("--execution", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]")
-@wish_options
+@click.option(
+    "--compute-dtype", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]"
+)
+@criteria_options
 @click.option(
     "--max-loss",
     type=FiniteFloat(),
@@ -105,7 +107,7 @@ def score(
     raw: bool,
     backend: str | None,
     device: str | None,
-    execution: str | None,
+    compute_dtype: str | None,
     policy: Policy,
     min_kendall: float | None,
     max_loss: float | None,
@@ -141,7 +143,7 @@ def score(
             backend=backend,
             device=device,
             threads=threads,
-            execution=execution,
+            compute_dtype=compute_dtype,
             max_length=max_length,
             max_memory=max_memory,
             family=family,

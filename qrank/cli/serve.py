@@ -13,10 +13,10 @@ from qrank.bundle.locate import DEFAULT
 from qrank.cli.common import (
     FiniteFloat,
     FiniteRange,
+    criteria_options,
     debug_option,
     memory_option,
     notice,
-    wish_options,
 )
 from qrank.errors import InputError
 from qrank.reranker import Reranker
@@ -74,8 +74,10 @@ _SECONDS = FiniteRange(min=0, min_open=True)
     help="onnx, openvino-int8, ...  [default: as measured, or what is expected to be the fastest]",
 )
 @click.option("--device", help="cpu, cuda, gpu, npu, metal, ...  [default: as measured, or cpu]")
-@click.option("--execution", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]")
-@wish_options
+@click.option(
+    "--compute-dtype", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]"
+)
+@criteria_options
 @click.option(
     "--max-loss",
     type=FiniteFloat(),
@@ -153,7 +155,7 @@ def serve(
     scores: str,
     backend: str | None,
     device: str | None,
-    execution: str | None,
+    compute_dtype: str | None,
     policy: Policy,
     min_kendall: float | None,
     max_loss: float | None,
@@ -222,7 +224,7 @@ def serve(
                     backend=backend,
                     device=device,
                     threads=threads,
-                    execution=execution,
+                    compute_dtype=compute_dtype,
                     max_length=max_length,
                     max_memory=max_memory,
                     policy=policy,

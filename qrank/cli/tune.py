@@ -11,15 +11,23 @@ import click
 
 from qrank.bundle.locate import locate
 from qrank.bundle.manifest import Manifest
-from qrank.cli.common import FiniteRange, debug_option, megabytes, wish_options
+from qrank.cli.common import FiniteRange, criteria_options, debug_option, megabytes
 from qrank.cli.spinner import spinner
-from qrank.select.selection import PROFILES, Measurement, Policy, Profile, Wish, doubtful, order
+from qrank.select.selection import (
+    PROFILES,
+    Criteria,
+    Measurement,
+    Policy,
+    Profile,
+    deprioritized,
+    order,
+)
 
 
 @click.command()
 @click.argument("bundle")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
-@wish_options
+@criteria_options
 @click.option(
     "--limit",
     type=FiniteRange(min=0, min_open=True),
@@ -48,10 +56,10 @@ def tune(
       qrank tune my-bundle
       qrank tune my-bundle --min-kendall 0.97
     """
-    wish = Wish(policy=policy, min_kendall=min_kendall, profile=profile)
+    criteria = Criteria(policy=policy, min_kendall=min_kendall, profile=profile)
     measured = measure(bundle, threads, limit)
-    last = doubtful(Manifest.load(locate(bundle)), wish)
-    usable = order(measured, wish, last)
+    last = deprioritized(Manifest.load(locate(bundle)), criteria)
+    usable = order(measured, criteria, last)
     rest = [m for m in measured if m not in usable]
     if as_json:
         click.echo(json.dumps([asdict(m) for m in usable + rest], indent=2))

@@ -18,8 +18,8 @@ from qrank.measure.discover import surveys
 from qrank.measure.tuning import (
     QUERY,
     Candidate,
-    Contest,
     Opened,
+    Tournament,
     candidates,
     documents,
     in_turns,
@@ -27,8 +27,8 @@ from qrank.measure.tuning import (
 )
 from qrank.scoring import arguments
 from qrank.scoring.inputs import as_texts
-from qrank.scoring.pair_tokenizer import Encoder
-from qrank.select.selection import Measurement, Wish, order
+from qrank.scoring.pair_tokenizer import PairTokenizer
+from qrank.select.selection import Criteria, Measurement, order
 from qrank.system import machine
 
 COUNTS = (1, 20, 100)
@@ -121,9 +121,9 @@ def bench(
     chosen = [c for c in candidates(manifest, found, threads) if _named(c, only)]
     if not chosen:
         raise InputError(f"no target is named by {', '.join(only) or 'anything'}")
-    encoder = Encoder(folder / TOKENIZER, manifest.family, threads=threads)
+    encoder = PairTokenizer(folder / TOKENIZER, manifest.family, threads=threads)
     tokens = sum(len(encoder.whole(query, text)[0]) for text in work)
-    contest = Contest(folder, {}, query=query)
+    contest = Tournament(folder, {}, query=query)
     with ExitStack() as stack:
         running: list[Opened] = []
         failed: dict[int, str] = {}
@@ -133,12 +133,12 @@ def bench(
             taken = 0 if machine.free_memory() is not None else _taken(running)
             if candidate.target.variant.bytes * 3 + taken > room():
                 reason = "no room in memory beside the others: name fewer with --only"
-                rows.append(Row(candidate.target.name, candidate.execution or "", reason))
+                rows.append(Row(candidate.target.name, candidate.compute_dtype or "", reason))
                 continue
             try:
                 running.append(stack.enter_context(contest.opened(candidate)))
             except QrankError as error:
-                rows.append(Row(candidate.target.name, candidate.execution or "", str(error)))
+                rows.append(Row(candidate.target.name, candidate.compute_dtype or "", str(error)))
         times: dict[int, dict[int, list[float]]] = {}
         expected: dict[int, float] = {}
         for count in COUNTS:
@@ -156,7 +156,7 @@ def bench(
             expected = {n: max(seconds) * COUNTS[-1] for n, seconds in times[count].items()}
         for number, opened in enumerate(running):
             candidate = opened.candidate
-            target, setting = candidate.target, candidate.execution or ""
+            target, setting = candidate.target, candidate.compute_dtype or ""
             if number in failed:
                 rows.append(Row(target.name, setting, failed[number]))
                 continue
@@ -180,13 +180,13 @@ def bench(
     return sorted(rows, key=lambda row: (row.reason is not None, -row.pairs))
 
 
-def chosen(rows: Sequence[Row], wish: Wish, last: Collection[str] = ()) -> Row | None:
+def chosen(rows: Sequence[Row], criteria: Criteria, last: Collection[str] = ()) -> Row | None:
     """The row of the target that would be taken; None where none can be.
 
     Args:
         rows: of `bench`.
-        wish: what decides.
-        last: names of variants to take after all others, of `selection.doubtful`.
+        criteria: what decides.
+        last: names of variants to take after all others, of `selection.deprioritized`.
     """
     usable = [row for row in rows if row.reason is None]
     measured = [
@@ -194,13 +194,13 @@ def chosen(rows: Sequence[Row], wish: Wish, last: Collection[str] = ()) -> Row |
             row.target,
             str(number),
             "",
-            speeds={wish.profile: row.pairs},
+            speeds={criteria.profile: row.pairs},
             kendall=row.kendall,
             bytes=row.bytes,
         )
         for number, row in enumerate(usable)
     ]
-    best = next(iter(order(measured, wish, last)), None)
+    best = next(iter(order(measured, criteria, last)), None)
     return None if best is None else usable[int(best.selector)]
 
 

@@ -17,7 +17,7 @@ from qrank.system.subprocess_rpc import Child, NoChildError
 log = logging.getLogger("qrank")
 
 
-class Asked(Protocol):
+class Responder(Protocol):
     """A `Child`, or what stands for one."""
 
     def ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class _Here:
         self._questions.clear()
 
 
-def start() -> Asked:
+def start() -> Responder:
     """A new process for a trial; this one where none can be started."""
     if subprocess_rpc.wanted():
         try:
@@ -62,12 +62,12 @@ class Device:
 
     Attributes:
         name: lower case.
-        executions: arithmetic, fastest first; [None] where there is no choice.
+        compute_dtypes: arithmetic, fastest first; [None] where there is no choice.
         batches: the backend's own first; may be none.
     """
 
     name: str
-    executions: list[str] | list[None]
+    compute_dtypes: list[str] | list[None]
     batches: list[int]
 
 
@@ -116,7 +116,7 @@ def survey(backend: str, limit: float) -> Found:
         return Found(backend, reason=str(error))
     asked.close()
     devices = [
-        Device(name, choices["executions"] or [None], choices["batches"])
+        Device(name, choices["compute_dtypes"] or [None], choices["batches"])
         for name, choices in found["devices"].items()
     ]
     return Found(backend, found["version"], found["formats"], devices)

@@ -91,7 +91,8 @@ def _backend(name: str) -> BackendReport:
         advice = f"reinstall it: {pip_line(EXTRA_OF[RUNTIMES[name]])}" if own else ""
         return BackendReport(name, None, found.reason, advice)
     devices = [
-        _device(name, device.name, [e for e in device.executions if e]) for device in found.devices
+        _device(name, device.name, [e for e in device.compute_dtypes if e])
+        for device in found.devices
     ]
     if own:
         kinds = {device.name.partition(".")[0] for device in devices}
@@ -100,7 +101,7 @@ def _backend(name: str) -> BackendReport:
     return BackendReport(name, found.version, advice=_conflict(name), devices=devices)
 
 
-def _device(backend: str, device: str, executions: list[str]) -> DeviceReport:
+def _device(backend: str, device: str, compute_dtypes: list[str]) -> DeviceReport:
     asked = start()
     try:
         off = asked.ask({"do": "check", "backend": backend, "device": device}, LIMIT)["off"]
@@ -112,7 +113,7 @@ def _device(backend: str, device: str, executions: list[str]) -> DeviceReport:
         return DeviceReport(device, True, None, "has no check of its own")
     if off > EXACT:
         return DeviceReport(device, True, False, f"a product of matrices is off by {off:.3g}")
-    return DeviceReport(device, True, True, ", ".join(executions) or _note(backend, device))
+    return DeviceReport(device, True, True, ", ".join(compute_dtypes) or _note(backend, device))
 
 
 def _note(backend: str, device: str) -> str:

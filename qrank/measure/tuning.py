@@ -17,21 +17,21 @@ import numpy as np
 from qrank.bundle.locate import DEFAULT, locate
 from qrank.bundle.manifest import TOKENIZER, Manifest
 from qrank.errors import QrankError
-from qrank.measure.discover import Asked, Found, start, surveys
+from qrank.measure.discover import Found, Responder, start, surveys
 from qrank.scoring import arguments
-from qrank.scoring.pair_tokenizer import Encoder
+from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.select import selection
 from qrank.select.selection import PROFILES, Measurement, Profile
 from qrank.select.targets import Target, expected
 from qrank.system import machine
 
-LOOK = 0.5
+FIRST_LOOK_SECONDS = 0.5
 """Seconds that a first look at a target spends on a profile."""
 
-HOPELESS = 3.0
+SKIP_FACTOR = 3.0
 """So many times slower than the best so far, and a target gets no more than a glance."""
 
-CLOSE = 0.35
+FINALIST_MARGIN = 0.35
 """Within this share of the fastest, a target is measured again, in turns with it."""
 
 FINALISTS = 5
@@ -59,7 +59,7 @@ _WORDS = (
     "boats bake bread and tell stories about winter storms that broke seven ships near the coast"
 ).split()
 
-Work = Mapping[Profile, list[str]]
+ProfileTexts = Mapping[Profile, list[str]]
 """Documents to time a target on, by profile; the query is QUERY."""
 
 Key = TypeVar("Key")
@@ -72,14 +72,14 @@ class Candidate:
     """A target and how it runs: see `Measurement`."""
 
     target: Target
-    execution: str | None
+    compute_dtype: str | None
     threads: int
     batch: int | None = None
 
     @property
     def name(self) -> str:
         """`openvino-int8@cpu bf16`."""
-        return f"{self.target.name} {self.execution or ''}".rstrip()
+        return f"{self.target.name} {self.compute_dtype or ''}".rstrip()
 
     def measured(self, **fields: Any) -> Measurement:
         """What was found out about it."""
@@ -88,7 +88,7 @@ class Candidate:
             self.target.name,
             self.target.selector,
             self.target.device,
-            execution=self.execution,
+            compute_dtype=self.compute_dtype,
             threads=self.threads,
             batch=self.batch,
             bytes=self.target.variant.bytes,
@@ -98,7 +98,7 @@ class Candidate:
 
 def documents(folder: Path, manifest: Manifest, profile: Profile) -> list[str]:
     """Documents of a profile's number and length."""
-    encoder = Encoder(folder / TOKENIZER, manifest.family)
+    encoder = PairTokenizer(folder / TOKENIZER, manifest.family)
     count, tokens = PROFILES[profile]
     lengths = [len(ids) for ids in encoder.ids([f" {word}" for word in _WORDS])]
     room = tokens - len(encoder.ids([QUERY])[0])
@@ -119,12 +119,12 @@ def candidates(manifest: Manifest, found: Iterable[Found], threads: int) -> list
     The one expected to be the fastest comes first: what is much slower is then soon known.
     """
     made = [
-        Candidate(Target(variant, device.name, backend.backend), execution, threads)
+        Candidate(Target(variant, device.name, backend.backend), compute_dtype, threads)
         for backend in found
         for variant in manifest.variants.values()
         if variant.format in backend.formats
         for device in backend.devices
-        for execution in device.executions
+        for compute_dtype in device.compute_dtypes
     ]
     return sorted(made, key=lambda c: (c.target.device == "cpu", *expected(c.target)))
 
@@ -162,7 +162,7 @@ def tune(
     folder = locate(model)
     manifest = Manifest.load(folder)
     found = surveys(manifest, limit or 60.0, progress)
-    contest = Contest(
+    contest = Tournament(
         folder, {profile: documents(folder, manifest, profile) for profile in PROFILES}, limit
     )
     measured = [Measurement(f.backend, f.backend, "", f.reason) for f in found if f.reason]
@@ -178,7 +178,7 @@ def tune(
     rest = [look.measurement for look in looks if look not in close]
     chosen = [look.candidate for look in close]
     if close:
-        chosen += other_settings(close[0], found, len(close))
+        chosen += variations(close[0], found, len(close))
     finals = contest.compare(chosen, progress) if len(chosen) > 1 else []
     if finals:
         rest = [_as_of_now(m, close, finals) for m in rest]
@@ -203,7 +203,7 @@ def _as_of_now(
         best = max((new.speeds[profile] for new in finals if new.reason is None), default=math.inf)
         if changes:
             scaled = speeds[profile] * float(np.median(changes))
-            speeds[profile] = min(scaled, best * (1 - 2 * selection.ALIKE))
+            speeds[profile] = min(scaled, best * (1 - 2 * selection.TIE_MARGIN))
     return replace(old, speeds=speeds)
 
 
@@ -225,7 +225,7 @@ def finalists(looks: Sequence[Look]) -> list[Look]:
     for profile in sorted(PROFILES, key=lambda name: name != "passages"):
         by_speed = sorted(looks, key=lambda look: -look.measurement.speeds[profile])
         for look in by_speed:
-            near = (1 - CLOSE) * by_speed[0].measurement.speeds[profile]
+            near = (1 - FINALIST_MARGIN) * by_speed[0].measurement.speeds[profile]
             if look not in ranked and look.measurement.speeds[profile] >= near:
                 ranked.append(look)
     left = room()
@@ -248,7 +248,7 @@ def room() -> float:
     return (machine.memory() or 4 * 2**30) * 0.4
 
 
-def other_settings(best: Look, found: Iterable[Found], taken: int) -> list[Candidate]:
+def variations(best: Look, found: Iterable[Found], taken: int) -> list[Candidate]:
     """The best candidate with other threads and batches, where they may matter."""
     if best.peak * (taken + 2) > room():
         return []
@@ -276,12 +276,12 @@ class Opened:
     """
 
     candidate: Candidate
-    child: Asked
+    child: Responder
     load: float
     kendall: float
 
 
-class Contest:
+class Tournament:
     """Times candidates on the same documents.
 
     Args:
@@ -292,7 +292,7 @@ class Contest:
     """
 
     def __init__(
-        self, folder: Path, work: Work, limit: float | None = None, query: str = QUERY
+        self, folder: Path, work: ProfileTexts, limit: float | None = None, query: str = QUERY
     ) -> None:
         self._folder = folder.absolute()
         self._work = work
@@ -313,7 +313,7 @@ class Contest:
             "model": str(self._folder),
             "backend": candidate.target.selector,
             "device": candidate.target.device,
-            "execution": candidate.execution,
+            "compute_dtype": candidate.compute_dtype,
             "threads": candidate.threads,
             "batch": candidate.batch,
         }
@@ -378,10 +378,10 @@ class Contest:
                 self._learn(kind, first)
                 speed = len(few) / self.rank(opened, few, first)
                 speeds[profile] = speed
-                if speeds.get("passages", speed) * HOPELESS < best:
+                if speeds.get("passages", speed) * SKIP_FACTOR < best:
                     continue
-                count = min(max(int(speed * LOOK), len(few)), len(texts))
-                rounds = min(max(int(speed * LOOK / count), 1), 5)
+                count = min(max(int(speed * FIRST_LOOK_SECONDS), len(few)), len(texts))
+                rounds = min(max(int(speed * FIRST_LOOK_SECONDS / count), 1), 5)
                 some = texts[:count]
                 times = [self.rank(opened, some, count / speed) for _ in range(rounds)]
                 speeds[profile] = float(count / np.median(times))
@@ -423,7 +423,7 @@ class Contest:
                 few = texts[: max(chosen[0].threads, 2)]
                 # Twice: kernels are made for every new shape.
                 glances = {n: seconds for n, (_, seconds) in turns(few, (2, 2), 0, {}).items()}
-                count = int(LOOK * len(few) / max(glances.values(), default=1.0))
+                count = int(FIRST_LOOK_SECONDS * len(few) / max(glances.values(), default=1.0))
                 some = texts[: max(count, len(few))]
                 expected = {n: s * len(some) / len(few) for n, s in glances.items()}
                 for number, times in turns(some, ROUNDS, FINAL, expected).items():

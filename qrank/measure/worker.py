@@ -32,7 +32,7 @@ class Trial:
             "formats": backends.reads(backend),
             "devices": {
                 device: {
-                    "executions": backends.executions(backend, device),
+                    "compute_dtypes": backends.compute_dtypes(backend, device),
                     "batches": backends.batches(backend, device),
                 }
                 for device in module.devices()

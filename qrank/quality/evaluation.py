@@ -140,7 +140,7 @@ def evaluate(
     same = True
     if reference is not None:
         # Devices and arithmetic are those of the variants' backends.
-        plain = replace(setting, device=None, execution=None)
+        plain = replace(setting, device=None, compute_dtype=None)
         with plain.open(reference, ORIGINAL, family) as reranker:
             same = reranker.manifest.source.fingerprint == manifest.source.fingerprint
             if not same:

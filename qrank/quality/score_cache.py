@@ -37,7 +37,7 @@ class Setting:
 
     device: str | None = None
     threads: int | None = None
-    execution: str | None = None
+    compute_dtype: str | None = None
     max_length: int | None = None
     instruction: str | None = None
     long_documents: LongDocuments = "truncate"
@@ -49,7 +49,7 @@ class Setting:
             backend=backend,
             device=self.device,
             threads=self.threads,
-            execution=self.execution,
+            compute_dtype=self.compute_dtype,
             max_length=self.max_length,
             family=family,
         )
@@ -129,7 +129,7 @@ def _file(reranker: Reranker, setting: Setting) -> Path | None:
         "target": target.name,
         **asked,
         # As it was chosen, where nobody named it.
-        "execution": reranker.execution,
+        "compute_dtype": reranker.compute_dtype,
         **conditions(target.backend, target.device),
     }
     return cache.place("logits", key, ".jsonl")

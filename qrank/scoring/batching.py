@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qrank.bundle.sequences import Logits, Work
+from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import TargetError
-from qrank.scoring.memory import Memory
+from qrank.scoring.memory import MemoryBudget
 
 _OUT_OF_MEMORY = re.compile(
     # onnxruntime's arena; CUDA, ROCm and MPS; cuBLAS; C++; DirectML and Windows; torch on the CPU.
@@ -24,7 +24,7 @@ Most = Callable[[int], int | None]
 """Tokens of the longest sequence -> how many a batch may hold; None: any number."""
 
 
-def cut(work: Work, limit: int, memory: Memory) -> list[NDArray[np.intp]]:
+def cut(work: Sequences, limit: int, memory: MemoryBudget) -> list[NDArray[np.intp]]:
     """`cut_padded`, the prefix counted in every sequence, into batches that find memory."""
     before = len(work.prefix)
     return cut_padded(work.lengths + before, limit, lambda n: memory.most(n - before, before))
@@ -85,7 +85,7 @@ def cut_ragged(
     return batches
 
 
-def in_halves(batch: Work, run: Callable[[Work], Any]) -> Any:
+def in_halves(batch: Sequences, run: Callable[[Sequences], Any]) -> Any:
     """Run a batch; where memory does not suffice for it, its halves, and theirs.
 
     Args:

@@ -25,7 +25,7 @@ class _Rate:
     seen: int
 
 
-class Pace:
+class LatencyEstimate:
     """What a slice will cost, by what slices of its size did; safe to use from several threads.
 
     As a network tells when an answer is overdue (RFC 6298): a moving mean, and how far from it
@@ -88,10 +88,10 @@ class Pace:
         return 0
 
 
-def spend(
+def score_within(
     budget: float,
     total: int,
-    pace: Pace,
+    pace: LatencyEstimate,
     encode: Callable[[int, int], Sequence[int]],
     score: Callable[[int, int], object],
     clock: Callable[[], float],

@@ -8,14 +8,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from qrank.bundle.sequences import Ids, Logits, Segments, Work
+from qrank.bundle.sequences import Ids, Logits, Segments, Sequences
 from qrank.errors import InputError
 from qrank.scoring.arguments import wrong
 
 LongDocuments = Literal["truncate", "tail", "chunk"]
 
 
-class Item(NamedTuple):
+class ModelInput(NamedTuple):
     """One model input: (a part of) a document beside its query; `ids` follow the prefix."""
 
     owner: int
@@ -31,7 +31,7 @@ class Item(NamedTuple):
         return len(self.prefix) + len(self.ids)
 
 
-def works(items: list[Item]) -> list[tuple[list[int], Work]]:
+def works(items: list[ModelInput]) -> list[tuple[list[int], Sequences]]:
     """Items as work, with their places: those of a prefix together, if there are several.
 
     A prefix of one item's own is no gain, and works run one after the other.
@@ -47,14 +47,14 @@ def works(items: list[Item]) -> list[tuple[list[int], Work]]:
         chosen = [items[place] for place in single]
         segments = [item.segments for item in chosen if item.segments is not None]
         sequences = [np.concatenate((item.prefix, item.ids)) for item in chosen]
-        works.append((single, Work(sequences, segments or None)))
+        works.append((single, Sequences(sequences, segments or None)))
     for places in shared:
         chosen = [items[place] for place in places]
-        works.append((places, Work([item.ids for item in chosen], prefix=chosen[0].prefix)))
+        works.append((places, Sequences([item.ids for item in chosen], prefix=chosen[0].prefix)))
     return works
 
 
-def best_items(owners: list[int], logits: Logits) -> list[int]:
+def best_part_of_each(owners: list[int], logits: Logits) -> list[int]:
     """For each owner, in order, which of its items has the highest logit (the first of equals)."""
     best: dict[int, int] = {}
     for i, owner in enumerate(owners):

@@ -12,7 +12,7 @@ from qrank.errors import InputError, TargetError
 from qrank.system import machine
 
 
-class Memory:
+class MemoryBudget:
     """Memory for batches. Those that run side by side share it; one that finds too little waits.
 
     First come, first served: behind a large one that waits, smaller ones wait too, or a stream of
@@ -41,7 +41,7 @@ class Memory:
         self._changed = threading.Condition()
 
     @classmethod
-    def beside(cls, files: int, most: int | None, dimensions: Dimensions | None) -> Memory:
+    def beside(cls, files: int, most: int | None, dimensions: Dimensions | None) -> MemoryBudget:
         """What is left beside a model.
 
         Args:

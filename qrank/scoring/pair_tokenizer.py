@@ -54,7 +54,7 @@ class Prompt:
     room: int
 
 
-class Encoder:
+class PairTokenizer:
     """Makes a model's input of a query and a document. Safe to use from several threads.
 
     The tokenizer of a bundle knows text only: no special token has a way in (see

@@ -28,15 +28,15 @@ PROFILES: dict[Profile, tuple[int, int]] = {
 }
 """What targets are timed on -> documents, and tokens of each with its query."""
 
-ALIKE = 0.05
+TIE_MARGIN = 0.05
 """Targets that differ by less than this share of their speed are equally fast: the more faithful
 of them is taken."""
 
-UNTOLD = ("int8-full",)
+NEEDS_EVAL = ("int8-w8a8",)
 """Precisions whose loss probes cannot tell: activations are scaled by what calibration saw, and one
 passed its probes that lost 0.048 nDCG@10 (docs/benchmarks.md)."""
 
-LOSS = 0.01
+MAX_LOSS = 0.01
 """nDCG@10 that a variant may have been found to lose, and be taken like any other."""
 
 _KIND = "measurements"
@@ -53,7 +53,7 @@ class Measurement:
         selector: what names it as a backend.
         device: lower case.
         reason: why it cannot be used; None if it can.
-        execution: arithmetic it computes in; None where there is no choice.
+        compute_dtype: arithmetic it computes in; None where there is no choice.
         threads: CPU threads it was fastest with.
         batch: padded tokens a batch it was fastest with; None: its own choice.
         speeds: pairs a second, by profile.
@@ -66,7 +66,7 @@ class Measurement:
     selector: str
     device: str
     reason: str | None = None
-    execution: str | None = None
+    compute_dtype: str | None = None
     threads: int = 1
     batch: int | None = None
     speeds: dict[str, float] = field(default_factory=dict)
@@ -99,7 +99,7 @@ class Measurement:
     def setting(self) -> str:
         """What distinguishes it from the target's other measurements, for people; "" mostly."""
         batch = f"{self.batch} a batch" if self.batch else ""
-        return ", ".join(part for part in (self.execution, batch) if part)
+        return ", ".join(part for part in (self.compute_dtype, batch) if part)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Wish:
+class Criteria:
     """What a target is chosen by.
 
     Attributes:
@@ -153,96 +153,102 @@ class Wish:
             raise InputError(f"min_kendall is {self.min_kendall}; Kendall's tau is -1 to 1")
 
 
-def choices(manifest: Manifest, wish: Wish, options: Options) -> list[Choice]:
+def choices(manifest: Manifest, criteria: Criteria, options: Options) -> list[Choice]:
     """Targets to try, the best first; one where a backend is named.
 
     Args:
         manifest: of the bundle.
-        wish: what decides.
-        options: what the user set: an `execution` or `batch` that is not None stands, and
+        criteria: what decides.
+        options: what the user set: an `compute_dtype` or `batch` that is not None stands, and
             `threads` is the limit.
 
     Raises:
         TargetError: the bundle has no such target, or none so faithful.
     """
-    kept = _within_loss(manifest, wish)
+    kept = _within_loss(manifest, criteria)
     known = [m for m in recalled(manifest, options.threads) if m.variant in kept]
-    fitting = [m for m in known if _named(m, wish) and options.execution in (None, m.execution)]
-    last = doubtful(manifest, wish)
-    ordered = [_choice(manifest, m, options, len(fitting)) for m in order(fitting, wish, last)]
+    fitting = [
+        m for m in known if _named(m, criteria) and options.compute_dtype in (None, m.compute_dtype)
+    ]
+    last = deprioritized(manifest, criteria)
+    ordered = [_choice(manifest, m, options, len(fitting)) for m in order(fitting, criteria, last)]
     if not ordered:
-        faithful = _guessed(manifest, wish)
+        faithful = _guessed(manifest, criteria)
         targets = [t for t in faithful if t.variant.name in kept]
         if not targets:
             raise TargetError(
-                f"no variant of {manifest.name} both loses {wish.max_loss} nDCG@10 or less "
+                f"no variant of {manifest.name} both loses {criteria.max_loss} nDCG@10 or less "
                 f"({', '.join(sorted(kept))}) and is as faithful as asked for "
                 f"({', '.join(t.variant.name for t in faithful)}): relax one of the two"
             )
         targets.sort(key=lambda target: target.variant.name in last)
         ordered = [Choice(target, options, False, len(targets)) for target in targets]
-    ordered = [replace(choice, least_kendall=_least_kendall(choice, wish)) for choice in ordered]
-    return ordered if wish.backend is None else [replace(ordered[0], among=1)]
+    ordered = [
+        replace(choice, least_kendall=_least_kendall(choice, criteria)) for choice in ordered
+    ]
+    return ordered if criteria.backend is None else [replace(ordered[0], among=1)]
 
 
-def _least_kendall(choice: Choice, wish: Wish) -> float | None:
+def _least_kendall(choice: Choice, criteria: Criteria) -> float | None:
     """What is asked of arithmetic that the conversion was not proven in."""
-    if wish.policy == "most-faithful" and not choice.measured:
+    if criteria.policy == "most-faithful" and not choice.measured:
         return choice.target.variant.fidelity.kendall
-    return wish.min_kendall
+    return criteria.min_kendall
 
 
-def doubtful(manifest: Manifest, wish: Wish) -> set[str]:
+def deprioritized(manifest: Manifest, criteria: Criteria) -> set[str]:
     """Names of variants to take last: found to lose more than LOSS, or UNTOLD and not measured.
 
     None where a backend is named, or a bound on the loss: then that decides.
     """
-    if wish.backend is not None or wish.max_loss is not None:
+    if criteria.backend is not None or criteria.max_loss is not None:
         return set()
-    known = losses(manifest, wish.device or "cpu")
+    known = losses(manifest, criteria.device or "cpu")
     return {
         name
         for name, variant in manifest.variants.items()
-        if (known[name].mean > LOSS if name in known else variant.precision in UNTOLD)
+        if (known[name].mean > MAX_LOSS if name in known else variant.precision in NEEDS_EVAL)
     }
 
 
-def _within_loss(manifest: Manifest, wish: Wish) -> set[str]:
+def _within_loss(manifest: Manifest, criteria: Criteria) -> set[str]:
     """Names of variants that lose no more than may be lost: all, where nothing is said of that.
 
     Raises:
         TargetError: none of those that may be taken is known to; with what is known.
     """
-    if wish.max_loss is None:
+    if criteria.max_loss is None:
         return set(manifest.variants)
-    wanted = {target.variant.name for target in guesses(manifest, wish.backend, wish.device)}
-    found = losses(manifest, wish.device or "cpu")
+    wanted = {
+        target.variant.name for target in guesses(manifest, criteria.backend, criteria.device)
+    }
+    found = losses(manifest, criteria.device or "cpu")
     known = {name: loss for name, loss in found.items() if name in wanted}
-    kept = {name for name, loss in known.items() if loss.mean <= wish.max_loss}
+    kept = {name for name, loss in known.items() if loss.mean <= criteria.max_loss}
     if not kept:
         measured = ", ".join(
             f"{name} {loss.mean:.4f} (±{loss.margin:.4f}, {loss.queries} queries of {loss.data})"
             for name, loss in known.items()
         )
         raise TargetError(
-            f"no variant of {manifest.name} is known to lose {wish.max_loss} nDCG@10 or less; "
+            f"no variant of {manifest.name} is known to lose {criteria.max_loss} nDCG@10 or less; "
             f"measured here: {measured or 'none'}. Measure them: qrank eval BUNDLE --data FOLDER"
         )
     return kept
 
 
-def _guessed(manifest: Manifest, wish: Wish) -> list[Target]:
-    targets = guesses(manifest, wish.backend, wish.device)
-    faithful = [t for t in targets if _faithful(t.variant.fidelity.kendall, wish)]
+def _guessed(manifest: Manifest, criteria: Criteria) -> list[Target]:
+    targets = guesses(manifest, criteria.backend, criteria.device)
+    faithful = [t for t in targets if _faithful(t.variant.fidelity.kendall, criteria)]
     if not faithful:
         taus = {t.variant.name: t.variant.fidelity.kendall for t in targets}
         raise TargetError(
-            f"no target has a Kendall tau of {wish.min_kendall} or more; there are: "
+            f"no target has a Kendall tau of {criteria.min_kendall} or more; there are: "
             + ", ".join(f"{name} {tau:.4f}" for name, tau in taus.items())
         )
-    if wish.policy == "smallest":
+    if criteria.policy == "smallest":
         faithful.sort(key=lambda t: t.variant.bytes)
-    if wish.policy == "most-faithful":
+    if criteria.policy == "most-faithful":
         faithful.sort(key=lambda t: -t.variant.fidelity.kendall)
     return faithful
 
@@ -267,30 +273,30 @@ def first_that_works(ordered: list[Choice], take: Callable[[Choice], None]) -> N
 
 
 def order(
-    measured: Iterable[Measurement], wish: Wish, last: Collection[str] = ()
+    measured: Iterable[Measurement], criteria: Criteria, last: Collection[str] = ()
 ) -> list[Measurement]:
-    """Usable targets, the one to take first; see `Wish` and ALIKE.
+    """Usable targets, the one to take first; see `Criteria` and ALIKE.
 
     Args:
         measured: in any order.
-        wish: what decides.
-        last: names of variants to take after all others, of `doubtful`.
+        criteria: what decides.
+        last: names of variants to take after all others, of `deprioritized`.
     """
-    ordered = _by_policy(measured, wish)
+    ordered = _by_policy(measured, criteria)
     return sorted(ordered, key=lambda m: m.variant in last)
 
 
-def _by_policy(measured: Iterable[Measurement], wish: Wish) -> list[Measurement]:
-    rest = [m for m in measured if m.reason is None and _faithful(m.kendall, wish)]
-    rest.sort(key=lambda m: -m.speeds[wish.profile])
-    if wish.policy == "smallest":
+def _by_policy(measured: Iterable[Measurement], criteria: Criteria) -> list[Measurement]:
+    rest = [m for m in measured if m.reason is None and _faithful(m.kendall, criteria)]
+    rest.sort(key=lambda m: -m.speeds[criteria.profile])
+    if criteria.policy == "smallest":
         return sorted(rest, key=lambda m: m.bytes)
-    if wish.policy == "most-faithful":
+    if criteria.policy == "most-faithful":
         return sorted(rest, key=lambda m: -m.kendall)
     ordered: list[Measurement] = []
     while rest:
-        fastest = rest[0].speeds[wish.profile]
-        alike = [m for m in rest if m.speeds[wish.profile] >= fastest * (1 - ALIKE)]
+        fastest = rest[0].speeds[criteria.profile]
+        alike = [m for m in rest if m.speeds[criteria.profile] >= fastest * (1 - TIE_MARGIN)]
         ordered.append(max(alike, key=lambda m: m.kendall))
         rest.remove(ordered[-1])
     return ordered
@@ -327,14 +333,14 @@ def _key(manifest: Manifest, threads: int) -> dict[str, Any]:
     }
 
 
-def _faithful(kendall: float, wish: Wish) -> bool:
-    return wish.min_kendall is None or kendall >= wish.min_kendall
+def _faithful(kendall: float, criteria: Criteria) -> bool:
+    return criteria.min_kendall is None or kendall >= criteria.min_kendall
 
 
-def _named(found: Measurement, wish: Wish) -> bool:
+def _named(found: Measurement, criteria: Criteria) -> bool:
     runner = found.selector.rpartition("/")[0]
     names = (found.selector, runner or found.variant.partition("-")[0])
-    return wish.backend in (None, *names) and wish.device in (None, found.device)
+    return criteria.backend in (None, *names) and criteria.device in (None, found.device)
 
 
 def _choice(manifest: Manifest, found: Measurement, options: Options, among: int) -> Choice:
@@ -343,7 +349,7 @@ def _choice(manifest: Manifest, found: Measurement, options: Options, among: int
     target = Target(variant, found.device, runner or variant.format)
     options = replace(
         options,
-        execution=options.execution or found.execution,
+        compute_dtype=options.compute_dtype or found.compute_dtype,
         batch=options.batch or found.batch,
         threads=found.threads,
     )

@@ -15,7 +15,7 @@ log = logging.getLogger("qrank")
 ON_CPU = (
     "openvino-int8",
     "onnx-int8",
-    "openvino-int8-full",
+    "openvino-int8-w8a8",
     "openvino-fp16",
     "onnx-fp32",
     "onnx-fp16",
@@ -28,9 +28,9 @@ ON_CPU = (
 )
 """Variants by the speed to be expected of them on a CPU (docs/benchmarks.md), the first the most.
 
-int8-full stands behind int8: it is a little faster, and less like the original."""
+int8-w8a8 stands behind int8: it is a little faster, and less like the original."""
 
-ELSEWHERE = ("fp16", "int8", "fp32", "int8-full", "f16", "q8_0", "q4_k_m", "bf16")
+ELSEWHERE = ("fp16", "int8", "fp32", "int8-w8a8", "f16", "q8_0", "q4_k_m", "bf16")
 """Precisions likewise, on every other device: they compute in 16 bits."""
 
 

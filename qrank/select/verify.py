@@ -21,7 +21,7 @@ from qrank.backends import RUNTIMES, Backend, Options, conditions, isolation, op
 from qrank.backends.isolation import FatalError
 from qrank.bundle.fidelity import Fidelity, here
 from qrank.bundle.manifest import Manifest, Probes
-from qrank.bundle.sequences import Logits, Work
+from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import QrankError, TargetError
 from qrank.select.targets import Target
 from qrank.system import cache
@@ -47,7 +47,7 @@ class Proof:
     """What came of holding a target against its bundle's probes on this machine.
 
     Attributes:
-        execution: arithmetic it computes in; None where the backend leaves no choice.
+        compute_dtype: arithmetic it computes in; None where the backend leaves no choice.
         kendall: Kendall's tau against the original, of arithmetic that the conversion was not
             proven in; None elsewhere: the manifest says it then.
         reason: why the target cannot be used; None if it can.
@@ -55,7 +55,7 @@ class Proof:
         time: when, in seconds since 1970.
     """
 
-    execution: str | None = None
+    compute_dtype: str | None = None
     kendall: float | None = None
     reason: str | None = None
     rejected: dict[str, str] = field(default_factory=dict)
@@ -63,10 +63,10 @@ class Proof:
 
     def __post_init__(self) -> None:
         """Refuse what a damaged file may hold."""
-        words = (self.execution, self.reason)
+        words = (self.compute_dtype, self.reason)
         numbers = (self.time, 0.0 if self.kendall is None else self.kendall)
         if not all(isinstance(word, str | None) for word in words):
-            raise TypeError(f"execution and reason are texts, not {words}")
+            raise TypeError(f"compute_dtype and reason are texts, not {words}")
         if not all(isinstance(number, int | float) for number in numbers):
             raise TypeError(f"kendall and time are numbers, not {numbers}")
 
@@ -75,7 +75,7 @@ class WrongError(TargetError):
     """A target that computes other numbers than the bundle's probes say."""
 
 
-Compute = Callable[[str | None, Work], Logits]
+Compute = Callable[[str | None, Sequences], Logits]
 """Runs a target in some arithmetic."""
 
 
@@ -94,7 +94,7 @@ def ready(
         folder: the bundle.
         target: what to open.
         manifest: the bundle's.
-        options: with an `execution`, that one alone is tried.
+        options: with an `compute_dtype`, that one alone is tried.
         least_kendall: Kendall's tau against the original that arithmetic must keep which the
             conversion was not proven in. None: what `qrank.bundle.fidelity.here` asks for.
         known: what came of it earlier in this process.
@@ -112,8 +112,8 @@ def ready(
     if proof is None:
         proof, backend = _prove(case)
         case.remember(proof)
-        for execution, reason in proof.rejected.items():
-            log.info("%s does not compute in %s: %s", target.name, execution, reason)
+        for compute_dtype, reason in proof.rejected.items():
+            log.info("%s does not compute in %s: %s", target.name, compute_dtype, reason)
         if proof.reason is not None:
             raise TargetError(proof.reason)
     elif proof.reason is not None:
@@ -121,7 +121,7 @@ def ready(
             f"{proof.reason}. So it was found less than a day ago; to try again at once: "
             "qrank cache --clear proofs"
         )
-    return backend or case.open(proof.execution), proof
+    return backend or case.open(proof.compute_dtype), proof
 
 
 def _prove(case: _Case) -> tuple[Proof, Backend | None]:
@@ -139,13 +139,13 @@ def _prove(case: _Case) -> tuple[Proof, Backend | None]:
 
 def _prove_here(case: _Case) -> tuple[Proof, Backend]:
     own = ":" in case.target.backend
-    choices = () if own else backends.executions(case.target.backend, case.target.device)
+    choices = () if own else backends.compute_dtypes(case.target.backend, case.target.device)
     opened: list[Backend] = []
 
-    def compute(execution: str | None, work: Work) -> Logits:
+    def compute(compute_dtype: str | None, work: Sequences) -> Logits:
         while opened:
             opened.pop().close()
-        opened.append(case.open(execution))
+        opened.append(case.open(compute_dtype))
         return opened[-1].logits(work) if len(work) else np.empty(0, np.float32)
 
     try:
@@ -169,9 +169,9 @@ class _Case:
     options: Options
     least_kendall: float | None
 
-    def open(self, execution: str | None) -> Backend:
+    def open(self, compute_dtype: str | None) -> Backend:
         """The target's backend in this process, computing in some arithmetic."""
-        chosen = replace(self.options, execution=execution)
+        chosen = replace(self.options, compute_dtype=compute_dtype)
         target = self.target
         return opener(target.backend)(self.folder, target.variant, target.device, chosen)
 
@@ -179,11 +179,11 @@ class _Case:
         """What `settle` takes, of a process of its own."""
         named = {"backend": self.target.backend, "device": self.target.device}
 
-        def compute(execution: str | None, work: Work) -> Logits:
-            chosen = replace(self.options, execution=execution)
+        def compute(compute_dtype: str | None, work: Sequences) -> Logits:
+            chosen = replace(self.options, compute_dtype=compute_dtype)
             return worker.logits(self.folder, self.target.variant, [work], chosen, **named)[0]
 
-        return worker.executions(**named), compute
+        return worker.compute_dtypes(**named), compute
 
     def settle(self, choices: Sequence[str], compute: Compute) -> Proof:
         """Try arithmetic, the fastest first.
@@ -198,7 +198,7 @@ class _Case:
         Raises:
             QrankError: the last arithmetic fails in another way, which is not to be remembered.
         """
-        named = self.options.execution
+        named = self.options.compute_dtype
         tried: Sequence[str | None] = choices or (named,)
         if named is not None and ":" not in self.target.backend:
             if named not in choices:
@@ -209,28 +209,28 @@ class _Case:
             tried = (named,)
         rejected: dict[str, str] = {}
         *faster, last = tried
-        for execution in faster:
+        for compute_dtype in faster:
             try:
-                return Proof(execution, self._hold(execution, compute), rejected=rejected)
+                return Proof(compute_dtype, self._hold(compute_dtype, compute), rejected=rejected)
             except NoChildError:
                 raise
             except QrankError as error:
-                rejected[str(execution)] = str(error)
+                rejected[str(compute_dtype)] = str(error)
         try:
             return Proof(last, self._hold(last, compute), rejected=rejected)
         except (FatalError, WrongError) as error:
             return Proof(last, reason=str(error), rejected=rejected)
 
-    def _hold(self, execution: str | None, compute: Compute) -> float | None:
+    def _hold(self, compute_dtype: str | None, compute: Compute) -> float | None:
         """Hold the target in some arithmetic against the probes; see `Proof.kendall`.
 
         Raises:
             WrongError: it does not reproduce them; with the figures.
         """
-        exact = execution in (None, CONVERTED_IN)
+        exact = compute_dtype in (None, CONVERTED_IN)
         # A conversion looked at all probes in the one; nobody did in the others.
         probes = _some(self.manifest.probes) if exact else self.manifest.probes
-        logits = compute(execution, probes.work)
+        logits = compute(compute_dtype, probes.work)
         if len(probes.work) == 0:
             return None  # the original itself: `qrank.backends.torch.as_bundle`
         # On the scale of all probes.
@@ -269,7 +269,7 @@ class _Case:
             "variant": self.manifest.identity(target.variant),
             "probes": _digest(probes),
             "least_kendall": self.least_kendall,
-            "execution": options.execution,
+            "compute_dtype": options.compute_dtype,
             "threads": options.threads,
             "batch": options.batch,
             "static_shapes": options.static_shapes,

@@ -19,7 +19,7 @@ from qrank.reranker import Reranker
 from qrank.serve import dialects
 from qrank.serve.guard import Guard, refuse
 from qrank.serve.metrics import Metrics
-from qrank.serve.request import Limits, RefusedError
+from qrank.serve.request import Limits, RequestError
 from qrank.serve.schemas import (
     CohereResponse,
     ModelCard,
@@ -94,7 +94,7 @@ def build(
     guard = Guard(app, keys=keys, limits=limits, metrics=service.metrics, root=root)
     _add_reranking(app, service)
     _add_state(app, service, guard)
-    app.add_exception_handler(RefusedError, _refused)
+    app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _failed)
@@ -208,7 +208,7 @@ def _path(request: Request) -> str:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RefusedError)
+    assert isinstance(error, RequestError)
     return refuse(_path(request), error)
 
 
@@ -217,20 +217,20 @@ async def _invalid(request: Request, error: Exception) -> Response:
     path, found = _path(request), error.errors()
     if found[0]["type"] == "json_invalid":
         reason, place = found[0]["ctx"]["error"], found[0]["loc"][-1]
-        refusal = RefusedError(400, f"the body is no JSON: {reason}, at character {place}")
+        refusal = RequestError(400, f"the body is no JSON: {reason}, at character {place}")
     elif isinstance(error.body, bytes):
-        refusal = RefusedError(422, "send JSON, with content-type: application/json")
+        refusal = RequestError(422, "send JSON, with content-type: application/json")
     else:
         if path == "/rerank" and tag("documents") in found[0]["loc"]:
             path = "/v1/rerank"
-        refusal = RefusedError(422, reasons(found))
+        refusal = RequestError(422, reasons(found))
     return refuse(path, refusal)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     said = _unreadable(error.__cause__) or str(error.detail)
-    response = refuse(_path(request), RefusedError(error.status_code, said))
+    response = refuse(_path(request), RequestError(error.status_code, said))
     response.headers.update(error.headers or {})
     return response
 
@@ -249,5 +249,5 @@ def _unreadable(error: BaseException | None) -> str | None:
 
 async def _failed(request: Request, error: Exception) -> Response:
     return refuse(
-        _path(request), RefusedError(500, "the server made a mistake; its log says which")
+        _path(request), RequestError(500, "the server made a mistake; its log says which")
     )

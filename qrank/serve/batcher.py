@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from qrank.bundle.sequences import Logits
 from qrank.errors import InputError, QrankError
 from qrank.reranker import Reranker
-from qrank.scoring.inputs import Item, best_items
+from qrank.scoring.inputs import ModelInput, best_part_of_each
 from qrank.serve.metrics import Metrics
-from qrank.serve.request import Asked, Outcome, RefusedError
+from qrank.serve.request import RequestError, RerankOutcome, RerankTask
 
 log = logging.getLogger("qrank.serve")
 
@@ -70,7 +70,7 @@ class Job:
         done: resolves when nothing more is to come.
     """
 
-    items: list[Item]
+    items: list[ModelInput]
     arrived: float
     ends: float | None
     done: asyncio.Future[None]
@@ -104,12 +104,12 @@ class Turn:
     tokens: int
 
     @property
-    def items(self) -> list[Item]:
+    def items(self) -> list[ModelInput]:
         """The items themselves."""
         return self.job.items[self.start : self.stop]
 
 
-def reading(item: Item, before: Item | None) -> int:
+def reading(item: ModelInput, before: ModelInput | None) -> int:
     """Tokens that are read for an item after another: a prefix they share is read once."""
     shared = before is not None and item.prefix is before.prefix
     return len(item.ids) if shared else item.tokens
@@ -202,7 +202,7 @@ class Batcher:
         for threads in (self._engine, self._encoders, self._quick_encoder):
             threads.shutdown()
 
-    async def score(self, asked: Asked, timeout: float) -> Outcome:
+    async def score(self, asked: RerankTask, timeout: float) -> RerankOutcome:
         """Score a request's pairs, among those of others.
 
         To cancel it is to take it out of the queue.
@@ -221,7 +221,7 @@ class Batcher:
         guess = self._guess(asked)
         if self.queued and self.queued + guess > self._limit:
             self._metrics.dropped["overflow"].inc()
-            raise RefusedError(
+            raise RequestError(
                 429,
                 f"{self.queued:,} tokens wait for {self._name}, and about {guess:,} more would be "
                 f"beyond its limit of {self._limit:,}; try again later",
@@ -247,29 +247,29 @@ class Batcher:
                     self._jobs.remove(job)
         except TimeoutError:
             self._metrics.dropped["timeout"].inc()
-            raise RefusedError(
+            raise RequestError(
                 503, f"not scored within {timeout:g} s; send less, or try again later"
             ) from None
         except asyncio.CancelledError:
             self._metrics.dropped["disconnect"].inc()
             raise
         except InputError as error:
-            raise RefusedError(422, str(error)) from error
+            raise RequestError(422, str(error)) from error
         except QrankError as error:
             log.error("%s: %s", self._name, error)
-            raise RefusedError(500, str(error)) from error
+            raise RequestError(500, str(error)) from error
         finally:
             self._hold(-held)
             self._metrics.queue_requests.dec()
         return self._outcome(job, len(asked.pairs))
 
-    def _guess(self, asked: Asked) -> int:
+    def _guess(self, asked: RerankTask) -> int:
         """Tokens of a request that is not encoded yet."""
         most = math.inf if asked.long_documents == "chunk" else self.reranker.max_length
         sizes = (len(query) + len(document) for query, document in asked.pairs)
         return int(sum(min(size // CHARACTERS_A_TOKEN + 1, most) for size in sizes))
 
-    async def _encode(self, asked: Asked, ends: float | None) -> list[Item]:
+    async def _encode(self, asked: RerankTask, ends: float | None) -> list[ModelInput]:
         """A request's items; a part of them where its budget is used before the others are made.
 
         Long requests take turns, and short ones have a thread of their own.
@@ -284,21 +284,21 @@ class Batcher:
         short = sum(map(len, {text for pair in asked.pairs for text in pair})) <= STEP_CHARACTERS
         threads = self._quick_encoder if short else self._encoders
         loop = asyncio.get_running_loop()
-        items: list[Item] = []
+        items: list[ModelInput] = []
         while some := await loop.run_in_executor(threads, next, steps, None):
             items += some
             if ends is not None and time.perf_counter() >= ends:
                 break
         long = next((item.owner for item in items if item.truncated), None)
         if asked.whole and long is not None:
-            raise RefusedError(
+            raise RequestError(
                 413, f"text {long} does not fit the model with the query; ask for truncate"
             )
         return items
 
     def _check(self) -> None:
         if self._broken:
-            raise RefusedError(
+            raise RequestError(
                 503, f"the queue of {self._name} has failed, and the server ends; its log says why"
             )
 
@@ -398,12 +398,12 @@ class Batcher:
         if not job.waiting and not job.flying and not job.done.done():
             job.done.set_result(None)
 
-    def _outcome(self, job: Job, pairs: int) -> Outcome:
+    def _outcome(self, job: Job, pairs: int) -> RerankOutcome:
         """By pair: of a document's parts the best, if all of them were scored."""
         owners = [item.owner for item in job.items]
         whole = np.arange(pairs) <= owners[-1]
         np.logical_and.at(whole, owners, job.scored)
-        best = best_items(owners, job.logits)
+        best = best_part_of_each(owners, job.logits)
         logits = np.zeros(pairs, np.float32)
         logits[: len(best)] = job.logits[best]
         logits[~whole] = logits[whole].min()
@@ -413,7 +413,7 @@ class Batcher:
         tokens = sum(
             item.tokens for item, scored in zip(job.items, job.scored, strict=True) if scored
         )
-        return Outcome(
+        return RerankOutcome(
             self._name,
             [float(x) for x in logits],
             [float(x) for x in scores],

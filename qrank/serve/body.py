@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from starlette.datastructures import Headers
 from starlette.types import Receive
 
-from qrank.serve.request import Limits, RefusedError
+from qrank.serve.request import Limits, RequestError
 
 HELD_BODIES = 8
 """Bodies of the largest size that may be held at a time; beyond, requests are refused."""
@@ -51,7 +51,7 @@ class Bodies:
 
     def _hold(self, size: int) -> None:
         if self._held + size > self._limits.body * HELD_BODIES:
-            raise RefusedError(429, "too many large bodies at a time", retry_after=1)
+            raise RequestError(429, "too many large bodies at a time", retry_after=1)
         self._held += size
 
     async def _received(self, headers: Headers, receive: Receive) -> bytes:
@@ -71,7 +71,7 @@ class Bodies:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise RefusedError(400, "the client hung up before its body was there")
+                        raise RequestError(400, "the client hung up before its body was there")
                     part = message.get("body", b"")
                     size += len(part)
                     if size > limit or large:
@@ -90,7 +90,7 @@ class Bodies:
                 raise (
                     _too_large(limit)
                     if large or size > limit
-                    else RefusedError(
+                    else RequestError(
                         408, f"the body did not come within {self._limits.body_seconds:g} s"
                     )
                 ) from None
@@ -113,14 +113,14 @@ def inflated(body: bytes, encodings: str, limit: int) -> bytes:
     names = [name for part in encodings.split(",") if (name := part.strip().lower())]
     names = [name for name in names if name != "identity"]
     if len(names) > _ENCODED_TWICE or set(names) - {"gzip", "x-gzip", "deflate"}:
-        raise RefusedError(
+        raise RequestError(
             415, f"content-encoding is {encodings[:100]!r}; send {ENCODINGS} or no encoding"
         )
     for name in reversed(names):
         try:
             body = _inflated(body, name, limit)
         except zlib.error:
-            raise RefusedError(400, f"the body is no {name}, which content-encoding says") from None
+            raise RequestError(400, f"the body is no {name}, which content-encoding says") from None
     return body
 
 
@@ -141,7 +141,7 @@ def _inflated(body: bytes, name: str, limit: int) -> bytes:
     return found
 
 
-def _too_large(limit: int) -> RefusedError:
-    return RefusedError(
+def _too_large(limit: int) -> RequestError:
+    return RequestError(
         413, f"the body is larger than {limit:,} bytes (--max-body); send fewer documents at a time"
     )

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qrank.serve import schemas
-from qrank.serve.request import Asked, Outcome, RefusedError
+from qrank.serve.request import RequestError, RerankOutcome, RerankTask
 
 
-def asked_tei(body: schemas.TeiRequest) -> Asked:
+def asked_tei(body: schemas.TeiRequest) -> RerankTask:
     """See `schemas.TeiRequest`."""
     left = (body.truncation_direction or "right").lower() == "left"
-    return Asked(
+    return RerankTask(
         body.model,
         [(body.query, text) for text in body.texts],
         body.instruction,
@@ -25,7 +25,7 @@ def asked_tei(body: schemas.TeiRequest) -> Asked:
     )
 
 
-def asked_rerank(body: schemas.RerankRequest) -> Asked:
+def asked_rerank(body: schemas.RerankRequest) -> RerankTask:
     """See `schemas.RerankRequest`.
 
     Raises:
@@ -35,7 +35,7 @@ def asked_rerank(body: schemas.RerankRequest) -> Asked:
         document if isinstance(document, str) else _text(document, body.rank_fields, place)
         for place, document in enumerate(body.documents)
     ]
-    return Asked(
+    return RerankTask(
         body.model,
         [(body.query, text) for text in texts],
         body.instruction,
@@ -45,7 +45,7 @@ def asked_rerank(body: schemas.RerankRequest) -> Asked:
     )
 
 
-def asked_score(body: schemas.ScoreRequest) -> Asked:
+def asked_score(body: schemas.ScoreRequest) -> RerankTask:
     """See `schemas.ScoreRequest`.
 
     Raises:
@@ -56,10 +56,10 @@ def asked_score(body: schemas.ScoreRequest) -> Asked:
     if len(first) == 1:
         first = first * len(second)
     if len(first) != len(second):
-        raise RefusedError(
+        raise RequestError(
             400, f"{len(first)} queries for {len(second)} documents; give one, or as many"
         )
-    return Asked(
+    return RerankTask(
         body.model,
         list(zip(first, second, strict=True)),
         body.instruction,
@@ -69,7 +69,7 @@ def asked_score(body: schemas.ScoreRequest) -> Asked:
     )
 
 
-def answer_tei(body: schemas.TeiRequest, outcome: Outcome) -> list[schemas.TeiRank]:
+def answer_tei(body: schemas.TeiRequest, outcome: RerankOutcome) -> list[schemas.TeiRank]:
     """A bare array."""
     values = outcome.logits if body.raw_scores else outcome.scores
     return [
@@ -78,7 +78,7 @@ def answer_tei(body: schemas.TeiRequest, outcome: Outcome) -> list[schemas.TeiRa
     ]
 
 
-def answer_rerank(body: schemas.RerankRequest, outcome: Outcome) -> schemas.RerankResponse:
+def answer_rerank(body: schemas.RerankRequest, outcome: RerankOutcome) -> schemas.RerankResponse:
     """Jina's, Cohere's, vLLM's and llama.cpp's fields."""
     return schemas.RerankResponse(
         id=_identity("rerank"),
@@ -89,7 +89,7 @@ def answer_rerank(body: schemas.RerankRequest, outcome: Outcome) -> schemas.Rera
     )
 
 
-def answer_cohere(body: schemas.RerankRequest, outcome: Outcome) -> schemas.CohereResponse:
+def answer_cohere(body: schemas.RerankRequest, outcome: RerankOutcome) -> schemas.CohereResponse:
     """Cohere's fields, v2."""
     return schemas.CohereResponse(
         id=str(uuid.uuid4()),
@@ -98,7 +98,7 @@ def answer_cohere(body: schemas.RerankRequest, outcome: Outcome) -> schemas.Cohe
     )
 
 
-def answer_ollama(body: schemas.RerankRequest, outcome: Outcome) -> schemas.OllamaResponse:
+def answer_ollama(body: schemas.RerankRequest, outcome: RerankOutcome) -> schemas.OllamaResponse:
     """Ollama's."""
     shown = body.return_documents is not False
     return schemas.OllamaResponse(
@@ -116,7 +116,7 @@ def answer_ollama(body: schemas.RerankRequest, outcome: Outcome) -> schemas.Olla
     )
 
 
-def answer_score(body: schemas.ScoreRequest, outcome: Outcome) -> schemas.ScoreResponse:
+def answer_score(body: schemas.ScoreRequest, outcome: RerankOutcome) -> schemas.ScoreResponse:
     """vLLM's, in the order the pairs were sent."""
     values = outcome.logits if body.use_activation is False else outcome.scores
     return schemas.ScoreResponse(
@@ -188,14 +188,14 @@ def _identity(kind: str) -> str:
 def _text(document: schemas.Document, fields: Sequence[str] | None, place: int) -> str:
     if not fields:
         if document.text is None:
-            raise RefusedError(
+            raise RequestError(
                 422, f"documents[{place}] has no text; give one, or name rank_fields"
             )
         return document.text
     content = document.model_dump()
     values = [content[name] for name in fields if content.get(name) is not None]
     if not values:
-        raise RefusedError(422, f"documents[{place}] has none of the rank_fields")
+        raise RequestError(422, f"documents[{place}] has none of the rank_fields")
     return "\n".join(str(value) for value in values)
 
 
@@ -203,12 +203,12 @@ def _as_sent(document: str | schemas.Document) -> str | dict[str, Any]:
     return document if isinstance(document, str) else document.model_dump(exclude_unset=True)
 
 
-def _top(body: schemas.RerankRequest, outcome: Outcome) -> list[int]:
+def _top(body: schemas.RerankRequest, outcome: RerankOutcome) -> list[int]:
     return outcome.order[: body.top_n or None]
 
 
 def _results(
-    body: schemas.RerankRequest, outcome: Outcome, *, documents: bool
+    body: schemas.RerankRequest, outcome: RerankOutcome, *, documents: bool
 ) -> list[schemas.RerankResult]:
     def shown(place: int) -> dict[str, Any]:
         document = _as_sent(body.documents[place])
@@ -226,11 +226,11 @@ def _results(
     ]
 
 
-def _usage(outcome: Outcome) -> schemas.Usage:
+def _usage(outcome: RerankOutcome) -> schemas.Usage:
     return schemas.Usage(prompt_tokens=outcome.tokens, total_tokens=outcome.tokens)
 
 
-def _meta(version: str, outcome: Outcome) -> schemas.Meta:
+def _meta(version: str, outcome: RerankOutcome) -> schemas.Meta:
     return schemas.Meta(
         api_version=schemas.ApiVersion(version=version),
         tokens=schemas.Tokens(input_tokens=outcome.tokens),

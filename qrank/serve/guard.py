@@ -23,7 +23,7 @@ from qrank.errors import InputError
 from qrank.serve.body import ENCODINGS, Bodies
 from qrank.serve.dialects import shape
 from qrank.serve.metrics import Metrics
-from qrank.serve.request import Limits, RefusedError
+from qrank.serve.request import Limits, RequestError
 from qrank.serve.routing import routed
 from qrank.system.textfiles import read_lines
 
@@ -150,7 +150,7 @@ class Guard:
             async with self._bodies.read(headers, receive) as body:
                 inner["headers"] = _plain(scope["headers"], len(body))
                 await self._app(inner, _replay(body, receive), answer)
-        except RefusedError as refusal:
+        except RequestError as refusal:
             await refuse(route, refusal)(scope, receive, answer)
         finally:
             tell()
@@ -162,10 +162,10 @@ class Guard:
         # All are compared, each in constant time: how long it takes tells nothing.
         right = [hmac.compare_digest(given, key) for key in self._keys]
         if not any(right):
-            raise RefusedError(401, "a key is needed: send the header Authorization: Bearer KEY")
+            raise RequestError(401, "a key is needed: send the header Authorization: Bearer KEY")
 
 
-def refuse(path: str, refusal: RefusedError) -> JSONResponse:
+def refuse(path: str, refusal: RequestError) -> JSONResponse:
     """An error as the dialect of a route has it."""
     status, content = shape(path)(refusal.status, refusal.message)
     headers = {}

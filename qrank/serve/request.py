@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qrank.scoring.inputs import LongDocuments
 
 
-class RefusedError(Exception):
+class RequestError(Exception):
     """A request that gets an error: a status, and a message that says what to do."""
 
     def __init__(self, status: int, message: str, *, retry_after: int | None = None) -> None:
@@ -39,7 +39,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RerankTask:
     """What any request comes to.
 
     Attributes:
@@ -63,7 +63,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RerankOutcome:
     """What came of it, in the order of the pairs.
 
     Attributes:

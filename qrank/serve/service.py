@@ -13,7 +13,7 @@ from starlette.requests import Request
 from qrank.reranker import Reranker
 from qrank.serve.batcher import Batcher
 from qrank.serve.metrics import Metrics
-from qrank.serve.request import Asked, Limits, Outcome, RefusedError
+from qrank.serve.request import Limits, RequestError, RerankOutcome, RerankTask
 
 
 class Service:
@@ -65,7 +65,7 @@ class Service:
         if name is None or (name not in self._names and len(self.models) == 1):
             return next(iter(self.models))
         if name not in self._names:
-            raise RefusedError(404, f"no such model here; there are: {', '.join(self._names)}")
+            raise RequestError(404, f"no such model here; there are: {', '.join(self._names)}")
         return self._names[name]
 
     async def open(self) -> None:
@@ -86,7 +86,7 @@ class Service:
         for batcher in self._batchers.values():
             await batcher.close()
 
-    async def score(self, request: Request, asked: Asked) -> Outcome:
+    async def score(self, request: Request, asked: RerankTask) -> RerankOutcome:
         """Score what is asked, for as long as the client is there.
 
         Raises:
@@ -99,14 +99,14 @@ class Service:
         if asked.instruction is None:
             asked = replace(asked, instruction=self._instructions.get(name))
         if len(asked.pairs) > limits.documents:
-            raise RefusedError(
+            raise RequestError(
                 413,
                 f"{len(asked.pairs):,} documents; a request may have {limits.documents:,} "
                 "(--max-documents)",
             )
         longest = max(max(map(len, pair)) for pair in asked.pairs)
         if longest > limits.characters:
-            raise RefusedError(
+            raise RequestError(
                 413,
                 f"a text of {longest:,} characters; one may have {limits.characters:,} "
                 "(--max-characters)",
@@ -117,14 +117,16 @@ class Service:
         return outcome
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, Outcome]) -> Outcome:
+async def _while_connected(
+    request: Request, work: Coroutine[Any, Any, RerankOutcome]
+) -> RerankOutcome:
     """Await work, and cancel it where the client hangs up."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_hung_up(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise RefusedError(499, "the client hung up")
+            raise RequestError(499, "the client hung up")
         return task.result()
     finally:
         task.cancel()
