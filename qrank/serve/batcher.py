@@ -212,7 +212,7 @@ class Batcher:
             timeout: seconds it may take in all.
 
         Raises:
-            RefusedError: 413 for a pair that does not fit, 422 for what the model does not take,
+            RequestError: 413 for a pair that does not fit, 422 for what the model does not take,
                 429 where too much waits, 500 where the engine fails, 503 where the time is up or
                 the queue has ended.
         """

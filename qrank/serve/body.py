@@ -34,7 +34,7 @@ class Bodies:
         """A whole body as it was before it was compressed; counted until the block ends.
 
         Raises:
-            RefusedError: 400 for what is not compressed as it says, 408 for what does not come in
+            RequestError: 400 for what is not compressed as it says, 408 for what does not come in
                 time, 413 for what is too large, 415 for an unknown encoding, 429 where too many
                 large bodies are in use.
         """
@@ -107,7 +107,7 @@ def inflated(body: bytes, encodings: str, limit: int) -> bytes:
         limit: bytes that it may have.
 
     Raises:
-        RefusedError: 400 for what is not compressed so, 413 beyond the limit, 415 for an unknown
+        RequestError: 400 for what is not compressed so, 413 beyond the limit, 415 for an unknown
             encoding.
     """
     names = [name for part in encodings.split(",") if (name := part.strip().lower())]

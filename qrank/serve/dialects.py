@@ -29,7 +29,7 @@ def asked_rerank(body: schemas.RerankRequest) -> RerankTask:
     """See `schemas.RerankRequest`.
 
     Raises:
-        RefusedError: a document has no text, or lacks a field that is to be read.
+        RequestError: a document has no text, or lacks a field that is to be read.
     """
     texts = [
         document if isinstance(document, str) else _text(document, body.rank_fields, place)
@@ -49,7 +49,7 @@ def asked_score(body: schemas.ScoreRequest) -> RerankTask:
     """See `schemas.ScoreRequest`.
 
     Raises:
-        RefusedError: the numbers of queries and documents do not go together.
+        RequestError: the numbers of queries and documents do not go together.
     """
     first = [body.text_1] if isinstance(body.text_1, str) else body.text_1
     second = [body.text_2] if isinstance(body.text_2, str) else body.text_2

@@ -60,7 +60,7 @@ class Service:
         name those services' models, or refuse to leave the name out.
 
         Raises:
-            RefusedError: 404 where several are served and none has the name.
+            RequestError: 404 where several are served and none has the name.
         """
         if name is None or (name not in self._names and len(self.models) == 1):
             return next(iter(self.models))
@@ -90,7 +90,7 @@ class Service:
         """Score what is asked, for as long as the client is there.
 
         Raises:
-            RefusedError: see `Batcher.score`; 404 for an unknown model, 413 for too many documents
+            RequestError: see `Batcher.score`; 404 for an unknown model, 413 for too many documents
                 or too long a text.
         """
         limits = self.limits
