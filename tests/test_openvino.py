@@ -35,6 +35,7 @@ PAIRS = [("which planet is red?", "Mars is red. " * n) for n in (1, 0, 9, 30, 20
 
 
 def graph(bundle: Path, precision: str) -> Any:
+    tiny.skip_refused(bundle, f"openvino-{precision}")
     return need("openvino").Core().read_model(bundle / f"openvino-{precision}" / "model.xml")
 
 
@@ -93,17 +94,17 @@ def test_all_other_matrices_are_small(
     assert [m.data.shape for m in kept] == [(64, 64)]
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_graphs_take_ids_up_to_the_limit_and_give_logits(
-    kind: str, bundle_of: Callable[[str], Path]
+    kind: str, precision: str, bundle_of: Callable[[str], Path]
 ) -> None:
     """Under the field's names, so that other tools can run them too."""
-    for precision in PRECISIONS:
-        model = graph(bundle_of(kind), precision)
-        expected = ["input_ids", "attention_mask"] + ["token_type_ids"] * (kind == "bert")
-        assert [i.any_name for i in model.inputs] == expected
-        assert {str(i.partial_shape) for i in model.inputs} == {f"[?,1..{tiny.MAX_LENGTH}]"}
-        assert [o.any_name for o in model.outputs] == ["logits"]
-        assert model.outputs[0].element_type.get_type_name() == "f32"
+    model = graph(bundle_of(kind), precision)
+    expected = ["input_ids", "attention_mask"] + ["token_type_ids"] * (kind == "bert")
+    assert [i.any_name for i in model.inputs] == expected
+    assert {str(i.partial_shape) for i in model.inputs} == {f"[?,1..{tiny.MAX_LENGTH}]"}
+    assert [o.any_name for o in model.outputs] == ["logits"]
+    assert model.outputs[0].element_type.get_type_name() == "f32"
 
 
 def test_graphs_do_not_say_where_they_were_made(bundle: Path) -> None:
