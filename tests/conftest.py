@@ -80,8 +80,7 @@ def bundle_of(
             variants = tiny_decoders.VARIANTS if family else tiny.VARIANTS
             target = folder / "tiny-qrank"
             result = convert(str(checkpoint_of(kind)), variants, target, family=family)
-            allowed = {tiny.W8A8} if tiny.saturates() else set()
-            assert not result.failed.keys() - allowed, result.failed
+            assert not result.failed, result.failed
 
         return made_once(f"{kind}-bundle", make) / "tiny-qrank"
 

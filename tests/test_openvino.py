@@ -17,7 +17,7 @@ import tiny
 from click.testing import CliRunner
 from transformers import AutoModelForSequenceClassification
 
-from qrank import Reranker
+from qrank import Reranker, machine
 from qrank.backends import Backend, Options, openvino
 from qrank.bundle import Manifest, Variant
 from qrank.cli import main
@@ -35,7 +35,6 @@ PAIRS = [("which planet is red?", "Mars is red. " * n) for n in (1, 0, 9, 30, 20
 
 
 def graph(bundle: Path, precision: str) -> Any:
-    tiny.skip_refused(bundle, f"openvino-{precision}")
     return need("openvino").Core().read_model(bundle / f"openvino-{precision}" / "model.xml")
 
 
@@ -74,7 +73,12 @@ def test_the_head_stays_fp32(
 
 
 @pytest.mark.parametrize(
-    ("precision", "small"), [("int8", ("u8",)), ("int8-full", ("i8", "u8")), ("fp16", ("f16",))]
+    ("precision", "small"),
+    [
+        ("int8", ("u8",)),
+        pytest.param("int8-full", ("i8", "u8"), marks=tiny.needs_vnni),
+        ("fp16", ("f16",)),
+    ],
 )
 def test_all_other_matrices_are_small(
     kind: str, precision: str, small: tuple[str, ...], bundle_of: Callable[[str], Path]
@@ -312,8 +316,8 @@ def test_x86_cpus_are_not_asked_to_compute_in_fp16(monkeypatch: pytest.MonkeyPat
             return ["BF16", "FP16", "FP32", "INT8"]
 
     monkeypatch.setattr(openvino, "_core", Core)
-    for machine, expected in (("x86_64", ("bf16", "fp32")), ("aarch64", ("bf16", "fp16", "fp32"))):
-        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+    for name, expected in (("x86_64", ("bf16", "fp32")), ("aarch64", ("bf16", "fp16", "fp32"))):
+        monkeypatch.setattr("platform.machine", lambda name=name: name)
         assert openvino.executions("cpu") == expected
         assert openvino.executions("gpu") == ("bf16", "fp16", "fp32")
 
@@ -340,6 +344,7 @@ def test_a_fused_feed_forward_part_gets_one_stream_of_two_threads(
     backend.close()
 
 
+@tiny.needs_vnni
 def test_lengths_that_are_computed_wrongly_are_not_padded_to(bundle: Path) -> None:
     manifest = Manifest.load(bundle)
     for precision, execution in (("int8-full", "bf16"), ("int8-full", "fp32"), ("int8", "bf16")):
@@ -350,6 +355,19 @@ def test_lengths_that_are_computed_wrongly_are_not_padded_to(bundle: Path) -> No
         wrong = (precision, execution) in openvino.WRONG_LENGTHS
         between = 48 if wrong else 32
         assert lengths == [16, 16, between, between, 48, 48, tiny.MAX_LENGTH]
+
+
+def test_int8_activations_are_refused_where_their_products_overflow(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for sets, wrong in ((["AVX2"], True), (["AVX2", "AVX-VNNI"], False), ([], False)):
+        monkeypatch.setattr(machine, "instruction_sets", lambda sets=sets: sets)
+        assert openvino.saturates() == wrong
+    monkeypatch.setattr(openvino, "saturates", lambda: True)
+    variant = Manifest.load(bundle).variants["openvino-int8"]
+    with pytest.raises(TargetError, match=r"no VNNI.*take int8"):
+        openvino.open(bundle, replace(variant, precision="int8-full"), "cpu", Options(1))
 
 
 SCORE = """

@@ -33,44 +33,26 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from qrank.backends.openvino import saturates
 from qrank.converters.probes import probe_pairs
+
+needs_vnni = pytest.mark.skipif(saturates(), reason="int8-full is refused: no VNNI here")
 
 VARIANTS = (
     ("onnx", "int8"),
     ("onnx", "fp16"),
     ("onnx", "fp32"),
     ("openvino", "int8"),
-    ("openvino", "int8-full"),
+    *([] if saturates() else [("openvino", "int8-full")]),
     ("openvino", "fp16"),
     ("gguf", "q4_k_m"),
     ("gguf", "q8_0"),
     ("gguf", "f16"),
 )
-"""Every (format, precision) there is: what bundles made of tiny checkpoints hold."""
+"""Every (format, precision) that runs here: what bundles made of tiny checkpoints hold."""
 
 MAX_LENGTH = 160
 """Tokens that every tiny model reads."""
-
-W8A8 = "openvino-int8-full"
-
-
-def saturates() -> bool:
-    """Whether products of int8 saturate here: x86 without VNNI adds two of them in 16 bits.
-
-    W8A8 may then be as far from the original as qrank refuses, at conversion and at opening.
-    """
-    try:
-        flags = Path("/proc/cpuinfo").read_text("utf-8")
-    except OSError:
-        return False
-    return "avx2" in flags and "vnni" not in flags
-
-
-def skip_refused(bundle: Path, variant: str) -> None:
-    """Skip a test of W8A8 where the conversion refused it, as it may where products saturate."""
-    if variant == W8A8 and saturates() and not (bundle / variant).exists():
-        pytest.skip("refused: products of int8 saturate on this CPU, which has no VNNI")
-
 
 disable_progress_bar()
 
