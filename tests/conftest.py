@@ -17,6 +17,7 @@ os.environ.pop("TOKENIZERS_PARALLELISM", None)
 
 import tiny
 import tiny_decoders
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from qrank import Reranker
@@ -39,35 +40,50 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(scope="session")
-def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a folder that all workers of a run share: by the first that asks, others wait."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        folder, whole = shared / "shared" / name, shared / "shared" / f"{name}.whole"
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not whole.exists():
+                make(folder)
+                whole.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(made_once: Callable[..., Path]) -> Callable[[str], Path]:
     """Kind of checkpoint (a key of either `CHECKPOINTS`) -> its folder. Read only."""
-    made: dict[str, Path] = {}
 
     def get(kind: str) -> Path:
-        if kind not in made:
-            make = (tiny.CHECKPOINTS | tiny_decoders.CHECKPOINTS)[kind]
-            made[kind] = make(tmp_path_factory.mktemp(kind) / "tiny")
-        return made[kind]
+        make = (tiny.CHECKPOINTS | tiny_decoders.CHECKPOINTS)[kind]
+        return made_once(kind, lambda folder: make(folder / "tiny")) / "tiny"
 
     return get
 
 
 @pytest.fixture(scope="session")
 def bundle_of(
-    checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    checkpoint_of: Callable[[str], Path], made_once: Callable[..., Path]
 ) -> Callable[[str], Path]:
     """Kind of checkpoint -> its bundle with every variant, made when first asked for. Read only."""
-    made: dict[str, Path] = {}
 
     def get(kind: str) -> Path:
-        if kind not in made:
-            target = tmp_path_factory.mktemp(f"{kind}-bundle") / "tiny-qrank"
+        def make(folder: Path) -> None:
             family = tiny_decoders.FAMILIES.get(kind)
             variants = tiny_decoders.VARIANTS if family else tiny.VARIANTS
+            target = folder / "tiny-qrank"
             result = convert(str(checkpoint_of(kind)), variants, target, family=family)
             assert not result.failed, result.failed
-            made[kind] = result.folder
-        return made[kind]
+
+        return made_once(f"{kind}-bundle", make) / "tiny-qrank"
 
     return get
 

@@ -28,6 +28,7 @@ from qrank.converters.checkpoint.probes import calibration_pairs
 from qrank.converters.convert import convert
 from qrank.converters.openvino import export as converter
 from qrank.errors import ConversionError, InputError, TargetError
+from qrank.system import machine
 from qrank.system.extras import need
 
 PRECISIONS = [precision for format, precision in tiny.VARIANTS if format == "openvino"]
@@ -73,7 +74,12 @@ def test_the_head_stays_fp32(
 
 
 @pytest.mark.parametrize(
-    ("precision", "small"), [("int8", ("u8",)), ("int8-w8a8", ("i8", "u8")), ("fp16", ("f16",))]
+    ("precision", "small"),
+    [
+        ("int8", ("u8",)),
+        pytest.param("int8-w8a8", ("i8", "u8"), marks=tiny.needs_vnni),
+        ("fp16", ("f16",)),
+    ],
 )
 def test_all_other_matrices_are_small(
     kind: str, precision: str, small: tuple[str, ...], bundle_of: Callable[[str], Path]
@@ -93,17 +99,17 @@ def test_all_other_matrices_are_small(
     assert [m.data.shape for m in kept] == [(64, 64)]
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_graphs_take_ids_up_to_the_limit_and_give_logits(
-    kind: str, bundle_of: Callable[[str], Path]
+    kind: str, precision: str, bundle_of: Callable[[str], Path]
 ) -> None:
     """Under the field's names, so that other tools can run them too."""
-    for precision in PRECISIONS:
-        model = graph(bundle_of(kind), precision)
-        expected = ["input_ids", "attention_mask"] + ["token_type_ids"] * (kind == "bert")
-        assert [i.any_name for i in model.inputs] == expected
-        assert {str(i.partial_shape) for i in model.inputs} == {f"[?,1..{tiny.MAX_LENGTH}]"}
-        assert [o.any_name for o in model.outputs] == ["logits"]
-        assert model.outputs[0].element_type.get_type_name() == "f32"
+    model = graph(bundle_of(kind), precision)
+    expected = ["input_ids", "attention_mask"] + ["token_type_ids"] * (kind == "bert")
+    assert [i.any_name for i in model.inputs] == expected
+    assert {str(i.partial_shape) for i in model.inputs} == {f"[?,1..{tiny.MAX_LENGTH}]"}
+    assert [o.any_name for o in model.outputs] == ["logits"]
+    assert model.outputs[0].element_type.get_type_name() == "f32"
 
 
 def test_graphs_do_not_say_where_they_were_made(bundle: Path) -> None:
@@ -185,11 +191,13 @@ def test_quantization_looks_at_the_pairs_of_the_file_too(
     ("content", "message"),
     [("", "holds no pairs"), ("mars\n", "line 1"), ('{"query": "a", "document": 1}', "line 1")],
 )
-def test_pairs_that_are_none_are_refused(content: str, message: str, tmp_path: Path) -> None:
+def test_pairs_that_are_none_are_refused(
+    content: str, message: str, bert: str, tmp_path: Path
+) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text(content, "utf-8")
     with pytest.raises(InputError, match=message):
-        convert("anything", [("openvino", "int8-w8a8")], tmp_path / "out", calibration=path)
+        convert(bert, [("openvino", "int8-w8a8")], tmp_path / "out", calibration=path)
 
 
 # Running
@@ -309,8 +317,8 @@ def test_x86_cpus_are_not_asked_to_compute_in_fp16(monkeypatch: pytest.MonkeyPat
             return ["BF16", "FP16", "FP32", "INT8"]
 
     monkeypatch.setattr(openvino, "_core", Core)
-    for machine, expected in (("x86_64", ("bf16", "fp32")), ("aarch64", ("bf16", "fp16", "fp32"))):
-        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+    for name, expected in (("x86_64", ("bf16", "fp32")), ("aarch64", ("bf16", "fp16", "fp32"))):
+        monkeypatch.setattr("platform.machine", lambda name=name: name)
         assert openvino.compute_dtypes("cpu") == expected
         assert openvino.compute_dtypes("gpu") == ("bf16", "fp16", "fp32")
 
@@ -322,7 +330,8 @@ def test_a_fused_feed_forward_part_gets_one_stream_of_two_threads(
     manifest = Manifest.load(bundle)
     variant = manifest.variants["openvino-fp16"]
     monkeypatch.setattr(openvino, "_has_fused_mlp", lambda model: True)
-    options = Options(4, compute_dtype="bf16")
+    # OpenVINO has no more streams than the machine has cores.
+    options = Options(2, compute_dtype="bf16")
     backend = openvino.open(bundle, variant, "cpu", options)
     assert backend._streams._max_workers == 1
     assert np.isfinite(backend.logits(manifest.probes.work)).all()
@@ -331,11 +340,12 @@ def test_a_fused_feed_forward_part_gets_one_stream_of_two_threads(
         openvino.open(bundle, variant, "cpu", replace(options, threads=1))
     monkeypatch.undo()
     backend = openvino.open(bundle, variant, "cpu", options)
-    assert backend._streams._max_workers == 4
+    assert backend._streams._max_workers == 2
     assert not openvino._has_fused_mlp(backend._model(None))
     backend.close()
 
 
+@tiny.needs_vnni
 def test_lengths_that_are_computed_wrongly_are_not_padded_to(bundle: Path) -> None:
     manifest = Manifest.load(bundle)
     for precision, compute_dtype in (
@@ -350,6 +360,19 @@ def test_lengths_that_are_computed_wrongly_are_not_padded_to(bundle: Path) -> No
         wrong = (precision, compute_dtype) in openvino.WRONG_LENGTHS
         between = 48 if wrong else 32
         assert lengths == [16, 16, between, between, 48, 48, tiny.MAX_LENGTH]
+
+
+def test_int8_activations_are_refused_where_their_products_overflow(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for sets, wrong in ((["AVX2"], True), (["AVX2", "AVX-VNNI"], False), ([], False)):
+        monkeypatch.setattr(machine, "instruction_sets", lambda sets=sets: sets)
+        assert openvino.saturates() == wrong
+    monkeypatch.setattr(openvino, "saturates", lambda: True)
+    variant = Manifest.load(bundle).variants["openvino-int8"]
+    with pytest.raises(TargetError, match=r"no VNNI.*take int8"):
+        openvino.open(bundle, replace(variant, precision="int8-w8a8"), "cpu", Options(1))
 
 
 SCORE = """

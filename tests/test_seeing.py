@@ -47,7 +47,7 @@ def test_doctor_tells_what_is_there_and_what_fails(
     assert set(found) == {*BACKENDS, "looked", "miscounts", "right"}
     assert found["gguf"]["version"] is None
     assert found["gguf"]["advice"] == 'pip install "qrank[gguf]"'
-    assert "crashed" in found["looked"]["reason"] or "ended" in found["looked"]["reason"]
+    assert "died" in found["looked"]["reason"]
     devices = {
         name: {device["name"]: device for device in backend["devices"]}
         for name, backend in found.items()

@@ -32,25 +32,27 @@ def explained(what: str) -> Iterator[None]:
         raise ConversionError(f"{what}: {reason}") from error
 
 
-def read_json(path: Path, kind: type, source: str) -> Any:
+def read_json(path: Path, kind: type, source: str, name: str = "") -> Any:
     """A JSON file of a checkpoint.
 
     Args:
         path: of the file.
         kind: what it must hold: dict or list.
         source: what to call the checkpoint in an error.
+        name: what to call the file; "" for its own name.
 
     Raises:
         FileNotFoundError: there is none.
         ConversionError: it is no JSON of that kind.
     """
+    name = name or path.name
     try:
         content = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{source}: {path.name} is not valid JSON: {error}") from error
+        raise ConversionError(f"{source}: {name} is not valid JSON: {error}") from error
     if not isinstance(content, kind):
-        name = "object" if kind is dict else "array"
-        raise ConversionError(f"{source}: {path.name} is not a JSON {name}")
+        expected = "object" if kind is dict else "array"
+        raise ConversionError(f"{source}: {name} is not a JSON {expected}")
     return content
 
 

@@ -69,7 +69,7 @@ def _labels(
             f"{source}: modules.json has path = {metadata.logit_score!r} for LogitScore, and there "
             "is no config.json"
         )
-    content = read_json(path, dict, source)
+    content = read_json(path, dict, source, name)
     numbers = [content.get(key) for key in ("true_token_id", "false_token_id")]
     if numbers[0] is None:
         raise FamilyError(f"{source}: {name} names no true_token_id")

@@ -305,7 +305,9 @@ def _by_policy(measured: Iterable[Measurement], criteria: Criteria) -> list[Meas
 def recalled(manifest: Manifest, threads: int) -> list[Measurement]:
     """What was measured for a bundle on this machine as it is now; [] if nothing was."""
 
-    def read(targets: list[dict[str, Any]]) -> list[Measurement]:
+    def read(targets: Any) -> list[Measurement]:
+        if not isinstance(targets, list):
+            raise TypeError(f"targets is a {type(targets).__name__}, not a list")
         found = [Measurement(**fields) for fields in targets]
         for measurement in found:
             measurement.check(manifest)

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import IO, Any
 
@@ -219,13 +220,11 @@ def _thread(work: Callable[..., None], *arguments: object) -> threading.Thread:
 
 def _write(file: IO[str], questions: queue.SimpleQueue[str | None]) -> None:
     """Write questions until there is None, and then shut the pipe."""
-    try:
+    # Where the child has gone, who reads its answers is told.
+    with suppress(OSError), file:
         while (question := questions.get()) is not None:
             file.write(question)
             file.flush()
-        file.close()
-    except OSError:
-        return  # it has gone: who reads its answers is told
 
 
 def _read(file: IO[str], keep: Callable[[str], object]) -> None:
