@@ -154,7 +154,7 @@ class Reranker:
         device: str | None = None,
         threads: int | None = None,
         compute_dtype: str | None = None,
-        batch: int | None = None,
+        max_batch_tokens: int | None = None,
         max_memory: int | str | None = None,
         max_length: int | None = None,
         family: str | Path | None = None,
@@ -185,7 +185,8 @@ class Reranker:
                 its container's quota.
             compute_dtype: arithmetic to compute in where the backend leaves a choice (openvino):
                 `fp32`, `bf16` or `fp16`. None: the fastest that reproduces the probes here.
-            batch: padded tokens a batch, for onnx and openvino. None: as measured, or their own.
+            max_batch_tokens: padded tokens a batch, for onnx and openvino. None: as measured, or
+                their own.
             max_memory: bytes that the model's files and what is computed at once may take, by an
                 estimate, or a size such as "2G": batches are cut and wait for each other
                 accordingly, and a document that takes more is an error. None: half of what the
@@ -215,7 +216,7 @@ class Reranker:
         ):
             arguments.text(name, value)
         threads = arguments.whole("threads", threads, 1)
-        batch = arguments.whole("batch", batch, 1)
+        max_batch_tokens = arguments.whole("max_batch_tokens", max_batch_tokens, 1)
         max_length = arguments.whole("max_length", max_length, 1)
         if family is not None:
             family = str(arguments.place("family", family, "a card's name or file, or None"))
@@ -242,7 +243,7 @@ class Reranker:
         self._folder = folder
         check_files(folder, self.manifest.files)
         options = backends.Options(
-            threads or processors(), compute_dtype, batch, family=self.manifest.family
+            threads or processors(), compute_dtype, max_batch_tokens, family=self.manifest.family
         )
         self._encoder = PairTokenizer(
             tokenizer, self.manifest.family, max_length=max_length, threads=options.threads

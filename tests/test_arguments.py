@@ -47,7 +47,7 @@ OPENING: dict[str, list[Any]] = {
     "device": TEXT,
     "threads": [*WHOLE, 0],
     "compute_dtype": TEXT,
-    "batch": [*WHOLE, 0],
+    "max_batch_tokens": [*WHOLE, 0],
     "max_memory": [True, 2.0, "2X", "", "G", 0, -1, "0", "0G", b"2G", "-2G", "9" * 400],
     "max_length": [*WHOLE, 0],
     "family": [3, b"x", "", ["x"]],
@@ -339,13 +339,15 @@ def test_a_ranking_shows_what_matters_in_a_line() -> None:
     "copied", [copy.copy, copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))]
 )
 def test_a_copy_is_opened_with_the_same_arguments(copied: Callable[[Reranker], Reranker]) -> None:
-    with Reranker("mini", threads=1, max_length=64, max_memory="1G", batch=400) as reranker:
+    with Reranker(
+        "mini", threads=1, max_length=64, max_memory="1G", max_batch_tokens=400
+    ) as reranker:
         before = reranker.rank(QUERY, ["mars " * 99, "red"])
         twin = copied(reranker)
     with twin:
         assert twin is not reranker
         assert (twin.threads, twin.max_length) == (1, 64)
-        assert (twin.target, twin.choice.options.batch) == (reranker.target, 400)
+        assert (twin.target, twin.choice.options.max_batch_tokens) == (reranker.target, 400)
         assert twin.rank(QUERY, ["mars " * 99, "red"]) == before
 
 

@@ -133,7 +133,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> OnnxB
         )
     if device != "cpu":
         _require_most(session, device)
-    batch = options.batch or batches(device)[0]
+    batch = options.max_batch_tokens or batches(device)[0]
     return OnnxBackend(session, batch=batch, streams=streams, memory=options.memory)
 
 

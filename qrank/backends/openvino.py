@@ -167,7 +167,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
         limit = core.read_model(path).input("input_ids").partial_shape[1].max_length
         if not options.static_shapes and not device.startswith("npu"):
             try:
-                batch = options.batch or batches(device)[0]
+                batch = options.max_batch_tokens or batches(device)[0]
                 return OpenvinoBackend(compiled, limit, batch, weights, options.memory, avoided)
             except RuntimeError as error:
                 log.info("%s takes no dynamic shapes (%s): using static ones", device, error)
