@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import os
-import reprlib
 import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, SupportsIndex, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 
@@ -32,11 +30,11 @@ from qrank.scoring.inputs import (
     as_pairs,
     as_text,
     as_texts,
-    best_part_of_each,
     works,
 )
 from qrank.scoring.memory import MemoryBudget
 from qrank.scoring.pair_tokenizer import PairTokenizer, Prompt
+from qrank.scoring.ranking import Rankings, ScoredPairs
 from qrank.select.selection import (
     POLICIES,
     PROFILES,
@@ -50,82 +48,6 @@ from qrank.select.selection import (
 from qrank.select.targets import Target
 from qrank.select.verify import Proof, ready
 from qrank.system.machine import processors
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """One document of a ranked list.
-
-    Attributes:
-        index: its place in the list the caller gave, from 0.
-        score: relevance, after the family's activation.
-        logit: relevance as the model gives it; order and ties are decided on it.
-        text: the document.
-        truncated: whether the model read its beginning, or its end, only.
-        part: the characters [start, end) that scored best, where it was cut into chunks.
-        scored: whether the time sufficed; if not, score and logit are NaN.
-    """
-
-    index: int
-    score: float
-    logit: float
-    text: str
-    truncated: bool = False
-    part: tuple[int, int] | None = None
-    scored: bool = True
-
-    def __eq__(self, other: object) -> bool:
-        """Whether all is the same: two that were not scored, and have no numbers, may be equal."""
-        return self._known() == other._known() if isinstance(other, Ranking) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(self._known())
-
-    def __repr__(self) -> str:
-        """Without what is as usual, and with a long text's ends alone."""
-        numbers = (
-            f"score={self.score:.6g}, logit={self.logit:.6g}" if self.scored else "scored=False"
-        )
-        more = ", truncated=True" if self.truncated else ""
-        more += f", part={self.part}" if self.part else ""
-        return f"Ranking(index={self.index}, {numbers}, text={_SHORT.repr(self.text)}{more})"
-
-    def _known(self) -> tuple[object, ...]:
-        known = (self.index, self.text, self.truncated, self.part)
-        return (*known, self.score, self.logit) if self.scored else known
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = 80
-
-
-class Rankings(list[Ranking]):
-    """A ranked list; so is a slice of it, or a copy. Equal to any list of the same.
-
-    Attributes:
-        scored: how many of the documents were scored: all but for a budget.
-    """
-
-    def __init__(self, ranked: Iterable[Ranking] = (), scored: int = 0) -> None:
-        super().__init__(ranked)
-        self.scored = scored
-
-    @overload
-    def __getitem__(self, place: SupportsIndex) -> Ranking: ...
-
-    @overload
-    def __getitem__(self, place: slice) -> Rankings: ...
-
-    def __getitem__(self, place: SupportsIndex | slice) -> Ranking | Rankings:
-        found = super().__getitem__(place)
-        return found if isinstance(found, Ranking) else Rankings(found, self.scored)
-
-    def copy(self) -> Rankings:
-        """See `list`."""
-        return self[:]
-
-    def __repr__(self) -> str:
-        return f"Rankings({super().__repr__()}, scored={self.scored})"
 
 
 class _Users:
@@ -358,30 +280,14 @@ class Reranker:
 
         if budget_ms is None:
             encode(0, len(documents))
-            score(0, scored := len(documents))
+            score(0, len(documents))
         else:
-            scored = score_within(
+            score_within(
                 budget_ms / 1000, len(documents), self._pace, encode, score, time.perf_counter
             )
         logits = np.concatenate(found)
-        best = best_part_of_each([item.owner for item in items[: len(logits)]], logits)
-        scores = self.scores(logits)
-        # Stable, and on logits: scores may tie where an activation saturates.
-        order = sorted(best, key=lambda i: -logits[i])
-        ranked = [
-            Ranking(
-                index=items[i].owner,
-                score=float(scores[i]),
-                logit=float(logits[i]),
-                text=documents[items[i].owner],
-                truncated=items[i].truncated,
-                part=items[i].part,
-            )
-            for i in order
-        ]
-        for index in range(scored, len(documents)):
-            ranked.append(Ranking(index, math.nan, math.nan, documents[index], scored=False))
-        return Rankings(ranked[:top_k], scored)
+        scored = ScoredPairs.of(items[: len(logits)], logits, self.scores)
+        return Rankings.of(scored, documents)[:top_k]
 
     @overload
     def score(
@@ -435,9 +341,8 @@ class Reranker:
         items = self.prepare(pairs, instruction, long_documents)
         if not items:
             return np.empty(0, np.float32) if raw else np.empty(0, np.float64)
-        logits = self.logits(items)
-        logits = logits[best_part_of_each([item.owner for item in items], logits)]
-        return logits if raw else self.scores(logits)
+        scored = ScoredPairs.of(items, self.logits(items), self.scores)
+        return scored.logits if raw else scored.scores
 
     def close(self) -> None:
         """Free the model; using the reranker again loads it again.

@@ -121,21 +121,21 @@ def test_rank_keeps_the_rest_in_their_order_and_says_how_many_were_scored(bundle
     with Reranker(bundle, backend="fakes:sleepy") as reranker:
         for _ in range(3):
             found = reranker.rank("a", texts, budget_ms=fakes.NAP * 20 * 1000)
-        assert 5 <= found.scored < 60
-        assert [item.scored for item in found] == [True] * found.scored + [False] * (
-            100 - found.scored
+        assert 5 <= found.scored_count < 60
+        assert [item.scored for item in found] == [True] * found.scored_count + [False] * (
+            100 - found.scored_count
         )
-        head, tail = found[: found.scored], found[found.scored :]
-        assert sorted(item.index for item in head) == list(range(found.scored))
-        assert [item.index for item in tail] == list(range(found.scored, 100))
+        head, tail = found[: found.scored_count], found[found.scored_count :]
+        assert sorted(item.index for item in head) == list(range(found.scored_count))
+        assert [item.index for item in tail] == list(range(found.scored_count, 100))
         assert all(math.isnan(item.score) and math.isnan(item.logit) for item in tail)
         logits = [item.logit for item in head]
         assert logits == sorted(logits, reverse=True)
         assert [item.text for item in found] == [texts[item.index] for item in found]
-        assert reranker.rank("a", texts[:3], budget_ms=1).scored >= 1
+        assert reranker.rank("a", texts[:3], budget_ms=1).scored_count >= 1
         everything = reranker.rank("a", texts[:9], budget_ms=60_000)
         assert everything == reranker.rank("a", texts[:9])
-        assert everything.scored == 9
+        assert everything.scored_count == 9
         assert len(reranker.rank("a", texts, budget_ms=50, top_k=3)) == 3
 
 
@@ -159,7 +159,7 @@ def test_the_command_line_says_so_too(bundle: Path, format: str) -> None:
     )
     if format == "json":
         content = json.loads(result.stdout)
-        assert content["scored"] == scored < 100
+        assert content["scored_count"] == scored < 100
         flags = [record["score"] is not None for record in content["results"]]
         assert flags == [True] * scored + [False] * (100 - scored)
     if format == "trec":

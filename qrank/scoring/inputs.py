@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from qrank.bundle.sequences import Ids, Logits, Segments, Sequences
+from qrank.bundle.sequences import Ids, Segments, Sequences
 from qrank.errors import InputError
 from qrank.scoring.arguments import wrong
 
@@ -52,15 +52,6 @@ def works(items: list[ModelInput]) -> list[tuple[list[int], Sequences]]:
         chosen = [items[place] for place in places]
         works.append((places, Sequences([item.ids for item in chosen], prefix=chosen[0].prefix)))
     return works
-
-
-def best_part_of_each(owners: list[int], logits: Logits) -> list[int]:
-    """For each owner, in order, which of its items has the highest logit (the first of equals)."""
-    best: dict[int, int] = {}
-    for i, owner in enumerate(owners):
-        if owner not in best or logits[i] > logits[best[owner]]:
-            best[owner] = i
-    return list(best.values())
 
 
 def as_text(value: object, what: str) -> str:

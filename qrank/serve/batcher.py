@@ -19,12 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qrank.bundle.sequences import Logits
 from qrank.errors import InputError, QrankError
 from qrank.reranker import Reranker
-from qrank.scoring.inputs import ModelInput, best_part_of_each
+from qrank.scoring.inputs import ModelInput
+from qrank.scoring.ranking import ScoredPairs
 from qrank.serve.metrics import Metrics
 from qrank.serve.request import RequestError, RerankOutcome, RerankTask
 
@@ -61,7 +61,6 @@ class Job:
         arrived: by `time.perf_counter`.
         ends: when its budget is used; None: never.
         logits: of its items; shape [n].
-        scored: which of them are; shape [n].
         first: items of its first pair, which are scored whatever its budget.
         handed: items given to the engine, from the first.
         end: items that will be given to it: all, or fewer once the budget is used.
@@ -75,7 +74,6 @@ class Job:
     ends: float | None
     done: asyncio.Future[None]
     logits: Logits = field(init=False)
-    scored: NDArray[np.bool_] = field(init=False)
     first: int = field(init=False)
     end: int = field(init=False)
     handed: int = 0
@@ -84,7 +82,6 @@ class Job:
 
     def __post_init__(self) -> None:
         self.logits = np.zeros(len(self.items), np.float32)
-        self.scored = np.zeros(len(self.items), np.bool_)
         self.first = sum(item.owner == self.items[0].owner for item in self.items)
         self.end = len(self.items)
 
@@ -359,7 +356,6 @@ class Batcher:
         ends = np.cumsum([turn.stop - turn.start for turn in turns])[:-1]
         for turn, found in zip(turns, np.split(logits, ends), strict=True):
             turn.job.logits[turn.start : turn.stop] = found
-            turn.job.scored[turn.start : turn.stop] = True
             turn.job.flying -= 1
             self._settle(turn.job, time.perf_counter())
 
@@ -399,26 +395,21 @@ class Batcher:
             job.done.set_result(None)
 
     def _outcome(self, job: Job, pairs: int) -> RerankOutcome:
-        """By pair: of a document's parts the best, if all of them were scored."""
-        owners = [item.owner for item in job.items]
-        whole = np.arange(pairs) <= owners[-1]
-        np.logical_and.at(whole, owners, job.scored)
-        best = best_part_of_each(owners, job.logits)
-        logits = np.zeros(pairs, np.float32)
-        logits[: len(best)] = job.logits[best]
-        logits[~whole] = logits[whole].min()
-        scores = self.reranker.scores(logits)
-        cut = np.zeros(pairs, np.bool_)
-        np.logical_or.at(cut, owners, [item.truncated for item in job.items])
-        tokens = sum(
-            item.tokens for item, scored in zip(job.items, job.scored, strict=True) if scored
-        )
+        """What came of a job whose items that were handed to the engine are all back."""
+        read = job.items[: job.handed]
+        found = ScoredPairs.of(job.items, job.logits[: job.handed], self.reranker.scores)
+        left = pairs - len(found)
+        lowest = int(found.logits.argmin())
+        truncated = [False] * pairs
+        for item in job.items:
+            truncated[item.owner] |= item.truncated
         return RerankOutcome(
             self._name,
-            [float(x) for x in logits],
-            [float(x) for x in scores],
-            cut.tolist(),
-            whole.tolist(),
-            tokens,
+            [*found.logits.tolist(), *[float(found.logits[lowest])] * left],
+            [*found.scores.tolist(), *[float(found.scores[lowest])] * left],
+            truncated,
+            [True] * len(found) + [False] * left,
+            [*found.order, *range(len(found), pairs)],
+            sum(item.tokens for item in read),
             time.perf_counter() - job.arrived,
         )

@@ -72,6 +72,7 @@ class RerankOutcome:
         scores: after the family's activation, likewise.
         truncated: whether only a part was read.
         scored: False where the time was up; the first is True.
+        order: places of the pairs, the most relevant first; then what was not scored, as sent.
         tokens: that the model read.
         seconds: from the request's coming to its last score.
     """
@@ -81,10 +82,6 @@ class RerankOutcome:
     scores: list[float]
     truncated: list[bool]
     scored: list[bool]
+    order: list[int]
     tokens: int
     seconds: float
-
-    @property
-    def order(self) -> list[int]:
-        """Best first; equals, and then what was not scored, in the order they were sent."""
-        return sorted(range(len(self.logits)), key=lambda i: (not self.scored[i], -self.logits[i]))
