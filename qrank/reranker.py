@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from qrank.bundle.manifest import TOKENIZER, Manifest, check_files
 from qrank.bundle.sequences import Logits
 from qrank.errors import InputError, TargetError
 from qrank.scoring import activation, arguments, calibration
-from qrank.scoring.deadline import LatencyEstimate, score_within
+from qrank.scoring.deadline import LatencyEstimate, doubling, score_within
 from qrank.scoring.inputs import (
     LongDocuments,
     ModelInput,
@@ -170,7 +169,7 @@ class Reranker:
         self._encoder = PairTokenizer(
             tokenizer, self.manifest.family, max_length=max_length, threads=options.threads
         )
-        self._pace = LatencyEstimate()
+        self._latency = LatencyEstimate()
         self._lock = threading.RLock()
         self._backend: backends.Backend | None = None
         self._proof: Proof | None = None
@@ -260,34 +259,18 @@ class Reranker:
         if not documents:
             return Rankings()
         pairs = [(query, document) for document in documents]
-        prompts = {query: self._encoder.prompt(query, instruction)}
-        items: list[ModelInput] = []
-        found: list[Logits] = []
-
-        def encode(start: int, end: int) -> list[int]:
-            """Make items of some documents, and return how many tokens each has."""
-            tokens = [0] * (end - start)
-            some = pairs[start:end]
-            new = self._items(some, prompts, instruction, long_documents, first=start)
-            for item in new:
-                tokens[item.owner - start] += item.tokens
-            items.extend(new)
-            return tokens
-
-        def score(start: int, end: int) -> None:
-            known = sum(map(len, found))
-            found.append(self.logits([i for i in items[known:] if i.owner < end]))
-
+        asked = (instruction, long_documents)
         if budget_ms is None:
-            encode(0, len(documents))
-            score(0, len(documents))
+            inputs = self.prepare(pairs, *asked)
+            logits = self.logits(inputs)
         else:
-            score_within(
-                budget_ms / 1000, len(documents), self._pace, encode, score, time.perf_counter
-            )
-        logits = np.concatenate(found)
-        scored = ScoredPairs.of(items[: len(logits)], logits, self.scores)
-        return Rankings.of(scored, documents)[:top_k]
+            steps = self.preparing(pairs, doubling(len(pairs)), *asked)
+            inputs, found = [], []
+            for some in score_within(budget_ms / 1000, steps, self._latency):
+                inputs += some
+                found.append(self.logits(some))
+            logits = np.concatenate(found)
+        return Rankings.of(ScoredPairs.of(inputs, logits, self.scores), documents)[:top_k]
 
     @overload
     def score(
@@ -432,34 +415,34 @@ class Reranker:
         Raises:
             InputError: as for `rank`.
         """
-        steps = self.preparing(pairs, instruction, long_documents, document_tokens)
-        return [item for step in steps for item in step]
+        _check(instruction, long_documents)
+        pairs = as_pairs(pairs)
+        steps = self.preparing(pairs, [len(pairs)], instruction, long_documents, document_tokens)
+        return next(steps)
 
     def preparing(
         self,
-        pairs: Iterable[Sequence[str]],
+        pairs: Sequence[tuple[str, str]],
+        stops: Iterable[int],
         instruction: str | None = None,
         long_documents: LongDocuments = "truncate",
         document_tokens: int | None = None,
-        characters: int | None = None,
     ) -> Iterator[list[ModelInput]]:
-        """As `prepare`, in steps of about so many characters of documents; None: all in one."""
-        _check(instruction, long_documents)
-        pairs = as_pairs(pairs)
+        """As `prepare`, in steps that end at these places in the pairs, rising."""
         prompts: dict[str, Prompt] = {}
         start = 0
-        for end in _steps([len(document) for _, document in pairs], characters):
-            some = pairs[start:end]
+        for stop in stops:
+            some = pairs[start:stop]
             prompts = {
                 query: prompts.get(query) or self._encoder.prompt(query, instruction)
                 for query in dict.fromkeys(query for query, _ in some)
             }
             yield self._items(some, prompts, instruction, long_documents, document_tokens, start)
-            start = end
+            start = stop
 
     def _items(
         self,
-        pairs: list[tuple[str, str]],
+        pairs: Sequence[tuple[str, str]],
         prompts: dict[str, Prompt],
         instruction: str | None,
         long_documents: LongDocuments,
@@ -527,16 +510,6 @@ def _check(instruction: object, long_documents: object) -> None:
     arguments.one_of("long_documents", long_documents, get_args(LongDocuments))
 
 
-def _steps(sizes: list[int], most: int | None) -> Iterator[int]:
-    """Where to stop on the way through things of these sizes: each time at `most` or beyond."""
-    passed = 0
-    for place, size in enumerate(sizes, 1):
-        passed += size
-        if place == len(sizes) or (most is not None and passed >= most):
-            yield place
-            passed = 0
-
-
 _living: weakref.WeakSet[Reranker] = weakref.WeakSet()
 
 
@@ -549,7 +522,7 @@ def _forget_backends() -> None:
     for reranker in _living:
         # A thread the child does not have may hold the old ones.
         reranker._lock = threading.RLock()
-        reranker._pace = LatencyEstimate()
+        reranker._latency = LatencyEstimate()
         reranker._users = _Users()
         if reranker._backend is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(reranker._backend))

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrank import Reranker
-from qrank.scoring.inputs import LongDocuments, ModelInput
+from qrank.scoring.inputs import LongDocuments, ModelInput, stops_by_size
 from qrank.serve.batcher import PREFIX_TURNS, Batcher, Job, Turn, cut
 from qrank.serve.metrics import Metrics
 from qrank.serve.request import RequestError, RerankOutcome, RerankTask
@@ -251,7 +251,8 @@ def test_steps_are_what_is_prepared_at_once() -> None:
         pairs = [(f"q {n % 3}", "mars is red " * (n * 37 % 90)) for n in range(60)]
         for way in get_args(LongDocuments):
             whole = reranker.prepare(pairs, None, way)
-            steps = list(reranker.preparing(pairs, None, way, None, 2_000))
+            stops = stops_by_size([len(document) for _, document in pairs], 2_000)
+            steps = list(reranker.preparing(pairs, stops, None, way))
             assert len(steps) > 5
             found = [item for step in steps for item in step]
             assert [item.owner for item in found] == [item.owner for item in whole]

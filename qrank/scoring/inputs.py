@@ -54,6 +54,16 @@ def works(items: list[ModelInput]) -> list[tuple[list[int], Sequences]]:
     return works
 
 
+def stops_by_size(sizes: Sequence[int], most: int) -> Iterator[int]:
+    """Where to stop on the way through things of these sizes: each time at `most` or beyond."""
+    passed = 0
+    for place, size in enumerate(sizes, 1):
+        passed += size
+        if place == len(sizes) or passed >= most:
+            yield place
+            passed = 0
+
+
 def as_text(value: object, what: str) -> str:
     """A plain string of a string as arrays and columns hold it: NumPy's, or an Arrow scalar.
 

@@ -5,6 +5,9 @@ request on, those between from the request that has had least so far. So the old
 the speed of the machine or more, and a short request waits for a few slices, however many documents
 the others have.
 
+What a time budget promises stands in `qrank.scoring.deadline`. Here the engine's speed keeps it,
+which the slices of all requests tell.
+
 All state is the event loop's: there are no locks. The engine runs in threads of its own.
 """
 
@@ -23,7 +26,7 @@ import numpy as np
 from qrank.bundle.sequences import Logits
 from qrank.errors import InputError, QrankError
 from qrank.reranker import Reranker
-from qrank.scoring.inputs import ModelInput
+from qrank.scoring.inputs import ModelInput, stops_by_size
 from qrank.scoring.ranking import ScoredPairs
 from qrank.serve.metrics import Metrics
 from qrank.serve.request import RequestError, RerankOutcome, RerankTask
@@ -273,10 +276,10 @@ class Batcher:
         """
         steps = self.reranker.preparing(
             asked.pairs,
+            stops_by_size([len(document) for _, document in asked.pairs], STEP_CHARACTERS),
             asked.instruction,
             asked.long_documents,
             asked.document_tokens,
-            STEP_CHARACTERS,
         )
         short = sum(map(len, {text for pair in asked.pairs for text in pair})) <= STEP_CHARACTERS
         threads = self._quick_encoder if short else self._encoders

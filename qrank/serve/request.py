@@ -48,8 +48,7 @@ class RerankTask:
         instruction: as for `Reranker.rank`.
         long_documents: as for `Reranker.rank`.
         document_tokens: most tokens that are read of a document; None: what fits.
-        budget: seconds after which what is not scored yet is left as it is, but for the first
-            pair, which is always scored; None: no end.
+        budget: seconds, promised as `qrank.scoring.deadline` says; None: no end.
         whole: refuse a pair that does not fit.
     """
 
