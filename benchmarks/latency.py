@@ -79,7 +79,7 @@ def measure(model: str, variant: str, tasks: Path, count: int, threads: int) -> 
     """Rank every query's first `count` documents, after one that warms up."""
     content = json.loads(tasks.read_text("utf-8"))
     reranker = Reranker(model, backend=variant, threads=threads)
-    family = reranker.manifest.family
+    family = reranker.engine.manifest.family
     encoder = PairTokenizer(locate(model) / TOKENIZER, family, threads=threads)
     seconds, encoding = [], 0.0
     tokens = padded = 0

@@ -1,14 +1,8 @@
-"""The public door: a query and documents in, a ranking out. The one place the pieces meet."""
+"""The public door: a query and documents in, a ranking out."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import threading
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -17,22 +11,15 @@ from typing import Any, Literal, get_args, overload
 import numpy as np
 
 from qrank import backends
-from qrank.bundle.locate import DEFAULT, locate, provide
+from qrank.bundle.locate import DEFAULT, locate
 from qrank.bundle.manifest import TOKENIZER, Manifest, check_files
 from qrank.bundle.sequences import Logits
-from qrank.errors import InputError, TargetError
-from qrank.scoring import activation, arguments, calibration
-from qrank.scoring.deadline import LatencyEstimate, doubling, score_within
-from qrank.scoring.inputs import (
-    LongDocuments,
-    ModelInput,
-    as_pairs,
-    as_text,
-    as_texts,
-    works,
-)
-from qrank.scoring.memory import MemoryBudget
-from qrank.scoring.pair_tokenizer import PairTokenizer, Prompt
+from qrank.engine import Engine
+from qrank.errors import InputError
+from qrank.scoring import activation, arguments
+from qrank.scoring.deadline import doubling, score_within
+from qrank.scoring.inputs import LongDocuments, as_pairs, as_text, as_texts
+from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.scoring.ranking import Rankings, ScoredPairs
 from qrank.select.selection import (
     POLICIES,
@@ -45,16 +32,7 @@ from qrank.select.selection import (
     first_that_works,
 )
 from qrank.select.targets import Target
-from qrank.select.verify import Proof, ready
 from qrank.system.machine import processors
-
-
-class _Users:
-    """The calls that compute with a backend, and whether the last of them is to close it."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.closing = False
 
 
 class Reranker:
@@ -65,6 +43,9 @@ class Reranker:
 
     Pickled or copied, it is its arguments, and opens again where it arrives: it can be handed to
     processes, of this machine or of others that have the model.
+
+    Attributes:
+        engine: the target that runs, opened.
     """
 
     def __init__(
@@ -146,80 +127,46 @@ class Reranker:
         tau = "Kendall's tau, -1 to 1"
         min_kendall = arguments.number("min_kendall", min_kendall, tau, lambda x: -1 <= x <= 1)
         max_loss = arguments.number("max_loss", max_loss, "a finite number")
-        self._max_memory = arguments.memory("max_memory", max_memory)
-        self._calibrated = arguments.flag("calibrated", calibrated)
+        max_bytes = arguments.memory("max_memory", max_memory)
+        calibrated = arguments.flag("calibrated", calibrated)
         criteria = Criteria(backend, device, policy, min_kendall, max_loss, profile)
-        tokenizer: Path | str
+        tokenizer_json: Path | str
         if backend is not None and backend.partition("-")[0] == "torch":
             torch = backends.module("torch")
-            folder, self.manifest, tokenizer = torch.as_bundle(str(model), family)
+            folder, manifest, tokenizer_json = torch.as_bundle(str(model), family)
         else:
             if family is not None:
                 raise InputError("family is for checkpoints (backend torch); a bundle has its own")
             folder = locate(model, whole=False)
-            self.manifest, tokenizer = Manifest.load(folder), folder / TOKENIZER
+            manifest, tokenizer_json = Manifest.load(folder), folder / TOKENIZER
         if folder == Path(model):
             # Where a pickle of this arrives, the current folder may be another.
             self._arguments["model"] = folder.absolute()
-        self._folder = folder
-        check_files(folder, self.manifest.files)
+        check_files(folder, manifest.files)
         options = backends.Options(
-            threads or processors(), compute_dtype, max_batch_tokens, family=self.manifest.family
+            threads or processors(), compute_dtype, max_batch_tokens, family=manifest.family
         )
-        self._encoder = PairTokenizer(
-            tokenizer, self.manifest.family, max_length=max_length, threads=options.threads
+        tokenizer = PairTokenizer(
+            tokenizer_json, manifest.family, max_length=max_length, threads=options.threads
         )
-        self._latency = LatencyEstimate()
-        self._lock = threading.RLock()
-        self._backend: backends.Backend | None = None
-        self._proof: Proof | None = None
-        self._users = _Users()
-        _living.add(self)
-        first_that_works(choices(self.manifest, criteria, options), self._take)
+        opened = partial(
+            Engine, folder, manifest, tokenizer, max_memory=max_bytes, calibrated=calibrated
+        )
+        self.engine = first_that_works(choices(manifest, criteria, options), opened)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What `pickle` and `copy` keep: that it is opened with the same arguments."""
         return partial(type(self), **self._arguments), ()
 
-    def _take(self, choice: Choice) -> None:
-        """Open a target, for good if it works."""
-        self.choice = choice
-        self._proof = None
-        variant = self.target.variant
-        provide(self._folder, variant)
-        self._calibration = calibration.load(self.manifest, variant) if self._calibrated else None
-        self._ready()
+    @property
+    def choice(self) -> Choice:
+        """The target that runs, and how it was chosen."""
+        return self.engine.choice
 
     @property
     def target(self) -> Target:
         """The variant that runs, and the device."""
-        return self.choice.target
-
-    @property
-    def format(self) -> str:
-        """The format that runs, which names its backend."""
-        return self.target.variant.format
-
-    @property
-    def threads(self) -> int:
-        """CPU threads it may use."""
-        return self.choice.options.threads
-
-    @property
-    def compute_dtype(self) -> str | None:
-        """Arithmetic it computes in; None where the backend leaves no choice."""
-        return None if self._proof is None else self._proof.compute_dtype
-
-    @property
-    def kendall(self) -> float:
-        """Kendall's tau against the original on the probes, in the arithmetic it computes in."""
-        proven = None if self._proof is None else self._proof.kendall
-        return self.target.variant.fidelity.kendall if proven is None else proven
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that a pair may have, the template's included."""
-        return self._encoder.limit
+        return self.engine.target
 
     def rank(
         self,
@@ -259,18 +206,18 @@ class Reranker:
         if not documents:
             return Rankings()
         pairs = [(query, document) for document in documents]
-        asked = (instruction, long_documents)
+        engine, asked = self.engine, (instruction, long_documents)
         if budget_ms is None:
-            inputs = self.prepare(pairs, *asked)
-            logits = self.logits(inputs)
+            inputs = engine.prepare(pairs, *asked)
+            logits = engine.logits(inputs)
         else:
-            steps = self.preparing(pairs, doubling(len(pairs)), *asked)
+            steps = engine.preparing(pairs, doubling(len(pairs)), *asked)
             inputs, found = [], []
-            for some in score_within(budget_ms / 1000, steps, self._latency):
+            for some in score_within(budget_ms / 1000, steps, engine.latency):
                 inputs += some
-                found.append(self.logits(some))
+                found.append(engine.logits(some))
             logits = np.concatenate(found)
-        return Rankings.of(ScoredPairs.of(inputs, logits, self.scores), documents)[:top_k]
+        return Rankings.of(ScoredPairs.of(inputs, logits, engine.scores), documents)[:top_k]
 
     @overload
     def score(
@@ -321,10 +268,11 @@ class Reranker:
                 "its documents there is rank(query, documents)"
             )
         raw = arguments.flag("raw", raw)
-        items = self.prepare(pairs, instruction, long_documents)
-        if not items:
+        _check(instruction, long_documents)
+        inputs = self.engine.prepare(as_pairs(pairs), instruction, long_documents)
+        if not inputs:
             return np.empty(0, np.float32) if raw else np.empty(0, np.float64)
-        scored = ScoredPairs.of(items, self.logits(items), self.scores)
+        scored = ScoredPairs.of(inputs, self.engine.logits(inputs), self.engine.scores)
         return scored.logits if raw else scored.scores
 
     def close(self) -> None:
@@ -333,13 +281,7 @@ class Reranker:
         Calls that compute meanwhile, on other threads, end as they would: the last of them frees
         it. Whatever is dropped without this is freed, too.
         """
-        with self._lock:
-            backend, self._backend = self._backend, None
-            users, self._users = self._users, _Users()
-            users.closing = True
-            unused = not users.count
-        if backend is not None and unused:
-            backend.close()
+        self.engine.close()
 
     def __enter__(self) -> Reranker:
         return self
@@ -352,182 +294,8 @@ class Reranker:
     ) -> None:
         self.close()
 
-    def _ready(self) -> backends.Backend:
-        """The backend of this process, opened and proven if need be."""
-        with self._lock:
-            if self._backend is None:
-                files = self.target.variant.bytes
-                self._memory = MemoryBudget.beside(
-                    files, self._max_memory, self.manifest.dimensions
-                )
-                options = replace(self.choice.options, memory=self._memory)
-                self._backend, self._proof = ready(
-                    self._folder,
-                    self.target,
-                    self.manifest,
-                    options,
-                    least_kendall=self.choice.least_kendall,
-                    known=self._proof,
-                )
-                # Only now: to be asked, a device's driver is loaded.
-                own = backends.memory(self.target.backend, self.target.device)
-                if own is not None:
-                    self._memory.move(own, files)
-            return self._backend
-
-    @contextmanager
-    def _in_use(self) -> Iterator[backends.Backend]:
-        """The backend, which nobody closes meanwhile."""
-        with self._lock:
-            backend, users = self._ready(), self._users
-            users.count += 1
-        try:
-            yield backend
-        finally:
-            with self._lock:
-                users.count -= 1
-                last = users.closing and not users.count
-            if last:
-                backend.close()
-
-    def scores(self, logits: Logits) -> activation.Scores:
-        """Logits after the family's activation, or the calibration; shape [n]."""
-        if self._calibration is not None:
-            return self._calibration.apply(logits)
-        family = self.manifest.family
-        return activation.activate(logits, family.activation, family.temperature)
-
-    def prepare(
-        self,
-        pairs: Iterable[Sequence[str]],
-        instruction: str | None = None,
-        long_documents: LongDocuments = "truncate",
-        document_tokens: int | None = None,
-    ) -> list[ModelInput]:
-        """Encode pairs for `logits`: one item each, or with `chunk` one a part.
-
-        Args:
-            pairs: queries may differ.
-            instruction: as for `rank`.
-            long_documents: as for `rank`.
-            document_tokens: most tokens that are read of a document. None: what fits.
-
-        Raises:
-            InputError: as for `rank`.
-        """
-        _check(instruction, long_documents)
-        pairs = as_pairs(pairs)
-        steps = self.preparing(pairs, [len(pairs)], instruction, long_documents, document_tokens)
-        return next(steps)
-
-    def preparing(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        stops: Iterable[int],
-        instruction: str | None = None,
-        long_documents: LongDocuments = "truncate",
-        document_tokens: int | None = None,
-    ) -> Iterator[list[ModelInput]]:
-        """As `prepare`, in steps that end at these places in the pairs, rising."""
-        prompts: dict[str, Prompt] = {}
-        start = 0
-        for stop in stops:
-            some = pairs[start:stop]
-            prompts = {
-                query: prompts.get(query) or self._encoder.prompt(query, instruction)
-                for query in dict.fromkeys(query for query, _ in some)
-            }
-            yield self._items(some, prompts, instruction, long_documents, document_tokens, start)
-            start = stop
-
-    def _items(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        prompts: dict[str, Prompt],
-        instruction: str | None,
-        long_documents: LongDocuments,
-        document_tokens: int | None = None,
-        first: int = 0,
-    ) -> list[ModelInput]:
-        """Model inputs of pairs; `owner` is a pair's place, counted from `first`."""
-        encoder = self._encoder
-        texts = dict.fromkeys(document for _, document in pairs)
-        most = max((encoder.room(p, document_tokens) for p in prompts.values()), default=0)
-        found = encoder.documents(list(texts), instruction, most)
-        documents = dict(zip(texts, found, strict=True))
-        items = []
-        for owner, (query, document) in enumerate(pairs, first):
-            prompt, ids = prompts[query], documents[document]
-            room = encoder.room(prompt, document_tokens)
-            if len(ids) <= room or long_documents != "chunk":
-                truncated = len(ids) > room
-                if truncated and long_documents == "tail":
-                    ids = encoder.end(document, prompt, room)
-                pair = encoder.pair(prompt, ids[:room])
-                items.append(
-                    ModelInput(owner, prompt.prefix, *pair, truncated=truncated, part=None)
-                )
-            else:
-                for chunk in encoder.chunks(document, prompt, document_tokens):
-                    pair = encoder.pair(prompt, chunk.ids)
-                    part = (chunk.start, chunk.end)
-                    items.append(
-                        ModelInput(owner, prompt.prefix, *pair, truncated=False, part=part)
-                    )
-        if items:
-            longest = max(items, key=lambda item: item.tokens)
-            self._memory.check(longest.tokens, f"document {longest.owner}")
-        return items
-
-    def logits(self, items: list[ModelInput]) -> Logits:
-        """One logit an item of `prepare`, shape [n]; items of several calls may be mixed.
-
-        Raises:
-            TargetError: as for `rank`; a document is named by its place in its own call.
-        """
-        logits = np.empty(len(items), np.float32)
-        with self._in_use() as backend:
-            for places, work in works(items):
-                found = np.asarray(backend.logits(work), np.float32)
-                if found.shape != (len(work),):
-                    raise TargetError(
-                        f"{self.target.name} gave logits of shape {found.shape} for {len(work)} "
-                        "inputs"
-                    )
-                logits[places] = found
-        if not np.isfinite(logits).all():
-            bad = items[int(np.flatnonzero(~np.isfinite(logits))[0])].owner
-            raise TargetError(
-                f"{self.target.name} gave {logits[~np.isfinite(logits)][0]} for document {bad}; "
-                "no ranking can be made of that. Name another variant or device"
-            )
-        return logits
-
 
 def _check(instruction: object, long_documents: object) -> None:
     """Refuse what is no instruction, and no way to treat long documents."""
     arguments.text("instruction", instruction)
     arguments.one_of("long_documents", long_documents, get_args(LongDocuments))
-
-
-_living: weakref.WeakSet[Reranker] = weakref.WeakSet()
-
-
-def _forget_backends() -> None:
-    """In a forked child: load again what the parent had loaded, when it is used.
-
-    A runtime's threads do not survive a fork, and its destructor waits for them: so what was
-    inherited is never freed, not even when the child exits.
-    """
-    for reranker in _living:
-        # A thread the child does not have may hold the old ones.
-        reranker._lock = threading.RLock()
-        reranker._latency = LatencyEstimate()
-        reranker._users = _Users()
-        if reranker._backend is not None:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(reranker._backend))
-            reranker._backend = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_backends)

@@ -346,7 +346,7 @@ def test_a_copy_is_opened_with_the_same_arguments(copied: Callable[[Reranker], R
         twin = copied(reranker)
     with twin:
         assert twin is not reranker
-        assert (twin.threads, twin.max_length) == (1, 64)
+        assert (twin.engine.threads, twin.engine.max_length) == (1, 64)
         assert (twin.target, twin.choice.options.max_batch_tokens) == (reranker.target, 400)
         assert twin.rank(QUERY, ["mars " * 99, "red"]) == before
 

@@ -338,7 +338,7 @@ def test_zerank_divides_by_its_temperature(bundle_of: Callable[[str], Path]) -> 
 def test_the_prefix_is_read_once_a_query(bundle_of: Callable[[str], Path]) -> None:
     seen: list[Sequences] = []
     with Reranker(bundle_of("qwen3"), backend="onnx-fp32") as reranker:
-        backend = reranker._ready()
+        backend = reranker.engine._ready()
 
         class Recorder:
             def logits(self, work: Sequences) -> Logits:
@@ -348,7 +348,7 @@ def test_the_prefix_is_read_once_a_query(bundle_of: Callable[[str], Path]) -> No
             def close(self) -> None:
                 backend.close()
 
-        reranker._backend = Recorder()
+        reranker.engine._backend = Recorder()
         reranker.score([("a", "x"), ("b", "y"), ("a", "z"), ("c", "x")])
     alone, shared = sorted(seen, key=lambda work: len(work.prefix))
     assert (len(alone), len(alone.prefix)) == (2, 0)
@@ -412,7 +412,7 @@ def test_logit_score_metadata_needs_no_card(
         Reranker(described, backend="torch") as ours,
         Reranker(bundle_of("qwen3"), backend="onnx-fp32") as theirs,
     ):
-        assert ours.manifest.family.name == "logit-score"
+        assert ours.engine.manifest.family.name == "logit-score"
         np.testing.assert_allclose(
             ours.score(pairs, raw=True), theirs.score(pairs, raw=True), atol=1e-3
         )

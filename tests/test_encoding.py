@@ -46,7 +46,7 @@ def roomy(encoder: PairTokenizer, room: int) -> Prompt:
 
 def limit_of(recorder: Reranker, request: pytest.FixtureRequest) -> int:
     limit: int | None = request.node.callspec.params["recorder"]
-    return limit or recorder.manifest.family.max_length
+    return limit or recorder.engine.manifest.family.max_length
 
 
 @given(query=TEXT, document=TEXT)
@@ -103,7 +103,7 @@ def test_a_query_beyond_the_limit_is_cut_with_a_warning(
 
 
 def test_documents_differ_beside_a_query_beyond_the_limit(reranker: Reranker) -> None:
-    query = "red planet " * reranker.manifest.family.max_length
+    query = "red planet " * reranker.engine.manifest.family.max_length
     first, second = reranker.score([(query, "mars is red"), (query, "bread is baked")], raw=True)
     assert first != second
 

@@ -84,7 +84,7 @@ def asked(count: int, *, text: str = "a", budget: float | None = None) -> Rerank
 
 @asynccontextmanager
 async def queue(reranker: Reranker, tokens: int = 100_000) -> AsyncIterator[Batcher]:
-    batcher = Batcher("m", reranker, Metrics(), queue_tokens=tokens)
+    batcher = Batcher("m", reranker.engine, Metrics(), queue_tokens=tokens)
     try:
         yield batcher
     finally:
@@ -203,7 +203,7 @@ def test_a_budget_ends_the_reading_too() -> None:
 
     with Reranker("mini", backend="fakes:length", threads=1) as reranker:
         started = time.perf_counter()
-        reranker.prepare(asked(20, text="mars is red " * 2_000).pairs, None, "tail")
+        reranker.engine.prepare(asked(20, text="mars is red " * 2_000).pairs, None, "tail")
         twentieth = time.perf_counter() - started
         outcome = run(scene(reranker))
     assert outcome.scored[0]
@@ -238,7 +238,7 @@ def test_short_requests_do_not_wait_for_the_reading_of_long_ones() -> None:
 
     with Reranker("mini", backend="fakes:length", threads=1) as reranker:
         started = time.perf_counter()
-        reranker.prepare(asked(2, text="mars " * 12_000).pairs, None, "tail")
+        reranker.engine.prepare(asked(2, text="mars " * 12_000).pairs, None, "tail")
         little = time.perf_counter() - started  # of a hundredth of the long ones
         waited, reading = run(scene(reranker))
     # They were still read; and once they were cancelled, no more.
@@ -250,9 +250,9 @@ def test_steps_are_what_is_prepared_at_once() -> None:
     with Reranker("mini", backend="fakes:length") as reranker:
         pairs = [(f"q {n % 3}", "mars is red " * (n * 37 % 90)) for n in range(60)]
         for way in get_args(LongDocuments):
-            whole = reranker.prepare(pairs, None, way)
+            whole = reranker.engine.prepare(pairs, None, way)
             stops = stops_by_size([len(document) for _, document in pairs], 2_000)
-            steps = list(reranker.preparing(pairs, stops, None, way))
+            steps = list(reranker.engine.preparing(pairs, stops, None, way))
             assert len(steps) > 5
             found = [item for step in steps for item in step]
             assert [item.owner for item in found] == [item.owner for item in whole]
@@ -268,7 +268,7 @@ def test_a_queue_that_fails_tells_everyone(monkeypatch: pytest.MonkeyPatch) -> N
 
     async def scene(reranker: Reranker) -> None:
         batcher = Batcher(
-            "m", reranker, Metrics(), queue_tokens=10**6, failed=lambda: ended.append(True)
+            "m", reranker.engine, Metrics(), queue_tokens=10**6, failed=lambda: ended.append(True)
         )
         waiting = [asyncio.create_task(batcher.score(asked(50), 30)) for _ in range(3)]
         await asyncio.sleep(0.1)
@@ -372,9 +372,9 @@ def test_decoders_in_slices_score_as_they_do_at_once(
         for outcome, pairs in zip(run(scene(reranker)), requests, strict=True):
             expected = reranker.score(pairs, raw=True)
             assert outcome.logits == pytest.approx(expected.tolist(), abs=1e-4)
-        (head,) = reranker.prepare([("q", "one two " * 5000)], None, "truncate", 8)
-        (tail,) = reranker.prepare([("q", "one two " * 5000)], None, "tail", 8)
-        whole = reranker.prepare([("q", "one")])[0]
+        (head,) = reranker.engine.prepare([("q", "one two " * 5000)], None, "truncate", 8)
+        (tail,) = reranker.engine.prepare([("q", "one two " * 5000)], None, "tail", 8)
+        whole = reranker.engine.prepare([("q", "one")])[0]
     # What leads to the document stays in front of its end, and what follows it behind.
     assert len(head.ids) == len(tail.ids)
     assert head.truncated

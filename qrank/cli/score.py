@@ -214,7 +214,7 @@ def score(
         results = [result for result in results if result.score >= min_score]
     chosen = format or ("table" if sys.stdout.isatty() else "tsv")
     scored_count = None if budget_ms is None else ranking.scored_count
-    WRITERS[chosen](results, reranker.manifest.name, reranker.target.name, scored_count)
+    WRITERS[chosen](results, reranker.engine.manifest.name, reranker.target.name, scored_count)
 
 
 def _score_run(

@@ -31,7 +31,7 @@ class ModelInput(NamedTuple):
         return len(self.prefix) + len(self.ids)
 
 
-def works(items: list[ModelInput]) -> list[tuple[list[int], Sequences]]:
+def works(items: Sequence[ModelInput]) -> list[tuple[list[int], Sequences]]:
     """Items as work, with their places: those of a prefix together, if there are several.
 
     A prefix of one item's own is no gain, and works run one after the other.

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from qrank.backends import RUNTIMES, Options, runtime
 from qrank.bundle.manifest import Manifest
@@ -15,6 +15,8 @@ from qrank.select.losses import losses
 from qrank.select.targets import Target, guesses
 from qrank.system import cache, machine
 from qrank.system.version import __version__
+
+Taken = TypeVar("Taken")
 
 Policy = Literal["fastest", "smallest", "most-faithful"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -253,8 +255,11 @@ def _guessed(manifest: Manifest, criteria: Criteria) -> list[Target]:
     return faithful
 
 
-def first_that_works(ordered: list[Choice], take: Callable[[Choice], None]) -> None:
+def first_that_works(ordered: list[Choice], take: Callable[[Choice], Taken]) -> Taken:
     """Take choices in their order until one can be taken; warn of each that cannot.
+
+    Returns:
+        What came of the one that was.
 
     Raises:
         BundleError, TargetError, MissingExtraError: none can; of several, every one's reason.

@@ -22,10 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-from qrank.bundle.sequences import Logits
+from qrank.engine import Engine
 from qrank.errors import InputError, QrankError
-from qrank.reranker import Reranker
 from qrank.scoring.inputs import ModelInput, stops_by_size
 from qrank.scoring.ranking import ScoredPairs
 from qrank.serve.metrics import Metrics
@@ -76,7 +76,7 @@ class Job:
     arrived: float
     ends: float | None
     done: asyncio.Future[None]
-    logits: Logits = field(init=False)
+    logits: NDArray[np.float32] = field(init=False)
     first: int = field(init=False)
     end: int = field(init=False)
     handed: int = 0
@@ -151,12 +151,12 @@ def cut(jobs: Iterable[Job], tokens: float, least: int, now: float, rate: float)
 
 
 class Batcher:
-    """Scores requests with one reranker. Made and used on one event loop."""
+    """Scores requests with one engine. Made and used on one event loop."""
 
     def __init__(
         self,
         name: str,
-        reranker: Reranker,
+        engine: Engine,
         metrics: Metrics,
         *,
         queue_tokens: int,
@@ -166,18 +166,18 @@ class Batcher:
 
         Args:
             name: the model's, for people.
-            reranker: ready.
+            engine: ready.
             metrics: where to count.
             queue_tokens: how many may wait; a request that would be more is refused, but for one
                 that finds the queue empty.
             failed: called when a bug of ours ends the queue: it serves nothing any more.
         """
-        self.reranker = reranker
+        self._engine = engine
         self.queued = 0
         self._failed = failed
         self._broken = False
         self._name = name
-        self._metrics = metrics.of(name, reranker.target.name)
+        self._metrics = metrics.of(name, engine.target.name)
         self._limit = queue_tokens
         self._jobs: list[Job] = []
         self._least_first = False
@@ -185,7 +185,7 @@ class Batcher:
         self._rate = 0.0
         self._free = 0.0
         self._recent = np.zeros(2)
-        self._engine = ThreadPoolExecutor(IN_FLIGHT, f"qrank-engine-{name}")
+        self._engine_threads = ThreadPoolExecutor(IN_FLIGHT, f"qrank-engine-{name}")
         self._encoders = ThreadPoolExecutor(ENCODERS, f"qrank-encode-{name}")
         self._quick_encoder = ThreadPoolExecutor(1, f"qrank-encode-short-{name}")
         self._feeders = [asyncio.create_task(self._feed()) for _ in range(IN_FLIGHT)]
@@ -199,7 +199,7 @@ class Batcher:
         await asyncio.gather(*self._feeders, return_exceptions=True)
         for job in self._jobs:
             job.done.cancel()
-        for threads in (self._engine, self._encoders, self._quick_encoder):
+        for threads in (self._engine_threads, self._encoders, self._quick_encoder):
             threads.shutdown()
 
     async def score(self, asked: RerankTask, timeout: float) -> RerankOutcome:
@@ -265,7 +265,7 @@ class Batcher:
 
     def _guess(self, asked: RerankTask) -> int:
         """Tokens of a request that is not encoded yet."""
-        most = math.inf if asked.long_documents == "chunk" else self.reranker.max_length
+        most = math.inf if asked.long_documents == "chunk" else self._engine.max_length
         sizes = (len(query) + len(document) for query, document in asked.pairs)
         return int(sum(min(size // CHARACTERS_A_TOKEN + 1, most) for size in sizes))
 
@@ -274,7 +274,7 @@ class Batcher:
 
         Long requests take turns, and short ones have a thread of their own.
         """
-        steps = self.reranker.preparing(
+        steps = self._engine.preparing(
             asked.pairs,
             stops_by_size([len(document) for _, document in asked.pairs], STEP_CHARACTERS),
             asked.instruction,
@@ -323,7 +323,7 @@ class Batcher:
             if self._least_first:
                 waiting.sort(key=lambda job: job.had)
             tokens = min(self._rate * SLICE_SECONDS, SLICE_TOKENS)
-            turns = cut(waiting, tokens, self.reranker.threads, now, self._rate)
+            turns = cut(waiting, tokens, self._engine.threads, now, self._rate)
             if not turns:
                 self._wake.clear()
                 await self._wake.wait()
@@ -342,7 +342,7 @@ class Batcher:
                 self._metrics.wait.observe(started - turn.job.arrived)
         try:
             logits = await asyncio.get_running_loop().run_in_executor(
-                self._engine, self.reranker.logits, items
+                self._engine_threads, self._engine.logits, items
             )
         except Exception as error:  # a backend may raise anything
             if len(turns) > 1:
@@ -400,7 +400,7 @@ class Batcher:
     def _outcome(self, job: Job, pairs: int) -> RerankOutcome:
         """What came of a job whose items that were handed to the engine are all back."""
         read = job.items[: job.handed]
-        found = ScoredPairs.of(job.items, job.logits[: job.handed], self.reranker.scores)
+        found = ScoredPairs.of(job.items, job.logits[: job.handed], self._engine.scores)
         left = pairs - len(found)
         lowest = int(found.logits.argmin())
         truncated = [False] * pairs

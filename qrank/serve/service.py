@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from qrank.reranker import Reranker
+from qrank.engine import Engine
 from qrank.serve.batcher import Batcher
 from qrank.serve.metrics import Metrics
 from qrank.serve.request import Limits, RequestError, RerankOutcome, RerankTask
@@ -21,7 +21,7 @@ class Service:
 
     def __init__(
         self,
-        models: Mapping[str, Reranker],
+        models: Mapping[str, Engine],
         limits: Limits,
         metrics: Metrics,
         *,
