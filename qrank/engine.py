@@ -20,7 +20,7 @@ from qrank.bundle.sequences import Logits
 from qrank.errors import TargetError
 from qrank.scoring import activation, calibration
 from qrank.scoring.deadline import LatencyEstimate
-from qrank.scoring.inputs import LongDocuments, ModelInput, works
+from qrank.scoring.inputs import LongDocuments, ModelInput, group_by_prefix
 from qrank.scoring.memory import MemoryBudget
 from qrank.scoring.pair_tokenizer import PairTokenizer, Prompt
 from qrank.select.selection import Choice
@@ -176,18 +176,18 @@ class Engine:
         """Model inputs of pairs; `owner` is a pair's place, counted from `first`."""
         tokenizer = self._tokenizer
         texts = dict.fromkeys(document for _, document in pairs)
-        most = max((tokenizer.room(p, document_tokens) for p in prompts.values()), default=0)
+        most = max((tokenizer.capacity(p, document_tokens) for p in prompts.values()), default=0)
         found = tokenizer.documents(list(texts), instruction, most)
         documents = dict(zip(texts, found, strict=True))
         inputs = []
         for owner, (query, document) in enumerate(pairs, first):
             prompt, ids = prompts[query], documents[document]
-            room = tokenizer.room(prompt, document_tokens)
-            if len(ids) <= room or long_documents != "chunk":
-                truncated = len(ids) > room
+            capacity = tokenizer.capacity(prompt, document_tokens)
+            if len(ids) <= capacity or long_documents != "chunk":
+                truncated = len(ids) > capacity
                 if truncated and long_documents == "tail":
-                    ids = tokenizer.end(document, prompt, room)
-                pair = tokenizer.pair(prompt, ids[:room])
+                    ids = tokenizer.tail(document, prompt, capacity)
+                pair = tokenizer.pair(prompt, ids[:capacity])
                 inputs.append(
                     ModelInput(owner, prompt.prefix, *pair, truncated=truncated, part=None)
                 )
@@ -212,7 +212,7 @@ class Engine:
         """
         logits = np.empty(len(inputs), np.float32)
         with self._in_use() as backend:
-            for places, sequences in works(inputs):
+            for places, sequences in group_by_prefix(inputs):
                 found = np.asarray(backend.logits(sequences), np.float32)
                 if found.shape != (len(sequences),):
                     raise TargetError(

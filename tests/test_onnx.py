@@ -194,7 +194,7 @@ def test_batches_are_cut_by_the_memory_of_the_device(
     """Half of what it has beside the model, however much the machine has."""
     manifest = Manifest.load(bundled()["mini"])
     assert manifest.dimensions is not None
-    pair = manifest.dimensions.taken(40)
+    pair = manifest.dimensions.estimate_bytes(40)
     whole = manifest.variants["onnx-int8"].bytes + 2 * 3 * pair
     with Reranker("mini", backend="onnx", max_batch_tokens=10**6) as reranker:
         tried = room(10**9)

@@ -126,8 +126,8 @@ def test_the_best_chunk_wins_and_says_where_it_is(
 def test_chunks_score_like_documents_of_their_own(reranker: Reranker, bundle: Path) -> None:
     document = " ".join("abcdefghij"[i * i % 10] for i in range(1200))
     family = reranker.engine.manifest.family
-    encoder = PairTokenizer(bundle / TOKENIZER, family)
-    chunks = encoder.chunks(document, encoder.prompt(QUERY))
+    tokenizer = PairTokenizer(bundle / TOKENIZER, family)
+    chunks = tokenizer.chunks(document, tokenizer.prompt(QUERY))
     assert len(chunks) > 1
     texts = [document[chunk.start : chunk.end] for chunk in chunks]
     logits = reranker.score([(QUERY, text) for text in texts], raw=True)

@@ -192,7 +192,7 @@ class OnnxBackend:
         del self._session
 
     def _run(self, batch: Sequences, prefix: dict[str, NDArray[Any]]) -> Logits:
-        with self._memory.share(len(batch), int(batch.lengths.max()), len(batch.prefix)):
+        with self._memory.reserve(len(batch), int(batch.lengths.max()), len(batch.prefix)):
             logits = self._call("logits", batch, prefix)
         return np.asarray(logits, np.float32).reshape(len(batch))
 

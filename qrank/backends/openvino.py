@@ -316,7 +316,7 @@ class OpenvinoBackend:
 
     def _run(self, batch: Sequences, prefix: dict[str, NDArray[Any]]) -> Logits:
         length = self._length(int(batch.lengths.max()))
-        with self._memory.share(len(batch), length, len(batch.prefix)):
+        with self._memory.reserve(len(batch), length, len(batch.prefix)):
             logits = self._call("logits", batch, prefix)
         return logits.astype(np.float32).reshape(len(batch))
 

@@ -98,10 +98,10 @@ class Candidate:
 
 def documents(folder: Path, manifest: Manifest, profile: Profile) -> list[str]:
     """Documents of a profile's number and length."""
-    encoder = PairTokenizer(folder / TOKENIZER, manifest.family)
+    tokenizer = PairTokenizer(folder / TOKENIZER, manifest.family)
     count, tokens = PROFILES[profile]
-    lengths = [len(ids) for ids in encoder.ids([f" {word}" for word in _WORDS])]
-    room = tokens - len(encoder.ids([QUERY])[0])
+    lengths = [len(ids) for ids in tokenizer.ids([f" {word}" for word in _WORDS])]
+    room = tokens - len(tokenizer.ids([QUERY])[0])
     made = []
     for place in range(count):
         words, left = [], room

@@ -31,27 +31,27 @@ class ModelInput(NamedTuple):
         return len(self.prefix) + len(self.ids)
 
 
-def works(items: Sequence[ModelInput]) -> list[tuple[list[int], Sequences]]:
-    """Items as work, with their places: those of a prefix together, if there are several.
+def group_by_prefix(inputs: Sequence[ModelInput]) -> list[tuple[list[int], Sequences]]:
+    """Inputs as sequences, with their places: those of a prefix together, if there are several.
 
-    A prefix of one item's own is no gain, and works run one after the other.
+    A prefix of one input's own is no gain, and groups run one after the other.
     """
     groups: dict[bytes, list[int]] = {}
-    for place, item in enumerate(items):
-        groups.setdefault(item.prefix.tobytes(), []).append(place)
+    for place, each in enumerate(inputs):
+        groups.setdefault(each.prefix.tobytes(), []).append(place)
     shared = [places for prefix, places in groups.items() if prefix and len(places) > 1]
     taken = {place for places in shared for place in places}
-    single = [place for place in range(len(items)) if place not in taken]
-    works = []
+    single = [place for place in range(len(inputs)) if place not in taken]
+    found = []
     if single:
-        chosen = [items[place] for place in single]
-        segments = [item.segments for item in chosen if item.segments is not None]
-        sequences = [np.concatenate((item.prefix, item.ids)) for item in chosen]
-        works.append((single, Sequences(sequences, segments or None)))
+        chosen = [inputs[place] for place in single]
+        segments = [each.segments for each in chosen if each.segments is not None]
+        sequences = [np.concatenate((each.prefix, each.ids)) for each in chosen]
+        found.append((single, Sequences(sequences, segments or None)))
     for places in shared:
-        chosen = [items[place] for place in places]
-        works.append((places, Sequences([item.ids for item in chosen], prefix=chosen[0].prefix)))
-    return works
+        chosen = [inputs[place] for place in places]
+        found.append((places, Sequences([each.ids for each in chosen], prefix=chosen[0].prefix)))
+    return found
 
 
 def stops_by_size(sizes: Sequence[int], most: int) -> Iterator[int]:

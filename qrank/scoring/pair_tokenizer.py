@@ -44,14 +44,14 @@ class Prompt:
         prefix: token ids that every document's sequence begins with. Empty for encoder families,
             which read everything at once.
         items: what follows; None is the document's place.
-        lead: text in front of the document that is tokenized with it.
-        room: tokens that a document may have with its lead.
+        lead_in: text in front of the document that is tokenized with it.
+        capacity: tokens that a document may have with its lead-in.
     """
 
     prefix: Ids
     items: tuple[Ids | None, ...]
-    lead: str
-    room: int
+    lead_in: str
+    capacity: int
 
 
 class PairTokenizer:
@@ -204,16 +204,16 @@ class PairTokenizer:
         return Prompt(
             prefix=_joined(items[:shared]),
             items=tuple(items[shared:]),
-            lead=self._lead(instruction),
-            room=self.limit - _length(items),
+            lead_in=self._lead_in(instruction),
+            capacity=self.limit - _length(items),
         )
 
     def documents(
         self, texts: Sequence[str], instruction: str | None = None, most: int | None = None
     ) -> list[Ids]:
-        """Token ids of documents with what leads to them, as `ids`; the first `Prompt.room` fit."""
-        lead = self._lead(instruction)
-        return self.ids([lead + text for text in texts], most)
+        """Token ids of lead-in and document, as `ids`; of each, the first `Prompt.capacity` fit."""
+        lead_in = self._lead_in(instruction)
+        return self.ids([lead_in + text for text in texts], most)
 
     def pair(self, prompt: Prompt, document: Ids) -> tuple[Ids, Segments | None]:
         """What follows the prompt's prefix for a document that fits, with its token types."""
@@ -230,57 +230,60 @@ class PairTokenizer:
     ) -> tuple[Ids, Segments | None]:
         """One pair's whole input, cut to fit: what the model reads, with its token types."""
         prompt = self.prompt(query, instruction)
-        (ids,) = self.documents([document], instruction, prompt.room)
-        sequence, types = self.pair(prompt, ids[: prompt.room])
+        (ids,) = self.documents([document], instruction, prompt.capacity)
+        sequence, types = self.pair(prompt, ids[: prompt.capacity])
         return np.concatenate((prompt.prefix, sequence)), types
 
-    def room(self, prompt: Prompt, tokens: int | None) -> int:
-        """Tokens that a document may have with its lead, where at most `tokens` of it are read."""
+    def capacity(self, prompt: Prompt, tokens: int | None) -> int:
+        """`Prompt.capacity`, where of the document itself at most `tokens` are read."""
         if tokens is None:
-            return prompt.room
-        lead = len(self.ids([prompt.lead])[0]) if prompt.lead else 0
-        return min(prompt.room, lead + tokens)
+            return prompt.capacity
+        leading = len(self.ids([prompt.lead_in])[0]) if prompt.lead_in else 0
+        return min(prompt.capacity, leading + tokens)
 
-    def end(self, text: str, prompt: Prompt, room: int) -> Ids:
-        """Token ids of what leads to a document and of its end, `room` tokens in all.
+    def tail(self, text: str, prompt: Prompt, capacity: int) -> Ids:
+        """Token ids of what leads to a document and of its end, `capacity` tokens in all.
 
         All of it is read: where its last tokens begin depends on those before.
         """
-        (ids, _), leading = self._led(text, prompt)
-        return np.concatenate((ids[:leading], ids[leading:][max(len(ids) - room, 0) :]))
+        (ids, _), leading = self._with_lead_in(text, prompt)
+        return np.concatenate((ids[:leading], ids[leading:][max(len(ids) - capacity, 0) :]))
 
     def chunks(self, text: str, prompt: Prompt, limit: int | None = None) -> list[Part]:
-        """Cut a document into overlapping parts of at most `prompt.room` (or CHUNK_TOKENS) tokens.
+        """Cut a document into overlapping parts.
 
-        Neighbours share an eighth, so that no sentence is only ever seen cut. What leads to the
-        document stands in front of each. Of the document at most `limit` tokens are read.
+        Each has at most `prompt.capacity` tokens, or CHUNK_TOKENS, and begins with what leads to
+        the document. Neighbours share an eighth, so that no sentence is only ever seen cut. Of the
+        document at most `limit` tokens are read.
         """
-        lead = len(prompt.lead)
-        (ids, spans), leading = self._led(text, prompt, limit)
+        offset = len(prompt.lead_in)
+        (ids, spans), leading = self._with_lead_in(text, prompt, limit)
         if limit is not None:
             ids = ids[: leading + limit]
-        size = max(min(prompt.room, CHUNK_TOKENS) - leading, 1)
+        size = max(min(prompt.capacity, CHUNK_TOKENS) - leading, 1)
         step = size - size // 8
         starts = range(leading, max(len(ids) - size, leading) + step, step)
         return [
             Part(
                 np.concatenate((ids[:leading], ids[start : start + size])),
-                max(int(spans[start, 0]) - lead, 0) if start < len(ids) else 0,
-                max(int(spans[min(start + size, len(ids)) - 1, 1]) - lead, 0) if len(ids) else 0,
+                max(int(spans[start, 0]) - offset, 0) if start < len(ids) else 0,
+                max(int(spans[min(start + size, len(ids)) - 1, 1]) - offset, 0) if len(ids) else 0,
             )
             for start in starts
         ]
 
-    def _led(self, text: str, prompt: Prompt, limit: int | None = None) -> tuple[Tokens, int]:
-        """Tokens of a document behind its lead, and how many are the lead's alone.
+    def _with_lead_in(
+        self, text: str, prompt: Prompt, limit: int | None = None
+    ) -> tuple[Tokens, int]:
+        """Tokens of a document behind its lead-in, and how many are the lead-in's alone.
 
         Of the document at least `limit`, if it has so many.
         """
-        most = None if limit is None else len(self.ids([prompt.lead])[0]) + limit
-        tokens = self._windows.read(prompt.lead + text, most)
-        # A token of the lead and the document's beginning is the document's.
-        lead = len(prompt.lead)
-        return tokens, int((tokens.spans[:, 1] <= lead).sum()) if lead else 0
+        most = None if limit is None else len(self.ids([prompt.lead_in])[0]) + limit
+        tokens = self._windows.read(prompt.lead_in + text, most)
+        # A token of the lead-in and the document's beginning is the document's.
+        offset = len(prompt.lead_in)
+        return tokens, int((tokens.spans[:, 1] <= offset).sum()) if offset else 0
 
     def _shown(self, query: str) -> str:
         """A query, or of one far beyond the limit a beginning that is beyond it too."""
@@ -316,7 +319,7 @@ class PairTokenizer:
                 return items
         return self._fill("", instruction)
 
-    def _lead(self, instruction: str | None) -> str:
+    def _lead_in(self, instruction: str | None) -> str:
         """What stands before the document in its item; no query does."""
         template, text = self._family.asked(instruction)
         (item,) = (i for i in template if isinstance(i, str) and "{document}" in i)
@@ -324,8 +327,8 @@ class PairTokenizer:
 
     def _template_length(self, instruction: str | None) -> int:
         """Tokens of the template without query and document."""
-        (lead,) = self.ids([self._lead(instruction)])
-        return _length(self._fill("", instruction)) + len(lead)
+        (leading,) = self.ids([self._lead_in(instruction)])
+        return _length(self._fill("", instruction)) + len(leading)
 
 
 def _length(items: Sequence[Ids | None]) -> int:
