@@ -20,9 +20,10 @@ from qrank.bundle.sequences import Logits
 from qrank.errors import TargetError
 from qrank.scoring import activation, calibration
 from qrank.scoring.deadline import LatencyEstimate
+from qrank.scoring.encoding import encode_in_steps
 from qrank.scoring.inputs import LongDocuments, ModelInput, group_by_prefix
 from qrank.scoring.memory import MemoryBudget
-from qrank.scoring.pair_tokenizer import PairTokenizer, Prompt
+from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.select.selection import Choice
 from qrank.select.targets import Target
 from qrank.select.verify import Proof, ready
@@ -144,64 +145,13 @@ class Engine:
         long_documents: LongDocuments = "truncate",
         document_tokens: int | None = None,
     ) -> Iterator[list[ModelInput]]:
-        """As `prepare`, in steps.
-
-        Args:
-            pairs: as for `prepare`.
-            stops: where each step ends: places in `pairs`, rising.
-            instruction: as for `prepare`.
-            long_documents: as for `prepare`.
-            document_tokens: as for `prepare`.
-        """
-        prompts: dict[str, Prompt] = {}
-        start = 0
-        for stop in stops:
-            some = pairs[start:stop]
-            prompts = {
-                query: prompts.get(query) or self._tokenizer.prompt(query, instruction)
-                for query in dict.fromkeys(query for query, _ in some)
-            }
-            yield self._inputs(some, prompts, instruction, long_documents, document_tokens, start)
-            start = stop
-
-    def _inputs(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        prompts: dict[str, Prompt],
-        instruction: str | None,
-        long_documents: LongDocuments,
-        document_tokens: int | None,
-        first: int,
-    ) -> list[ModelInput]:
-        """Model inputs of pairs; `owner` is a pair's place, counted from `first`."""
-        tokenizer = self._tokenizer
-        texts = dict.fromkeys(document for _, document in pairs)
-        most = max((tokenizer.capacity(p, document_tokens) for p in prompts.values()), default=0)
-        found = tokenizer.documents(list(texts), instruction, most)
-        documents = dict(zip(texts, found, strict=True))
-        inputs = []
-        for owner, (query, document) in enumerate(pairs, first):
-            prompt, ids = prompts[query], documents[document]
-            capacity = tokenizer.capacity(prompt, document_tokens)
-            if len(ids) <= capacity or long_documents != "chunk":
-                truncated = len(ids) > capacity
-                if truncated and long_documents == "tail":
-                    ids = tokenizer.tail(document, prompt, capacity)
-                pair = tokenizer.pair(prompt, ids[:capacity])
-                inputs.append(
-                    ModelInput(owner, prompt.prefix, *pair, truncated=truncated, part=None)
-                )
-            else:
-                for chunk in tokenizer.chunks(document, prompt, document_tokens):
-                    pair = tokenizer.pair(prompt, chunk.ids)
-                    part = (chunk.start, chunk.end)
-                    inputs.append(
-                        ModelInput(owner, prompt.prefix, *pair, truncated=False, part=part)
-                    )
-        if inputs:
-            longest = max(inputs, key=lambda item: item.tokens)
-            self._memory.check(longest.tokens, f"document {longest.owner}")
-        return inputs
+        """As `prepare`, in steps that end at these places in `pairs`, rising."""
+        asked = (instruction, long_documents, document_tokens)
+        for inputs in encode_in_steps(self._tokenizer, pairs, stops, *asked):
+            if inputs:
+                longest = max(inputs, key=lambda each: each.tokens)
+                self._memory.check(longest.tokens, f"document {longest.owner}")
+            yield inputs
 
     def logits(self, inputs: Sequence[ModelInput]) -> Logits:
         """One logit an input of `prepare`, shape [n]; inputs of several calls may be mixed.

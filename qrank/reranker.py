@@ -111,12 +111,9 @@ class Reranker:
         """
         self._arguments = {name: value for name, value in locals().items() if name != "self"}
         model = arguments.place("model", model, "a bundled name, a bundle's folder or a hub id")
-        for name, value in (
-            ("backend", backend),
-            ("device", device),
-            ("compute_dtype", compute_dtype),
-        ):
-            arguments.text(name, value)
+        arguments.text("backend", backend)
+        arguments.text("device", device)
+        arguments.text("compute_dtype", compute_dtype)
         threads = arguments.whole("threads", threads, 1)
         max_batch_tokens = arguments.whole("max_batch_tokens", max_batch_tokens, 1)
         max_length = arguments.whole("max_length", max_length, 1)

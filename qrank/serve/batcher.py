@@ -47,9 +47,6 @@ ENCODERS = 2
 STEP_CHARACTERS = 100_000
 """Text that is turned into tokens at a time, so that requests take turns and can be left."""
 
-CHARACTERS_A_TOKEN = 4
-"""To judge a request by before it is encoded."""
-
 
 class Batcher:
     """Scores requests with one engine. Made and used on one event loop."""
@@ -119,7 +116,7 @@ class Batcher:
         """
         arrived = time.perf_counter()
         self._refuse_if_broken()
-        guess = self._estimate_tokens(task)
+        guess = task.estimate_tokens(self._engine.max_length)
         if self.queued and self.queued + guess > self._limit:
             self._metrics.dropped["overflow"].inc()
             raise RequestError(
@@ -162,13 +159,15 @@ class Batcher:
         finally:
             self._count_queued(-counted)
             self._metrics.queue_requests.dec()
-        return self._outcome(job, len(task.pairs))
-
-    def _estimate_tokens(self, task: RerankTask) -> int:
-        """Tokens of a request that is not encoded yet."""
-        most = math.inf if task.long_documents == "chunk" else self._engine.max_length
-        sizes = (len(query) + len(document) for query, document in task.pairs)
-        return int(sum(min(size // CHARACTERS_A_TOKEN + 1, most) for size in sizes))
+        logits = job.logits[: job.dispatched]
+        return RerankOutcome.of(
+            self._name,
+            len(task.pairs),
+            job.inputs,
+            ScoredPairs.of(job.inputs, logits, self._engine.scores),
+            tokens=sum(each.tokens for each in job.inputs[: job.dispatched]),
+            seconds=time.perf_counter() - arrived,
+        )
 
     async def _encode(self, task: RerankTask, deadline: float | None) -> list[ModelInput]:
         """A request's inputs; a part of them where its budget is used before the others are made.
@@ -297,23 +296,3 @@ class Batcher:
             job.stop = max(job.dispatched, job.first)
         if not job.waiting and not job.in_flight and not job.done.done():
             job.done.set_result(None)
-
-    def _outcome(self, job: Job, pairs: int) -> RerankOutcome:
-        """What came of a job whose inputs that were handed to the engine are all back."""
-        read = job.inputs[: job.dispatched]
-        found = ScoredPairs.of(job.inputs, job.logits[: job.dispatched], self._engine.scores)
-        left = pairs - len(found)
-        lowest = int(found.logits.argmin())
-        truncated = [False] * pairs
-        for each in job.inputs:
-            truncated[each.owner] |= each.truncated
-        return RerankOutcome(
-            self._name,
-            [*found.logits.tolist(), *[float(found.logits[lowest])] * left],
-            [*found.scores.tolist(), *[float(found.scores[lowest])] * left],
-            truncated,
-            [True] * len(found) + [False] * left,
-            [*found.order, *range(len(found), pairs)],
-            sum(each.tokens for each in read),
-            time.perf_counter() - job.arrived,
-        )

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qrank.scoring.inputs import LongDocuments
+from qrank.scoring.inputs import LongDocuments, ModelInput
+from qrank.scoring.ranking import ScoredPairs
+
+CHARACTERS_A_TOKEN = 4
+"""To judge a request by before it is encoded."""
 
 
 class RequestError(Exception):
@@ -60,6 +66,12 @@ class RerankTask:
     budget: float | None
     whole: bool = False
 
+    def estimate_tokens(self, max_length: int) -> int:
+        """Tokens of it, before it is encoded, where a pair may have so many."""
+        limit = math.inf if self.long_documents == "chunk" else max_length
+        sizes = (len(query) + len(document) for query, document in self.pairs)
+        return int(sum(min(size // CHARACTERS_A_TOKEN + 1, limit) for size in sizes))
+
 
 @dataclass(frozen=True)
 class RerankOutcome:
@@ -84,3 +96,40 @@ class RerankOutcome:
     order: list[int]
     tokens: int
     seconds: float
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        pairs: int,
+        inputs: Iterable[ModelInput],
+        found: ScoredPairs,
+        *,
+        tokens: int,
+        seconds: float,
+    ) -> RerankOutcome:
+        """What came of so many pairs, the first of which were scored.
+
+        Args:
+            model: see the class.
+            pairs: how many there are.
+            inputs: of those that were encoded.
+            found: those that were scored: one or more.
+            tokens: see the class.
+            seconds: see the class.
+        """
+        left = pairs - len(found)
+        lowest = int(found.logits.argmin())
+        truncated = [False] * pairs
+        for each in inputs:
+            truncated[each.owner] |= each.truncated
+        return cls(
+            model,
+            logits=[*found.logits.tolist(), *[float(found.logits[lowest])] * left],
+            scores=[*found.scores.tolist(), *[float(found.scores[lowest])] * left],
+            truncated=truncated,
+            scored=[True] * len(found) + [False] * left,
+            order=[*found.order, *range(len(found), pairs)],
+            tokens=tokens,
+            seconds=seconds,
+        )
