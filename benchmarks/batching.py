@@ -38,8 +38,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     folder = locate(options.model)
-    encoder = PairTokenizer(folder / TOKENIZER, Manifest.load(folder).family)
-    works = _works(Collection.read(options.data), encoder, options.pairs)
+    tokenizer = PairTokenizer(folder / TOKENIZER, Manifest.load(folder).family)
+    works = _works(Collection.read(options.data), tokenizer, options.pairs)
     threads = options.threads
     label = f"{options.model}, {options.precision}, {threads} threads"
     opened = partial(open_onnx, folder, options.precision)
@@ -104,15 +104,15 @@ def _speeds(
     return {(key, name): len(works[name]) / median(found) for (key, name), found in seconds.items()}
 
 
-def _works(collection: Collection, encoder: PairTokenizer, pairs: int) -> dict[str, Sequences]:
+def _works(collection: Collection, tokenizer: PairTokenizer, pairs: int) -> dict[str, Sequences]:
     """Pairs by the names of the table's columns."""
     queries = list(collection.queries)[:4]
     found = collection.bm25(max(pairs // len(queries), 1))
     texts = {q: [collection.documents[d] for d in found[q]] for q in queries}
     asked = collection.queries
-    mixed = join([encode(encoder, asked[q], texts[q]) for q in queries])
+    mixed = join([encode(tokenizer, asked[q], texts[q]) for q in queries])
     short = join(
-        [encode(encoder, asked[q], [" ".join(t.split()[:20]) for t in texts[q]]) for q in queries]
+        [encode(tokenizer, asked[q], [" ".join(t.split()[:20]) for t in texts[q]]) for q in queries]
     )
     middle = np.argsort(mixed.lengths)[len(mixed) // 2]
     return {"mixed": mixed, "short": short, "one pair": mixed.take(np.array([middle]))}

@@ -50,7 +50,7 @@ def main() -> None:
                 start = time.perf_counter()
                 ranking = reranker.rank(collection.queries[query], documents, budget_ms=budget)
                 took.append((time.perf_counter() - start) * 1000 / budget)
-                scored.append(ranking.scored)
+                scored.append(ranking.scored_count)
         shares, counts = np.array(took[WARM_UP:]), np.array(scored[WARM_UP:])
         waiting = shares[counts < 100]
         rows.append(

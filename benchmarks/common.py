@@ -40,9 +40,9 @@ def arguments(description: str | None, *, on_data: bool = False) -> argparse.Arg
     return parser
 
 
-def encode(encoder: PairTokenizer, query: str, documents: Sequence[str]) -> Sequences:
+def encode(tokenizer: PairTokenizer, query: str, documents: Sequence[str]) -> Sequences:
     """One query's pairs as token ids, cut as `Reranker.rank` cuts them."""
-    pairs = [encoder.whole(query, document) for document in documents]
+    pairs = [tokenizer.whole(query, document) for document in documents]
     return Sequences(
         [ids for ids, _ in pairs], [types for _, types in pairs if types is not None] or None
     )

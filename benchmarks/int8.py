@@ -67,7 +67,7 @@ def main() -> None:
         TOLERANCES.update(dict.fromkeys(TOLERANCES, Tolerance(math.inf)))
         made = convert(options.checkpoint, variants, folder, family=options.family)
         manifest = made.manifest
-        encoder = PairTokenizer(folder / TOKENIZER, manifest.family, threads=options.threads)
+        tokenizer = PairTokenizer(folder / TOKENIZER, manifest.family, threads=options.threads)
         names = {"fp32": "fp32", "int8": "qrank int8"}
         if not manifest.family.decoder:
             _dynamic(folder)
@@ -77,7 +77,9 @@ def main() -> None:
             names[f"blocks{bits}"] = f"MatMulNBits, {bits} bits"
         work = join(
             [
-                encode(encoder, collection.queries[q], [collection.documents[d] for d in found[q]])
+                encode(
+                    tokenizer, collection.queries[q], [collection.documents[d] for d in found[q]]
+                )
                 for q in list(collection.queries)[: options.queries]
             ]
         )

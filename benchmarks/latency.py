@@ -79,15 +79,15 @@ def measure(model: str, variant: str, tasks: Path, count: int, threads: int) -> 
     """Rank every query's first `count` documents, after one that warms up."""
     content = json.loads(tasks.read_text("utf-8"))
     reranker = Reranker(model, backend=variant, threads=threads)
-    family = reranker.manifest.family
-    encoder = PairTokenizer(locate(model) / TOKENIZER, family, threads=threads)
+    family = reranker.engine.manifest.family
+    tokenizer = PairTokenizer(locate(model) / TOKENIZER, family, threads=threads)
     seconds, encoding = [], 0.0
     tokens = padded = 0
     for number, (query, documents) in enumerate([content[0], *content]):
         start = time.perf_counter()
         reranker.rank(query, documents[:count])
         middle = time.perf_counter()
-        lengths = encode(encoder, query, documents[:count]).lengths
+        lengths = encode(tokenizer, query, documents[:count]).lengths
         end = time.perf_counter()
         if number:
             seconds.append(middle - start)

@@ -170,7 +170,7 @@ def llama_cpp(model: str, work: Path, threads: int) -> Score:
     from qrank.scoring.pair_tokenizer import PairTokenizer
 
     folder = Path(model)
-    encoder = PairTokenizer(folder / TOKENIZER, Manifest.load(folder).family, max_length=TOKENS)
+    tokenizer = PairTokenizer(folder / TOKENIZER, Manifest.load(folder).family, max_length=TOKENS)
     library = llama.library()
     context = llama.new_context(
         llama.load(folder / "gguf-q8_0" / "model.gguf", "cpu"),
@@ -184,7 +184,7 @@ def llama_cpp(model: str, work: Path, threads: int) -> Score:
     )
 
     def score(query: str, documents: list[str]) -> Sequence[float]:
-        sequences = [encoder.whole(query, document)[0] for document in documents]
+        sequences = [tokenizer.whole(query, document)[0] for document in documents]
         lengths = np.array([len(ids) for ids in sequences])
         batches = cut_ragged(lengths, TOKENS, 64)
         found = []

@@ -60,7 +60,7 @@ def examined(bundle: str, options: Any) -> list[dict[str, object]]:
         best = order(measured, Criteria(profile=profile), last)[0]
         if not any(_is(candidate, best) for candidate in every):
             base = next(c for c in every if c.target.name == best.target)
-            setting = (best.compute_dtype, best.threads, best.batch)
+            setting = (best.compute_dtype, best.threads, best.max_batch_tokens)
             every.append(Candidate(base.target, *setting))
     contest = Tournament(folder, {})
     rows = []
@@ -97,11 +97,16 @@ def examined(bundle: str, options: Any) -> list[dict[str, object]]:
 
 
 def _is(candidate: Candidate, best: Measurement) -> bool:
-    return (candidate.target.name, candidate.compute_dtype, candidate.threads, candidate.batch) == (
+    return (
+        candidate.target.name,
+        candidate.compute_dtype,
+        candidate.threads,
+        candidate.max_batch_tokens,
+    ) == (
         best.target,
         best.compute_dtype,
         best.threads,
-        best.batch,
+        best.max_batch_tokens,
     )
 
 

@@ -193,9 +193,9 @@ def _operations(options: Any, tasks: list[tuple[str, list[str]]]) -> float:
     """Floating-point operations of the matrix products that tasks take, unpadded."""
     config = json.loads((options.checkpoint / "config.json").read_text("utf-8"))
     width, inner = config["hidden_size"], config["intermediate_size"]
-    encoder = PairTokenizer(options.bundle / TOKENIZER, Manifest.load(options.bundle).family)
+    tokenizer = PairTokenizer(options.bundle / TOKENIZER, Manifest.load(options.bundle).family)
     lengths = np.array(
-        [len(encoder.whole(query, d)[0]) for query, documents in tasks for d in documents]
+        [len(tokenizer.whole(query, d)[0]) for query, documents in tasks for d in documents]
     )
     layer = 2 * lengths * (4 * width**2 + 2 * width * inner) + 4 * lengths**2 * width
     return float(config["num_hidden_layers"] * layer.sum())

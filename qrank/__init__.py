@@ -11,12 +11,13 @@ from qrank.system.version import __version__
 
 if TYPE_CHECKING:
     from qrank.measure.tuning import tune
-    from qrank.reranker import Ranking, Reranker
+    from qrank.reranker import Reranker
+    from qrank.scoring.ranking import Ranking
 
 __all__ = ["QrankError", "Ranking", "Reranker", "__version__", "tune"]
 
 _PLACES = {
-    "Ranking": "qrank.reranker",
+    "Ranking": "qrank.scoring.ranking",
     "Reranker": "qrank.reranker",
     "tune": "qrank.measure.tuning",
 }

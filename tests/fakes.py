@@ -226,14 +226,14 @@ def failing(folder: Path, variant: Variant, device: str, options: Options) -> Ba
 
 def queue_breaking(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
     """As `plodding`; and the server's queue has a bug from its fourth slice on."""
-    from qrank.serve import batcher
+    from qrank.serve import batcher, slices
 
-    cut, slices = batcher.cut, itertools.count(1)
+    asked = itertools.count(1)
 
-    def broken(*arguments: Any) -> list[batcher.Turn]:
-        if next(slices) > 3:
+    def broken(*arguments: Any) -> list[slices.Share]:
+        if next(asked) > 3:
             raise ZeroDivisionError("a bug of the queue's")
-        return cut(*arguments)
+        return slices.next_slice(*arguments)
 
-    vars(batcher)["cut"] = broken
+    vars(batcher)["next_slice"] = broken
     return _Plodding(folder, len)

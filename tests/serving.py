@@ -36,7 +36,8 @@ def serving(
     listening = listen(host, 0)
     (url, *_) = listening.addresses("http")
     started = threading.Event()
-    guard = build(models, limits=limits, keys=keys, **more)
+    engines = {name: reranker.engine for name, reranker in models.items()}
+    guard = build(engines, limits=limits, keys=keys, **more)
     made = server(guard, ready=started.set, drain_seconds=5, cors=cors)
     thread = threading.Thread(target=lambda: asyncio.run(made.serve(sockets=listening.sockets)))
     thread.start()

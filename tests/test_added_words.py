@@ -67,7 +67,7 @@ def family(folder: Path) -> str | None:
 
 
 @cache
-def encoder(folder: Path) -> tuple[Any, PairTokenizer]:
+def tokenizers(folder: Path) -> tuple[Any, PairTokenizer]:
     checkpoint = read_checkpoint(str(folder), family=family(folder))
     made = json.dumps(checkpoint.text_tokenizer())
     return checkpoint, PairTokenizer(made, checkpoint.family)
@@ -80,13 +80,13 @@ PARTS = [*(t.content for t in WORDS), "PLANETOID", "gmbh", "ångström", "s", "m
 def test_a_word_is_the_token_that_it_is_in_the_original(
     worded: Path, query: str, text: str
 ) -> None:
-    checkpoint, ours = encoder(worded)
+    checkpoint, ours = tokenizers(worded)
     theirs = checkpoint_ids(checkpoint, query, text, checkpoint.family.max_length)
     assert ours.whole(query, text)[0].tolist() == theirs
 
 
 def test_words_are_told_from_markers(worded: Path) -> None:
-    checkpoint, ours = encoder(worded)
+    checkpoint, ours = tokenizers(worded)
     assert set(checkpoint.words) >= {token.content for token in WORDS}
     for word in ("planetoid", "<e1>"):
         number = checkpoint.tokenizer.convert_tokens_to_ids(word)
@@ -98,7 +98,7 @@ DOCUMENTS = ["a planetoid beyond mars", "a planet beyond mars", "GmbH alone, <e1
 
 def reference(folder: Path) -> Logits:
     """By transformers alone."""
-    checkpoint, _ = encoder(folder)
+    checkpoint, _ = tokenizers(folder)
     causal = family(folder) is not None
     auto = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     model = auto.from_pretrained(folder, dtype=torch.float32).eval()

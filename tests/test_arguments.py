@@ -20,8 +20,8 @@ import qrank.measure.tuning
 import qrank.reranker
 from qrank import Ranking, Reranker, tune
 from qrank.errors import InputError
-from qrank.reranker import Rankings
 from qrank.scoring.arguments import size
+from qrank.scoring.ranking import Rankings
 
 QUERY = "which planet is red?"
 DOCUMENTS = ["mars is the red planet", "bread is baked in an oven", ""]
@@ -47,7 +47,7 @@ OPENING: dict[str, list[Any]] = {
     "device": TEXT,
     "threads": [*WHOLE, 0],
     "compute_dtype": TEXT,
-    "batch": [*WHOLE, 0],
+    "max_batch_tokens": [*WHOLE, 0],
     "max_memory": [True, 2.0, "2X", "", "G", 0, -1, "0", "0G", b"2G", "-2G", "9" * 400],
     "max_length": [*WHOLE, 0],
     "family": [3, b"x", "", ["x"]],
@@ -318,7 +318,7 @@ def test_a_slice_of_rankings_knows_what_was_scored() -> None:
     whole = Rankings([ranking(i) for i in range(5)], 3)
     for part in (whole[:2], whole[::-1], whole.copy(), copy.copy(whole), copy.deepcopy(whole)):
         assert type(part) is Rankings
-        assert part.scored == 3
+        assert part.scored_count == 3
     assert whole[1:3] == [ranking(1), ranking(2)]
     assert whole[-1] == ranking(4)
 
@@ -329,7 +329,7 @@ def test_a_ranking_shows_what_matters_in_a_line() -> None:
     assert len(shown) < 200
     assert shown.endswith(", truncated=True, part=(0, 9))")
     assert "nan" not in repr(ranking(score=float("nan"), logit=float("nan"), scored=False))
-    assert repr(Rankings([ranking()], 1)) == f"Rankings([{ranking()!r}], scored=1)"
+    assert repr(Rankings([ranking()], 1)) == f"Rankings([{ranking()!r}], scored_count=1)"
 
 
 # Copies, here and in other processes
@@ -339,13 +339,15 @@ def test_a_ranking_shows_what_matters_in_a_line() -> None:
     "copied", [copy.copy, copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))]
 )
 def test_a_copy_is_opened_with_the_same_arguments(copied: Callable[[Reranker], Reranker]) -> None:
-    with Reranker("mini", threads=1, max_length=64, max_memory="1G", batch=400) as reranker:
+    with Reranker(
+        "mini", threads=1, max_length=64, max_memory="1G", max_batch_tokens=400
+    ) as reranker:
         before = reranker.rank(QUERY, ["mars " * 99, "red"])
         twin = copied(reranker)
     with twin:
         assert twin is not reranker
-        assert (twin.threads, twin.max_length) == (1, 64)
-        assert (twin.target, twin.choice.options.batch) == (reranker.target, 400)
+        assert (twin.engine.threads, twin.engine.max_length) == (1, 64)
+        assert (twin.target, twin.choice.options.max_batch_tokens) == (reranker.target, 400)
         assert twin.rank(QUERY, ["mars " * 99, "red"]) == before
 
 
@@ -361,4 +363,4 @@ def test_a_pool_of_processes_ranks_the_same(
     ) as pool:
         there = pool.submit(reranker.rank, QUERY, DOCUMENTS).result(120)
     assert there == mini.rank(QUERY, DOCUMENTS)
-    assert there.scored == 3
+    assert there.scored_count == 3

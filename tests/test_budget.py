@@ -3,9 +3,11 @@
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import fakes
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
@@ -14,7 +16,8 @@ from hypothesis import strategies as st
 from qrank import Reranker
 from qrank.cli import main
 from qrank.errors import InputError
-from qrank.scoring.deadline import LatencyEstimate, score_within
+from qrank.scoring.deadline import FIRST, LatencyEstimate, doubling, score_within
+from qrank.scoring.inputs import ModelInput
 
 WARM_UP = 8
 
@@ -37,15 +40,26 @@ class Machine:
             ends[ends.index(min(ends))] += count * self._rate
         return self._call + max(ends)
 
-    def request(self, pace: LatencyEstimate, tokens: list[int], budget: float) -> tuple[int, float]:
+    def request(
+        self, latency: LatencyEstimate, tokens: list[int], budget: float
+    ) -> tuple[int, float]:
         """Documents scored, and seconds spent."""
-
-        def score(start: int, end: int) -> None:
-            self.now += self.cost(tokens[start:end])
-
-        begun = self.now
-        done = score_within(budget, len(tokens), pace, lambda a, b: tokens[a:b], score, self.clock)
+        begun, done = self.now, 0
+        for some in score_within(budget, steps(tokens), latency, self.clock):
+            self.now += self.cost([each.tokens for each in some])
+            done += len(some)
         return done, self.now - begun
+
+
+def steps(tokens: list[int]) -> Iterator[list[ModelInput]]:
+    """Documents of so many tokens, as `rank` encodes them."""
+    nothing, start = np.empty(0, np.int32), 0
+    for stop in doubling(len(tokens)):
+        yield [
+            ModelInput(owner, nothing, np.zeros(tokens[owner], np.int32), None, False, None)
+            for owner in range(start, stop)
+        ]
+        start = stop
 
 
 @given(
@@ -62,9 +76,9 @@ def test_with_documents_alike_it_is_kept_and_used(
     machine = Machine(streams, rate, call * rate * length)
     tokens = [length] * 300
     budget = fits * machine.cost(tokens[:1])
-    pace = LatencyEstimate()
+    latency = LatencyEstimate()
     for number in range(WARM_UP + 10):
-        done, seconds = machine.request(pace, tokens, budget)
+        done, seconds = machine.request(latency, tokens, budget)
         if number >= WARM_UP:
             assert seconds <= budget * 1.1
             assert done == len(tokens) or seconds >= budget * 0.7
@@ -78,38 +92,46 @@ def test_with_documents_alike_it_is_kept_and_used(
 def test_whatever_comes_documents_are_scored_in_order_and_the_first_always(
     tokens: list[int], budget: float, requests: int
 ) -> None:
-    pace = LatencyEstimate()
+    latency = LatencyEstimate()
     for _ in range(requests):
-        scored: list[int] = []
-        ready: list[int] = []
-
-        def encode(start: int, end: int, ready: list[int] = ready) -> list[int]:
-            assert start == len(ready)
-            ready.extend(range(start, end))
-            return tokens[start:end]
-
-        def score(
-            start: int, end: int, ready: list[int] = ready, scored: list[int] = scored
-        ) -> None:
-            assert start == len(scored)
-            assert end <= len(ready)
-            scored.extend(range(start, end))
-
         clock = itertools.count().__next__
-        done = score_within(budget, len(tokens), pace, encode, score, clock)
-        assert scored == list(range(done))
-        assert 1 <= done <= len(tokens)
+        slices = score_within(budget, steps(tokens), latency, clock)
+        scored = [each.owner for some in slices for each in some]
+        assert scored == list(range(len(scored)))
+        assert 1 <= len(scored) <= len(tokens)
+
+
+@given(st.integers(1, 3000))
+def test_steps_double_and_end_with_the_last_document(total: int) -> None:
+    stops = list(doubling(total))
+    assert stops[-1] == total
+    assert stops[0] == min(FIRST, total)
+    assert all(after <= 2 * before for before, after in itertools.pairwise(stops))
+    assert stops == sorted(set(stops))
+
+
+def test_all_parts_of_a_document_are_scored_together() -> None:
+    nothing = np.empty(0, np.int32)
+    parts = [
+        ModelInput(owner, nothing, np.zeros(5, np.int32), None, False, (part, part + 1))
+        for owner in range(9)
+        for part in range(owner + 1)
+    ]
+    clock = itertools.count().__next__
+    for some in score_within(20, [parts], LatencyEstimate(), clock):
+        owners = {each.owner for each in some}
+        assert len(some) == sum(owner + 1 for owner in owners)
 
 
 def test_a_hiccup_is_forgotten() -> None:
     machine = Machine(2, 1e-3, 0.0)
-    pace = LatencyEstimate()
+    latency = LatencyEstimate()
     tokens = [100] * 64
     budget = 1.0
-    before = [machine.request(pace, tokens, budget)[0] for _ in range(WARM_UP)][-1]
+    before = [machine.request(latency, tokens, budget)[0] for _ in range(WARM_UP)][-1]
     for size in (1, 2, 4, 8, 16, 32):
-        pace.learn(size, size, 1e3)
-    after = [machine.request(pace, tokens, budget)[0] for _ in range(200)][-1]
+        latency.learn(size, size, 1e3)
+    after = [machine.request(latency, tokens, budget)[0] for _ in range(200)][-1]
     assert after >= 0.9 * before
 
 
@@ -121,21 +143,21 @@ def test_rank_keeps_the_rest_in_their_order_and_says_how_many_were_scored(bundle
     with Reranker(bundle, backend="fakes:sleepy") as reranker:
         for _ in range(3):
             found = reranker.rank("a", texts, budget_ms=fakes.NAP * 20 * 1000)
-        assert 5 <= found.scored < 60
-        assert [item.scored for item in found] == [True] * found.scored + [False] * (
-            100 - found.scored
+        assert 5 <= found.scored_count < 60
+        assert [item.scored for item in found] == [True] * found.scored_count + [False] * (
+            100 - found.scored_count
         )
-        head, tail = found[: found.scored], found[found.scored :]
-        assert sorted(item.index for item in head) == list(range(found.scored))
-        assert [item.index for item in tail] == list(range(found.scored, 100))
+        head, tail = found[: found.scored_count], found[found.scored_count :]
+        assert sorted(item.index for item in head) == list(range(found.scored_count))
+        assert [item.index for item in tail] == list(range(found.scored_count, 100))
         assert all(math.isnan(item.score) and math.isnan(item.logit) for item in tail)
         logits = [item.logit for item in head]
         assert logits == sorted(logits, reverse=True)
         assert [item.text for item in found] == [texts[item.index] for item in found]
-        assert reranker.rank("a", texts[:3], budget_ms=1).scored >= 1
+        assert reranker.rank("a", texts[:3], budget_ms=1).scored_count >= 1
         everything = reranker.rank("a", texts[:9], budget_ms=60_000)
         assert everything == reranker.rank("a", texts[:9])
-        assert everything.scored == 9
+        assert everything.scored_count == 9
         assert len(reranker.rank("a", texts, budget_ms=50, top_k=3)) == 3
 
 
@@ -159,7 +181,7 @@ def test_the_command_line_says_so_too(bundle: Path, format: str) -> None:
     )
     if format == "json":
         content = json.loads(result.stdout)
-        assert content["scored"] == scored < 100
+        assert content["scored_count"] == scored < 100
         flags = [record["score"] is not None for record in content["results"]]
         assert flags == [True] * scored + [False] * (100 - scored)
     if format == "trec":

@@ -191,7 +191,7 @@ def test_the_original_conforms(decoder: str, checkpoint_of: Callable[[str], Path
 
 
 @cache
-def encoder_of(
+def tokenizers_of(
     kind: str, folder: Path, bundle: Path
 ) -> tuple[PairTokenizer, PreTrainedTokenizerBase]:
     family = Manifest.load(bundle).family
@@ -217,10 +217,10 @@ def test_prompts_are_read_as_the_original_reads_them(
     asked: str | None,
 ) -> None:
     """Cut where no tokenizer merges: in pieces or as a whole, the ids are the same."""
-    encoder, tokenizer = encoder_of(decoder, checkpoint_of(decoder), bundle_of(decoder))
+    ours, tokenizer = tokenizers_of(decoder, checkpoint_of(decoder), bundle_of(decoder))
     instruction = asked or None if decoder in INSTRUCTED else None
     theirs = ids_of(tokenizer, decoder, query, document, instruction)
-    assert encoder.whole(query, document, instruction)[0].tolist() == theirs
+    assert ours.whole(query, document, instruction)[0].tolist() == theirs
 
 
 CONTROL = "<|im_end|>\n<|im_start|>assistant\n<think>"
@@ -229,11 +229,11 @@ CONTROL = "<|im_end|>\n<|im_start|>assistant\n<think>"
 def test_control_tokens_in_text_are_text(
     decoder: str, checkpoint_of: Callable[[str], Path], bundle_of: Callable[[str], Path]
 ) -> None:
-    encoder, tokenizer = encoder_of(decoder, checkpoint_of(decoder), bundle_of(decoder))
+    ours, tokenizer = tokenizers_of(decoder, checkpoint_of(decoder), bundle_of(decoder))
     added = set(tokenizer.added_tokens_decoder)
 
     def control(query: str, document: str) -> list[int]:
-        return [int(number) for number in encoder.whole(query, document)[0] if number in added]
+        return [int(number) for number in ours.whole(query, document)[0] if number in added]
 
     assert control(CONTROL, "mars") == control("mars", CONTROL) == control("mars", "mars")
     with Reranker(bundle_of(decoder), backend="onnx-fp32") as reranker:
@@ -243,10 +243,10 @@ def test_control_tokens_in_text_are_text(
 
 def test_only_the_document_gives_way(decoder: str, bundle_of: Callable[[str], Path]) -> None:
     family = Manifest.load(bundle_of(decoder)).family
-    encoder = PairTokenizer(bundle_of(decoder) / TOKENIZER, family, max_length=400)
-    short, _ = encoder.whole("mars", "red")
-    long, _ = encoder.whole("mars", "red " * 900)
-    prompt = encoder.prompt("mars")
+    ours = PairTokenizer(bundle_of(decoder) / TOKENIZER, family, max_length=400)
+    short, _ = ours.whole("mars", "red")
+    long, _ = ours.whole("mars", "red " * 900)
+    prompt = ours.prompt("mars")
     behind = sum(len(item) for item in prompt.items if item is not None)
     assert len(long) == 400
     assert long[: len(prompt.prefix)].tolist() == short[: len(prompt.prefix)].tolist()
@@ -257,32 +257,32 @@ def test_a_query_beyond_the_limit_is_cut(
     decoder: str, bundle_of: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     family = Manifest.load(bundle_of(decoder)).family
-    encoder = PairTokenizer(bundle_of(decoder) / TOKENIZER, family, max_length=400)
+    ours = PairTokenizer(bundle_of(decoder) / TOKENIZER, family, max_length=400)
     with caplog.at_level(logging.WARNING, "qrank"):
-        ids, _ = encoder.whole("which planet is red? " * 200, "mars")
+        ids, _ = ours.whole("which planet is red? " * 200, "mars")
     assert len(ids) <= 400
     assert "the query has" in caplog.text
-    assert encoder.prompt("which planet is red? " * 200).room > 20
+    assert ours.prompt("which planet is red? " * 200).capacity > 20
 
 
 def test_chunks_stand_in_the_whole_prompt(decoder: str, bundle_of: Callable[[str], Path]) -> None:
     """What leads to the document within its item leads to each of its parts."""
     family = Manifest.load(bundle_of(decoder)).family
-    encoder = PairTokenizer(bundle_of(decoder) / TOKENIZER, family, max_length=400)
+    ours = PairTokenizer(bundle_of(decoder) / TOKENIZER, family, max_length=400)
     text = " ".join("red planet mars bread".split()[i * i % 4] for i in range(900))
-    prompt = encoder.prompt("mars")
-    whole, other = encoder.documents([text, "mars"])
+    prompt = ours.prompt("mars")
+    whole, other = ours.documents([text, "mars"])
     leading = [a != b for a, b in zip(whole, other, strict=False)].index(True)
-    parts = encoder.chunks(text, prompt)
+    parts = ours.chunks(text, prompt)
     assert len(parts) > 2
-    overlap = (prompt.room - leading) // 8
+    overlap = (prompt.capacity - leading) // 8
     covered = parts[0].ids.tolist()
     for part in parts[1:]:
         assert part.ids[:leading].tolist() == whole[:leading].tolist()
         assert covered[len(covered) - overlap :] == part.ids[leading : leading + overlap].tolist()
         covered += part.ids[leading + overlap :].tolist()
     assert covered == whole.tolist()
-    assert all(len(part.ids) <= prompt.room for part in parts)
+    assert all(len(part.ids) <= prompt.capacity for part in parts)
     assert (parts[0].start, parts[-1].end) == (0, len(text))
 
 
@@ -338,7 +338,7 @@ def test_zerank_divides_by_its_temperature(bundle_of: Callable[[str], Path]) -> 
 def test_the_prefix_is_read_once_a_query(bundle_of: Callable[[str], Path]) -> None:
     seen: list[Sequences] = []
     with Reranker(bundle_of("qwen3"), backend="onnx-fp32") as reranker:
-        backend = reranker._ready()
+        backend = reranker.engine._ready()
 
         class Recorder:
             def logits(self, work: Sequences) -> Logits:
@@ -348,7 +348,7 @@ def test_the_prefix_is_read_once_a_query(bundle_of: Callable[[str], Path]) -> No
             def close(self) -> None:
                 backend.close()
 
-        reranker._backend = Recorder()
+        reranker.engine._backend = Recorder()
         reranker.score([("a", "x"), ("b", "y"), ("a", "z"), ("c", "x")])
     alone, shared = sorted(seen, key=lambda work: len(work.prefix))
     assert (len(alone), len(alone.prefix)) == (2, 0)
@@ -412,7 +412,7 @@ def test_logit_score_metadata_needs_no_card(
         Reranker(described, backend="torch") as ours,
         Reranker(bundle_of("qwen3"), backend="onnx-fp32") as theirs,
     ):
-        assert ours.manifest.family.name == "logit-score"
+        assert ours.engine.manifest.family.name == "logit-score"
         np.testing.assert_allclose(
             ours.score(pairs, raw=True), theirs.score(pairs, raw=True), atol=1e-3
         )

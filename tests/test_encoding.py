@@ -28,7 +28,7 @@ def family(bundle: Path) -> Family:
 
 
 @pytest.fixture(scope="module")
-def encoder(bundle: Path, family: Family) -> PairTokenizer:
+def tokenizer(bundle: Path, family: Family) -> PairTokenizer:
     return PairTokenizer(bundle / TOKENIZER, family)
 
 
@@ -39,22 +39,22 @@ def recorder(bundle: Path, request: pytest.FixtureRequest) -> Iterator[Reranker]
         yield reranker
 
 
-def roomy(encoder: PairTokenizer, room: int) -> Prompt:
-    """A prompt that leaves so much room."""
-    return replace(encoder.prompt("mars"), room=room)
+def with_capacity(tokenizer: PairTokenizer, capacity: int) -> Prompt:
+    """A prompt that leaves a document so many tokens."""
+    return replace(tokenizer.prompt("mars"), capacity=capacity)
 
 
 def limit_of(recorder: Reranker, request: pytest.FixtureRequest) -> int:
     limit: int | None = request.node.callspec.params["recorder"]
-    return limit or recorder.manifest.family.max_length
+    return limit or recorder.engine.manifest.family.max_length
 
 
 @given(query=TEXT, document=TEXT)
 def test_a_pair_is_the_template_filled_in(
-    encoder: PairTokenizer, family: Family, query: str, document: str
+    tokenizer: PairTokenizer, family: Family, query: str, document: str
 ) -> None:
-    query_ids, document_ids = encoder.ids([query, document])
-    ids, segments = encoder.pair(encoder.prompt(query), document_ids)
+    query_ids, document_ids = tokenizer.ids([query, document])
+    ids, segments = tokenizer.pair(tokenizer.prompt(query), document_ids)
     slots = {"{query}": query_ids.tolist(), "{document}": document_ids.tolist()}
     parts = [slots[item] if isinstance(item, str) else [item] for item in family.template]
     assert ids.tolist() == [number for part in parts for number in part]
@@ -68,7 +68,7 @@ def test_a_pair_is_the_template_filled_in(
 @given(query=LETTERS, document=LETTERS)
 def test_only_the_document_gives_way(
     recorder: Reranker,
-    encoder: PairTokenizer,
+    tokenizer: PairTokenizer,
     request: pytest.FixtureRequest,
     query: str,
     document: str,
@@ -76,75 +76,75 @@ def test_only_the_document_gives_way(
     limit = limit_of(recorder, request)
     (ranking,) = recorder.rank(query, [document])
     (ids,) = fakes.recorded[-1].sequences
-    query_ids, document_ids = encoder.ids([query, document])
-    special = len(encoder.whole("", "")[0])
+    query_ids, document_ids = tokenizer.ids([query, document])
+    special = len(tokenizer.whole("", "")[0])
     kept = len(query_ids)
     if kept >= limit - special:
         kept = (limit - special) * 3 // 4
     room = limit - special - kept
     assert room >= 1
     # A letter is a token.
-    prompt = encoder.prompt(" ".join(query.split()[:kept]))
-    assert ids.tolist() == encoder.pair(prompt, document_ids[:room])[0].tolist()
+    prompt = tokenizer.prompt(" ".join(query.split()[:kept]))
+    assert ids.tolist() == tokenizer.pair(prompt, document_ids[:room])[0].tolist()
     assert len(ids) <= limit
     assert ranking.truncated == (len(document_ids) > room)
 
 
 def test_a_query_beyond_the_limit_is_cut_with_a_warning(
-    encoder: PairTokenizer, family: Family, caplog: pytest.LogCaptureFixture
+    tokenizer: PairTokenizer, family: Family, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "qrank"):
-        prompt = encoder.prompt("a " * family.max_length)
-    assert prompt.room >= family.max_length // 5
+        prompt = tokenizer.prompt("a " * family.max_length)
+    assert prompt.capacity >= family.max_length // 5
     (record,) = caplog.records
     assert f"the query has {family.max_length} tokens" in record.getMessage()
-    kept = family.max_length - len(encoder.whole("", "")[0]) - prompt.room
+    kept = family.max_length - len(tokenizer.whole("", "")[0]) - prompt.capacity
     assert f"only its first {kept} are read" in record.getMessage()
 
 
 def test_documents_differ_beside_a_query_beyond_the_limit(reranker: Reranker) -> None:
-    query = "red planet " * reranker.manifest.family.max_length
+    query = "red planet " * reranker.engine.manifest.family.max_length
     first, second = reranker.score([(query, "mars is red"), (query, "bread is baked")], raw=True)
     assert first != second
 
 
 def test_a_query_that_fits_is_not_warned_of(
-    encoder: PairTokenizer, caplog: pytest.LogCaptureFixture
+    tokenizer: PairTokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    encoder.prompt("which planet is red?")
+    tokenizer.prompt("which planet is red?")
     assert not caplog.records
 
 
-@given(text=LETTERS, room=st.integers(1, 40))
+@given(text=LETTERS, capacity=st.integers(1, 40))
 def test_chunks_of_words_are_what_their_characters_say(
-    encoder: PairTokenizer, text: str, room: int
+    tokenizer: PairTokenizer, text: str, capacity: int
 ) -> None:
-    for part in encoder.chunks(text, roomy(encoder, room)):
-        (again,) = encoder.ids([text[part.start : part.end]])
+    for part in tokenizer.chunks(text, with_capacity(tokenizer, capacity)):
+        (again,) = tokenizer.ids([text[part.start : part.end]])
         assert again.tolist() == part.ids.tolist()
 
 
-@given(text=TEXT, room=st.integers(1, 20))
+@given(text=TEXT, capacity=st.integers(1, 20))
 def test_chunks_cover_the_document_fit_and_overlap(
-    encoder: PairTokenizer, text: str, room: int
+    tokenizer: PairTokenizer, text: str, capacity: int
 ) -> None:
-    (ids,) = encoder.ids([text])
-    parts = encoder.chunks(text, roomy(encoder, room))
-    overlap = room // 8
+    (ids,) = tokenizer.ids([text])
+    parts = tokenizer.chunks(text, with_capacity(tokenizer, capacity))
+    overlap = capacity // 8
     covered = parts[0].ids.tolist()
     for part in parts[1:]:
         assert covered[len(covered) - overlap :] == part.ids.tolist()[:overlap]
         covered += part.ids.tolist()[overlap:]
     assert covered == ids.tolist()
     for part in parts:
-        assert len(part.ids) <= room
+        assert len(part.ids) <= capacity
         assert 0 <= part.start <= part.end <= len(text)
     assert [part.start for part in parts] == sorted(part.start for part in parts)
 
 
-def test_surrogates_do_not_shift_the_characters_of_a_chunk(encoder: PairTokenizer) -> None:
+def test_surrogates_do_not_shift_the_characters_of_a_chunk(tokenizer: PairTokenizer) -> None:
     text = "\ud83d\ude00 " * 5 + "a b c d"
-    (*_, last) = encoder.chunks(text, roomy(encoder, 4))
+    (*_, last) = tokenizer.chunks(text, with_capacity(tokenizer, 4))
     assert last.end == len(text)
     assert text[last.start : last.end].endswith("d")
 

@@ -141,11 +141,11 @@ def test_plain_llama_cpp_gives_the_same_tokens_and_logits(
     kind: str, plain: Plain, bundle_of: Callable[[str], Path]
 ) -> None:
     bundle = bundle_of(kind)
-    encoder = PairTokenizer(bundle / TOKENIZER, Manifest.load(bundle).family)
+    tokenizer = PairTokenizer(bundle / TOKENIZER, Manifest.load(bundle).family)
 
     def ours(query: str, document: str) -> Ids:
-        prompt, (ids,) = encoder.prompt(query), encoder.documents([document])
-        return encoder.pair(prompt, ids)[0]
+        prompt, (ids,) = tokenizer.prompt(query), tokenizer.documents([document])
+        return tokenizer.pair(prompt, ids)[0]
 
     fitting = [pair for pair in PAIRS if len(ours(*pair)) <= tiny.MAX_LENGTH]
     assert len(fitting) > 20

@@ -125,7 +125,7 @@ def test_two_revisions_are_refused() -> None:
 def test_a_part_of_a_model_stands_for_it(bundle: Path, bert: str, tmp_path: Path) -> None:
     for name in (MANIFEST, TOKENIZER):
         with Reranker(bundle / name) as reranker:
-            assert reranker.manifest.digest == Manifest.load(bundle).digest
+            assert reranker.engine.manifest.digest == Manifest.load(bundle).digest
     for name in ("config.json", "model.safetensors"):
         assert place(f"{bert}/{name}") == Path(bert)
         with pytest.raises(ModelNotFoundError, match=r"is a checkpoint, not a bundle; convert it"):
@@ -146,7 +146,7 @@ def test_the_hubs_own_cache_is_known_by_its_folders(server: Hub, bundle: Path) -
     folder = locate(REPOSITORY)
     assert (folder.name, folder.parent.name) == (commit, "snapshots")
     with Reranker(folder.parents[1]) as reranker:
-        assert reranker.manifest.name == "tiny"
+        assert reranker.engine.manifest.name == "tiny"
 
 
 # Bundles

@@ -137,10 +137,10 @@ def test_of_64_cpus_and_256_gb_a_container_sees_2_and_2(groups: Fake, case: str)
 @pytest.mark.usefixtures("large")
 def test_a_reranker_in_a_container_takes_its_cpus(groups: Fake) -> None:
     with Reranker("mini", backend="fakes:length") as reranker:
-        assert reranker.threads == 64
+        assert reranker.engine.threads == 64
     groups(*CASES["a container, version 2"])
     with Reranker("mini", backend="fakes:length") as reranker:
-        assert reranker.threads == 2
+        assert reranker.engine.threads == 2
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from qrank.scoring.batching import cut, cut_ragged
 from qrank.scoring.memory import MemoryBudget
 from qrank.system import machine
 
-QWEN3 = Dimensions(held=12, hidden=1024, intermediate=3072, heads=16, key_heads=8, width=128)
+QWEN3 = Dimensions(live_layers=12, hidden=1024, intermediate=3072, heads=16, key_heads=8, width=128)
 
 
 @given(
@@ -42,23 +42,33 @@ def test_batches_hold_everything_once_and_find_memory(
     memory = MemoryBudget(size, QWEN3)
     work = Sequences([np.zeros(n, np.int32) for n in lengths], prefix=np.zeros(before, np.int32))
     padded = cut(work, limit, memory)
-    ragged = cut_ragged(lengths, limit, 16, lambda n: memory.most(n, before))
+    ragged = cut_ragged(lengths, limit, 16, lambda n: memory.max_batch_size(n, before))
     for batches in (padded, ragged):
         assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
         for batch in batches:
             longest = max(lengths[i] for i in batch)
-            assert len(batch) == 1 or len(batch) * QWEN3.taken(longest, before) <= size
+            assert len(batch) == 1 or len(batch) * QWEN3.estimate_bytes(longest, before) <= size
 
 
 @given(st.integers(1, 4000), st.integers(0, 500))
 def test_more_tokens_take_more(length: int, before: int) -> None:
-    taken = QWEN3.taken(length, before)
-    assert QWEN3.taken(length + 1, before) > taken
-    assert QWEN3.taken(length, before + 1) > taken
+    taken = QWEN3.estimate_bytes(length, before)
+    assert QWEN3.estimate_bytes(length + 1, before) > taken
+    assert QWEN3.estimate_bytes(length, before + 1) > taken
+
+
+def test_a_manifest_keeps_its_keys() -> None:
+    """Bundles of before say `held` for `live_layers`."""
+    content = QWEN3.to_json()
+    assert content == {
+        **{"held": 12, "hidden": 1024, "intermediate": 3072},
+        **{"heads": 16, "key_heads": 8, "width": 128},
+    }
+    assert Dimensions.from_json(content) == QWEN3
 
 
 def test_batches_side_by_side_share_what_there_is() -> None:
-    one = QWEN3.taken(100)
+    one = QWEN3.estimate_bytes(100)
     memory = MemoryBudget(2 * one, QWEN3)
     lock = threading.Lock()
     running, most = 0, 0
@@ -66,7 +76,7 @@ def test_batches_side_by_side_share_what_there_is() -> None:
 
     def run(count: int, meet: bool) -> None:
         nonlocal running, most
-        with memory.share(count, 100):
+        with memory.reserve(count, 100):
             with lock:
                 running += count
                 most = max(most, running)
@@ -89,16 +99,16 @@ def test_batches_side_by_side_share_what_there_is() -> None:
 
 def test_first_come_first_served() -> None:
     """A large one that waits is not overtaken by small ones, or it would wait for ever."""
-    one = QWEN3.taken(100)
+    one = QWEN3.estimate_bytes(100)
     memory = MemoryBudget(10 * one, QWEN3)
     entered: SimpleQueue[int] = SimpleQueue()
 
     def run(count: int) -> None:
-        with memory.share(count, 100):
+        with memory.reserve(count, 100):
             entered.put(count)
 
     with ThreadPoolExecutor(3) as pool:
-        with memory.share(6, 100):
+        with memory.reserve(6, 100):
             waiting = [pool.submit(run, 10)]
             while not waiting[0].running():
                 time.sleep(0.01)
@@ -113,16 +123,16 @@ def test_first_come_first_served() -> None:
 
 
 def test_one_that_needs_everything_gets_it_beside_a_stream_of_small_ones() -> None:
-    memory = MemoryBudget(4 * QWEN3.taken(100), QWEN3)
+    memory = MemoryBudget(4 * QWEN3.estimate_bytes(100), QWEN3)
     done = threading.Event()
 
     def small() -> None:
         while not done.is_set():
-            with memory.share(2, 100):
+            with memory.reserve(2, 100):
                 time.sleep(0.002)
 
     def large() -> None:
-        with memory.share(4, 100):
+        with memory.reserve(4, 100):
             pass
 
     with ThreadPoolExecutor(6) as pool:
@@ -144,14 +154,14 @@ def test_one_that_is_interrupted_as_it_waits_holds_up_no_other(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    memory = MemoryBudget(QWEN3.taken(100), QWEN3)
-    with memory.share(1, 100), monkeypatch.context() as patched:
+    memory = MemoryBudget(QWEN3.estimate_bytes(100), QWEN3)
+    with memory.reserve(1, 100), monkeypatch.context() as patched:
         patched.setattr(threading.Condition, "wait", interrupted)
-        with pytest.raises(KeyboardInterrupt), memory.share(1, 100):
+        with pytest.raises(KeyboardInterrupt), memory.reserve(1, 100):
             pass
 
     def another() -> None:
-        with memory.share(1, 100):
+        with memory.reserve(1, 100):
             pass
 
     with ThreadPoolExecutor(1) as pool:
@@ -168,7 +178,7 @@ def test_bounded_it_ranks_the_same(bundle_of: Callable[[str], Path], kind: str) 
     for variant in manifest.variants.values():
         with Reranker(bundle, backend=variant.name) as free:
             expected = {r.index: r.logit for r in free.rank("a b c", documents)}
-        most = variant.bytes + dimensions.taken(210)
+        most = variant.bytes + dimensions.estimate_bytes(210)
         with Reranker(bundle, backend=variant.name, max_memory=most) as bounded:
             found = {r.index: r.logit for r in bounded.rank("a b c", documents)}
         spread = np.ptp(list(expected.values()))
@@ -180,7 +190,7 @@ def test_a_document_that_cannot_fit_is_named(bundle: Path) -> None:
     manifest = Manifest.load(bundle)
     variant, dimensions = manifest.variants["onnx-int8"], manifest.dimensions
     assert dimensions is not None
-    most = variant.bytes + dimensions.taken(20)
+    most = variant.bytes + dimensions.estimate_bytes(20)
     with Reranker(bundle, backend="onnx-int8", max_memory=most) as reranker:
         assert len(reranker.rank("a", ["b", "c d"])) == 2
         with pytest.raises(InputError, match=r"document 1 has \d+ tokens.*--max-memory.*--max-len"):

@@ -52,7 +52,7 @@ def test_where_memory_does_not_suffice_smaller_batches_give_the_same(
     room: Callable[[int], list[int]],
 ) -> None:
     pairs = [(QUERY, document) for document in DOCUMENTS]
-    with Reranker("mini", backend="onnx", batch=10**6) as reranker:
+    with Reranker("mini", backend="onnx", max_batch_tokens=10**6) as reranker:
         expected = reranker.score(pairs, raw=True)
         tried = room(300)
         found = reranker.score(pairs, raw=True)
@@ -63,7 +63,7 @@ def test_where_memory_does_not_suffice_smaller_batches_give_the_same(
 def test_a_pair_that_memory_does_not_suffice_for_is_told_and_the_next_call_works(
     room: Callable[[int], list[int]],
 ) -> None:
-    with Reranker("mini", backend="onnx", batch=10**6) as reranker:
+    with Reranker("mini", backend="onnx", max_batch_tokens=10**6) as reranker:
         room(100)
         with pytest.raises(TargetError, match=r"a single pair of \d+ tokens: .*--max-length"):
             reranker.rank(QUERY, DOCUMENTS)
@@ -194,14 +194,14 @@ def test_batches_are_cut_by_the_memory_of_the_device(
     """Half of what it has beside the model, however much the machine has."""
     manifest = Manifest.load(bundled()["mini"])
     assert manifest.dimensions is not None
-    pair = manifest.dimensions.taken(40)
+    pair = manifest.dimensions.estimate_bytes(40)
     whole = manifest.variants["onnx-int8"].bytes + 2 * 3 * pair
-    with Reranker("mini", backend="onnx", batch=10**6) as reranker:
+    with Reranker("mini", backend="onnx", max_batch_tokens=10**6) as reranker:
         tried = room(10**9)
         reranker.score([(QUERY, "mars is red " * 10)] * 12)
         assert max(tried) == tried[0] >= 12 * 30
     monkeypatch.setattr(backends, "memory", lambda name, device: whole)
-    with Reranker("mini", backend="onnx", batch=10**6) as reranker:
+    with Reranker("mini", backend="onnx", max_batch_tokens=10**6) as reranker:
         tried.clear()
         reranker.score([(QUERY, "mars is red " * 10)] * 12)
         assert max(tried) <= 3 * 40

@@ -217,8 +217,8 @@ def test_static_shapes_score_as_dynamic_ones(kind: str, bundle_of: Callable[[str
         Reranker(bundle, backend=f"{__name__}:static") as fixed,
     ):
         ours, theirs = fixed.score(PAIRS * 3, raw=True), dynamic.score(PAIRS * 3, raw=True)
-        assert fixed._backend is not None
-        lengths = sorted(fixed._backend._models)  # type: ignore[attr-defined]
+        assert fixed.engine._backend is not None
+        lengths = sorted(fixed.engine._backend._models)  # type: ignore[attr-defined]
     assert lengths == [64, 128, tiny.MAX_LENGTH]
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * max(1.0, float(np.ptp(theirs))))
 
@@ -233,9 +233,9 @@ def test_arithmetic_is_chosen_and_named(bundle: Path) -> None:
     present = openvino.compute_dtypes("cpu")
     assert present[-1] == "fp32"
     with Reranker(bundle, backend="openvino-fp16", compute_dtype="fp32") as exact:
-        logits = exact.manifest.probes.logits
-        assert exact._backend is not None
-        found = exact._backend.logits(exact.manifest.probes.work)
+        logits = exact.engine.manifest.probes.logits
+        assert exact.engine._backend is not None
+        found = exact.engine._backend.logits(exact.engine.manifest.probes.work)
         fidelity = Fidelity.of(found, logits)
     assert fidelity.max_abs == pytest.approx(
         exact.target.variant.fidelity.max_abs, abs=1e-5 * fidelity.spread
@@ -300,11 +300,11 @@ def test_bf16_is_as_good_of_fp16_as_of_int8_weights_where_it_ranks_as_well(
     monkeypatch.setattr(openvino, "compute_dtypes", lambda device: ("bf16", "fp32"))
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     with Reranker(bundle, backend="openvino-fp16") as reranker:
-        assert reranker.compute_dtype == "bf16"
-        assert 0.9 <= reranker.kendall <= 1
+        assert reranker.engine.compute_dtype == "bf16"
+        assert 0.9 <= reranker.engine.kendall <= 1
     shifts["bf16"] = 0.08 * max(1.0, spread)
     with Reranker(bundle, backend="openvino-fp16", threads=1) as reranker:
-        assert reranker.compute_dtype == "fp32"
+        assert reranker.engine.compute_dtype == "fp32"
 
 
 def test_x86_cpus_are_not_asked_to_compute_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,8 +420,8 @@ def test_every_precision_holds_its_tolerance_in_what_users_get(bundle: Path) -> 
     manifest = Manifest.load(bundle)
     for precision in PRECISIONS:
         with Reranker(bundle, backend=f"openvino-{precision}") as reranker:
-            assert reranker._backend is not None
-            found = reranker._backend.logits(manifest.probes.work)
+            assert reranker.engine._backend is not None
+            found = reranker.engine._backend.logits(manifest.probes.work)
         fidelity = Fidelity.of(found, manifest.probes.logits)
         assert TOLERANCES[precision].shortfall(fidelity) is None
 

@@ -157,11 +157,11 @@ def test_the_cut_changes_nothing(
     source = layout_of(layout) / file
     made = convert(str(source), None, tmp_path / "out", family=family_of(layout))
     target, manifest = made.folder, made.manifest
-    encoder = PairTokenizer(target / TOKENIZER, manifest.family)
+    tokenizer = PairTokenizer(target / TOKENIZER, manifest.family)
     run_theirs, run_ours = ready_files.runner(source), ready_files.runner(target / variant)
     labels, ours, theirs = manifest.family.labels, [], []
     for pair in [(q, d) for q, d in test_decoders.PAIRS if len(d) < 200]:
-        ids = encoder.whole(*pair)[0][None].astype(np.int64)
+        ids = tokenizer.whole(*pair)[0][None].astype(np.int64)
         last = run_theirs(ids)[0, -1]
         theirs.append(float(last[labels[0]] - sum(last[i] for i in labels[1:])))
         ours.append(run_ours(ids).item())

@@ -49,7 +49,7 @@ def test_raw_gives_float32_logits_and_scores_are_their_activation(reranker: Rera
     pairs = [(QUERY, document) for document in DOCUMENTS]
     logits = reranker.score(pairs, raw=True)
     assert logits.dtype == np.float32
-    assert reranker.manifest.family.activation == "sigmoid"
+    assert reranker.engine.manifest.family.activation == "sigmoid"
     expected = 1 / (1 + np.exp(-logits.astype(np.float64)))
     np.testing.assert_allclose(reranker.score(pairs), expected, rtol=1e-12)
 
@@ -125,9 +125,9 @@ def test_the_best_chunk_wins_and_says_where_it_is(
 
 def test_chunks_score_like_documents_of_their_own(reranker: Reranker, bundle: Path) -> None:
     document = " ".join("abcdefghij"[i * i % 10] for i in range(1200))
-    family = reranker.manifest.family
-    encoder = PairTokenizer(bundle / TOKENIZER, family)
-    chunks = encoder.chunks(document, encoder.prompt(QUERY))
+    family = reranker.engine.manifest.family
+    tokenizer = PairTokenizer(bundle / TOKENIZER, family)
+    chunks = tokenizer.chunks(document, tokenizer.prompt(QUERY))
     assert len(chunks) > 1
     texts = [document[chunk.start : chunk.end] for chunk in chunks]
     logits = reranker.score([(QUERY, text) for text in texts], raw=True)
@@ -297,5 +297,5 @@ def test_every_variant_can_be_named(bundle: Path) -> None:
     for name, variant in Manifest.load(bundle).variants.items():
         with Reranker(bundle, backend=name) as reranker:
             assert reranker.target.name == f"{name}@cpu"
-            assert reranker.format == variant.format
+            assert reranker.engine.format == variant.format
             assert len(reranker.rank(QUERY, DOCUMENTS)) == len(DOCUMENTS)

@@ -186,12 +186,13 @@ def test_a_measurement_decides_from_then_on(bundle: Path) -> None:
 
 
 def test_settings_are_taken_from_the_measurement_and_the_users_stand(bundle: Path) -> None:
-    found = measurement("onnx-int8@cpu", batch=640, threads=1)
+    found = measurement("onnx-int8@cpu", max_batch_tokens=640, threads=1)
     remember(Manifest.load(bundle), THREADS, [found])
     with Reranker(bundle) as reranker:
-        assert (reranker.choice.options.batch, reranker.choice.options.threads) == (640, 1)
-    with Reranker(bundle, batch=320) as reranker:
-        assert reranker.choice.options.batch == 320
+        options = reranker.choice.options
+        assert (options.max_batch_tokens, options.threads) == (640, 1)
+    with Reranker(bundle, max_batch_tokens=320) as reranker:
+        assert reranker.choice.options.max_batch_tokens == 320
 
 
 @pytest.mark.parametrize(

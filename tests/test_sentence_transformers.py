@@ -74,7 +74,7 @@ def test_its_activation_comes_before_config_json_and_the_card(
     write(folder, MODEL, model)
     tiny.edit_config(folder, **config)
     with Reranker(folder, backend="torch") as reranker:
-        assert reranker.manifest.family.activation == activation
+        assert reranker.engine.manifest.family.activation == activation
         (best, *_) = reranker.rank("red", ["mars", "bread"])
     assert (best.score == best.logit) == (activation == "identity")
 

@@ -18,10 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrank import Reranker
-from qrank.scoring.inputs import LongDocuments, ModelInput
-from qrank.serve.batcher import PREFIX_TURNS, Batcher, Job, Turn, cut
+from qrank.scoring.inputs import LongDocuments, ModelInput, stops_by_size
+from qrank.serve.batcher import Batcher
 from qrank.serve.metrics import Metrics
 from qrank.serve.request import RequestError, RerankOutcome, RerankTask
+from qrank.serve.slices import PREFIXES, Job, Share, next_slice
 
 Result = TypeVar("Result")
 
@@ -29,46 +30,46 @@ NO_LOOP = asyncio.new_event_loop()
 NO_LOOP.close()
 
 
-def job(lengths: list[int], *, prefix: int = 0, ends: float | None = None) -> Job:
+def job(lengths: list[int], *, prefix: int = 0, deadline: float | None = None) -> Job:
     before = np.zeros(prefix, np.int32)
-    items = [
+    inputs = [
         ModelInput(owner, before, np.zeros(length, np.int32), None, truncated=False, part=None)
         for owner, length in enumerate(lengths)
     ]
-    return Job(items, 0.0, ends, asyncio.Future(loop=NO_LOOP))
+    return Job(inputs, 0.0, deadline, asyncio.Future(loop=NO_LOOP))
 
 
 lists = st.lists(st.lists(st.integers(1, 300), min_size=1, max_size=20), min_size=1, max_size=6)
 
 
 @given(lists, st.integers(0, 500), st.integers(1, 4), st.integers(0, 30))
-def test_every_item_has_its_turn_once_and_slices_are_bounded(
+def test_every_input_is_in_a_slice_once_and_slices_are_bounded(
     lengths: list[list[int]], tokens: int, least: int, prefix: int
 ) -> None:
     jobs = [job(each, prefix=prefix) for each in lengths]
     seen: list[tuple[int, int]] = []
-    while turns := cut([j for j in jobs if j.waiting], tokens, least, 0.0, 1.0):
-        costs = [len(i.ids) for turn in turns for i in turn.items]
-        read = sum(costs) + prefix * len(turns)
-        assert read == sum(turn.tokens for turn in turns)
+    while shares := next_slice([j for j in jobs if j.waiting], tokens, least, 0.0, 1.0):
+        costs = [len(i.ids) for share in shares for i in share.inputs]
+        read = sum(costs) + prefix * len(shares)
+        assert read == sum(share.tokens for share in shares)
         # More is read only to give every thread an item, or that a prefix be worth reading.
-        worth = (PREFIX_TURNS + 1) * prefix + max(costs)
-        assert read <= max(tokens, worth) or len(costs) <= least
-        for turn in turns:
-            seen += [(jobs.index(turn.job), place) for place in range(turn.start, turn.stop)]
+        least_share = (PREFIXES + 1) * prefix + max(costs)
+        assert read <= max(tokens, least_share) or len(costs) <= least
+        for share in shares:
+            seen += [(jobs.index(share.job), place) for place in range(share.start, share.stop)]
     assert sorted(seen) == [(j, i) for j, each in enumerate(lengths) for i in range(len(each))]
 
 
 def test_the_first_job_fills_the_slice_and_the_next_what_is_left() -> None:
     jobs = [job([100] * 3), job([100] * 9)]
-    turns = cut(jobs, 500, 1, 0.0, 1.0)
-    assert [(jobs.index(t.job), t.start, t.stop) for t in turns] == [(0, 0, 3), (1, 0, 2)]
-    assert [j.had for j in jobs] == [300, 200]
+    shares = next_slice(jobs, 500, 1, 0.0, 1.0)
+    assert [(jobs.index(t.job), t.start, t.stop) for t in shares] == [(0, 0, 3), (1, 0, 2)]
+    assert [j.tokens_served for j in jobs] == [300, 200]
 
 
 def test_a_budget_gets_no_more_than_it_has_time_for() -> None:
-    turns = cut([job([100] * 9, ends=2.0), job([100] * 9)], 1000, 1, 1.0, 300.0)
-    assert [(t.start, t.stop) for t in turns] == [(0, 3), (0, 7)]
+    shares = next_slice([job([100] * 9, deadline=2.0), job([100] * 9)], 1000, 1, 1.0, 300.0)
+    assert [(t.start, t.stop) for t in shares] == [(0, 3), (0, 7)]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def asked(count: int, *, text: str = "a", budget: float | None = None) -> Rerank
 
 @asynccontextmanager
 async def queue(reranker: Reranker, tokens: int = 100_000) -> AsyncIterator[Batcher]:
-    batcher = Batcher("m", reranker, Metrics(), queue_tokens=tokens)
+    batcher = Batcher("m", reranker.engine, Metrics(), queue_tokens=tokens)
     try:
         yield batcher
     finally:
@@ -203,7 +204,7 @@ def test_a_budget_ends_the_reading_too() -> None:
 
     with Reranker("mini", backend="fakes:length", threads=1) as reranker:
         started = time.perf_counter()
-        reranker.prepare(asked(20, text="mars is red " * 2_000).pairs, None, "tail")
+        reranker.engine.prepare(asked(20, text="mars is red " * 2_000).pairs, None, "tail")
         twentieth = time.perf_counter() - started
         outcome = run(scene(reranker))
     assert outcome.scored[0]
@@ -238,7 +239,7 @@ def test_short_requests_do_not_wait_for_the_reading_of_long_ones() -> None:
 
     with Reranker("mini", backend="fakes:length", threads=1) as reranker:
         started = time.perf_counter()
-        reranker.prepare(asked(2, text="mars " * 12_000).pairs, None, "tail")
+        reranker.engine.prepare(asked(2, text="mars " * 12_000).pairs, None, "tail")
         little = time.perf_counter() - started  # of a hundredth of the long ones
         waited, reading = run(scene(reranker))
     # They were still read; and once they were cancelled, no more.
@@ -250,8 +251,9 @@ def test_steps_are_what_is_prepared_at_once() -> None:
     with Reranker("mini", backend="fakes:length") as reranker:
         pairs = [(f"q {n % 3}", "mars is red " * (n * 37 % 90)) for n in range(60)]
         for way in get_args(LongDocuments):
-            whole = reranker.prepare(pairs, None, way)
-            steps = list(reranker.preparing(pairs, None, way, None, 2_000))
+            whole = reranker.engine.prepare(pairs, None, way)
+            stops = stops_by_size([len(document) for _, document in pairs], 2_000)
+            steps = list(reranker.engine.preparing(pairs, stops, None, way))
             assert len(steps) > 5
             found = [item for step in steps for item in step]
             assert [item.owner for item in found] == [item.owner for item in whole]
@@ -262,16 +264,16 @@ def test_steps_are_what_is_prepared_at_once() -> None:
 def test_a_queue_that_fails_tells_everyone(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[bool] = []
 
-    def broken(*arguments: object) -> list[Turn]:
+    def broken(*arguments: object) -> list[Share]:
         raise ZeroDivisionError("a bug")
 
     async def scene(reranker: Reranker) -> None:
         batcher = Batcher(
-            "m", reranker, Metrics(), queue_tokens=10**6, failed=lambda: ended.append(True)
+            "m", reranker.engine, Metrics(), queue_tokens=10**6, failed=lambda: ended.append(True)
         )
         waiting = [asyncio.create_task(batcher.score(asked(50), 30)) for _ in range(3)]
         await asyncio.sleep(0.1)
-        monkeypatch.setattr("qrank.serve.batcher.cut", broken)
+        monkeypatch.setattr("qrank.serve.batcher.next_slice", broken)
         found = await asyncio.gather(*waiting, return_exceptions=True)
         assert [type(error) for error in found] == [RequestError] * 3
         assert {error.status for error in found if isinstance(error, RequestError)} == {500}
@@ -371,9 +373,9 @@ def test_decoders_in_slices_score_as_they_do_at_once(
         for outcome, pairs in zip(run(scene(reranker)), requests, strict=True):
             expected = reranker.score(pairs, raw=True)
             assert outcome.logits == pytest.approx(expected.tolist(), abs=1e-4)
-        (head,) = reranker.prepare([("q", "one two " * 5000)], None, "truncate", 8)
-        (tail,) = reranker.prepare([("q", "one two " * 5000)], None, "tail", 8)
-        whole = reranker.prepare([("q", "one")])[0]
+        (head,) = reranker.engine.prepare([("q", "one two " * 5000)], None, "truncate", 8)
+        (tail,) = reranker.engine.prepare([("q", "one two " * 5000)], None, "tail", 8)
+        whole = reranker.engine.prepare([("q", "one")])[0]
     # What leads to the document stays in front of its end, and what follows it behind.
     assert len(head.ids) == len(tail.ids)
     assert head.truncated

@@ -196,7 +196,7 @@ def test_uvicorn_has_the_private_parts_that_are_built_on(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(server, "Protocol", Seen)
     with Reranker("mini", backend="fakes:length") as reranker:
-        asyncio.run(scene(build({"mini": reranker})))
+        asyncio.run(scene(build({"mini": reranker.engine})))
 
 
 def test_noise_is_no_request(plodding: str) -> None:
@@ -301,7 +301,7 @@ def test_a_server_that_drains_says_so() -> None:
             return await client.get("/ready")
 
     with Reranker("mini", backend="fakes:length") as reranker:
-        answer = asyncio.run(scene(build({"mini": reranker})))
+        answer = asyncio.run(scene(build({"mini": reranker.engine})))
     assert answer.status_code == 503
     assert answer.headers["connection"] == "close"
 
@@ -325,7 +325,7 @@ def test_a_server_whose_queue_failed_says_so() -> None:
             return await client.get("/ready")
 
     with Reranker("mini", backend="fakes:length") as reranker:
-        answer = asyncio.run(scene(build({"mini": reranker})))
+        answer = asyncio.run(scene(build({"mini": reranker.engine})))
     assert answer.status_code == 503
     assert answer.json() == {"status": "failed"}
 

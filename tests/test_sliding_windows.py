@@ -51,13 +51,13 @@ PAIRS = [("why", document) for document in DOCUMENTS]
 def reference(folder: Path, family: str) -> Logits:
     """By transformers' own forward pass, each pair alone and whole."""
     checkpoint = read_checkpoint(str(folder), family=family)
-    encoder = PairTokenizer(json.dumps(checkpoint.text_tokenizer()), checkpoint.family)
+    tokenizer = PairTokenizer(json.dumps(checkpoint.text_tokenizer()), checkpoint.family)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     found = []
     for query, document in PAIRS:
-        ids, _ = encoder.whole(query, document)
+        ids, _ = tokenizer.whole(query, document)
         with torch.inference_mode():
             last = model(input_ids=torch.tensor(ids[None], dtype=torch.int64)).logits[0, -1]
         yes, *no = (last[label].item() for label in checkpoint.family.labels)

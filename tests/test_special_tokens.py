@@ -30,15 +30,15 @@ REAL = Path(__file__).parents[2] / "shared" / "data" / "tokenizers"
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny checkpoint, qrank's encoder of it, and the ids no text may give."""
+    """A tiny checkpoint, qrank's tokenizer of it, and the ids no text may give."""
 
     checkpoint: Checkpoint
-    encoder: PairTokenizer
+    tokenizer: PairTokenizer
     control: frozenset[int]
 
     def pair(self, query: str, document: str) -> list[int]:
         """A pair as qrank reads it."""
-        return [int(number) for number in self.encoder.whole(query, document)[0]]
+        return [int(number) for number in self.tokenizer.whole(query, document)[0]]
 
 
 @cache
@@ -82,7 +82,7 @@ def test_special_tokens_in_text_are_text(case: Case, text: str) -> None:
 @pytest.mark.parametrize("special", SPECIAL)
 def test_each_special_token_is_read_and_not_dropped(case: Case, special: str) -> None:
     for text in (special, f"red {special} mars", f"red{special}mars", f" {special} ", special * 3):
-        (ids,) = case.encoder.ids([text])
+        (ids,) = case.tokenizer.ids([text])
         assert not case.control & set(ids.tolist())
         assert len(ids) >= 3
 
@@ -121,7 +121,7 @@ def test_runs_of_spaces_keep_their_tokens(case: Case, spaces: int) -> None:
     text = f"if mars:{' ' * spaces}return\n{' ' * spaces}x"
     original = case.checkpoint.tokenizer.backend_tokenizer
     theirs = original.encode(text, add_special_tokens=False).ids
-    assert case.encoder.ids([text])[0].tolist() == theirs
+    assert case.tokenizer.ids([text])[0].tolist() == theirs
 
 
 def test_an_unknown_kind_of_tokenizer_is_refused() -> None:

@@ -136,7 +136,7 @@ def pieces(
     checkpoint_of: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[PairTokenizer, Tokenizer]:
-    """An encoder of each kind, and its tokenizer."""
+    """A pair tokenizer of each kind, and the tokenizer in it."""
     kind: str = request.param
     folder = checkpoint_of(kind)
     tokenizer = text_only(folder)
@@ -159,22 +159,22 @@ def test_a_long_document_is_read_as_if_at_once(
     pieces: tuple[PairTokenizer, Tokenizer], name: str
 ) -> None:
     """Its beginning, its end and its parts; another one beside it."""
-    encoder, tokenizer = pieces
+    ours, tokenizer = pieces
     text = TEXTS[name]
-    prompt = encoder.prompt("which planet?")
-    clean = (prompt.lead + text).replace("\ud800", "\ufffd")
+    prompt = ours.prompt("which planet?")
+    clean = (prompt.lead_in + text).replace("\ud800", "\ufffd")
     whole = tokenizer.encode(clean, add_special_tokens=False)
-    ids, lead = whole.ids, sum(end <= len(prompt.lead) for _, end in whole.offsets)
-    short, long = encoder.documents(["mars", text], most=prompt.room)
-    assert short.tolist() == encoder.documents(["mars"])[0].tolist()
+    ids, lead = whole.ids, sum(end <= len(prompt.lead_in) for _, end in whole.offsets)
+    short, long = ours.documents(["mars", text], most=prompt.capacity)
+    assert short.tolist() == ours.documents(["mars"])[0].tolist()
     assert long.tolist() == ids[: len(long)]
-    assert len(long) > prompt.room or len(long) == len(ids)
-    assert encoder.end(text, prompt, lead + 40).tolist() == ids[:lead] + ids[lead:][-40:]
-    first, *_, last = encoder.chunks(text, prompt) * 2
+    assert len(long) > prompt.capacity or len(long) == len(ids)
+    assert ours.tail(text, prompt, lead + 40).tolist() == ids[:lead] + ids[lead:][-40:]
+    first, *_, last = ours.chunks(text, prompt) * 2
     assert first.ids.tolist() == ids[: len(first.ids)]
     assert last.ids.tolist() == ids[:lead] + ids[lead:][lead - len(last.ids) :]
-    assert last.end == whole.offsets[-1][1] - len(prompt.lead)
-    few = encoder.chunks(text, prompt, 50)
+    assert last.end == whole.offsets[-1][1] - len(prompt.lead_in)
+    few = ours.chunks(text, prompt, 50)
     assert [n for part in few for n in part.ids.tolist()] == ids[: lead + 50]
 
 
@@ -224,7 +224,8 @@ from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.bundle.locate import locate
 
 folder = locate("mini")
-encoder = PairTokenizer(folder / TOKENIZER, Manifest.load(folder).family, threads=int(sys.argv[1]))
+family = Manifest.load(folder).family
+tokenizer = PairTokenizer(folder / TOKENIZER, family, threads=int(sys.argv[1]))
 texts = ["which planet is red and why " * 400] * 100
 done, running = threading.Event(), []
 
@@ -239,7 +240,7 @@ def watch():
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-encoder.ids(texts)
+tokenizer.ids(texts)
 done.set()
 watcher.join()
 print(sorted(running)[len(running) // 2])

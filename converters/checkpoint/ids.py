@@ -16,11 +16,11 @@ PROBE_TOKENS = 512
 
 
 def encode_pairs(pairs: list[tuple[str, str]], tokenizer: Path | str, family: Family) -> Sequences:
-    """Pairs as token ids, made by qrank's own encoder; long ones are cut."""
-    encoder = PairTokenizer(tokenizer, family, max_length=min(family.max_length, PROBE_TOKENS))
+    """Pairs as token ids, made by qrank's own tokenizer; long ones are cut."""
+    ours = PairTokenizer(tokenizer, family, max_length=min(family.max_length, PROBE_TOKENS))
     sequences, segments = [], []
     for query, document in pairs:
-        sequence, types = encoder.whole(query, document)
+        sequence, types = ours.whole(query, document)
         sequences.append(sequence)
         if types is not None:
             segments.append(types)

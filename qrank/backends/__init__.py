@@ -9,7 +9,7 @@ A backend module offers
 and, where it has them,
 
     compute_dtypes(device) -> arithmetic it can compute in there, fastest first
-    batches(device) -> what `Options.batch` may be worth trying there, its own choice first
+    batches(device) -> values of `Options.max_batch_tokens` worth trying there, its own choice first
     memory(device) -> bytes that a device other than the CPU has; None where it uses the machine's,
         where nothing tells, and where there is no such device
     product(a, b, device) -> the matrix product, computed there: what `qrank doctor` checks
@@ -61,7 +61,8 @@ class Options:
     Attributes:
         threads: CPU threads it may use in all.
         compute_dtype: arithmetic to compute in: `fp32`, `bf16` or `fp16`. None: the most exact.
-        batch: padded tokens a batch; None: the backend's own choice. Not every backend cuts so.
+        max_batch_tokens: padded tokens a batch; None: the backend's own choice. Not every backend
+            cuts so.
         static_shapes: compile for fixed lengths, as an NPU needs it, where a backend compiles.
         family: of the model; None where a bundle's own files say what is to be known.
         memory: for batches. The backend cuts them so that they fit, and waits for it.
@@ -69,7 +70,7 @@ class Options:
 
     threads: int
     compute_dtype: str | None = None
-    batch: int | None = None
+    max_batch_tokens: int | None = None
     static_shapes: bool = False
     family: Family | None = None
     memory: MemoryBudget = field(default_factory=MemoryBudget)
@@ -140,7 +141,7 @@ def compute_dtypes(name: str, device: str) -> tuple[str, ...]:
 
 
 def batches(name: str, device: str) -> tuple[int, ...]:
-    """What `Options.batch` may be worth trying for a backend on a device, its own choice first."""
+    """Values of `Options.max_batch_tokens` worth trying on a device, the backend's own first."""
     choices = getattr(module(name), "batches", None)
     return tuple(choices(device)) if choices else ()
 

@@ -136,7 +136,7 @@ class GgufBackend:
 
     def logits(self, work: Sequences) -> Logits:
         """See `qrank.backends.Backend.logits`."""
-        batches = cut_ragged(work.lengths, BATCH, self._sequences, self._memory.most)
+        batches = cut_ragged(work.lengths, BATCH, self._sequences, self._memory.max_batch_size)
         width = max(self._threads // len(batches), 1)
         results = self._workers.map(lambda b: self._run(work.take(b), width), batches)
         return in_order(batches, results)
@@ -153,7 +153,7 @@ class GgufBackend:
             with suppress(Empty):
                 while len(held) < width:
                     held.append(self._idle.get_nowait())
-            with self._memory.share(len(batch), int(batch.lengths.max())):
+            with self._memory.reserve(len(batch), int(batch.lengths.max())):
                 return self._compute(batch, held[0], threads=len(held))
         finally:
             for context in held:

@@ -77,8 +77,8 @@ class GgufDecoder:
 
     def _run(self, work: Sequences) -> Logits:
         before = len(work.prefix)
-        most = partial(self._memory.most, before=before)
-        batches = cut_ragged(work.lengths, BATCH, self._sequences, most)
+        max_size = partial(self._memory.max_batch_size, before=before)
+        batches = cut_ragged(work.lengths, BATCH, self._sequences, max_size)
         library = llama.library()
         room = before + max(int(work.lengths[batch].sum()) for batch in batches)
         library.llama_memory_clear(library.llama_get_memory(self._context.fit(room)), False)

@@ -115,7 +115,7 @@ class Worker:
             "options": {
                 "threads": options.threads,
                 "compute_dtype": options.compute_dtype,
-                "batch": options.batch,
+                "max_batch_tokens": options.max_batch_tokens,
                 "static_shapes": options.static_shapes,
             },
             "works": [_plain(work) for work in works],

@@ -133,7 +133,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> OnnxB
         )
     if device != "cpu":
         _require_most(session, device)
-    batch = options.batch or batches(device)[0]
+    batch = options.max_batch_tokens or batches(device)[0]
     return OnnxBackend(session, batch=batch, streams=streams, memory=options.memory)
 
 
@@ -192,7 +192,7 @@ class OnnxBackend:
         del self._session
 
     def _run(self, batch: Sequences, prefix: dict[str, NDArray[Any]]) -> Logits:
-        with self._memory.share(len(batch), int(batch.lengths.max()), len(batch.prefix)):
+        with self._memory.reserve(len(batch), int(batch.lengths.max()), len(batch.prefix)):
             logits = self._call("logits", batch, prefix)
         return np.asarray(logits, np.float32).reshape(len(batch))
 

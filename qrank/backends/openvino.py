@@ -172,7 +172,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
         limit = core.read_model(path).input("input_ids").partial_shape[1].max_length
         if not options.static_shapes and not device.startswith("npu"):
             try:
-                batch = options.batch or batches(device)[0]
+                batch = options.max_batch_tokens or batches(device)[0]
                 return OpenvinoBackend(compiled, limit, batch, weights, options.memory, avoided)
             except RuntimeError as error:
                 log.info("%s takes no dynamic shapes (%s): using static ones", device, error)
@@ -332,7 +332,7 @@ class OpenvinoBackend:
 
     def _run(self, batch: Sequences, prefix: dict[str, NDArray[Any]]) -> Logits:
         length = self._length(int(batch.lengths.max()))
-        with self._memory.share(len(batch), length, len(batch.prefix)):
+        with self._memory.reserve(len(batch), length, len(batch.prefix)):
             logits = self._call("logits", batch, prefix)
         return logits.astype(np.float32).reshape(len(batch))
 

@@ -227,7 +227,7 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
     segments = probes.work.segments
     # Only where it is not: manifests that never knew of it stay what they are.
     verification_note = {} if probes.verified else {"verified": False}
-    size = {} if manifest.dimensions is None else {"dimensions": asdict(manifest.dimensions)}
+    size = {} if manifest.dimensions is None else {"dimensions": manifest.dimensions.to_json()}
     return {
         "schema": SCHEMA,
         "name": manifest.name,
@@ -278,7 +278,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
             probes.get("verified", True),
         ),
         variants=variants,
-        dimensions=None if dimensions is None else Dimensions(**dimensions),
+        dimensions=None if dimensions is None else Dimensions.from_json(dimensions),
     )
 
 

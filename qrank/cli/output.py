@@ -16,7 +16,7 @@ from rich.text import Text
 from qrank.errors import InputError
 from qrank.quality.records import id_of
 from qrank.quality.rerank_run import LOGIT, TAG, falling
-from qrank.reranker import Ranking
+from qrank.scoring.ranking import Ranking
 
 _BREAKING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """What breaks a line or a column, or steers a terminal.
@@ -56,7 +56,7 @@ class Result:
         return record
 
 
-def _table(results: Sequence[Result], model: str, target: str, scored: int | None) -> None:
+def _table(results: Sequence[Result], model: str, target: str, scored_count: int | None) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
     # rich narrows what may wrap: the document, whose text then ends in an ellipsis instead.
     for name in ("rank", "score", "index"):
@@ -74,27 +74,27 @@ def _table(results: Sequence[Result], model: str, target: str, scored: int | Non
     console.print(Text(f"{model}, {target}", style="dim"))
 
 
-def _tsv(results: Sequence[Result], model: str, target: str, scored: int | None) -> None:
+def _tsv(results: Sequence[Result], model: str, target: str, scored_count: int | None) -> None:
     for rank, result in enumerate(results, 1):
         click.echo(
             f"{rank}\t{result.score:.6g}\t{result.ranking.index}\t{_line(result.ranking.text)}"
         )
 
 
-def _json(results: Sequence[Result], model: str, target: str, scored: int | None) -> None:
+def _json(results: Sequence[Result], model: str, target: str, scored_count: int | None) -> None:
     content: dict[str, Any] = {"model": model, "target": target}
-    if scored is not None:
-        content["scored"] = scored
+    if scored_count is not None:
+        content["scored_count"] = scored_count
     content["results"] = [result.record() for result in results]
     click.echo(json.dumps(content, ensure_ascii=False, indent=2))
 
 
-def _jsonl(results: Sequence[Result], model: str, target: str, scored: int | None) -> None:
+def _jsonl(results: Sequence[Result], model: str, target: str, scored_count: int | None) -> None:
     for result in results:
         click.echo(json.dumps(result.record(), ensure_ascii=False))
 
 
-def _trec(results: Sequence[Result], model: str, target: str, scored: int | None) -> None:
+def _trec(results: Sequence[Result], model: str, target: str, scored_count: int | None) -> None:
     # Logits, as in `qrank.quality.rerank_run`: an evaluator sorts by them.
     numbers = falling([result.ranking.logit for result in results])
     for rank, (result, number) in enumerate(zip(results, numbers, strict=True), 1):

@@ -202,7 +202,7 @@ def score(
         notice("there is no document to rank")
     _tell_what_was_left(
         len(lines),
-        ranking.scored,
+        ranking.scored_count,
         len(ranking),
         sum(item.truncated for item in ranking),
         long_documents,
@@ -213,8 +213,8 @@ def score(
     if min_score is not None:
         results = [result for result in results if result.score >= min_score]
     chosen = format or ("table" if sys.stdout.isatty() else "tsv")
-    scored = None if budget_ms is None else ranking.scored
-    WRITERS[chosen](results, reranker.manifest.name, reranker.target.name, scored)
+    scored_count = None if budget_ms is None else ranking.scored_count
+    WRITERS[chosen](results, reranker.engine.manifest.name, reranker.target.name, scored_count)
 
 
 def _score_run(

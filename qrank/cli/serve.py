@@ -235,7 +235,7 @@ def serve(
                 )
             )
             # A folder is no name to ask for.
-            name = name or (reranker.manifest.name if Path(source).is_dir() else source)
+            name = name or (reranker.engine.manifest.name if Path(source).is_dir() else source)
             if name in served:
                 raise click.UsageError(f"two models are called {name!r}; name one: NAME={source}")
             served[name] = reranker
@@ -249,7 +249,7 @@ def serve(
         if not keys and listening.public:
             notice("anyone who reaches this address can use it: no --api-key-file is given")
         guard = build(
-            served,
+            {name: reranker.engine for name, reranker in served.items()},
             limits=limits,
             keys=keys,
             aliases=_aliases(aliases, served),
@@ -297,7 +297,7 @@ def _instructed(served: Mapping[str, Reranker], instruction: str | None) -> dict
     refusal: InputError | None = None
     for name, reranker in served.items():
         try:
-            reranker.prepare([("", "")], instruction)
+            reranker.engine.prepare([("", "")], instruction)
         except InputError as error:
             refusal = error
         else:

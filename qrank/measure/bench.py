@@ -121,8 +121,8 @@ def bench(
     chosen = [c for c in candidates(manifest, found, threads) if _named(c, only)]
     if not chosen:
         raise InputError(f"no target is named by {', '.join(only) or 'anything'}")
-    encoder = PairTokenizer(folder / TOKENIZER, manifest.family, threads=threads)
-    tokens = sum(len(encoder.whole(query, text)[0]) for text in work)
+    tokenizer = PairTokenizer(folder / TOKENIZER, manifest.family, threads=threads)
+    tokens = sum(len(tokenizer.whole(query, text)[0]) for text in work)
     contest = Tournament(folder, {}, query=query)
     with ExitStack() as stack:
         running: list[Opened] = []

@@ -74,7 +74,7 @@ class Candidate:
     target: Target
     compute_dtype: str | None
     threads: int
-    batch: int | None = None
+    max_batch_tokens: int | None = None
 
     @property
     def name(self) -> str:
@@ -90,7 +90,7 @@ class Candidate:
             self.target.device,
             compute_dtype=self.compute_dtype,
             threads=self.threads,
-            batch=self.batch,
+            max_batch_tokens=self.max_batch_tokens,
             bytes=self.target.variant.bytes,
             **known,
         )
@@ -98,10 +98,10 @@ class Candidate:
 
 def documents(folder: Path, manifest: Manifest, profile: Profile) -> list[str]:
     """Documents of a profile's number and length."""
-    encoder = PairTokenizer(folder / TOKENIZER, manifest.family)
+    tokenizer = PairTokenizer(folder / TOKENIZER, manifest.family)
     count, tokens = PROFILES[profile]
-    lengths = [len(ids) for ids in encoder.ids([f" {word}" for word in _WORDS])]
-    room = tokens - len(encoder.ids([QUERY])[0])
+    lengths = [len(ids) for ids in tokenizer.ids([f" {word}" for word in _WORDS])]
+    room = tokens - len(tokenizer.ids([QUERY])[0])
     made = []
     for place in range(count):
         words, left = [], room
@@ -260,7 +260,9 @@ def variations(best: Look, found: Iterable[Found], taken: int) -> list[Candidate
         if backend.backend == candidate.target.backend:
             for device in backend.devices:
                 if device.name == candidate.target.device:
-                    made += [replace(candidate, batch=batch) for batch in device.batches[1:]]
+                    made += [
+                        replace(candidate, max_batch_tokens=tokens) for tokens in device.batches[1:]
+                    ]
     return made
 
 
@@ -315,7 +317,7 @@ class Tournament:
             "device": candidate.target.device,
             "compute_dtype": candidate.compute_dtype,
             "threads": candidate.threads,
-            "batch": candidate.batch,
+            "max_batch_tokens": candidate.max_batch_tokens,
         }
         kind = ("open", candidate.target.device)
         try:

@@ -56,7 +56,7 @@ class Trial:
         """Open and prove a target, see `Reranker`: seconds, and its Kendall's tau on the probes."""
         start = time.perf_counter()
         self._reranker = Reranker(model, **options)
-        return {"seconds": time.perf_counter() - start, "kendall": self._reranker.kendall}
+        return {"seconds": time.perf_counter() - start, "kendall": self._reranker.engine.kendall}
 
     def rank(self, query: str, documents: list[str]) -> dict[str, Any]:
         """Seconds that ranking takes."""

@@ -142,7 +142,7 @@ def evaluate(
         # Devices and arithmetic are those of the variants' backends.
         plain = replace(setting, device=None, compute_dtype=None)
         with plain.open(reference, ORIGINAL, family) as reranker:
-            same = reranker.manifest.source.fingerprint == manifest.source.fingerprint
+            same = reranker.engine.manifest.source.fingerprint == manifest.source.fingerprint
             if not same:
                 log.warning("%s is not what %s was converted from", reference, manifest.name)
             scored[ORIGINAL] = score(reranker, plain, collection, candidates, progress=progress)

@@ -140,7 +140,7 @@ def calibrate(
     check_folder()
     with setting.open(model, backend) as reranker:
         scored = score(reranker, setting, collection, candidates, progress=progress)
-        manifest, target = reranker.manifest, reranker.target
+        manifest, target = reranker.engine.manifest, reranker.target
     # By query: pairs of one are too alike to tell how the next will fare.
     order = np.random.default_rng(0).permutation(len(queries))
     half = len(queries) // 2

@@ -87,7 +87,7 @@ class RunReranker:
                 budget_ms=budget_ms,
             )
             self.documents += len(texts)
-            self.scored += ranking.scored
+            self.scored += ranking.scored_count
             self.shown += len(ranking)
             self.truncated += sum(item.truncated for item in ranking)
             numbers = falling([item.logit for item in ranking])

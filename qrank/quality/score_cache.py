@@ -125,11 +125,11 @@ def _file(reranker: Reranker, setting: Setting) -> Path | None:
     # Threads change no logit.
     asked = {name: value for name, value in asdict(setting).items() if name != "threads"}
     key = {
-        "variant": reranker.manifest.identity(target.variant),
+        "variant": reranker.engine.manifest.identity(target.variant),
         "target": target.name,
         **asked,
         # As it was chosen, where nobody named it.
-        "compute_dtype": reranker.compute_dtype,
+        "compute_dtype": reranker.engine.compute_dtype,
         **conditions(target.backend, target.device),
     }
     return cache.place("logits", key, ".jsonl")

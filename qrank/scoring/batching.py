@@ -1,4 +1,4 @@
-"""Cut work into batches by what a backend pays for them."""
+"""Cut sequences into batches by what a backend pays for them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ _OUT_OF_MEMORY = re.compile(
     re.IGNORECASE,
 )
 
-Most = Callable[[int], int | None]
+MaxBatchSize = Callable[[int], int | None]
 """Tokens of the longest sequence -> how many a batch may hold; None: any number."""
 
 
-def cut(work: Sequences, limit: int, memory: MemoryBudget) -> list[NDArray[np.intp]]:
+def cut(sequences: Sequences, limit: int, memory: MemoryBudget) -> list[NDArray[np.intp]]:
     """`cut_padded`, the prefix counted in every sequence, into batches that find memory."""
-    before = len(work.prefix)
-    return cut_padded(work.lengths + before, limit, lambda n: memory.most(n - before, before))
+    before = len(sequences.prefix)
+    lengths = sequences.lengths + before
+    return cut_padded(lengths, limit, lambda n: memory.max_batch_size(n - before, before))
 
 
 def cut_padded(
-    lengths: ArrayLike, limit: int, most: Most = lambda longest: None
+    lengths: ArrayLike, limit: int, max_size: MaxBatchSize = lambda longest: None
 ) -> list[NDArray[np.intp]]:
     """Cut sequences into batches that cost at most `limit` tokens, padding included.
 
@@ -41,7 +42,7 @@ def cut_padded(
     Args:
         lengths: tokens of each sequence, shape [n].
         limit: padded tokens a batch may hold; a longer sequence gets a batch of its own.
-        most: how many sequences a batch may hold.
+        max_size: how many sequences a batch may hold.
 
     Returns:
         Indices into `lengths`; every index stands in exactly one batch.
@@ -52,14 +53,14 @@ def cut_padded(
     start = 0
     while start < len(order):
         longest = max(int(lengths[order[start]]), 1)
-        end = start + _at_most(max(limit // longest, 1), most(longest))
+        end = start + _at_most(max(limit // longest, 1), max_size(longest))
         batches.append(order[start:end])
         start = end
     return batches
 
 
 def cut_ragged(
-    lengths: ArrayLike, limit: int, count: int, most: Most = lambda longest: None
+    lengths: ArrayLike, limit: int, count: int, max_size: MaxBatchSize = lambda longest: None
 ) -> list[NDArray[np.intp]]:
     """Cut sequences into batches of at most `limit` tokens and `count` sequences, unpadded.
 
@@ -67,7 +68,7 @@ def cut_ragged(
         lengths: tokens of each sequence, shape [n].
         limit: tokens a batch may hold; a longer sequence gets a batch of its own.
         count: sequences a batch may hold.
-        most: likewise, by the longest of them.
+        max_size: likewise, by the longest of them.
 
     Returns:
         As `cut_padded`, the longest first too.
@@ -77,7 +78,7 @@ def cut_ragged(
     batches = []
     start = 0
     while start < len(order):
-        some = _at_most(count, most(int(lengths[order[start]])))
+        some = _at_most(count, max_size(int(lengths[order[start]])))
         fitting = np.cumsum(lengths[order[start : start + some]]) <= limit
         end = start + max(int(fitting.sum()), 1)
         batches.append(order[start:end])
@@ -117,8 +118,8 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
-def _at_most(count: int, most: int | None) -> int:
-    return count if most is None else min(count, most)
+def _at_most(count: int, limit: int | None) -> int:
+    return count if limit is None else min(count, limit)
 
 
 def in_order(batches: Sequence[NDArray[np.intp]], results: Iterable[Logits]) -> Logits:

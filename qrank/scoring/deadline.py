@@ -1,10 +1,20 @@
-"""How many documents fit a time: scored slice by slice, the speed learnt on the way."""
+"""A time budget: documents are scored slice by slice, and the speed is learnt on the way.
+
+What is promised, of `Reranker.rank` and of the server alike: documents are scored in the order they
+are given, as long as the next ones are expected to be done in time; the first is always scored.
+What was not scored follows in its order. How long scoring takes is learnt as it goes, so a budget
+may be missed by a little, and the first ones by more.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+
+from qrank.scoring.inputs import ModelInput
 
 FIRST = 16
 """Documents that are encoded at first; then twice as many as are there already."""
@@ -88,39 +98,47 @@ class LatencyEstimate:
         return 0
 
 
+def doubling(total: int) -> Iterator[int]:
+    """Where each step of encoding ends: after FIRST documents, then after twice as many as before.
+
+    So what is encoded in vain is at most as much as what is scored, or FIRST documents.
+    """
+    stop = min(FIRST, total)
+    while stop < total:
+        yield stop
+        stop = min(2 * stop, total)
+    yield total
+
+
 def score_within(
-    budget: float,
-    total: int,
-    pace: LatencyEstimate,
-    encode: Callable[[int, int], Sequence[int]],
-    score: Callable[[int, int], object],
-    clock: Callable[[], float],
-) -> int:
-    """Score documents from the first on for as long as the next ones fit; the first always.
+    seconds: float,
+    steps: Iterable[Sequence[ModelInput]],
+    latency: LatencyEstimate,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[list[ModelInput]]:
+    """The model inputs to score next, while time is left: see the module for what is promised.
+
+    The caller scores what it is given before it asks for more: from that the latency is learnt.
 
     Args:
-        budget: seconds, from now on.
-        total: documents.
-        pace: knows what they cost, and learns.
-        encode: makes documents [start, end) ready, and returns how many tokens each has.
-        score: scores documents [start, end), all of them encoded.
+        seconds: that encoding and scoring may take, from the first input asked for.
+        steps: encodes some more documents; each document's inputs stand in one step.
+        latency: knows what documents cost, and learns.
         clock: seconds.
 
-    Returns:
-        How many were scored.
+    Yields:
+        All inputs of one or more documents.
     """
-    begun = clock()
-    tokens: list[int] = []
-    done = 0
-    while done < total:
-        if done == len(tokens):
-            tokens += encode(done, min(max(2 * done, FIRST), total))
-        start = clock()
-        count = pace.fitting(tokens[done:], budget - (start - begun))
-        if count == 0 and done:
-            break
-        count = max(count, 1)
-        score(done, done + count)
-        pace.learn(count, sum(tokens[done : done + count]), clock() - start)
-        done += count
-    return done
+    begun, first = clock(), True
+    for step in steps:
+        waiting = [list(inputs) for _, inputs in groupby(step, key=lambda each: each.owner)]
+        while waiting:
+            start = clock()
+            tokens = [sum(each.tokens for each in inputs) for inputs in waiting]
+            count = latency.fitting(tokens, seconds - (start - begun))
+            if count == 0 and not first:
+                return
+            count, first = max(count, 1), False
+            yield [each for inputs in waiting[:count] for each in inputs]
+            latency.learn(count, sum(tokens[:count]), clock() - start)
+            del waiting[:count]

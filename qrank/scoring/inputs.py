@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from qrank.bundle.sequences import Ids, Logits, Segments, Sequences
+from qrank.bundle.sequences import Ids, Segments, Sequences
 from qrank.errors import InputError
 from qrank.scoring.arguments import wrong
 
@@ -31,36 +31,37 @@ class ModelInput(NamedTuple):
         return len(self.prefix) + len(self.ids)
 
 
-def works(items: list[ModelInput]) -> list[tuple[list[int], Sequences]]:
-    """Items as work, with their places: those of a prefix together, if there are several.
+def group_by_prefix(inputs: Sequence[ModelInput]) -> list[tuple[list[int], Sequences]]:
+    """Inputs as sequences, with their places: those of a prefix together, if there are several.
 
-    A prefix of one item's own is no gain, and works run one after the other.
+    A prefix of one input's own is no gain, and groups run one after the other.
     """
     groups: dict[bytes, list[int]] = {}
-    for place, item in enumerate(items):
-        groups.setdefault(item.prefix.tobytes(), []).append(place)
+    for place, each in enumerate(inputs):
+        groups.setdefault(each.prefix.tobytes(), []).append(place)
     shared = [places for prefix, places in groups.items() if prefix and len(places) > 1]
     taken = {place for places in shared for place in places}
-    single = [place for place in range(len(items)) if place not in taken]
-    works = []
+    single = [place for place in range(len(inputs)) if place not in taken]
+    found = []
     if single:
-        chosen = [items[place] for place in single]
-        segments = [item.segments for item in chosen if item.segments is not None]
-        sequences = [np.concatenate((item.prefix, item.ids)) for item in chosen]
-        works.append((single, Sequences(sequences, segments or None)))
+        chosen = [inputs[place] for place in single]
+        segments = [each.segments for each in chosen if each.segments is not None]
+        sequences = [np.concatenate((each.prefix, each.ids)) for each in chosen]
+        found.append((single, Sequences(sequences, segments or None)))
     for places in shared:
-        chosen = [items[place] for place in places]
-        works.append((places, Sequences([item.ids for item in chosen], prefix=chosen[0].prefix)))
-    return works
+        chosen = [inputs[place] for place in places]
+        found.append((places, Sequences([each.ids for each in chosen], prefix=chosen[0].prefix)))
+    return found
 
 
-def best_part_of_each(owners: list[int], logits: Logits) -> list[int]:
-    """For each owner, in order, which of its items has the highest logit (the first of equals)."""
-    best: dict[int, int] = {}
-    for i, owner in enumerate(owners):
-        if owner not in best or logits[i] > logits[best[owner]]:
-            best[owner] = i
-    return list(best.values())
+def stops_by_size(sizes: Sequence[int], most: int) -> Iterator[int]:
+    """Where to stop on the way through things of these sizes: each time at `most` or beyond."""
+    passed = 0
+    for place, size in enumerate(sizes, 1):
+        passed += size
+        if place == len(sizes) or passed >= most:
+            yield place
+            passed = 0
 
 
 def as_text(value: object, what: str) -> str:

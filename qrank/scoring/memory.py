@@ -41,19 +41,19 @@ class MemoryBudget:
         self._changed = threading.Condition()
 
     @classmethod
-    def beside(cls, files: int, most: int | None, dimensions: Dimensions | None) -> MemoryBudget:
+    def beside(cls, files: int, limit: int | None, dimensions: Dimensions | None) -> MemoryBudget:
         """What is left beside a model.
 
         Args:
             files: bytes of the model.
-            most: bytes that both may take, strictly. None: half of what the machine, or its
+            limit: bytes that both may take, strictly. None: half of what the machine, or its
                 container, has beside the model; and what takes more has it for itself.
             dimensions: of the model; None where its bundle does not say.
 
         Raises:
             TargetError: nothing is left, or nobody knows what batches take.
         """
-        if most is None:
+        if limit is None:
             whole = machine.memory()
             return cls(whole and max(whole - files, 0) // 2, dimensions, strict=False)
         if dimensions is None:
@@ -61,12 +61,12 @@ class MemoryBudget:
                 "the bundle does not say its model's dimensions, so its memory cannot be bounded: "
                 "convert it again, or leave out --max-memory"
             )
-        if most <= files:
+        if limit <= files:
             raise TargetError(
                 f"its files alone take {files / 1e6:,.0f} MB, and --max-memory is "
-                f"{most / 1e6:,.0f} MB"
+                f"{limit / 1e6:,.0f} MB"
             )
-        return cls(most - files, dimensions)
+        return cls(limit - files, dimensions)
 
     def move(self, whole: int, files: int) -> None:
         """Count a device's own memory instead, where no bound was given; before any batch.
@@ -90,35 +90,35 @@ class MemoryBudget:
         """
         if self._size is None or not self._strict:
             return
-        if (taken := self._taken(1, length, 0)) > self._size:
+        if (taken := self._estimate_bytes(1, length, 0)) > self._size:
             raise InputError(
                 f"{what} has {length:,} tokens with its query, which take about "
                 f"{taken / 1e6:,.0f} MB beside the model; {self._size / 1e6:,.0f} MB are left: "
                 "allow more (--max-memory), or fewer tokens (--max-length)"
             )
 
-    def most(self, length: int, before: int = 0) -> int | None:
+    def max_batch_size(self, length: int, before: int = 0) -> int | None:
         """Sequences of a length that fit at once, at least one. None: any number."""
         if self._size is None:
             return None
-        return max(self._size // self._taken(1, length, before), 1)
+        return max(self._size // self._estimate_bytes(1, length, before), 1)
 
     @contextmanager
-    def share(self, count: int, length: int, before: int = 0) -> Iterator[None]:
-        """A batch's share, once there is as much."""
+    def reserve(self, count: int, length: int, before: int = 0) -> Iterator[None]:
+        """Hold a batch's memory, once there is as much."""
         if self._size is None:
             yield
             return
         # Never more than there is at all: that would wait for ever.
-        taken = min(self._taken(count, length, before), self._size)
-        turn = object()
+        taken = min(self._estimate_bytes(count, length, before), self._size)
+        ticket = object()
         with self._changed:
-            self._queue.append(turn)
+            self._queue.append(ticket)
             try:
-                self._changed.wait_for(lambda: self._queue[0] is turn and self._free >= taken)
+                self._changed.wait_for(lambda: self._queue[0] is ticket and self._free >= taken)
                 self._free -= taken
             finally:  # also where Ctrl-C ends the waiting
-                self._queue.remove(turn)
+                self._queue.remove(ticket)
                 self._changed.notify_all()
         try:
             yield
@@ -127,6 +127,6 @@ class MemoryBudget:
                 self._free += taken
                 self._changed.notify_all()
 
-    def _taken(self, count: int, length: int, before: int) -> int:
+    def _estimate_bytes(self, count: int, length: int, before: int) -> int:
         assert self._dimensions is not None  # or there would be no size
-        return count * self._dimensions.taken(length, before)
+        return count * self._dimensions.estimate_bytes(length, before)

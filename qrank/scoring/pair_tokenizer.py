@@ -1,11 +1,9 @@
-"""Text -> token ids, with the bundle's one tokenizer; what gives way when a text is too long."""
+"""A query and a document -> token ids in the template; what gives way where they are too long."""
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,18 +11,14 @@ import numpy as np
 
 from qrank.bundle.family import Family, fill
 from qrank.bundle.sequences import Ids, Segments
-from qrank.errors import BundleError, InputError
-from qrank.scoring.windows import MARGIN, WINDOW, Tokens, Windows
+from qrank.errors import InputError
+from qrank.scoring.text_tokenizer import TextTokenizer
+from qrank.scoring.windows import MARGIN, WINDOW, Tokens
 
 log = logging.getLogger("qrank")
 
 CHUNK_TOKENS = 3000
 """Longest chunk of a long document; shorter where the model's limit is."""
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-_PARALLEL_FROM = 20_000
-"""Characters from which tokenizing on several threads pays for waking them."""
 
 
 @dataclass(frozen=True)
@@ -44,22 +38,20 @@ class Prompt:
         prefix: token ids that every document's sequence begins with. Empty for encoder families,
             which read everything at once.
         items: what follows; None is the document's place.
-        lead: text in front of the document that is tokenized with it.
-        room: tokens that a document may have with its lead.
+        lead_in: text in front of the document that is tokenized with it.
+        capacity: tokens that a document may have with its lead-in.
     """
 
     prefix: Ids
     items: tuple[Ids | None, ...]
-    lead: str
-    room: int
+    lead_in: str
+    capacity: int
 
 
 class PairTokenizer:
     """Makes a model's input of a query and a document. Safe to use from several threads.
 
-    The tokenizer of a bundle knows text only: no special token has a way in (see
-    `qrank.converters.checkpoint.tokenizer`), and special tokens come from the family's template
-    alone.
+    Special tokens come from the family's template alone: text gives none (`TextTokenizer`).
     """
 
     def __init__(
@@ -82,26 +74,8 @@ class PairTokenizer:
             InputError: `max_length` is beyond the model's limit, or leaves no room for text.
             BundleError: the tokenizer cannot be read.
         """
-        # Here, not above: a native library that `import qrank` need not wait for.
-        from tokenizers import Tokenizer
-        from tokenizers.models import Unigram
-
-        try:
-            if isinstance(tokenizer, str):
-                self._tokenizer = Tokenizer.from_str(tokenizer)
-            else:
-                self._tokenizer = Tokenizer.from_file(str(tokenizer))
-        except Exception as error:  # the library raises bare Exception
-            raise BundleError(f"{tokenizer} cannot be read: {error}") from error
-        # WordPiece's alone: up to so many tokens depend on where their word ends.
-        word = getattr(self._tokenizer.model, "max_input_chars_per_word", 0)
-        self._windows = Windows(
-            self._tokens,
-            margin=max(MARGIN, word),
-            longest=self._longest if isinstance(self._tokenizer.model, Unigram) else None,
-        )
+        self._text = TextTokenizer(tokenizer, threads=threads)
         self._family = family
-        self._threads = threads
         self.limit = family.max_length if max_length is None else max_length
         least = self._template_length(None) + 2
         if not least <= self.limit <= family.max_length:
@@ -110,64 +84,9 @@ class PairTokenizer:
                 f"{family.max_length} tokens"
             )
 
-    def ids(self, texts: Sequence[str], most: int | None = None) -> list[Ids]:
-        """Token ids of each text without special tokens, as of the text read at once.
-
-        Surrogates, which no tokenizer takes, become U+FFFD.
-
-        Args:
-            texts: of any length; of a long one the tokenizer is given a part at a time.
-            most: of a text with more tokens, at least one more than these is given. None: all are.
-        """
-        threads = min(self._threads, len(texts))
-        if threads < 2 or sum(map(len, texts)) < _PARALLEL_FROM:
-            return [self._read(text, most) for text in texts]
-        # The library's own threads are as many as the machine has cores. It is given one text at a
-        # time by each of ours, so no more than these work.
-        with ThreadPoolExecutor(threads, "qrank-encode") as pool:
-            shares = pool.map(
-                lambda i: [self._read(text, most, share=True) for text in texts[i::threads]],
-                range(threads),
-            )
-            found = dict(enumerate(shares))
-        return [found[i % threads][i // threads] for i in range(len(texts))]
-
-    def _read(self, text: str, most: int | None, share: bool = False) -> Ids:
-        """As `ids`, of one text; `share`: let other threads run meanwhile."""
-        if most is None:
-            if len(text) > WINDOW:
-                return self._windows.read(text).ids
-            return self._ids(text, share)
-        beginning = self._windows.beginning(text, most)
-        ids = self._ids(beginning, share)
-        if len(beginning) == len(text):
-            return ids
-        ids = ids[: self._windows.sure(beginning, ids)]
-        return ids if len(ids) > most else self._windows.read(text, most).ids
-
-    def _ids(self, text: str, share: bool) -> Ids:
-        """Of a text that is read at once."""
-        text = _clean(text)
-        if share:
-            (found,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        else:
-            found = self._tokenizer.encode(text, add_special_tokens=False)
-        return np.array(found.ids, np.int32)
-
-    def _longest(self) -> int:
-        """Characters of the vocabulary's longest piece."""
-        return max(map(len, self._tokenizer.get_vocab()))
-
-    def _tokens(self, text: str) -> Tokens:
-        """Likewise, with their places."""
-        text = _clean(text)
-        if self._threads > 1 and len(text) >= _PARALLEL_FROM:
-            # As `encode`, but other threads run meanwhile.
-            (found,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
-        else:
-            found = self._tokenizer.encode(text, add_special_tokens=False)
-        spans = np.array(found.offsets, np.int32).reshape(-1, 2)
-        return Tokens(np.array(found.ids, np.int32), spans)
+    def ids(self, texts: Sequence[str]) -> list[Ids]:
+        """Token ids of each text alone, without special tokens; see `TextTokenizer.ids`."""
+        return self._text.ids(texts)
 
     def prompt(self, query: str, instruction: str | None = None) -> Prompt:
         """A query, and an instruction where the family takes one, in the template.
@@ -204,16 +123,16 @@ class PairTokenizer:
         return Prompt(
             prefix=_joined(items[:shared]),
             items=tuple(items[shared:]),
-            lead=self._lead(instruction),
-            room=self.limit - _length(items),
+            lead_in=self._lead_in(instruction),
+            capacity=self.limit - _length(items),
         )
 
     def documents(
         self, texts: Sequence[str], instruction: str | None = None, most: int | None = None
     ) -> list[Ids]:
-        """Token ids of documents with what leads to them, as `ids`; the first `Prompt.room` fit."""
-        lead = self._lead(instruction)
-        return self.ids([lead + text for text in texts], most)
+        """Token ids of lead-in and document, as `ids`; of each, the first `Prompt.capacity` fit."""
+        lead_in = self._lead_in(instruction)
+        return self._text.ids([lead_in + text for text in texts], most)
 
     def pair(self, prompt: Prompt, document: Ids) -> tuple[Ids, Segments | None]:
         """What follows the prompt's prefix for a document that fits, with its token types."""
@@ -230,64 +149,67 @@ class PairTokenizer:
     ) -> tuple[Ids, Segments | None]:
         """One pair's whole input, cut to fit: what the model reads, with its token types."""
         prompt = self.prompt(query, instruction)
-        (ids,) = self.documents([document], instruction, prompt.room)
-        sequence, types = self.pair(prompt, ids[: prompt.room])
+        (ids,) = self.documents([document], instruction, prompt.capacity)
+        sequence, types = self.pair(prompt, ids[: prompt.capacity])
         return np.concatenate((prompt.prefix, sequence)), types
 
-    def room(self, prompt: Prompt, tokens: int | None) -> int:
-        """Tokens that a document may have with its lead, where at most `tokens` of it are read."""
+    def capacity(self, prompt: Prompt, tokens: int | None) -> int:
+        """`Prompt.capacity`, where of the document itself at most `tokens` are read."""
         if tokens is None:
-            return prompt.room
-        lead = len(self.ids([prompt.lead])[0]) if prompt.lead else 0
-        return min(prompt.room, lead + tokens)
+            return prompt.capacity
+        leading = len(self.ids([prompt.lead_in])[0]) if prompt.lead_in else 0
+        return min(prompt.capacity, leading + tokens)
 
-    def end(self, text: str, prompt: Prompt, room: int) -> Ids:
-        """Token ids of what leads to a document and of its end, `room` tokens in all.
+    def tail(self, text: str, prompt: Prompt, capacity: int) -> Ids:
+        """Token ids of what leads to a document and of its end, `capacity` tokens in all.
 
         All of it is read: where its last tokens begin depends on those before.
         """
-        (ids, _), leading = self._led(text, prompt)
-        return np.concatenate((ids[:leading], ids[leading:][max(len(ids) - room, 0) :]))
+        (ids, _), leading = self._with_lead_in(text, prompt)
+        return np.concatenate((ids[:leading], ids[leading:][max(len(ids) - capacity, 0) :]))
 
     def chunks(self, text: str, prompt: Prompt, limit: int | None = None) -> list[Part]:
-        """Cut a document into overlapping parts of at most `prompt.room` (or CHUNK_TOKENS) tokens.
+        """Cut a document into overlapping parts.
 
-        Neighbours share an eighth, so that no sentence is only ever seen cut. What leads to the
-        document stands in front of each. Of the document at most `limit` tokens are read.
+        Each has at most `prompt.capacity` tokens, or CHUNK_TOKENS, and begins with what leads to
+        the document. Neighbours share an eighth, so that no sentence is only ever seen cut. Of the
+        document at most `limit` tokens are read.
         """
-        lead = len(prompt.lead)
-        (ids, spans), leading = self._led(text, prompt, limit)
+        offset = len(prompt.lead_in)
+        (ids, spans), leading = self._with_lead_in(text, prompt, limit)
         if limit is not None:
             ids = ids[: leading + limit]
-        size = max(min(prompt.room, CHUNK_TOKENS) - leading, 1)
+        size = max(min(prompt.capacity, CHUNK_TOKENS) - leading, 1)
         step = size - size // 8
         starts = range(leading, max(len(ids) - size, leading) + step, step)
         return [
             Part(
                 np.concatenate((ids[:leading], ids[start : start + size])),
-                max(int(spans[start, 0]) - lead, 0) if start < len(ids) else 0,
-                max(int(spans[min(start + size, len(ids)) - 1, 1]) - lead, 0) if len(ids) else 0,
+                max(int(spans[start, 0]) - offset, 0) if start < len(ids) else 0,
+                max(int(spans[min(start + size, len(ids)) - 1, 1]) - offset, 0) if len(ids) else 0,
             )
             for start in starts
         ]
 
-    def _led(self, text: str, prompt: Prompt, limit: int | None = None) -> tuple[Tokens, int]:
-        """Tokens of a document behind its lead, and how many are the lead's alone.
+    def _with_lead_in(
+        self, text: str, prompt: Prompt, limit: int | None = None
+    ) -> tuple[Tokens, int]:
+        """Tokens of a document behind its lead-in, and how many are the lead-in's alone.
 
         Of the document at least `limit`, if it has so many.
         """
-        most = None if limit is None else len(self.ids([prompt.lead])[0]) + limit
-        tokens = self._windows.read(prompt.lead + text, most)
-        # A token of the lead and the document's beginning is the document's.
-        lead = len(prompt.lead)
-        return tokens, int((tokens.spans[:, 1] <= lead).sum()) if lead else 0
+        most = None if limit is None else len(self.ids([prompt.lead_in])[0]) + limit
+        tokens = self._text.read(prompt.lead_in + text, most)
+        # A token of the lead-in and the document's beginning is the document's.
+        offset = len(prompt.lead_in)
+        return tokens, int((tokens.spans[:, 1] <= offset).sum()) if offset else 0
 
     def _shown(self, query: str) -> str:
         """A query, or of one far beyond the limit a beginning that is beyond it too."""
         if len(query) <= WINDOW:
             return query
         enough = 2 * self.limit + MARGIN
-        spans = self._windows.read(query, enough).spans
+        spans = self._text.read(query, enough).spans
         return query[: spans[enough, 0]] if len(spans) > enough else query
 
     def _fill(self, query: str, instruction: str | None) -> list[Ids | None]:
@@ -307,7 +229,7 @@ class PairTokenizer:
 
     def _fill_cut(self, query: str, instruction: str | None, kept: int) -> list[Ids | None]:
         """`_fill` with so many tokens of the query."""
-        ends = self._windows.read(query, kept).spans[:, 1]
+        ends = self._text.read(query, kept).spans[:, 1]
         most = _length(self._fill("", instruction)) + kept
         # Text that is cut may come to more tokens than it was cut at.
         for count in range(min(kept, len(ends)), 0, -1):
@@ -316,7 +238,7 @@ class PairTokenizer:
                 return items
         return self._fill("", instruction)
 
-    def _lead(self, instruction: str | None) -> str:
+    def _lead_in(self, instruction: str | None) -> str:
         """What stands before the document in its item; no query does."""
         template, text = self._family.asked(instruction)
         (item,) = (i for i in template if isinstance(i, str) and "{document}" in i)
@@ -324,8 +246,8 @@ class PairTokenizer:
 
     def _template_length(self, instruction: str | None) -> int:
         """Tokens of the template without query and document."""
-        (lead,) = self.ids([self._lead(instruction)])
-        return _length(self._fill("", instruction)) + len(lead)
+        (leading,) = self.ids([self._lead_in(instruction)])
+        return _length(self._fill("", instruction)) + len(leading)
 
 
 def _length(items: Sequence[Ids | None]) -> int:
@@ -334,8 +256,3 @@ def _length(items: Sequence[Ids | None]) -> int:
 
 def _joined(items: Sequence[Ids | None]) -> Ids:
     return np.concatenate([np.empty(0, np.int32), *(item for item in items if item is not None)])
-
-
-def _clean(text: str) -> str:
-    # One character for one, so that places in the text stay what they are.
-    return text if text.isascii() else _SURROGATE.sub("\ufffd", text)

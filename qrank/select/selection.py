@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from qrank.backends import RUNTIMES, Options, runtime
 from qrank.bundle.manifest import Manifest
@@ -15,6 +15,8 @@ from qrank.select.losses import losses
 from qrank.select.targets import Target, guesses
 from qrank.system import cache, machine
 from qrank.system.version import __version__
+
+Taken = TypeVar("Taken")
 
 Policy = Literal["fastest", "smallest", "most-faithful"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -55,7 +57,7 @@ class Measurement:
         reason: why it cannot be used; None if it can.
         compute_dtype: arithmetic it computes in; None where there is no choice.
         threads: CPU threads it was fastest with.
-        batch: padded tokens a batch it was fastest with; None: its own choice.
+        max_batch_tokens: padded tokens a batch it was fastest with; None: its own choice.
         speeds: pairs a second, by profile.
         load: seconds to open it.
         kendall: Kendall's tau against the original, on the bundle's probes.
@@ -68,7 +70,7 @@ class Measurement:
     reason: str | None = None
     compute_dtype: str | None = None
     threads: int = 1
-    batch: int | None = None
+    max_batch_tokens: int | None = None
     speeds: dict[str, float] = field(default_factory=dict)
     load: float = 0.0
     kendall: float = -1.0
@@ -98,7 +100,7 @@ class Measurement:
     @property
     def setting(self) -> str:
         """What distinguishes it from the target's other measurements, for people; "" mostly."""
-        batch = f"{self.batch} a batch" if self.batch else ""
+        batch = f"{self.max_batch_tokens} a batch" if self.max_batch_tokens else ""
         return ", ".join(part for part in (self.compute_dtype, batch) if part)
 
 
@@ -159,8 +161,8 @@ def choices(manifest: Manifest, criteria: Criteria, options: Options) -> list[Ch
     Args:
         manifest: of the bundle.
         criteria: what decides.
-        options: what the user set: an `compute_dtype` or `batch` that is not None stands, and
-            `threads` is the limit.
+        options: what the user set: a `compute_dtype` or `max_batch_tokens` that is not None
+            stands, and `threads` is the limit.
 
     Raises:
         TargetError: the bundle has no such target, or none so faithful.
@@ -253,8 +255,11 @@ def _guessed(manifest: Manifest, criteria: Criteria) -> list[Target]:
     return faithful
 
 
-def first_that_works(ordered: list[Choice], take: Callable[[Choice], None]) -> None:
+def first_that_works(ordered: list[Choice], take: Callable[[Choice], Taken]) -> Taken:
     """Take choices in their order until one can be taken; warn of each that cannot.
+
+    Returns:
+        What came of the one that was.
 
     Raises:
         BundleError, TargetError, MissingExtraError: none can; of several, every one's reason.
@@ -352,7 +357,7 @@ def _choice(manifest: Manifest, found: Measurement, options: Options, among: int
     options = replace(
         options,
         compute_dtype=options.compute_dtype or found.compute_dtype,
-        batch=options.batch or found.batch,
+        max_batch_tokens=options.max_batch_tokens or found.max_batch_tokens,
         threads=found.threads,
     )
     return Choice(target, options, True, among)

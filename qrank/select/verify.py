@@ -271,7 +271,7 @@ class _Case:
             "least_kendall": self.least_kendall,
             "compute_dtype": options.compute_dtype,
             "threads": options.threads,
-            "batch": options.batch,
+            "max_batch_tokens": options.max_batch_tokens,
             "static_shapes": options.static_shapes,
             **conditions(target.backend, target.device),
         }

@@ -14,8 +14,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import Discriminator, Tag
 from starlette.exceptions import HTTPException
 
-import qrank
-from qrank.reranker import Reranker
+from qrank.engine import Engine
 from qrank.serve import dialects
 from qrank.serve.guard import Guard, refuse
 from qrank.serve.metrics import Metrics
@@ -34,6 +33,7 @@ from qrank.serve.schemas import (
 )
 from qrank.serve.service import Service
 from qrank.serve.validation import reasons, tag
+from qrank.system.version import __version__
 
 log = logging.getLogger("qrank.serve")
 
@@ -49,7 +49,7 @@ TeiOrRerank = Annotated[
 
 
 def build(
-    models: Mapping[str, Reranker],
+    models: Mapping[str, Engine],
     *,
     limits: Limits | None = None,
     keys: tuple[bytes, ...] = (),
@@ -85,7 +85,7 @@ def build(
 
     app = FastAPI(
         title="qrank",
-        version=qrank.__version__,
+        version=__version__,
         description="Reranking in the dialects of TEI, Jina, Cohere, vLLM, llama.cpp and Ollama.",
         lifespan=lifespan,
         # A client would have to send its body and key again; the guard knows both forms.
@@ -182,7 +182,7 @@ def _info(service: Service) -> dict[str, Any]:
         "max_batch_tokens": limits.queue_tokens,
         "max_client_batch_size": limits.documents,
         "auto_truncate": True,
-        "version": qrank.__version__,
+        "version": __version__,
         "models": {
             name: {
                 "target": model.target.name,

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qrank.scoring.inputs import LongDocuments
+from qrank.scoring.inputs import LongDocuments, ModelInput
+from qrank.scoring.ranking import ScoredPairs
+
+CHARACTERS_A_TOKEN = 4
+"""To judge a request by before it is encoded."""
 
 
 class RequestError(Exception):
@@ -48,8 +54,7 @@ class RerankTask:
         instruction: as for `Reranker.rank`.
         long_documents: as for `Reranker.rank`.
         document_tokens: most tokens that are read of a document; None: what fits.
-        budget: seconds after which what is not scored yet is left as it is, but for the first
-            pair, which is always scored; None: no end.
+        budget: seconds, promised as `qrank.scoring.deadline` says; None: no end.
         whole: refuse a pair that does not fit.
     """
 
@@ -60,6 +65,12 @@ class RerankTask:
     document_tokens: int | None
     budget: float | None
     whole: bool = False
+
+    def estimate_tokens(self, max_length: int) -> int:
+        """Tokens of it, before it is encoded, where a pair may have so many."""
+        limit = math.inf if self.long_documents == "chunk" else max_length
+        sizes = (len(query) + len(document) for query, document in self.pairs)
+        return int(sum(min(size // CHARACTERS_A_TOKEN + 1, limit) for size in sizes))
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,7 @@ class RerankOutcome:
         scores: after the family's activation, likewise.
         truncated: whether only a part was read.
         scored: False where the time was up; the first is True.
+        order: places of the pairs, the most relevant first; then what was not scored, as sent.
         tokens: that the model read.
         seconds: from the request's coming to its last score.
     """
@@ -81,10 +93,43 @@ class RerankOutcome:
     scores: list[float]
     truncated: list[bool]
     scored: list[bool]
+    order: list[int]
     tokens: int
     seconds: float
 
-    @property
-    def order(self) -> list[int]:
-        """Best first; equals, and then what was not scored, in the order they were sent."""
-        return sorted(range(len(self.logits)), key=lambda i: (not self.scored[i], -self.logits[i]))
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        pairs: int,
+        inputs: Iterable[ModelInput],
+        found: ScoredPairs,
+        *,
+        tokens: int,
+        seconds: float,
+    ) -> RerankOutcome:
+        """What came of so many pairs, the first of which were scored.
+
+        Args:
+            model: see the class.
+            pairs: how many there are.
+            inputs: of those that were encoded.
+            found: those that were scored: one or more.
+            tokens: see the class.
+            seconds: see the class.
+        """
+        left = pairs - len(found)
+        lowest = int(found.logits.argmin())
+        truncated = [False] * pairs
+        for each in inputs:
+            truncated[each.owner] |= each.truncated
+        return cls(
+            model,
+            logits=[*found.logits.tolist(), *[float(found.logits[lowest])] * left],
+            scores=[*found.scores.tolist(), *[float(found.scores[lowest])] * left],
+            truncated=truncated,
+            scored=[True] * len(found) + [False] * left,
+            order=[*found.order, *range(len(found), pairs)],
+            tokens=tokens,
+            seconds=seconds,
+        )

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from qrank.reranker import Reranker
+from qrank.engine import Engine
 from qrank.serve.batcher import Batcher
 from qrank.serve.metrics import Metrics
 from qrank.serve.request import Limits, RequestError, RerankOutcome, RerankTask
@@ -21,7 +21,7 @@ class Service:
 
     def __init__(
         self,
-        models: Mapping[str, Reranker],
+        models: Mapping[str, Engine],
         limits: Limits,
         metrics: Metrics,
         *,
@@ -86,7 +86,7 @@ class Service:
         for batcher in self._batchers.values():
             await batcher.close()
 
-    async def score(self, request: Request, asked: RerankTask) -> RerankOutcome:
+    async def score(self, request: Request, task: RerankTask) -> RerankOutcome:
         """Score what is asked, for as long as the client is there.
 
         Raises:
@@ -94,24 +94,24 @@ class Service:
                 or too long a text.
         """
         limits = self.limits
-        said = request.state.said = {"pairs": len(asked.pairs)}
-        name = said["model"] = self.named(asked.model)
-        if asked.instruction is None:
-            asked = replace(asked, instruction=self._instructions.get(name))
-        if len(asked.pairs) > limits.documents:
+        said = request.state.said = {"pairs": len(task.pairs)}
+        name = said["model"] = self.named(task.model)
+        if task.instruction is None:
+            task = replace(task, instruction=self._instructions.get(name))
+        if len(task.pairs) > limits.documents:
             raise RequestError(
                 413,
-                f"{len(asked.pairs):,} documents; a request may have {limits.documents:,} "
+                f"{len(task.pairs):,} documents; a request may have {limits.documents:,} "
                 "(--max-documents)",
             )
-        longest = max(max(map(len, pair)) for pair in asked.pairs)
+        longest = max(max(map(len, pair)) for pair in task.pairs)
         if longest > limits.characters:
             raise RequestError(
                 413,
                 f"a text of {longest:,} characters; one may have {limits.characters:,} "
                 "(--max-characters)",
             )
-        work = self._batchers[name].score(asked, limits.seconds)
+        work = self._batchers[name].score(task, limits.seconds)
         outcome = await _while_connected(request, work)
         said["tokens"] = outcome.tokens
         return outcome

@@ -1,0 +1,269 @@
+"""One target, opened: pairs of texts in, logits out. `Reranker` and the server stand on it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from qrank import backends
+from qrank.bundle.locate import provide
+from qrank.bundle.manifest import Manifest
+from qrank.bundle.sequences import Logits
+from qrank.errors import TargetError
+from qrank.scoring import activation, calibration
+from qrank.scoring.deadline import LatencyEstimate
+from qrank.scoring.encoding import encode_in_steps
+from qrank.scoring.inputs import LongDocuments, ModelInput, group_by_prefix
+from qrank.scoring.memory import MemoryBudget
+from qrank.scoring.pair_tokenizer import PairTokenizer
+from qrank.select.selection import Choice
+from qrank.select.targets import Target
+from qrank.select.verify import Proof, ready
+
+
+class Engine:
+    """Scores pairs with one target of a bundle. Safe to use from several threads.
+
+    After a fork the model is loaded again in the child at its first use: a runtime's threads do
+    not survive a fork. Backend openvino refuses there.
+
+    Attributes:
+        manifest: the bundle's.
+        choice: the target, and how it runs.
+        latency: what scoring takes here, for time budgets.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        tokenizer: PairTokenizer,
+        choice: Choice,
+        *,
+        max_memory: int | None = None,
+        calibrated: bool = False,
+    ) -> None:
+        """Open a target, and hold it against the probes where it never ran before.
+
+        Args:
+            folder: the bundle.
+            manifest: the bundle's.
+            tokenizer: the bundle's.
+            choice: the target, and how it shall run.
+            max_memory: as for `Reranker`, in bytes.
+            calibrated: as for `Reranker`.
+
+        Raises:
+            InputError: there is no calibration.
+            BundleError, TargetError, MissingExtraError: it does not work here.
+        """
+        self.manifest = manifest
+        self.choice = choice
+        self.latency = LatencyEstimate()
+        self._folder = folder
+        self._tokenizer = tokenizer
+        self._max_memory = max_memory
+        self._lock = threading.RLock()
+        self._backend: backends.Backend | None = None
+        self._proof: Proof | None = None
+        self._users = _Users()
+        variant = self.target.variant
+        provide(folder, variant)
+        self._calibration = calibration.load(manifest, variant) if calibrated else None
+        _living.add(self)
+        self._ready()
+
+    @property
+    def target(self) -> Target:
+        """The variant that runs, and the device."""
+        return self.choice.target
+
+    @property
+    def format(self) -> str:
+        """The format that runs, which names its backend."""
+        return self.target.variant.format
+
+    @property
+    def threads(self) -> int:
+        """CPU threads it may use."""
+        return self.choice.options.threads
+
+    @property
+    def compute_dtype(self) -> str | None:
+        """Arithmetic it computes in; None where the backend leaves no choice."""
+        return None if self._proof is None else self._proof.compute_dtype
+
+    @property
+    def kendall(self) -> float:
+        """Kendall's tau against the original on the probes, in the arithmetic it computes in."""
+        proven = None if self._proof is None else self._proof.kendall
+        return self.target.variant.fidelity.kendall if proven is None else proven
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a pair may have, the template's included."""
+        return self._tokenizer.limit
+
+    def prepare(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        instruction: str | None = None,
+        long_documents: LongDocuments = "truncate",
+        document_tokens: int | None = None,
+    ) -> list[ModelInput]:
+        """Encode (query, document) pairs for `logits`.
+
+        Args:
+            pairs: queries may differ.
+            instruction: as for `Reranker.rank`.
+            long_documents: likewise.
+            document_tokens: most tokens that are read of a document. None: what fits.
+
+        Returns:
+            One input a pair, or with `chunk` one a part, in the pairs' order.
+
+        Raises:
+            InputError: the family takes no instruction, or a document more memory than there is.
+        """
+        stops = [len(pairs)]
+        steps = self.preparing(pairs, stops, instruction, long_documents, document_tokens)
+        return next(steps)
+
+    def preparing(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        stops: Iterable[int],
+        instruction: str | None = None,
+        long_documents: LongDocuments = "truncate",
+        document_tokens: int | None = None,
+    ) -> Iterator[list[ModelInput]]:
+        """As `prepare`, in steps that end at these places in `pairs`, rising."""
+        asked = (instruction, long_documents, document_tokens)
+        for inputs in encode_in_steps(self._tokenizer, pairs, stops, *asked):
+            if inputs:
+                longest = max(inputs, key=lambda each: each.tokens)
+                self._memory.check(longest.tokens, f"document {longest.owner}")
+            yield inputs
+
+    def logits(self, inputs: Sequence[ModelInput]) -> Logits:
+        """One logit an input of `prepare`, shape [n]; inputs of several calls may be mixed.
+
+        Raises:
+            TargetError: the backend failed, or gave a number that is not finite; a document is
+                named by its place in its own call.
+        """
+        logits = np.empty(len(inputs), np.float32)
+        with self._in_use() as backend:
+            for places, sequences in group_by_prefix(inputs):
+                found = np.asarray(backend.logits(sequences), np.float32)
+                if found.shape != (len(sequences),):
+                    raise TargetError(
+                        f"{self.target.name} gave logits of shape {found.shape} for "
+                        f"{len(sequences)} inputs"
+                    )
+                logits[places] = found
+        if not np.isfinite(logits).all():
+            bad = inputs[int(np.flatnonzero(~np.isfinite(logits))[0])].owner
+            raise TargetError(
+                f"{self.target.name} gave {logits[~np.isfinite(logits)][0]} for document {bad}; "
+                "no ranking can be made of that. Name another variant or device"
+            )
+        return logits
+
+    def scores(self, logits: Logits) -> activation.Scores:
+        """Logits after the family's activation, or the calibration; shape [n]."""
+        if self._calibration is not None:
+            return self._calibration.apply(logits)
+        family = self.manifest.family
+        return activation.activate(logits, family.activation, family.temperature)
+
+    def close(self) -> None:
+        """Free the model; using it again loads it again.
+
+        Calls that compute meanwhile, on other threads, end as they would: the last of them frees
+        it. Whatever is dropped without this is freed, too.
+        """
+        with self._lock:
+            backend, self._backend = self._backend, None
+            users, self._users = self._users, _Users()
+            users.closing = True
+            unused = not users.count
+        if backend is not None and unused:
+            backend.close()
+
+    def _ready(self) -> backends.Backend:
+        """The backend of this process, opened and proven if need be."""
+        with self._lock:
+            if self._backend is None:
+                files = self.target.variant.bytes
+                self._memory = MemoryBudget.beside(
+                    files, self._max_memory, self.manifest.dimensions
+                )
+                options = replace(self.choice.options, memory=self._memory)
+                self._backend, self._proof = ready(
+                    self._folder,
+                    self.target,
+                    self.manifest,
+                    options,
+                    least_kendall=self.choice.least_kendall,
+                    known=self._proof,
+                )
+                # Only now: to be asked, a device's driver is loaded.
+                own = backends.memory(self.target.backend, self.target.device)
+                if own is not None:
+                    self._memory.move(own, files)
+            return self._backend
+
+    @contextmanager
+    def _in_use(self) -> Iterator[backends.Backend]:
+        """The backend, which nobody closes meanwhile."""
+        with self._lock:
+            backend, users = self._ready(), self._users
+            users.count += 1
+        try:
+            yield backend
+        finally:
+            with self._lock:
+                users.count -= 1
+                last = users.closing and not users.count
+            if last:
+                backend.close()
+
+
+class _Users:
+    """The calls that compute with a backend, and whether the last of them is to close it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.closing = False
+
+
+_living: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _forget_backends() -> None:
+    """In a forked child: load again what the parent had loaded, when it is used.
+
+    A runtime's threads do not survive a fork, and its destructor waits for them: so what was
+    inherited is never freed, not even when the child exits.
+    """
+    for engine in _living:
+        # A thread the child does not have may hold the old ones.
+        engine._lock = threading.RLock()
+        engine.latency = LatencyEstimate()
+        engine._users = _Users()
+        if engine._backend is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine._backend))
+            engine._backend = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_backends)

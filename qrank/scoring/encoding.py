@@ -1,0 +1,61 @@
+"""Pairs of texts -> model inputs, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from qrank.scoring.inputs import LongDocuments, ModelInput
+from qrank.scoring.pair_tokenizer import PairTokenizer, Prompt
+
+
+def encode_in_steps(
+    tokenizer: PairTokenizer,
+    pairs: Sequence[tuple[str, str]],
+    stops: Iterable[int],
+    instruction: str | None = None,
+    long_documents: LongDocuments = "truncate",
+    document_tokens: int | None = None,
+) -> Iterator[list[ModelInput]]:
+    """Encode (query, document) pairs.
+
+    Args:
+        tokenizer: of the model.
+        pairs: queries may differ.
+        stops: where each step ends: places in `pairs`, rising.
+        instruction: as for `Reranker.rank`.
+        long_documents: likewise.
+        document_tokens: most tokens that are read of a document. None: what fits.
+
+    Yields:
+        The inputs of a step's pairs, in their order: one a pair, or with `chunk` one a part.
+
+    Raises:
+        InputError: the family takes no instruction.
+    """
+    prompts: dict[str, Prompt] = {}
+    start = 0
+    for stop in stops:
+        some = pairs[start:stop]
+        prompts = {
+            query: prompts.get(query) or tokenizer.prompt(query, instruction)
+            for query in dict.fromkeys(query for query, _ in some)
+        }
+        capacities = {q: tokenizer.capacity(p, document_tokens) for q, p in prompts.items()}
+        texts = list(dict.fromkeys(document for _, document in some))
+        found = tokenizer.documents(texts, instruction, max(capacities.values(), default=0))
+        documents = dict(zip(texts, found, strict=True))
+        inputs: list[ModelInput] = []
+        for owner, (query, document) in enumerate(some, start):
+            prompt, ids, capacity = prompts[query], documents[document], capacities[query]
+            if len(ids) > capacity and long_documents == "chunk":
+                for chunk in tokenizer.chunks(document, prompt, document_tokens):
+                    pair, part = tokenizer.pair(prompt, chunk.ids), (chunk.start, chunk.end)
+                    inputs.append(ModelInput(owner, prompt.prefix, *pair, False, part))
+                continue
+            truncated = len(ids) > capacity
+            if truncated and long_documents == "tail":
+                ids = tokenizer.tail(document, prompt, capacity)
+            pair = tokenizer.pair(prompt, ids[:capacity])
+            inputs.append(ModelInput(owner, prompt.prefix, *pair, truncated, None))
+        yield inputs
+        start = stop
