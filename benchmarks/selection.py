@@ -17,7 +17,6 @@ from common import arguments, report
 
 from qrank.backends import FORMATS
 from qrank.bundle.locate import locate
-from qrank.bundle.manifest import Manifest
 from qrank.measure.discover import survey
 from qrank.measure.tuning import Candidate, Tournament, candidates, documents, in_turns, tune
 from qrank.select.selection import PROFILES, TIE_MARGIN, Criteria, Measurement, deprioritized, order
@@ -49,10 +48,10 @@ def main() -> None:
 
 def examined(bundle: str, options: Any) -> list[dict[str, object]]:
     """A row a profile."""
-    folder = locate(bundle)
-    manifest = Manifest.load(folder)
+    opened = locate(bundle)
+    manifest = opened.manifest
     threads = machine.processors()
-    measured = tune(bundle)
+    measured = tune(opened)
     last = deprioritized(manifest, Criteria())
     found = [survey(f, 60.0) for f in FORMATS]
     every = [c for c in candidates(manifest, found, threads) if c.target.variant.name not in last]
@@ -62,13 +61,13 @@ def examined(bundle: str, options: Any) -> list[dict[str, object]]:
             base = next(c for c in every if c.target.name == best.target)
             setting = (best.compute_dtype, best.threads, best.batch)
             every.append(Candidate(base.target, *setting))
-    contest = Tournament(folder, {})
+    contest = Tournament(opened.folder, {})
     rows = []
     with ExitStack() as stack:
         children = [stack.enter_context(contest.opened(candidate))[0] for candidate in every]
         for profile in PROFILES:
             best = order(measured, Criteria(profile=profile), last)[0]
-            texts = documents(folder, manifest, profile)[: options.pairs]
+            texts = documents(opened, profile)[: options.pairs]
             cases = {
                 number: partial(contest.rank, child, candidate, texts)
                 for number, (candidate, child) in enumerate(zip(every, children, strict=True))

@@ -20,8 +20,8 @@ from typing import Any, Literal, SupportsIndex, get_args, overload
 import numpy as np
 
 from qrank import backends
-from qrank.bundle.locate import DEFAULT, locate, provide
-from qrank.bundle.manifest import TOKENIZER, Manifest, check_files
+from qrank.bundle.locate import DEFAULT, locate
+from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits
 from qrank.errors import InputError, TargetError
 from qrank.scoring import activation, arguments, calibration
@@ -48,7 +48,7 @@ from qrank.select.selection import (
     first_that_works,
 )
 from qrank.select.targets import Target
-from qrank.select.verify import Proof, ready
+from qrank.select.verify import Proof, open_verified
 from qrank.system.machine import processors
 
 
@@ -148,7 +148,7 @@ class Reranker:
 
     def __init__(
         self,
-        model: str | Path = DEFAULT,
+        model: str | Path | Bundle = DEFAULT,
         *,
         backend: str | None = None,
         device: str | None = None,
@@ -174,7 +174,8 @@ class Reranker:
         Args:
             model: a bundled name, the folder `qrank convert` wrote, or a bundle's hub id
                 (`owner/name`, or `owner/name@revision`); with backend `torch` a checkpoint's
-                folder or hub id.
+                folder or hub id. Or what `qrank.bundle.locate` made of it: then nothing is looked
+                for again.
             backend: a format (`onnx`), a variant (`openvino-int8`), `torch` (or `torch-fp16`, ...)
                 to run a checkpoint as it is, or "module:function" of your own (see
                 `qrank.backends`). None: the best target, by `policy`.
@@ -207,7 +208,7 @@ class Reranker:
             QrankError: see `qrank.errors`; the message says what to do.
         """
         self._arguments = {name: value for name, value in locals().items() if name != "self"}
-        model = arguments.place("model", model, "a bundled name, a bundle's folder or a hub id")
+        model = arguments.model(model)
         for name, value in (
             ("backend", backend),
             ("device", device),
@@ -229,18 +230,18 @@ class Reranker:
         criteria = Criteria(backend, device, policy, min_kendall, max_loss, profile)
         tokenizer: Path | str
         if backend is not None and backend.partition("-")[0] == "torch":
-            torch = backends.module("torch")
-            folder, self.manifest, tokenizer = torch.as_bundle(str(model), family)
+            where = model.folder if isinstance(model, Bundle) else model
+            bundle, tokenizer = backends.module("torch").as_bundle(str(where), family)
         else:
             if family is not None:
                 raise InputError("family is for checkpoints (backend torch); a bundle has its own")
-            folder = locate(model, whole=False)
-            self.manifest, tokenizer = Manifest.load(folder), folder / TOKENIZER
-        if folder == Path(model):
+            bundle = locate(model, whole=False)
+            tokenizer = bundle.tokenizer
+        if isinstance(model, Bundle) or bundle.folder == Path(model):
             # Where a pickle of this arrives, the current folder may be another.
-            self._arguments["model"] = folder.absolute()
-        self._folder = folder
-        check_files(folder, self.manifest.files)
+            self._arguments["model"] = bundle.folder.absolute()
+        self.bundle, self.manifest = bundle, bundle.manifest
+        bundle.check(self.manifest.files)
         options = backends.Options(
             threads or processors(), compute_dtype, batch, family=self.manifest.family
         )
@@ -264,7 +265,7 @@ class Reranker:
         self.choice = choice
         self._proof = None
         variant = self.target.variant
-        provide(self._folder, variant)
+        self.bundle.provide(variant)
         self._calibration = calibration.load(self.manifest, variant) if self._calibrated else None
         self._ready()
 
@@ -472,10 +473,9 @@ class Reranker:
                     files, self._max_memory, self.manifest.dimensions
                 )
                 options = replace(self.choice.options, memory=self._memory)
-                self._backend, self._proof = ready(
-                    self._folder,
+                self._backend, self._proof = open_verified(
+                    self.bundle,
                     self.target,
-                    self.manifest,
                     options,
                     least_kendall=self.choice.least_kendall,
                     known=self._proof,

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from qrank import Reranker
 from qrank.backends import FORMATS, module
 from qrank.bundle.manifest import Manifest
+from qrank.bundle.opened import Bundle
 from qrank.cli import main
 from qrank.converters.makers import converter
 from qrank.errors import BundleError, InputError, MissingExtraError, TargetError
@@ -511,13 +512,13 @@ def test_wishes_that_cannot_be(bundle: Path, arguments: dict[str, object], messa
 
 
 def test_profiles_have_the_tokens_they_say(bundle: Path) -> None:
-    manifest = Manifest.load(bundle)
-    with Reranker(bundle, backend="fakes:recording") as reranker:
+    opened = Bundle.load(bundle)
+    with Reranker(opened, backend="fakes:recording") as reranker:
         for profile, (count, tokens) in PROFILES.items():
-            texts = tuning.documents(bundle, manifest, profile)
+            texts = tuning.documents(opened, profile)
             assert len(texts) == count
             fakes.recorded.clear()
             reranker.rank(tuning.QUERY, texts)
             lengths = fakes.recorded[-1].lengths
-            limit = manifest.family.max_length
+            limit = opened.manifest.family.max_length
             assert all(min(tokens, limit) <= n <= tokens + 12 for n in lengths.tolist())

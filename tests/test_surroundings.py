@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from qrank import Reranker, backends
-from qrank.bundle.manifest import Manifest, check_files
+from qrank.bundle.manifest import Manifest
+from qrank.bundle.opened import Bundle
 from qrank.cli import main
 from qrank.errors import BundleError, TargetError
 from qrank.select.verify import _Case
@@ -106,10 +107,11 @@ def test_hashes_are_remembered(own_cache: Path, copy: Path) -> None:
         file.seek(place)
         file.write(b'"truncatiom"')
     os.utime(tokenizer, ns=(before.st_atime_ns, before.st_mtime_ns))
-    files = Manifest.load(copy).files
-    check_files(copy, files)
+    opened = Bundle.load(copy)
+    files = opened.manifest.files
+    opened.check(files)
     with pytest.raises(BundleError, match=r"tokenizer\.json is damaged"):
-        check_files(copy, files, always_hash=True)
+        opened.check(files, always_hash=True)
     cache.clear("hashes")
     with pytest.raises(BundleError, match=r"tokenizer\.json is damaged"):
         Reranker(copy)
@@ -123,7 +125,7 @@ def test_a_changed_file_is_hashed_again(own_cache: Path, copy: Path) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(BundleError, match=rf"{path.name} is damaged"):
-        check_files(copy, variant.files)
+        Bundle.load(copy).check(variant.files)
 
 
 def test_the_proof_is_remembered(own_cache: Path, copy: Path) -> None:
@@ -139,7 +141,7 @@ def test_the_proof_is_remembered(own_cache: Path, copy: Path) -> None:
     with pytest.raises(TargetError, match="computes wrongly"):
         Reranker(copy, backend="onnx-int8")
     target = reranker.target
-    key = _Case(copy, target, Manifest.load(copy), options, None)._key()
+    key = _Case(Bundle.load(copy), target, options, None)._key()
     assert key is not None
     store("proofs", key, right["record"])
     Reranker(copy, backend="onnx-int8").close()

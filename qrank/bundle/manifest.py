@@ -28,7 +28,7 @@ from qrank.bundle.family import ACTIVATIONS, POOLINGS, Family
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import BundleError
-from qrank.system import cache, paths
+from qrank.system import paths
 
 MANIFEST = "qrank.json"
 TOKENIZER = "tokenizer.json"
@@ -158,7 +158,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read a bundle's manifest. Files are checked by `check_files`.
+        """Read a bundle's manifest. Files are checked by `Bundle.check`.
 
         Anybody may have written it: it names no files outside the bundle and of each variant, and
         has enough probes to tell a right backend from a wrong one.
@@ -173,25 +173,28 @@ class Manifest:
         except FileNotFoundError:
             raise BundleError(f"{folder} is no bundle: it holds no {MANIFEST}") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise BundleError(f"{path} cannot be read: {error}; {_AGAIN}") from error
+            raise BundleError(f"{path} cannot be read: {error}; {CONVERT_AGAIN}") from error
         schema = content.get("schema") if isinstance(content, dict) else None
         if schema != SCHEMA:
             raise BundleError(
-                f"{path} has schema version {schema!r}; this qrank reads {SCHEMA}: {_AGAIN}, or "
-                "install the qrank that wrote it"
+                f"{path} has schema version {schema!r}; this qrank reads {SCHEMA}: "
+                f"{CONVERT_AGAIN}, or install the qrank that wrote it"
             )
         # Of what was read, not of what is understood: a key of no meaning here counts too.
         if _digest(content) != content.get("digest"):
-            raise BundleError(f"{path} does not match its own digest: it was changed; {_AGAIN}")
+            raise BundleError(
+                f"{path} does not match its own digest: it was changed; {CONVERT_AGAIN}"
+            )
         try:
             manifest = _from_json(content)
             _check(manifest)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise BundleError(f"{path} is damaged ({error!r}); {_AGAIN}") from error
+            raise BundleError(f"{path} is damaged ({error!r}); {CONVERT_AGAIN}") from error
         return manifest
 
 
-_AGAIN = "convert the model again, with --force to replace it"
+CONVERT_AGAIN = "convert the model again, with --force to replace it"
+"""What helps where a bundle is damaged."""
 
 _WAITS = (0.05, 0.1, 0.2, 0.4, 0.8) if os.name == "nt" else ()
 """Seconds to wait for those who read the manifest: Windows replaces no file that is open."""
@@ -339,49 +342,3 @@ def is_plain(name: str) -> bool:
     """Whether a path stays below the folder it is read from, on every system."""
     parts = name.split("/")
     return all(part not in ("", ".", "..") and not set(part) & set("\\:\0*?[]") for part in parts)
-
-
-def check_files(folder: Path, files: dict[str, FileRecord], *, always_hash: bool = False) -> None:
-    """Compare files with the manifest's records.
-
-    A hash is worked out once and remembered by path, size, time and inode: at 1.2 GB/s a 4 GB
-    model cannot be hashed at every start.
-
-    Args:
-        folder: the bundle.
-        files: path inside the bundle -> what it must be.
-        always_hash: hash even what was found right before.
-
-    Raises:
-        BundleError: a file is missing, or is not what the manifest says.
-    """
-    for name, record in files.items():
-        path = (folder / name).resolve()
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise BundleError(f"{folder} lacks {name} ({error.strerror}); {_AGAIN}") from error
-        state = _Seen(stat.st_size, stat.st_mtime_ns, stat.st_ino, record.sha256)
-        if stat.st_size != record.bytes:
-            raise BundleError(
-                f"{path} has {stat.st_size:,} bytes, {record.bytes:,} expected; {_AGAIN}"
-            )
-        key = {"path": str(path)}
-        if always_hash or cache.load("hashes", key, _Seen) != state:
-            found = FileRecord.of(path).sha256
-            if found != record.sha256:
-                raise BundleError(
-                    f"{path} is damaged: its sha256 is {found[:12]}…, "
-                    f"{record.sha256[:12]}… expected; {_AGAIN}"
-                )
-            cache.store("hashes", key, asdict(state))
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """A file as it was when it was hashed."""
-
-    size: int
-    time: int
-    inode: int
-    sha256: str

@@ -10,7 +10,6 @@ from pathlib import Path
 import click
 
 from qrank.bundle.locate import locate
-from qrank.bundle.manifest import Manifest
 from qrank.cli.common import FiniteRange, InputFile, debug_option, policy_options
 from qrank.cli.spinner import spinner
 from qrank.measure.bench import COUNTS, Row, chosen
@@ -70,9 +69,10 @@ def bench(
     """
     if plot is not None:
         check_plot(plot)
+    located = locate(bundle)
     with spinner() as progress:
         rows = run(
-            bundle,
+            located,
             texts=None if documents is None else read_lines(documents),
             query=query,
             threads=threads,
@@ -81,7 +81,7 @@ def bench(
             progress=progress,
         )
     criteria = Criteria(policy=policy, min_kendall=min_kendall)
-    best = chosen(rows, criteria, deprioritized(Manifest.load(locate(bundle)), criteria))
+    best = chosen(rows, criteria, deprioritized(located.manifest, criteria))
     if as_json:
         content = [{**asdict(row), "chosen": row is best} for row in rows]
         machine = {"cpu": cpu_name(), "processors": processors()}

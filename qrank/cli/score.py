@@ -11,6 +11,7 @@ from typing import Any, get_args
 import click
 
 from qrank.bundle.locate import DEFAULT
+from qrank.bundle.opened import Bundle
 from qrank.cli.common import (
     FiniteFloat,
     FiniteRange,
@@ -137,9 +138,9 @@ def score(
     if model is None:
         notice(f"no --model given: using the bundled {DEFAULT}")
 
-    def opened() -> Reranker:
+    def opened(model: str | Bundle) -> Reranker:
         return Reranker(
-            model or DEFAULT,
+            model,
             backend=backend,
             device=device,
             threads=threads,
@@ -155,14 +156,14 @@ def score(
         )
 
     def load() -> Reranker:
-        reranker = opened()
+        reranker = opened(model or DEFAULT)
         choice = reranker.choice
         if choice.measured or choice.among == 1 or measure is False:
             return reranker
         if measure:
             reranker.close()
-            measure_targets(model or DEFAULT, threads, None)
-            return opened()
+            measure_targets(reranker.bundle, threads, None)
+            return opened(reranker.bundle)
         if sys.stderr.isatty():
             notice(
                 f"not measured here yet: guessing that {choice.target.name} is the fastest of "

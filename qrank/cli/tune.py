@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
 from qrank.bundle.locate import locate
-from qrank.bundle.manifest import Manifest
+from qrank.bundle.opened import Bundle
 from qrank.cli.common import FiniteRange, criteria_options, debug_option, megabytes
 from qrank.cli.spinner import spinner
 from qrank.select.selection import (
@@ -57,8 +56,9 @@ def tune(
       qrank tune my-bundle --min-kendall 0.97
     """
     criteria = Criteria(policy=policy, min_kendall=min_kendall, profile=profile)
-    measured = measure(bundle, threads, limit)
-    last = deprioritized(Manifest.load(locate(bundle)), criteria)
+    located = locate(bundle)
+    measured = measure(located, threads, limit)
+    last = deprioritized(located.manifest, criteria)
     usable = order(measured, criteria, last)
     rest = [m for m in measured if m not in usable]
     if as_json:
@@ -68,7 +68,7 @@ def tune(
             click.echo(line)
 
 
-def measure(bundle: str | Path, threads: int | None, limit: float | None) -> list[Measurement]:
+def measure(bundle: Bundle, threads: int | None, limit: float | None) -> list[Measurement]:
     """Measure, and say on a terminal what is being done."""
     from qrank.measure.tuning import tune as run
 

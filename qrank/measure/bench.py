@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from qrank.bundle.locate import DEFAULT, locate
-from qrank.bundle.manifest import TOKENIZER, Manifest
+from qrank.bundle.opened import Bundle
 from qrank.errors import InputError, QrankError
 from qrank.measure.discover import surveys
 from qrank.measure.tuning import (
@@ -75,7 +75,7 @@ class Row:
 
 
 def bench(
-    model: str | Path = DEFAULT,
+    model: str | Path | Bundle = DEFAULT,
     *,
     texts: Sequence[str] | None = None,
     query: str | None = None,
@@ -102,16 +102,16 @@ def bench(
     Raises:
         QrankError: there is no such bundle, or nothing of it is named by `only`.
     """
-    model = arguments.place("model", model, "a bundled name, a bundle's folder or a hub id")
+    model = arguments.model(model)
     threads = arguments.whole("threads", threads, 1) or machine.processors()
     arguments.number("seconds", seconds, "a number, 0 or more", lambda x: x >= 0, none=False)
     arguments.function("progress", progress)
     query = arguments.text("query", query) or QUERY
     given = None if texts is None else as_texts(texts, "texts", "text")
     only = as_texts(only, "only", "name")
-    folder = locate(model)
-    manifest = Manifest.load(folder)
-    given = documents(folder, manifest, "passages") if given is None else given
+    bundle = locate(model)
+    manifest = bundle.manifest
+    given = documents(bundle, "passages") if given is None else given
     if not given:
         raise InputError("no documents: give at least one")
     work = [given[place % len(given)] for place in range(COUNTS[-1])]
@@ -121,9 +121,9 @@ def bench(
     chosen = [c for c in candidates(manifest, found, threads) if _named(c, only)]
     if not chosen:
         raise InputError(f"no target is named by {', '.join(only) or 'anything'}")
-    encoder = PairTokenizer(folder / TOKENIZER, manifest.family, threads=threads)
+    encoder = PairTokenizer(bundle.tokenizer, manifest.family, threads=threads)
     tokens = sum(len(encoder.whole(query, text)[0]) for text in work)
-    contest = Tournament(folder, {}, query=query)
+    contest = Tournament(bundle.folder, {}, query=query)
     with ExitStack() as stack:
         running: list[Opened] = []
         failed: dict[int, str] = {}

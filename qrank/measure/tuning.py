@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from qrank.bundle.locate import DEFAULT, locate
-from qrank.bundle.manifest import TOKENIZER, Manifest
+from qrank.bundle.manifest import Manifest
+from qrank.bundle.opened import Bundle
 from qrank.errors import QrankError
 from qrank.measure.discover import Found, Responder, start, surveys
 from qrank.scoring import arguments
@@ -96,9 +97,9 @@ class Candidate:
         )
 
 
-def documents(folder: Path, manifest: Manifest, profile: Profile) -> list[str]:
+def documents(bundle: Bundle, profile: Profile) -> list[str]:
     """Documents of a profile's number and length."""
-    encoder = PairTokenizer(folder / TOKENIZER, manifest.family)
+    encoder = PairTokenizer(bundle.tokenizer, bundle.manifest.family)
     count, tokens = PROFILES[profile]
     lengths = [len(ids) for ids in encoder.ids([f" {word}" for word in _WORDS])]
     room = tokens - len(encoder.ids([QUERY])[0])
@@ -130,7 +131,7 @@ def candidates(manifest: Manifest, found: Iterable[Found], threads: int) -> list
 
 
 def tune(
-    model: str | Path = DEFAULT,
+    model: str | Path | Bundle = DEFAULT,
     *,
     threads: int | None = None,
     limit: float | None = None,
@@ -155,15 +156,15 @@ def tune(
     Raises:
         QrankError: there is no such bundle.
     """
-    model = arguments.place("model", model, "a bundled name, a bundle's folder or a hub id")
+    model = arguments.model(model)
     threads = arguments.whole("threads", threads, 1) or machine.processors()
     limit = arguments.number("limit", limit, "seconds, more than 0", lambda x: x > 0)
     arguments.function("progress", progress)
-    folder = locate(model)
-    manifest = Manifest.load(folder)
+    bundle = locate(model)
+    manifest = bundle.manifest
     found = surveys(manifest, limit or 60.0, progress)
     contest = Tournament(
-        folder, {profile: documents(folder, manifest, profile) for profile in PROFILES}, limit
+        bundle.folder, {profile: documents(bundle, profile) for profile in PROFILES}, limit
     )
     measured = [Measurement(f.backend, f.backend, "", f.reason) for f in found if f.reason]
     looks: list[Look] = []

@@ -132,7 +132,8 @@ def evaluate(
         )
     for package in ("ir_measures", "scipy.stats"):
         need(package)  # before hours of scoring, not after
-    manifest = Manifest.load(locate(model))
+    bundle = locate(model)
+    manifest = bundle.manifest
     named = _named(manifest, backends)
     exact = [v.name for v in manifest.variants.values() if v.precision == "fp32"]
     scored: dict[str, Scored] = {}
@@ -149,7 +150,7 @@ def evaluate(
     # The bundle's own reference is scored whether it is named or not.
     for name in dict.fromkeys([*(exact if reference is None else ()), *named]):
         try:
-            with setting.open(model, name) as reranker:
+            with setting.open(bundle, name) as reranker:
                 scored[name] = score(
                     reranker,
                     setting,

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from qrank.backends import conditions
+from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits
 from qrank.quality.collection import Collection, Run
 from qrank.reranker import Reranker
@@ -42,7 +43,9 @@ class Setting:
     instruction: str | None = None
     long_documents: LongDocuments = "truncate"
 
-    def open(self, model: str | Path, backend: str | None, family: str | None = None) -> Reranker:
+    def open(
+        self, model: str | Path | Bundle, backend: str | None, family: str | None = None
+    ) -> Reranker:
         """Open a target."""
         return Reranker(
             model,
