@@ -142,7 +142,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
     settings = _settings(device, options)
     if folder_of_cache := _cache(variant):
         settings |= {"CACHE_DIR": str(folder_of_cache), "CACHE_MODE": "OPTIMIZE_SIZE"}
-    path = folder / variant.name / "model.xml"
+    path = folder / variant.folder / "model.xml"
     weights = path.with_suffix(".bin")
     avoided = WRONG_LENGTHS.get((variant.precision, options.compute_dtype), ())
 

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from qrank.bundle import hub
 from qrank.bundle.fidelity import TOLERANCES
 from qrank.bundle.hub_names import HubName, newest_snapshot, parse, snapshot
-from qrank.bundle.manifest import MANIFEST, TOKENIZER, Manifest
+from qrank.bundle.manifest import MANIFEST, RENAMED, TOKENIZER, Manifest
 from qrank.bundle.opened import Bundle
 from qrank.errors import InputError, ModelNotFoundError
 
@@ -203,6 +203,7 @@ def _bundle_around(path: Path) -> Path | None:
     """The bundle that a variant's folder, or a file in it, is a part of."""
     for folder in (path, path.parent):
         precision = folder.name.partition("-")[2]
-        if precision in TOLERANCES and (folder.parent / MANIFEST).is_file():
+        known = precision in TOLERANCES or precision in RENAMED
+        if known and (folder.parent / MANIFEST).is_file():
             return folder.parent
     return None

@@ -34,6 +34,9 @@ MANIFEST = "qrank.json"
 TOKENIZER = "tokenizer.json"
 SCHEMA = 2
 
+RENAMED = {"int8-full": "int8-w8a8"}
+"""Precisions as earlier versions of qrank named them -> their names; folders keep the old ones."""
+
 
 @dataclass(frozen=True)
 class FileRecord:
@@ -71,8 +74,13 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """`onnx-int8`; also its folder in the bundle."""
+        """`onnx-int8`."""
         return f"{self.format}-{self.precision}"
+
+    @property
+    def folder(self) -> str:
+        """Where its files are in the bundle: a folder of its name, or of the name it once had."""
+        return next(iter(self.files), self.name).partition("/")[0]
 
     @property
     def bytes(self) -> int:
@@ -136,7 +144,7 @@ class Manifest:
             {
                 "fingerprint": self.source.fingerprint,
                 "family": self.family.to_json(),
-                "variant": variant.name,
+                "variant": variant.folder,
                 "files": {name: record.sha256 for name, record in files.items()},
             }
         )
@@ -267,8 +275,16 @@ def _from_json(content: dict[str, Any]) -> Manifest:
     dimensions = content.get("dimensions")
     variants = {}
     for name, item in content["variants"].items():
-        fidelity = Fidelity(**item["fidelity"])
-        variants[name] = Variant(**{**item, "files": _records(item["files"]), "fidelity": fidelity})
+        fields = {
+            "files": _records(item["files"]),
+            "fidelity": Fidelity(**item["fidelity"]),
+            "precision": RENAMED.get(item["precision"], item["precision"]),
+        }
+        variant = Variant(**{**item, **fields})
+        known_as = {variant.name, f"{item['format']}-{item['precision']}"}
+        if name not in known_as or variant.name in variants:
+            raise ValueError(f"variant {name!r} must be named by format and precision, once")
+        variants[variant.name] = variant
     return Manifest(
         name=content["name"],
         family=Family.from_json(content["family"]),
@@ -310,13 +326,14 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"files names no {TOKENIZER}")
     _check_records(manifest.files, "files")
     for name, variant in manifest.variants.items():
-        # The name is the folder's, too.
-        if name != variant.name or not is_plain(name) or "/" in name:
-            raise ValueError(f"variant {name!r} must be named by format and precision, one word")
+        if not is_plain(name) or "/" in name:
+            raise ValueError(f"variant {name!r} is not named by one word")
         if not variant.files:
             raise ValueError(f"variant {name} has no files")
         _check_records(variant.files, name)
-        if outside := [file for file in variant.files if not file.startswith(f"{name}/")]:
+        folders = {name, *(f"{variant.format}-{old}" for old in _former(variant.precision))}
+        own = f"{variant.folder}/" if variant.folder in folders else f"{name}/"
+        if outside := [file for file in variant.files if not file.startswith(own)]:
             raise ValueError(f"variant {name} has a file outside its folder: {outside[0]!r}")
     count, lengths = len(probes.work), probes.work.lengths
     if count < MIN_PROBES or len(probes.logits) != count:
@@ -328,6 +345,11 @@ def _check(manifest: Manifest) -> None:
         raise ValueError("the probes' segments are not as long as their sequences")
     if not np.isfinite(probes.logits).all() or not lengths.all():
         raise ValueError("a probe is empty, or its logit is not finite")
+
+
+def _former(precision: str) -> list[str]:
+    """The names that a precision had in earlier versions of qrank."""
+    return [old for old, new in RENAMED.items() if new == precision]
 
 
 def _check_records(files: dict[str, FileRecord], where: str) -> None:
