@@ -17,9 +17,13 @@ from common import arguments, report
 
 from qrank.backends import FORMATS
 from qrank.bundle.locate import locate
+from qrank.measure.candidates import Candidate, candidates
 from qrank.measure.discover import survey
-from qrank.measure.tuning import Candidate, Tournament, candidates, documents, in_turns, tune
-from qrank.select.selection import PROFILES, TIE_MARGIN, Criteria, Measurement, deprioritized, order
+from qrank.measure.profiles import documents
+from qrank.measure.tournament import Tournament, in_turns
+from qrank.measure.tuning import tune
+from qrank.select.measurements import PROFILES, Measurement
+from qrank.select.selection import TIE_MARGIN, Criteria, deprioritized, order
 from qrank.system import machine
 
 COLUMNS = {
@@ -58,7 +62,7 @@ def examined(bundle: str, options: Any) -> list[dict[str, object]]:
     for profile in PROFILES:
         best = order(measured, Criteria(profile=profile), last)[0]
         if not any(_is(candidate, best) for candidate in every):
-            base = next(c for c in every if c.target.name == best.target)
+            base = next(c for c in every if c.target.key == best.target)
             setting = (best.compute_dtype, best.threads, best.batch)
             every.append(Candidate(base.target, *setting))
     contest = Tournament(opened.folder, {})
@@ -96,7 +100,7 @@ def examined(bundle: str, options: Any) -> list[dict[str, object]]:
 
 
 def _is(candidate: Candidate, best: Measurement) -> bool:
-    return (candidate.target.name, candidate.compute_dtype, candidate.threads, candidate.batch) == (
+    return (candidate.target.key, candidate.compute_dtype, candidate.threads, candidate.batch) == (
         best.target,
         best.compute_dtype,
         best.threads,

@@ -37,13 +37,12 @@ from qrank.scoring.inputs import (
 )
 from qrank.scoring.memory import MemoryBudget
 from qrank.scoring.pair_tokenizer import PairTokenizer, Prompt
+from qrank.select.measurements import PROFILES, Profile
 from qrank.select.selection import (
     POLICIES,
-    PROFILES,
     Choice,
     Criteria,
     Policy,
-    Profile,
     choices,
     first_that_works,
 )

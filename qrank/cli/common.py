@@ -17,7 +17,8 @@ import click
 from qrank.cli.streams import see_to_output, standard_streams
 from qrank.errors import InputError, QrankError
 from qrank.scoring.arguments import size
-from qrank.select.selection import POLICIES, PROFILES
+from qrank.select.measurements import PROFILES
+from qrank.select.selection import POLICIES
 from qrank.system.signals import Ended, die_of, signals
 from qrank.system.textfiles import STANDARD_INPUT
 

@@ -36,7 +36,9 @@ _OPTIONS = (
         show_default=True,
         help="Candidates of a query.",
     ),
-    click.option("--limit", type=click.IntRange(min=1), help="Only the first so many queries."),
+    click.option(
+        "--max-queries", type=click.IntRange(min=1), help="Only the first so many queries."
+    ),
     click.option("--device", help="cpu, cuda, gpu, npu, metal, ...  [default: cpu]"),
     click.option(
         "--compute-dtype", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]"
@@ -86,11 +88,11 @@ def collection(options: dict[str, Any]) -> Iterator[Collection]:
 
 def candidates(collection: Collection, options: dict[str, Any]) -> tuple[str, Run]:
     """What the first stage is called, and what it found."""
-    run, depth, limit = options["run"], options["depth"], options["limit"]
+    run, depth, most = options["run"], options["depth"], options["max_queries"]
     if run is None:
-        return "BM25", collection.bm25(depth, limit)
-    found = collection.run(run, depth, limit)
+        return "BM25", collection.bm25(depth, most)
+    found = collection.run(run, depth, most)
     lacking = len(collection.queries) - len(found)
-    if lacking and limit is None:
+    if lacking and most is None:
         notice(f"{run} has none of {lacking} judged queries, which are left out")
     return "first stage", found

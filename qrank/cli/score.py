@@ -28,7 +28,8 @@ from qrank.quality.records import text_of
 from qrank.quality.rerank_run import RunReranker
 from qrank.reranker import Reranker
 from qrank.scoring.inputs import LongDocuments
-from qrank.select.selection import Policy, Profile
+from qrank.select.measurements import Profile
+from qrank.select.selection import Policy
 from qrank.system.safejson import parse_object
 from qrank.system.textfiles import STANDARD_INPUT, TextFile
 

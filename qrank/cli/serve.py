@@ -20,7 +20,8 @@ from qrank.cli.common import (
 )
 from qrank.errors import InputError
 from qrank.reranker import Reranker
-from qrank.select.selection import Policy, Profile
+from qrank.select.measurements import Profile
+from qrank.select.selection import Policy
 from qrank.system.extras import need
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
