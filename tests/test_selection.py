@@ -18,14 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrank import Reranker
-from qrank.backends import FORMATS, module
+from qrank.backends import FORMATS, keys, module
 from qrank.bundle.manifest import Manifest
 from qrank.bundle.opened import Bundle
 from qrank.cli import main
 from qrank.converters.makers import converter
 from qrank.errors import BundleError, InputError, MissingExtraError, TargetError
 from qrank.measure import profiles
-from qrank.select import losses, measurements
+from qrank.select import losses
 from qrank.select.losses import Loss
 from qrank.select.measurements import PROFILES, Measurement, recalled, remember
 from qrank.select.selection import TIE_MARGIN, Criteria, order
@@ -194,7 +194,7 @@ def test_settings_are_taken_from_the_measurement_and_the_users_stand(bundle: Pat
         (machine, {"system": lambda: "Linux 99"}),
         (machine, {"accelerators": lambda: ["driver 1"]}),
         (machine, {"packages": lambda modules: ["onnxruntime-0.1"]}),
-        (measurements, {"__version__": "99.0"}),
+        (keys, {"__version__": "99.0"}),
     ],
     ids=["cpu", "system", "driver", "runtime", "qrank"],
 )
@@ -236,7 +236,7 @@ def test_a_measurement_that_is_not_whole_is_ignored_and_told(
 ) -> None:
     manifest = Manifest.load(bundle)
     remember(manifest, THREADS, [measurement("onnx-int8@cpu")])
-    store("measurements", measurements._key(manifest, THREADS), record)
+    store("measurements", keys.of_machine(manifest, threads=THREADS), record)
     with Reranker(bundle) as reranker:
         assert not reranker.choice.measured
     assert "ignoring " in caplog.text

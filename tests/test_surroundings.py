@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from qrank import Reranker, backends
+from qrank import Reranker
+from qrank.backends import keys
 from qrank.bundle.manifest import Manifest
 from qrank.bundle.opened import Bundle
 from qrank.cli import main
@@ -23,6 +24,7 @@ from qrank.system.cache import store
 SCORE = """
 import sys
 from qrank import Reranker
+from qrank.backends import keys
 with Reranker(sys.argv[1], backend="onnx", threads=int(sys.argv[2])) as reranker:
     assert len(reranker.rank("which planet is red?", ["mars", "bread"] * 10)) == 20
 """
@@ -150,8 +152,8 @@ def test_the_proof_is_remembered(own_cache: Path, copy: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "change"),
     [
-        (backends, {"__version__": "99.0"}),
-        (backends, {"runtime": lambda name: ["openvino-0.1"]}),
+        (keys, {"__version__": "99.0"}),
+        (keys, {"runtime": lambda name: ["openvino-0.1"]}),
         (machine, {"cpu": lambda: "another"}),
     ],
     ids=["qrank", "runtime", "cpu"],
@@ -174,9 +176,9 @@ def test_another_version_or_machine_is_proven_anew(
 def test_a_device_with_a_driver_is_another_with_another_driver(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    here = [backends.conditions("openvino", device) for device in ("cpu", "gpu")]
+    here = [keys.conditions("openvino", device) for device in ("cpu", "gpu")]
     monkeypatch.setattr(machine, "accelerators", lambda: ["driver 2"])
-    now = [backends.conditions("openvino", device) for device in ("cpu", "gpu")]
+    now = [keys.conditions("openvino", device) for device in ("cpu", "gpu")]
     assert (here[0] == now[0], here[1] == now[1]) == (True, False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import logging
 import os
@@ -18,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qrank.backends import Options
+from qrank.backends import Options, keys
 from qrank.backends.mapped import dropping_pages
 from qrank.bundle.manifest import Variant
 from qrank.bundle.sequences import Floats, Logits, Sequences, feed, no_prefix, read_prefix
 from qrank.errors import TargetError
 from qrank.scoring.batching import cut, in_order
 from qrank.scoring.memory import MemoryBudget
-from qrank.system import paths
+from qrank.system import cache
 from qrank.system.extras import need
 
 if TYPE_CHECKING:
@@ -234,11 +233,7 @@ def _group(model: openvino.Model) -> int:
 
 def _cache(variant: Variant) -> Path | None:
     """Where OpenVINO keeps what it compiled of these very files; None where nothing can be kept."""
-    folder = paths.cache_folder()
-    if folder is None or not variant.files:
-        return None
-    content = "".join(record.sha256 for record in variant.files.values())
-    return folder / "openvino" / hashlib.sha256(content.encode()).hexdigest()[:16]
+    return cache.place("openvino", keys.of_files(variant)) if variant.files else None
 
 
 def _static(node: Any, length: int) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qrank.backends import conditions
+from qrank.backends import keys
 from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits
 from qrank.quality.collection import Collection, Run
@@ -125,16 +125,11 @@ def score(
 def _file(reranker: Reranker, setting: Setting) -> Path | None:
     """Where a target's logits are kept; None where there is no cache."""
     target = reranker.target
-    # Threads change no logit.
-    asked = {name: value for name, value in asdict(setting).items() if name != "threads"}
-    key = {
-        "variant": reranker.manifest.identity(target.variant),
-        "target": target.name,
-        **asked,
-        # As it was chosen, where nobody named it.
-        "compute_dtype": reranker.compute_dtype,
-        **conditions(target.backend, target.device),
-    }
+    # Threads change no logit; the rest is as it was chosen, where nobody named it.
+    asked = {k: v for k, v in asdict(setting).items() if k not in ("threads", "device")}
+    asked["compute_dtype"] = reranker.compute_dtype
+    place = (target.variant, target.backend, target.device)
+    key = keys.of_run(reranker.manifest, *place, **asked)
     return cache.place("logits", key, ".jsonl")
 
 

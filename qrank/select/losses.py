@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qrank.backends import conditions
+from qrank.backends import keys
 from qrank.bundle.manifest import Manifest, Variant
 from qrank.system import cache
 
@@ -54,4 +54,4 @@ def remember(manifest: Manifest, found: dict[str, Loss], device: str = "cpu") ->
 
 
 def _key(manifest: Manifest, variant: Variant, device: str) -> dict[str, Any]:
-    return {"variant": manifest.identity(variant), **conditions(variant.format, device)}
+    return keys.of_run(manifest, variant, variant.format, device)

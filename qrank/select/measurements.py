@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from qrank.backends import RUNTIMES, runtime
+from qrank.backends import keys
 from qrank.bundle.manifest import Manifest
 from qrank.select.targets import TargetKey
-from qrank.system import cache, machine
-from qrank.system.version import __version__
+from qrank.system import cache
 
 Profile = Literal["short", "passages", "long"]
 
@@ -87,23 +86,10 @@ def recalled(manifest: Manifest, threads: int) -> list[Measurement]:
             measurement.check(manifest)
         return found
 
-    return cache.load(_KIND, _key(manifest, threads), read) or []
+    return cache.load(_KIND, keys.of_machine(manifest, threads=threads), read) or []
 
 
 def remember(manifest: Manifest, threads: int, measured: Iterable[Measurement]) -> None:
     """Keep measurements, where there is a cache."""
     content = {"targets": [asdict(m) for m in measured]}
-    cache.store(_KIND, _key(manifest, threads), content)
-
-
-def _key(manifest: Manifest, threads: int) -> dict[str, Any]:
-    """What a measurement holds for: another bundle, machine, driver or version wants another."""
-    return {
-        "bundle": manifest.digest,
-        "qrank": __version__,
-        "cpu": machine.cpu(),
-        "system": machine.system(),
-        "accelerators": machine.accelerators(),
-        "runtimes": {name: runtime(name) for name in RUNTIMES},
-        "threads": threads,
-    }
+    cache.store(_KIND, keys.of_machine(manifest, threads=threads), content)

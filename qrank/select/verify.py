@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from qrank import backends
-from qrank.backends import RUNTIMES, Backend, Options, conditions, isolation, opener
+from qrank.backends import RUNTIMES, Backend, Options, isolation, keys, opener
 from qrank.backends.isolation import FatalError
 from qrank.bundle.fidelity import Fidelity, here
 from qrank.bundle.manifest import Probes
@@ -263,16 +263,18 @@ class _Case:
         target, options, probes = self.target, self.options, self.bundle.manifest.probes
         if ":" in target.backend or len(probes.work) == 0:
             return None
-        return {
-            "variant": self.bundle.manifest.identity(target.variant),
-            "probes": _digest(probes),
-            "least_kendall": self.least_kendall,
-            "compute_dtype": options.compute_dtype,
-            "threads": options.threads,
-            "batch": options.batch,
-            "static_shapes": options.static_shapes,
-            **conditions(target.backend, target.device),
-        }
+        return keys.of_run(
+            self.bundle.manifest,
+            target.variant,
+            target.backend,
+            target.device,
+            probes=_digest(probes),
+            least_kendall=self.least_kendall,
+            compute_dtype=options.compute_dtype,
+            threads=options.threads,
+            batch=options.batch,
+            static_shapes=options.static_shapes,
+        )
 
     def _runtime(self) -> str:
         backend = self.target.backend
