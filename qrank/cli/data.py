@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from qrank.cli.common import InputFile, notice
+from qrank.cli.common import InputFile, notice, run_options
 from qrank.quality.collection import Collection, Files, Run
 from qrank.quality.score_cache import Setting
 from qrank.scoring.inputs import LongDocuments
@@ -39,12 +39,7 @@ _OPTIONS = (
     click.option(
         "--max-queries", type=click.IntRange(min=1), help="Only the first so many queries."
     ),
-    click.option("--device", help="cpu, cuda, gpu, npu, metal, ...  [default: cpu]"),
-    click.option(
-        "--compute-dtype", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]"
-    ),
-    click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]"),
-    click.option("--max-length", type=int, help="Tokens of a pair.  [default: the model's limit]"),
+    run_options,
     click.option("--instruction", help="What relevant means, where the model's family takes that."),
     click.option(
         "--long-documents",
