@@ -13,10 +13,10 @@ import click
 
 from qrank.bundle.locate import locate
 from qrank.cli.common import FiniteRange, InputFile, debug_option, policy_options
+from qrank.cli.plots import check_plot, plot_bench
 from qrank.cli.spinner import spinner
 from qrank.measure.bench import COUNTS, Row, chosen
 from qrank.measure.bench import bench as run
-from qrank.quality.plots import check_plot, plot_bench
 from qrank.quality.records import Texts
 from qrank.select.selection import Criteria, Policy, deprioritized
 from qrank.system.machine import cpu_name, processors

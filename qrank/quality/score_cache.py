@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from qrank.backends import keys
 from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits
 from qrank.quality.collection import Collection, Run
@@ -128,9 +127,7 @@ def _file(reranker: Reranker, setting: Setting) -> Path | None:
     # Threads change no logit; the rest is as it was chosen, where nobody named it.
     asked = {k: v for k, v in asdict(setting).items() if k not in ("threads", "device")}
     asked["compute_dtype"] = reranker.compute_dtype
-    place = (target.variant, target.backend, target.device)
-    key = keys.of_run(reranker.manifest, *place, **asked)
-    return cache.place("logits", key, ".jsonl")
+    return cache.place("logits", target.cache_key(reranker.manifest, **asked), ".jsonl")
 
 
 def _key(pairs: Sequence[tuple[str, str]]) -> str:

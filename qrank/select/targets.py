@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
-from qrank.backends import BACKENDS, FORMATS, RUNTIMES, module, others, reads
+from qrank.backends import BACKENDS, FORMATS, RUNTIMES, keys, module, others, reads
 from qrank.bundle.manifest import Manifest, Variant
 from qrank.errors import TargetError
 from qrank.system.extras import installed
@@ -92,6 +93,10 @@ class Target:
         """What tells it from others."""
         own = self.backend == self.variant.format
         return TargetKey(self.variant.name, self.device, None if own else self.backend)
+
+    def cache_key(self, manifest: Manifest, **how: Any) -> dict[str, Any]:
+        """The key of what it does on this machine; see `qrank.backends.keys`."""
+        return keys.of_run(manifest, self.variant, self.backend, self.device, **how)
 
     @property
     def name(self) -> str:

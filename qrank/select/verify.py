@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from qrank import backends
-from qrank.backends import RUNTIMES, Backend, Options, isolation, keys, opener
+from qrank.backends import RUNTIMES, Backend, Options, isolation, opener
 from qrank.backends.isolation import FatalError
 from qrank.bundle.fidelity import Fidelity, here
 from qrank.bundle.manifest import Probes
@@ -263,11 +263,8 @@ class _Case:
         target, options, probes = self.target, self.options, self.bundle.manifest.probes
         if ":" in target.backend or len(probes.work) == 0:
             return None
-        return keys.of_run(
+        return target.cache_key(
             self.bundle.manifest,
-            target.variant,
-            target.backend,
-            target.device,
             probes=_digest(probes),
             least_kendall=self.least_kendall,
             compute_dtype=options.compute_dtype,
