@@ -68,14 +68,11 @@ def examined(bundle: str, options: Any) -> list[dict[str, object]]:
     contest = Tournament(opened.folder, {})
     rows = []
     with ExitStack() as stack:
-        children = [stack.enter_context(contest.opened(candidate))[0] for candidate in every]
+        running = [stack.enter_context(contest.opened(candidate)) for candidate in every]
         for profile in PROFILES:
             best = order(measured, Criteria(profile=profile), last)[0]
             texts = documents(opened, profile)[: options.pairs]
-            cases = {
-                number: partial(contest.rank, child, candidate, texts)
-                for number, (candidate, child) in enumerate(zip(every, children, strict=True))
-            }
+            cases = {n: partial(contest.rank, one, texts) for n, one in enumerate(running)}
             in_turns(cases, (1, 1), 0)
             times, failed = in_turns(cases, (options.rounds, options.rounds), 0)
             assert not failed, failed

@@ -6,7 +6,8 @@
       onnx-int8/          one folder a variant
         model.onnx
 
-The manifest names every file with its sha256 and carries a digest of itself.
+The manifest names every file with its sha256 and carries a digest of itself. What is written, what
+is read and what is refused are one format, so they stand in one file, however long.
 """
 
 from __future__ import annotations
