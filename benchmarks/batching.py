@@ -18,7 +18,6 @@ from common import alternate, arguments, encode, join, open_onnx, report
 
 from qrank.backends.onnx import CPU_BATCH, OnnxBackend
 from qrank.bundle.locate import DEFAULT, locate
-from qrank.bundle.manifest import TOKENIZER, Manifest
 from qrank.bundle.sequences import Sequences
 from qrank.quality.collection import Collection
 from qrank.scoring.pair_tokenizer import PairTokenizer
@@ -37,12 +36,12 @@ def main() -> None:
         "--batches", type=int, nargs="+", default=[64, 96, 128, 160, 224, 320, 512, 1024]
     )
     options = parser.parse_args()
-    folder = locate(options.model)
-    tokenizer = PairTokenizer(folder / TOKENIZER, Manifest.load(folder).family)
-    works = _works(Collection.read(options.data), tokenizer, options.pairs)
+    bundle = locate(options.model)
+    encoder = PairTokenizer(bundle.tokenizer, bundle.manifest.family)
+    works = _works(Collection.read(options.data), encoder, options.pairs)
     threads = options.threads
     label = f"{options.model}, {options.precision}, {threads} threads"
-    opened = partial(open_onnx, folder, options.precision)
+    opened = partial(open_onnx, bundle.folder, options.precision)
 
     streams = sorted({1, threads})
     backends = {n: opened(threads=threads, streams=n) for n in streams}

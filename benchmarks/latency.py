@@ -19,7 +19,6 @@ from common import arguments, encode, report
 from qrank import Reranker
 from qrank.backends.onnx import CPU_BATCH
 from qrank.bundle.locate import DEFAULT, locate
-from qrank.bundle.manifest import TOKENIZER, Manifest
 from qrank.quality.collection import Collection
 from qrank.scoring.batching import cut_padded
 from qrank.scoring.pair_tokenizer import PairTokenizer
@@ -65,7 +64,7 @@ def main() -> None:
         tasks.flush()
         command = [sys.executable, __file__, "--model", options.model]
         command += ["--threads", str(options.threads), "--child", tasks.name]
-        for variant in Manifest.load(locate(options.model)).variants:
+        for variant in locate(options.model).manifest.variants:
             for count in options.documents:
                 child = subprocess.run(
                     [*command, variant, str(count)], stdout=subprocess.PIPE, check=True
@@ -79,8 +78,8 @@ def measure(model: str, variant: str, tasks: Path, count: int, threads: int) -> 
     """Rank every query's first `count` documents, after one that warms up."""
     content = json.loads(tasks.read_text("utf-8"))
     reranker = Reranker(model, backend=variant, threads=threads)
-    family = reranker.engine.manifest.family
-    tokenizer = PairTokenizer(locate(model) / TOKENIZER, family, threads=threads)
+    bundle = reranker.engine.bundle
+    tokenizer = PairTokenizer(bundle.tokenizer, bundle.manifest.family, threads=threads)
     seconds, encoding = [], 0.0
     tokens = padded = 0
     for number, (query, documents) in enumerate([content[0], *content]):

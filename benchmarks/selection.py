@@ -17,10 +17,13 @@ from common import arguments, report
 
 from qrank.backends import FORMATS
 from qrank.bundle.locate import locate
-from qrank.bundle.manifest import Manifest
+from qrank.measure.candidates import Candidate, candidates
 from qrank.measure.discover import survey
-from qrank.measure.tuning import Candidate, Tournament, candidates, documents, in_turns, tune
-from qrank.select.selection import PROFILES, TIE_MARGIN, Criteria, Measurement, deprioritized, order
+from qrank.measure.profiles import documents
+from qrank.measure.tournament import Tournament, in_turns
+from qrank.measure.tuning import tune
+from qrank.select.measurements import PROFILES, Measurement
+from qrank.select.selection import TIE_MARGIN, Criteria, deprioritized, order
 from qrank.system import machine
 
 COLUMNS = {
@@ -49,30 +52,27 @@ def main() -> None:
 
 def examined(bundle: str, options: Any) -> list[dict[str, object]]:
     """A row a profile."""
-    folder = locate(bundle)
-    manifest = Manifest.load(folder)
+    opened = locate(bundle)
+    manifest = opened.manifest
     threads = machine.processors()
-    measured = tune(bundle)
+    measured = tune(opened)
     last = deprioritized(manifest, Criteria())
     found = [survey(f, 60.0) for f in FORMATS]
     every = [c for c in candidates(manifest, found, threads) if c.target.variant.name not in last]
     for profile in PROFILES:
         best = order(measured, Criteria(profile=profile), last)[0]
         if not any(_is(candidate, best) for candidate in every):
-            base = next(c for c in every if c.target.name == best.target)
+            base = next(c for c in every if c.target.key == best.target)
             setting = (best.compute_dtype, best.threads, best.max_batch_tokens)
             every.append(Candidate(base.target, *setting))
-    contest = Tournament(folder, {})
+    contest = Tournament(opened.folder, {})
     rows = []
     with ExitStack() as stack:
-        children = [stack.enter_context(contest.opened(candidate))[0] for candidate in every]
+        running = [stack.enter_context(contest.opened(candidate)) for candidate in every]
         for profile in PROFILES:
             best = order(measured, Criteria(profile=profile), last)[0]
-            texts = documents(folder, manifest, profile)[: options.pairs]
-            cases = {
-                number: partial(contest.rank, child, candidate, texts)
-                for number, (candidate, child) in enumerate(zip(every, children, strict=True))
-            }
+            texts = documents(opened, profile)[: options.pairs]
+            cases = {n: partial(contest.rank, one, texts) for n, one in enumerate(running)}
             in_turns(cases, (1, 1), 0)
             times, failed = in_turns(cases, (options.rounds, options.rounds), 0)
             assert not failed, failed
@@ -98,7 +98,7 @@ def examined(bundle: str, options: Any) -> list[dict[str, object]]:
 
 def _is(candidate: Candidate, best: Measurement) -> bool:
     return (
-        candidate.target.name,
+        candidate.target.key,
         candidate.compute_dtype,
         candidate.threads,
         candidate.max_batch_tokens,

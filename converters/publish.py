@@ -23,7 +23,7 @@ from typing import Any
 
 from qrank.backends import FORMATS
 from qrank.bundle.fidelity import TOLERANCES
-from qrank.bundle.manifest import MANIFEST, TOKENIZER, Manifest, is_plain
+from qrank.bundle.manifest import MANIFEST, RENAMED, TOKENIZER, Manifest, is_plain
 from qrank.converters.lock import LOCK, locked
 from qrank.errors import BundleError, ConversionError
 from qrank.system import disk, paths
@@ -152,7 +152,7 @@ def bundle_files(folder: Path, manifest: Manifest | None) -> list[str]:
     else:
         names = [TOKENIZER]
         for format in FORMATS:
-            for precision in TOLERANCES:
+            for precision in (*TOLERANCES, *RENAMED):
                 for path in sorted(folder.glob(f"{format}-{precision}/*")):
                     if path.name.startswith("model.") or path.name == "head.npy":
                         names.append(path.relative_to(folder).as_posix())

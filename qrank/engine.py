@@ -9,13 +9,12 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from qrank import backends
-from qrank.bundle.locate import provide
 from qrank.bundle.manifest import Manifest
+from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits
 from qrank.errors import TargetError
 from qrank.scoring import activation, calibration
@@ -26,7 +25,7 @@ from qrank.scoring.memory import MemoryBudget
 from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.select.selection import Choice
 from qrank.select.targets import Target
-from qrank.select.verify import Proof, ready
+from qrank.select.verify import Proof, open_verified
 
 
 class Engine:
@@ -36,15 +35,14 @@ class Engine:
     not survive a fork. Backend openvino refuses there.
 
     Attributes:
-        manifest: the bundle's.
+        bundle: whose target it is.
         choice: the target, and how it runs.
         latency: what scoring takes here, for time budgets.
     """
 
     def __init__(
         self,
-        folder: Path,
-        manifest: Manifest,
+        bundle: Bundle,
         tokenizer: PairTokenizer,
         choice: Choice,
         *,
@@ -54,8 +52,7 @@ class Engine:
         """Open a target, and hold it against the probes where it never ran before.
 
         Args:
-            folder: the bundle.
-            manifest: the bundle's.
+            bundle: located.
             tokenizer: the bundle's.
             choice: the target, and how it shall run.
             max_memory: as for `Reranker`, in bytes.
@@ -65,10 +62,9 @@ class Engine:
             InputError: there is no calibration.
             BundleError, TargetError, MissingExtraError: it does not work here.
         """
-        self.manifest = manifest
+        self.bundle = bundle
         self.choice = choice
         self.latency = LatencyEstimate()
-        self._folder = folder
         self._tokenizer = tokenizer
         self._max_memory = max_memory
         self._lock = threading.RLock()
@@ -76,10 +72,15 @@ class Engine:
         self._proof: Proof | None = None
         self._users = _Users()
         variant = self.target.variant
-        provide(folder, variant)
-        self._calibration = calibration.load(manifest, variant) if calibrated else None
+        bundle.provide(variant)
+        self._calibration = calibration.load(self.manifest, variant) if calibrated else None
         _living.add(self)
         self._ready()
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's."""
+        return self.bundle.manifest
 
     @property
     def target(self) -> Target:
@@ -208,10 +209,9 @@ class Engine:
                     files, self._max_memory, self.manifest.dimensions
                 )
                 options = replace(self.choice.options, memory=self._memory)
-                self._backend, self._proof = ready(
-                    self._folder,
+                self._backend, self._proof = open_verified(
+                    self.bundle,
                     self.target,
-                    self.manifest,
                     options,
                     least_kendall=self.choice.least_kendall,
                     known=self._proof,

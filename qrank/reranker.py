@@ -12,7 +12,7 @@ import numpy as np
 
 from qrank import backends
 from qrank.bundle.locate import DEFAULT, locate
-from qrank.bundle.manifest import TOKENIZER, Manifest, check_files
+from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits
 from qrank.engine import Engine
 from qrank.errors import InputError
@@ -21,13 +21,12 @@ from qrank.scoring.deadline import doubling, score_within
 from qrank.scoring.inputs import LongDocuments, as_pairs, as_text, as_texts
 from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.scoring.ranking import Rankings, ScoredPairs
+from qrank.select.measurements import PROFILES, Profile
 from qrank.select.selection import (
     POLICIES,
-    PROFILES,
     Choice,
     Criteria,
     Policy,
-    Profile,
     choices,
     first_that_works,
 )
@@ -50,7 +49,7 @@ class Reranker:
 
     def __init__(
         self,
-        model: str | Path = DEFAULT,
+        model: str | Path | Bundle = DEFAULT,
         *,
         backend: str | None = None,
         device: str | None = None,
@@ -76,7 +75,8 @@ class Reranker:
         Args:
             model: a bundled name, the folder `qrank convert` wrote, or a bundle's hub id
                 (`owner/name`, or `owner/name@revision`); with backend `torch` a checkpoint's
-                folder or hub id.
+                folder or hub id. Or what `qrank.bundle.locate` made of it: then nothing is looked
+                for again.
             backend: a format (`onnx`), a variant (`openvino-int8`), `torch` (or `torch-fp16`, ...)
                 to run a checkpoint as it is, or "module:function" of your own (see
                 `qrank.backends`). None: the best target, by `policy`.
@@ -110,7 +110,7 @@ class Reranker:
             QrankError: see `qrank.errors`; the message says what to do.
         """
         self._arguments = {name: value for name, value in locals().items() if name != "self"}
-        model = arguments.place("model", model, "a bundled name, a bundle's folder or a hub id")
+        model = arguments.model(model)
         arguments.text("backend", backend)
         arguments.text("device", device)
         arguments.text("compute_dtype", compute_dtype)
@@ -129,26 +129,25 @@ class Reranker:
         criteria = Criteria(backend, device, policy, min_kendall, max_loss, profile)
         tokenizer_json: Path | str
         if backend is not None and backend.partition("-")[0] == "torch":
-            torch = backends.module("torch")
-            folder, manifest, tokenizer_json = torch.as_bundle(str(model), family)
+            where = model.folder if isinstance(model, Bundle) else model
+            bundle, tokenizer_json = backends.module("torch").as_bundle(str(where), family)
         else:
             if family is not None:
                 raise InputError("family is for checkpoints (backend torch); a bundle has its own")
-            folder = locate(model, whole=False)
-            manifest, tokenizer_json = Manifest.load(folder), folder / TOKENIZER
-        if folder == Path(model):
+            bundle = locate(model, whole=False)
+            tokenizer_json = bundle.tokenizer
+        if isinstance(model, Bundle) or bundle.folder == Path(model):
             # Where a pickle of this arrives, the current folder may be another.
-            self._arguments["model"] = folder.absolute()
-        check_files(folder, manifest.files)
+            self._arguments["model"] = bundle.folder.absolute()
+        manifest = bundle.manifest
+        bundle.check(manifest.files)
         options = backends.Options(
             threads or processors(), compute_dtype, max_batch_tokens, family=manifest.family
         )
         tokenizer = PairTokenizer(
             tokenizer_json, manifest.family, max_length=max_length, threads=options.threads
         )
-        opened = partial(
-            Engine, folder, manifest, tokenizer, max_memory=max_bytes, calibrated=calibrated
-        )
+        opened = partial(Engine, bundle, tokenizer, max_memory=max_bytes, calibrated=calibrated)
         self.engine = first_that_works(choices(manifest, criteria, options), opened)
 
     def __reduce__(self) -> tuple[Any, ...]:

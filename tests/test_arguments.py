@@ -74,7 +74,7 @@ SCORING: dict[str, list[Any]] = {
 TUNING: dict[str, list[Any]] = {
     "model": [None, 3],
     "threads": [*WHOLE, 0],
-    "limit": [*NUMBER, 0, -1],
+    "timeout": [*NUMBER, 0, -1],
     "progress": [None, 3],
 }
 BENCH: dict[str, list[Any]] = {
@@ -82,7 +82,7 @@ BENCH: dict[str, list[Any]] = {
     "texts": [3, "one string", {"a": "b"}],
     "query": TEXT,
     "threads": [*WHOLE, 0],
-    "only": [None, "onnx", {"onnx"}],
+    "backends": [None, "onnx", {"onnx"}],
     "seconds": [None, *NUMBER, -1],
     "progress": [None, 3],
 }

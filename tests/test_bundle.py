@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from qrank import Reranker
 from qrank.bundle.manifest import MANIFEST, SCHEMA, TOKENIZER, Manifest
 from qrank.cli import main
-from qrank.errors import BundleError, TargetError
+from qrank.errors import BundleError, ModelNotFoundError, TargetError
 
 MODEL = "onnx-int8/model.onnx"
 
@@ -253,6 +253,34 @@ def test_a_precision_of_a_later_version_is_left_out_and_the_others_run(copy: Pat
         assert len(reranker.rank("a", ["b", "c"])) == 2
     with pytest.raises(TargetError, match="knows no precision 'int2'"):
         Reranker(copy, backend="onnx-int2")
+
+
+def test_a_bundle_with_a_precision_by_its_former_name_runs_and_gains_variants(
+    without_fp32: Path, bert: str, ready_graph: object
+) -> None:
+    """Written when int8-w8a8 was int8-full; its folder keeps that name."""
+    bundle, name, former = without_fp32, "openvino-int8-w8a8", "openvino-int8-full"
+    pairs = [("red", "mars is red"), ("red", "bread"), ("a", "")]
+    with Reranker(bundle, backend=name) as reranker:
+        expected = reranker.score(pairs, raw=True)
+
+    def before(content: dict[str, Any]) -> None:
+        variant = content["variants"].pop(name)
+        files = {file.replace(name, former): of for file, of in variant["files"].items()}
+        content["variants"][former] = {**variant, "precision": "int8-full", "files": files}
+
+    (bundle / name).rename(bundle / former)
+    resigned(bundle, before)
+    command = ["convert", bert, "--to", "onnx", "--precision", "fp32", "-o", str(bundle)]
+    for _ in range(2):
+        with Reranker(bundle, backend=name) as reranker:
+            np.testing.assert_array_equal(reranker.score(pairs, raw=True), expected)
+            assert reranker.target.variant.folder == former
+        assert CliRunner().invoke(main, command).exit_code == 0
+    assert {name, "onnx-fp32"} <= set(Manifest.load(bundle).variants)
+    assert not (bundle / name).exists()
+    with pytest.raises(ModelNotFoundError, match="is a part of the bundle"):
+        Reranker(bundle / former)
 
 
 @pytest.mark.parametrize("text", ["[0,  1]", "[1,\n2]", "[ -1.5e3 ]", '"[0,   0]"', "\\[3,  4]"])

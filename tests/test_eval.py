@@ -129,7 +129,7 @@ def test_a_run_is_the_first_stage_by_its_scores(data: Path, bundle: Path) -> Non
     assert (content["queries"], content["depth"]) == (2, 2)
     assert content["rows"][0]["name"] == "first stage"
     assert content["rows"][0]["measures"]["MRR@10"] == 0.5
-    shallow = evaluated(bundle, *options, "--depth", "1", "--limit", "1")
+    shallow = evaluated(bundle, *options, "--depth", "1", "--max-queries", "1")
     assert (shallow["queries"], shallow["depth"]) == (1, 1)
     assert shallow["rows"][0]["measures"]["MRR@10"] == 1
 
@@ -348,7 +348,7 @@ def test_losses_are_remembered_for_whoever_chooses(
     difference = rows["onnx-int8"]["difference"]
     assert found["onnx-int8"] == Loss(-difference["mean"], difference["margin"], 4, data.name)
     # A first look does not replace what more queries told.
-    evaluated(bundle, "--data", data, "--backend", "onnx-int8", "--limit", "2")
+    evaluated(bundle, "--data", data, "--backend", "onnx-int8", "--max-queries", "2")
     assert losses(manifest) == found
     remember(manifest, {"onnx-int8": Loss(1.0, 0.5, 4, "newer")})
     assert losses(manifest)["onnx-int8"].data == "newer"
@@ -361,11 +361,11 @@ def test_a_variant_that_cannot_run_is_left_out_or_an_error(
         monkeypatch.setitem(sys.modules, package, None)
     named = run(bundle, "--data", data, "--backend", "openvino")
     assert (named.exit_code, named.stdout) == (3, "")
-    result = run(bundle, "--data", data, "--limit", "1")
+    result = run(bundle, "--data", data, "--max-queries", "1")
     assert result.exit_code == 0, result.stderr
     assert "left out openvino-int8: openvino is not installed" in result.stderr
     assert "openvino" not in result.stdout
-    none = run(bundle, "--data", data, "--limit", "1", "--device", "nowhere")
+    none = run(bundle, "--data", data, "--max-queries", "1", "--device", "nowhere")
     assert none.exit_code == 7
     assert "no variant of" in none.stderr
     names = Manifest.load(bundle).variants

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import shutil
 import sys
 from collections.abc import Iterator
@@ -143,7 +144,7 @@ def test_a_part_of_a_model_stands_for_it(bundle: Path, bert: str, tmp_path: Path
 
 def test_the_hubs_own_cache_is_known_by_its_folders(server: Hub, bundle: Path) -> None:
     commit = server.push(REPOSITORY, bundle)
-    folder = locate(REPOSITORY)
+    folder = locate(REPOSITORY).folder
     assert (folder.name, folder.parent.name) == (commit, "snapshots")
     with Reranker(folder.parents[1]) as reranker:
         assert reranker.engine.manifest.name == "tiny"
@@ -172,10 +173,28 @@ def test_only_what_runs_is_downloaded(
 
 def test_what_looks_at_all_variants_downloads_them(server: Hub, bundle: Path) -> None:
     server.push(REPOSITORY, bundle)
-    folder = locate(REPOSITORY)
+    folder = locate(REPOSITORY).folder
     assert {
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
     } == {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+
+
+def test_a_located_bundle_is_not_looked_for_again(
+    server: Hub, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.push(REPOSITORY, bundle)
+    located = locate(REPOSITORY)
+
+    def fail(*arguments: object, **named: object) -> None:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    assert locate(located) is located
+    for name in ("onnx-int8", "onnx-fp16"):
+        with Reranker(located, backend=name) as reranker:
+            assert reranker.target.variant.name == name
+            with pickle.loads(pickle.dumps(reranker)) as again:
+                assert again.bundle.folder == located.folder
 
 
 def test_a_bundle_is_shown_without_being_downloaded(server: Hub, bundle: Path) -> None:
@@ -193,8 +212,8 @@ def test_a_revision_pins_a_bundle(server: Hub, bundle: Path, tmp_path: Path) -> 
     first = server.push(REPOSITORY, subset(bundle, tmp_path / "first", ["onnx-int8"]), "v1")
     server.push(REPOSITORY, subset(bundle, tmp_path / "second", ["onnx-int8", "onnx-fp16"]))
     for name in (f"{REPOSITORY}@v1", f"{REPOSITORY}@{first}", f"{server.url}/{REPOSITORY}/tree/v1"):
-        assert list(Manifest.load(locate(name)).variants) == ["onnx-int8"]
-    assert list(Manifest.load(locate(REPOSITORY)).variants) == ["onnx-int8", "onnx-fp16"]
+        assert list(locate(name).manifest.variants) == ["onnx-int8"]
+    assert list(locate(REPOSITORY).manifest.variants) == ["onnx-int8", "onnx-fp16"]
     with Reranker(f"{REPOSITORY}@v1") as reranker:
         assert reranker.target.variant.name == "onnx-int8"
 

@@ -21,7 +21,8 @@ from qrank.cli import main
 from qrank.errors import InputError, TargetError
 from qrank.measure.doctor import _device
 from qrank.select import verify
-from qrank.select.selection import PROFILES, Measurement, remember
+from qrank.select.measurements import PROFILES, Measurement, remember
+from qrank.select.targets import TargetKey
 from qrank.system import machine, subprocess_rpc
 from qrank.system.subprocess_rpc import Child, CrashError, HangError, NoChildError
 
@@ -92,9 +93,11 @@ def test_a_backend_that_fails_is_told_and_the_next_is_taken(
     # Measured once, when it still worked.
     measured = [
         Measurement(
-            f"{selector}@cpu", selector, "cpu", speeds=dict.fromkeys(PROFILES, speed), kendall=1.0
+            TargetKey("onnx-int8", "cpu", backend),
+            speeds=dict.fromkeys(PROFILES, speed),
+            kendall=1.0,
         )
-        for selector, speed in (("frail/onnx-int8", 9.0), ("onnx-int8", 1.0))
+        for backend, speed in (("frail", 9.0), (None, 1.0))
     ]
     remember(Manifest.load(onnx_only), machine.processors(), measured)
     with Reranker(onnx_only) as reranker:

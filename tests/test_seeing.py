@@ -74,9 +74,11 @@ def test_bench_shows_all_targets_and_marks_the_chosen_one(
 ) -> None:
     plug_in(wrong="doubles:Wrong", tires="doubles:Tires")
     folder = subset(bundle, tmp_path / "two", ["onnx-int8", "onnx-fp32"])
-    (tmp_path / "d.txt").write_text("mars is red\nbread\n", "utf-8")
+    (tmp_path / "d.jsonl").write_text(
+        '{"id": 1, "text": "mars is red"}\n{"id": 2, "text": "bread"}\n', "utf-8"
+    )
     picture = tmp_path / "speed.svg"
-    command = ("bench", folder, "--documents", tmp_path / "d.txt", "--seconds", "0")
+    command = ("bench", folder, "--documents", tmp_path / "d.jsonl", "--seconds", "0")
     result = qrank_(*command, "--json", "--plot", picture)
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["targets"]
@@ -96,7 +98,7 @@ def test_bench_shows_all_targets_and_marks_the_chosen_one(
     assert "MemoryError" in failed["tires/onnx-int8@cpu"]
     assert picture.read_text("utf-8").count("<svg") == 1
     assert sorted(path.name for path in tmp_path.glob("*.svg")) == ["speed.svg"]
-    table = qrank_(*command, "--only", "onnx-int8@cpu").stdout
+    table = qrank_(*command, "--backend", "onnx-int8", "--device", "cpu").stdout
     assert "onnx-int8@cpu*" in table
     assert "fp32" not in table
     assert max(map(len, table.splitlines())) <= 80
@@ -112,5 +114,5 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(
 
 
 def test_bench_of_nothing_is_told(bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text("", "utf-8")
-    assert qrank_("bench", bundle, "--documents", tmp_path / "empty.txt").exit_code == 2
+    (tmp_path / "empty.jsonl").write_text("", "utf-8")
+    assert qrank_("bench", bundle, "--documents", tmp_path / "empty.jsonl").exit_code == 2

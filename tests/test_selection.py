@@ -19,24 +19,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrank import Reranker
-from qrank.backends import FORMATS, module
+from qrank.backends import FORMATS, keys, module
 from qrank.bundle.manifest import Manifest
+from qrank.bundle.opened import Bundle
 from qrank.cli import main
 from qrank.converters.makers import converter
 from qrank.errors import BundleError, InputError, MissingExtraError, TargetError
-from qrank.measure import tuning
-from qrank.select import losses, selection
+from qrank.measure import profiles
+from qrank.select import losses
 from qrank.select.losses import Loss
-from qrank.select.selection import (
-    PROFILES,
-    TIE_MARGIN,
-    Criteria,
-    Measurement,
-    order,
-    recalled,
-    remember,
-)
-from qrank.select.targets import ELSEWHERE, ON_CPU, guesses
+from qrank.select.measurements import PROFILES, Measurement, recalled, remember
+from qrank.select.selection import TIE_MARGIN, Criteria, order
+from qrank.select.targets import ELSEWHERE, ON_CPU, TargetKey, guesses
 from qrank.system import cache, machine
 from qrank.system.cache import store
 
@@ -53,9 +47,9 @@ def qrank_(*arguments: str | Path, stdin: str = "") -> Result:
 
 
 def measurement(target: str, speed: float = 1.0, **fields: object) -> Measurement:
-    selector, _, device = target.partition("@")
+    variant, _, device = target.partition("@")
     speeds: dict[str, float] = dict.fromkeys(map(str, PROFILES), speed)
-    made = Measurement(target, selector, device, speeds=speeds, threads=THREADS)
+    made = Measurement(TargetKey(variant, device), speeds=speeds, threads=THREADS)
     return replace(made, **fields)  # type: ignore[arg-type]
 
 
@@ -75,7 +69,7 @@ def test_every_failure_is_told_and_survived_and_the_next_best_is_chosen(
         frail="doubles:CrashesInTheMiddle",
         exits="doubles:Exits",
     )
-    result = qrank_("tune", onnx_only, "--limit", "20", "--json")
+    result = qrank_("tune", onnx_only, "--timeout", "20", "--json")
     assert result.exit_code == 0, result.output
     found = {m["target"]: m for m in json.loads(result.stdout)}
     assert [name for name, m in found.items() if m["reason"] is None] == ["onnx-int8@cpu"]
@@ -202,7 +196,7 @@ def test_settings_are_taken_from_the_measurement_and_the_users_stand(bundle: Pat
         (machine, {"system": lambda: "Linux 99"}),
         (machine, {"accelerators": lambda: ["driver 1"]}),
         (machine, {"packages": lambda modules: ["onnxruntime-0.1"]}),
-        (selection, {"__version__": "99.0"}),
+        (keys, {"__version__": "99.0"}),
     ],
     ids=["cpu", "system", "driver", "runtime", "qrank"],
 )
@@ -232,7 +226,8 @@ def broken(**changes: object) -> dict[str, object]:
         {"targets": None},
         broken(speeds={"passages": 1.0}),
         broken(speeds=dict.fromkeys(PROFILES, "fast")),
-        broken(target="onnx-int2@cpu"),
+        broken(target={"variant": "onnx-int2", "device": "cpu"}),
+        broken(target="onnx-int8@cpu", selector="onnx-int8", device="cpu"),  # of before
         broken(kendall=None),
         broken(threads=0),
         broken(invented_later=1),
@@ -243,7 +238,7 @@ def test_a_measurement_that_is_not_whole_is_ignored_and_told(
 ) -> None:
     manifest = Manifest.load(bundle)
     remember(manifest, THREADS, [measurement("onnx-int8@cpu")])
-    store("measurements", selection._key(manifest, THREADS), record)
+    store("measurements", keys.of_machine(manifest, threads=THREADS), record)
     with Reranker(bundle) as reranker:
         assert not reranker.choice.measured
     assert "ignoring " in caplog.text
@@ -313,7 +308,7 @@ def test_measuring_when_asked_to(bundle: Path, tmp_path: Path) -> None:
     command = ("score", "-m", folder, "-q", "a", "-f", "json", "--measure")
     assert json.loads(qrank_(*command, stdin="a\n").stdout)["target"].startswith("onnx-")
     found = recalled(Manifest.load(folder), THREADS)
-    assert {m.target for m in found} == {"onnx-int8@cpu", "onnx-fp32@cpu"}
+    assert {m.target.name for m in found} == {"onnx-int8@cpu", "onnx-fp32@cpu"}
     for m in found:
         assert set(m.speeds) == set(PROFILES)
         assert min(m.speeds.values()) > 0
@@ -397,7 +392,7 @@ def test_what_is_not_installed_is_no_guess(bundle: Path, monkeypatch: pytest.Mon
 
 # Policies
 
-measurements = st.lists(
+some_measured = st.lists(
     st.builds(
         measurement,
         st.sampled_from(["onnx-int8@cpu", "gguf-q8_0@cpu", "openvino-int8@gpu"]),
@@ -410,7 +405,7 @@ measurements = st.lists(
 )
 
 
-@given(found=measurements, least=st.none() | st.floats(-1, 1))
+@given(found=some_measured, least=st.none() | st.floats(-1, 1))
 def test_fastest_is_the_fastest_or_as_good_as_and_more_faithful(
     found: list[Measurement], least: float | None
 ) -> None:
@@ -424,7 +419,7 @@ def test_fastest_is_the_fastest_or_as_good_as_and_more_faithful(
         assert ordered[0].kendall == max(m.kendall for m in alike)
 
 
-@given(found=measurements)
+@given(found=some_measured)
 def test_the_other_policies(found: list[Measurement]) -> None:
     fit = [m for m in found if m.reason is None]
     if fit:
@@ -499,7 +494,7 @@ def test_what_loses_much_or_nobody_knows_what_is_taken_last(bundle: Path, tmp_pa
     assert chosen() == "onnx-int8"
     lost("openvino-int8-w8a8", 0.002)
     assert chosen() == "openvino-int8-w8a8"
-    shown = qrank_("tune", bundle, "--limit", "30").stdout
+    shown = qrank_("tune", bundle, "--timeout", "30").stdout
     assert "taken last: openvino-int8, which loses" in shown
     assert "taken last: openvino-int8-w8a8" not in shown
 
@@ -518,13 +513,13 @@ def test_wishes_that_cannot_be(bundle: Path, arguments: dict[str, object], messa
 
 
 def test_profiles_have_the_tokens_they_say(bundle: Path) -> None:
-    manifest = Manifest.load(bundle)
-    with Reranker(bundle, backend="fakes:recording") as reranker:
+    opened = Bundle.load(bundle)
+    with Reranker(opened, backend="fakes:recording") as reranker:
         for profile, (count, tokens) in PROFILES.items():
-            texts = tuning.documents(bundle, manifest, profile)
+            texts = profiles.documents(opened, profile)
             assert len(texts) == count
             fakes.recorded.clear()
-            reranker.rank(tuning.QUERY, texts)
+            reranker.rank(profiles.QUERY, texts)
             lengths = fakes.recorded[-1].lengths
-            limit = manifest.family.max_length
+            limit = opened.manifest.family.max_length
             assert all(min(tokens, limit) <= n <= tokens + 12 for n in lengths.tolist())

@@ -199,7 +199,7 @@ def test_an_equals_sign_in_a_path_names_nothing(
 def test_a_bundle_below_a_path_with_an_equals_sign_is_served(tmp_path: Path) -> None:
     folder = tmp_path / "run=3"
     folder.mkdir()
-    (folder / "bundle").symlink_to(locate("mini"))
+    (folder / "bundle").symlink_to(locate("mini").folder)
     with process("--backend", "fakes:length", folder / "bundle", f"b={folder}/bundle") as (url, _):
         names = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
     assert names == ["mini", "b"]

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from qrank import Reranker, backends
-from qrank.bundle.manifest import Manifest, check_files
+from qrank import Reranker
+from qrank.backends import keys
+from qrank.bundle.manifest import Manifest
+from qrank.bundle.opened import Bundle
 from qrank.cli import main
 from qrank.errors import BundleError, TargetError
 from qrank.select.verify import _Case
@@ -22,6 +24,7 @@ from qrank.system.cache import store
 SCORE = """
 import sys
 from qrank import Reranker
+from qrank.backends import keys
 with Reranker(sys.argv[1], backend="onnx", threads=int(sys.argv[2])) as reranker:
     assert len(reranker.rank("which planet is red?", ["mars", "bread"] * 10)) == 20
 """
@@ -106,10 +109,11 @@ def test_hashes_are_remembered(own_cache: Path, copy: Path) -> None:
         file.seek(place)
         file.write(b'"truncatiom"')
     os.utime(tokenizer, ns=(before.st_atime_ns, before.st_mtime_ns))
-    files = Manifest.load(copy).files
-    check_files(copy, files)
+    opened = Bundle.load(copy)
+    files = opened.manifest.files
+    opened.check(files)
     with pytest.raises(BundleError, match=r"tokenizer\.json is damaged"):
-        check_files(copy, files, always_hash=True)
+        opened.check(files, always_hash=True)
     cache.clear("hashes")
     with pytest.raises(BundleError, match=r"tokenizer\.json is damaged"):
         Reranker(copy)
@@ -123,7 +127,7 @@ def test_a_changed_file_is_hashed_again(own_cache: Path, copy: Path) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(BundleError, match=rf"{path.name} is damaged"):
-        check_files(copy, variant.files)
+        Bundle.load(copy).check(variant.files)
 
 
 def test_the_proof_is_remembered(own_cache: Path, copy: Path) -> None:
@@ -139,7 +143,7 @@ def test_the_proof_is_remembered(own_cache: Path, copy: Path) -> None:
     with pytest.raises(TargetError, match="computes wrongly"):
         Reranker(copy, backend="onnx-int8")
     target = reranker.target
-    key = _Case(copy, target, Manifest.load(copy), options, None)._key()
+    key = _Case(Bundle.load(copy), target, options, None)._key()
     assert key is not None
     store("proofs", key, right["record"])
     Reranker(copy, backend="onnx-int8").close()
@@ -148,8 +152,8 @@ def test_the_proof_is_remembered(own_cache: Path, copy: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "change"),
     [
-        (backends, {"__version__": "99.0"}),
-        (backends, {"runtime": lambda name: ["openvino-0.1"]}),
+        (keys, {"__version__": "99.0"}),
+        (keys, {"runtime": lambda name: ["openvino-0.1"]}),
         (machine, {"cpu": lambda: "another"}),
     ],
     ids=["qrank", "runtime", "cpu"],
@@ -172,9 +176,9 @@ def test_another_version_or_machine_is_proven_anew(
 def test_a_device_with_a_driver_is_another_with_another_driver(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    here = [backends.conditions("openvino", device) for device in ("cpu", "gpu")]
+    here = [keys.conditions("openvino", device) for device in ("cpu", "gpu")]
     monkeypatch.setattr(machine, "accelerators", lambda: ["driver 2"])
-    now = [backends.conditions("openvino", device) for device in ("cpu", "gpu")]
+    now = [keys.conditions("openvino", device) for device in ("cpu", "gpu")]
     assert (here[0] == now[0], here[1] == now[1]) == (True, False)
 
 

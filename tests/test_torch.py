@@ -28,10 +28,10 @@ def bert(checkpoint_of: Callable[[str], Path]) -> Path:
 def test_it_gives_the_probes_their_logits(bert: Path, bundle: Path) -> None:
     """Those were computed pair by pair with another attention."""
     probes = Manifest.load(bundle).probes
-    folder, manifest, _ = backend.as_bundle(str(bert))
-    variant = manifest.variants["torch-fp32"]
-    options = Options(2, family=manifest.family)
-    opened = backend.open(folder, variant, "cpu", options)
+    original, _ = backend.as_bundle(str(bert))
+    variant = original.manifest.variants["torch-fp32"]
+    options = Options(2, family=original.manifest.family)
+    opened = backend.open(original.folder, variant, "cpu", options)
     np.testing.assert_allclose(opened.logits(probes.work), probes.logits, atol=1e-4)
     opened.close()
 

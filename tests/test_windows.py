@@ -49,7 +49,7 @@ def gemma() -> Tokenizer:
 
 
 KINDS: dict[str, Callable[[Callable[[str], Path]], Tokenizer]] = {
-    "mini": lambda of: Tokenizer.from_file(str(locate("mini") / TOKENIZER)),
+    "mini": lambda of: Tokenizer.from_file(str(locate("mini").tokenizer)),
     "bert": lambda of: text_only(of("bert")),
     "xlm-roberta": lambda of: text_only(of("xlm-roberta")),
     "unigram, no words": lambda of: text_only(
@@ -219,13 +219,11 @@ def test_a_text_of_7_mb_takes_a_few_times_its_size() -> None:
 THREADS = """
 import sys, threading, time
 from pathlib import Path
-from qrank.bundle.manifest import TOKENIZER, Manifest
 from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.bundle.locate import locate
 
-folder = locate("mini")
-family = Manifest.load(folder).family
-tokenizer = PairTokenizer(folder / TOKENIZER, family, threads=int(sys.argv[1]))
+mini = locate("mini")
+encoder = PairTokenizer(mini.tokenizer, mini.manifest.family, threads=int(sys.argv[1]))
 texts = ["which planet is red and why " * 400] * 100
 done, running = threading.Event(), []
 

@@ -23,7 +23,6 @@ a function of the user's own with `open`'s signature.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -33,8 +32,6 @@ from qrank.bundle.manifest import Variant
 from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import TargetError
 from qrank.scoring.memory import MemoryBudget
-from qrank.system import machine
-from qrank.system.version import __version__
 
 FORMATS = ("onnx", "openvino", "gguf")
 """Every format that checkpoints are converted to, each with the backend of its name."""
@@ -144,44 +141,6 @@ def batches(name: str, device: str) -> tuple[int, ...]:
     """Values of `Options.max_batch_tokens` worth trying on a device, the backend's own first."""
     choices = getattr(module(name), "batches", None)
     return tuple(choices(device)) if choices else ()
-
-
-def conditions(name: str, device: str) -> dict[str, Any]:
-    """What anything found out about a backend on a device holds for, as JSON can hold it.
-
-    This qrank, the runtime as it is installed, the CPU, and for other devices the system with its
-    drivers and what the device is. All is told without importing a runtime.
-
-    Args:
-        name: of a backend; of a user's own nothing tells when it changes.
-        device: lower case.
-    """
-    found: dict[str, Any] = {
-        "qrank": __version__,
-        "backend": name,
-        "runtime": runtime(name),
-        "cpu": machine.cpu(),
-        "device": device,
-    }
-    if device != "cpu":
-        found |= {"system": machine.system(), "accelerators": machine.accelerators()}
-    return found
-
-
-def runtime(name: str) -> list[str]:
-    """Versions of a backend's packages, and when they were installed: some are compiled there."""
-    if name not in RUNTIMES:
-        from importlib import metadata
-
-        points = metadata.entry_points(group=GROUP, name=name)
-        return sorted(f"{point.dist.name}-{point.dist.version}" for point in points if point.dist)
-    modules = (RUNTIMES[name],) if name != "torch" else ("torch", "transformers")
-    found = machine.packages(modules)
-    for module in modules:
-        spec = importlib.util.find_spec(module)
-        if spec is not None and spec.origin is not None:
-            found.append(str(Path(spec.origin).stat().st_mtime_ns))
-    return found
 
 
 def memory(name: str, device: str) -> int | None:

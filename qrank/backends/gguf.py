@@ -74,7 +74,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Backe
             f"{version()} here has no device {device!r}; present are: {', '.join(present)}. "
             "llama-cpp-python is compiled for one GPU or none: see the README"
         )
-    files = folder / variant.name
+    files = folder / variant.folder
     model = llama.load(files / FILE, device)
     sequences = MAX_SEQUENCES.get(device, MAX_SEQUENCES_ELSEWHERE)
     head = np.load(files / HEAD) if (files / HEAD).is_file() else None

@@ -103,7 +103,7 @@ class Worker:
             NoChildError, FatalError, QrankError: as `compute_dtypes`.
         """
         backend = backend or variant.format
-        size = sum(p.stat().st_size for p in (folder / variant.name).rglob("*") if p.is_file())
+        size = sum(p.stat().st_size for p in (folder / variant.folder).rglob("*") if p.is_file())
         where = "this CPU" if device == "cpu" else device
         arithmetic = f" in {options.compute_dtype}" if options.compute_dtype else ""
         question = {

@@ -120,7 +120,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> OnnxB
     provider = PROVIDERS[device]
     if device != "cpu":
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    path = folder / variant.name / "model.onnx"
+    path = folder / variant.folder / "model.onnx"
     try:
         # Left to itself, it goes on on the CPU where a device fails.
         session = ort.InferenceSession(str(path), settings, providers=[provider], enable_fallback=0)

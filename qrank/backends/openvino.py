@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import logging
 import os
@@ -18,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qrank.backends import Options
+from qrank.backends import Options, keys
 from qrank.backends.mapped import dropping_pages
 from qrank.bundle.manifest import Variant
 from qrank.bundle.sequences import Floats, Logits, Sequences, feed, no_prefix, read_prefix
 from qrank.errors import TargetError
 from qrank.scoring.batching import cut, in_order
 from qrank.scoring.memory import MemoryBudget
-from qrank.system import machine, paths
+from qrank.system import cache, machine
 from qrank.system.extras import need
 
 if TYPE_CHECKING:
@@ -147,7 +146,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
     settings = _settings(device, options)
     if folder_of_cache := _cache(variant):
         settings |= {"CACHE_DIR": str(folder_of_cache), "CACHE_MODE": "OPTIMIZE_SIZE"}
-    path = folder / variant.name / "model.xml"
+    path = folder / variant.folder / "model.xml"
     weights = path.with_suffix(".bin")
     avoided = WRONG_LENGTHS.get((variant.precision, options.compute_dtype), ())
 
@@ -250,11 +249,7 @@ def _group(model: openvino.Model) -> int:
 
 def _cache(variant: Variant) -> Path | None:
     """Where OpenVINO keeps what it compiled of these very files; None where nothing can be kept."""
-    folder = paths.cache_folder()
-    if folder is None or not variant.files:
-        return None
-    content = "".join(record.sha256 for record in variant.files.values())
-    return folder / "openvino" / hashlib.sha256(content.encode()).hexdigest()[:16]
+    return cache.place("openvino", keys.of_files(variant)) if variant.files else None
 
 
 def _static(node: Any, length: int) -> list[int]:

@@ -19,6 +19,7 @@ from qrank.backends import Options
 from qrank.bundle.family import Family
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import Manifest, Probes, Variant
+from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Floats, Logits, Sequences, feed
 from qrank.errors import TargetError
 from qrank.scoring.batching import cut, in_halves, in_order, out_of_memory
@@ -39,8 +40,8 @@ DEVICE_BATCH = 16_384
 """Padded tokens a batch on an accelerator, which wants large ones."""
 
 
-def as_bundle(model: str, family: str | None = None) -> tuple[Path, Manifest, str]:
-    """A checkpoint as if it were a bundle: its folder, a manifest, and a tokenizer.json's text.
+def as_bundle(model: str, family: str | None = None) -> tuple[Bundle, str]:
+    """A checkpoint as if it were a bundle, and the text of its tokenizer.json.
 
     The manifest has a variant a precision and no probes: there is nothing to hold the original
     against.
@@ -74,7 +75,7 @@ def as_bundle(model: str, family: str | None = None) -> tuple[Path, Manifest, st
         variants={variant.name: variant for variant in variants},
         dimensions=checkpoint.dimensions,
     )
-    return checkpoint.folder, manifest, tokenizer
+    return Bundle(checkpoint.folder, manifest), tokenizer
 
 
 def version() -> str:

@@ -1,4 +1,4 @@
-"""A model's name -> where it is on disk: a bundled name, a folder, or a name on the hub."""
+"""A model's name -> where it is: a bundled name, a folder, or a name on the hub."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path, PurePosixPath
 from qrank.bundle import hub
 from qrank.bundle.fidelity import TOLERANCES
 from qrank.bundle.hub_names import HubName, newest_snapshot, parse, snapshot
-from qrank.bundle.manifest import MANIFEST, TOKENIZER, Manifest, Variant, check_files
-from qrank.errors import InputError, ModelNotFoundError, TargetError
+from qrank.bundle.manifest import MANIFEST, RENAMED, TOKENIZER, Manifest
+from qrank.bundle.opened import Bundle
+from qrank.errors import InputError, ModelNotFoundError
 
 DEFAULT = "mini"
 
@@ -75,31 +76,30 @@ def _is_part(name: str) -> bool:
     return any(PurePosixPath(name).match(part) for part in _PARTS)
 
 
-def locate(model: str | Path, *, whole: bool = True) -> Path:
-    """Find a bundle.
+def locate(model: str | Path | Bundle, *, whole: bool = True) -> Bundle:
+    """Find a bundle and read its manifest; the hub is asked here, and nowhere else.
 
     Args:
         model: a bundled name ("mini"), a folder, or a bundle's hub id: "owner/name", or
-            "owner/name@revision" for a branch, a tag or a commit.
+            "owner/name@revision" for a branch, a tag or a commit. Or what this returned before.
         whole: download all that a hub's bundle holds; else what is read of any bundle, and
-            `provide` the files of the variant that is to run.
+            `Bundle.provide` the files of the variant that is to run.
 
     Raises:
         ModelNotFoundError: nothing is there, or it is a checkpoint that wants converting.
         BundleError: its manifest is damaged.
     """
-    found = bundled()
-    if str(model) in found:
-        return found[str(model)]
-    where = place(model)
+    bundle = model if isinstance(model, Bundle) else _found(model)
+    bundle.fetch(bundle.manifest.variants.values() if whole else ())
+    return bundle
+
+
+def _found(model: str | Path) -> Bundle:
+    where = bundled().get(str(model)) or place(model)
     folder = where if isinstance(where, Path) else _described_on_hub(model, where)
     if not (folder / MANIFEST).is_file():
         raise ModelNotFoundError(_no_bundle(model, folder))
-    if snapshot(folder) is not None:
-        manifest = Manifest.load(folder)
-        variants = manifest.variants.values() if whole else ()
-        _fetch_missing(folder, [*manifest.files, *(name for v in variants for name in v.files)])
-    return folder
+    return Bundle.load(folder)
 
 
 def _described_on_hub(model: str | Path, name: HubName) -> Path:
@@ -130,31 +130,6 @@ def _no_bundle(model: str | Path, path: Path) -> str:
             "(or run it as it is, with --backend torch)"
         )
     return f"{path} is no bundle: it holds no {MANIFEST}"
-
-
-def provide(folder: Path, variant: Variant) -> None:
-    """Have a variant's files at hand, whole and as the manifest says.
-
-    Those of a bundle on the hub are downloaded when the variant is to run, and not before.
-
-    Raises:
-        TargetError: its precision is of a later qrank: nothing tells whether it computes rightly.
-        ModelNotFoundError: the hub does not give them.
-        BundleError: a file is missing or damaged.
-    """
-    if variant.precision not in TOLERANCES:
-        raise TargetError(
-            f"this qrank knows no precision {variant.precision!r} (of {variant.name}); known are: "
-            f"{', '.join(TOLERANCES)}. A later version may"
-        )
-    _fetch_missing(folder, list(variant.files))
-    check_files(folder, variant.files)
-
-
-def _fetch_missing(folder: Path, files: list[str]) -> None:
-    missing = [name for name in files if not (folder / name).exists()]
-    if missing and (found := snapshot(folder)) is not None:
-        hub.download(found.repository, missing, revision=found.commit, cache=found.cache)
 
 
 @dataclass(frozen=True)
@@ -228,6 +203,7 @@ def _bundle_around(path: Path) -> Path | None:
     """The bundle that a variant's folder, or a file in it, is a part of."""
     for folder in (path, path.parent):
         precision = folder.name.partition("-")[2]
-        if precision in TOLERANCES and (folder.parent / MANIFEST).is_file():
+        known = precision in TOLERANCES or precision in RENAMED
+        if known and (folder.parent / MANIFEST).is_file():
             return folder.parent
     return None

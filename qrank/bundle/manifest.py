@@ -6,7 +6,8 @@
       onnx-int8/          one folder a variant
         model.onnx
 
-The manifest names every file with its sha256 and carries a digest of itself.
+The manifest names every file with its sha256 and carries a digest of itself. What is written, what
+is read and what is refused are one format, so they stand in one file, however long.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ from qrank.bundle.family import ACTIVATIONS, POOLINGS, Family
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import BundleError
-from qrank.system import cache, paths
+from qrank.system import paths
 
 MANIFEST = "qrank.json"
 TOKENIZER = "tokenizer.json"
 SCHEMA = 2
+
+RENAMED = {"int8-full": "int8-w8a8"}
+"""Precisions as earlier versions of qrank named them -> their names; folders keep the old ones."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,13 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """`onnx-int8`; also its folder in the bundle."""
+        """`onnx-int8`."""
         return f"{self.format}-{self.precision}"
+
+    @property
+    def folder(self) -> str:
+        """Where its files are in the bundle: a folder of its name, or of the name it once had."""
+        return next(iter(self.files), self.name).partition("/")[0]
 
     @property
     def bytes(self) -> int:
@@ -136,7 +145,7 @@ class Manifest:
             {
                 "fingerprint": self.source.fingerprint,
                 "family": self.family.to_json(),
-                "variant": variant.name,
+                "variant": variant.folder,
                 "files": {name: record.sha256 for name, record in files.items()},
             }
         )
@@ -158,7 +167,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read a bundle's manifest. Files are checked by `check_files`.
+        """Read a bundle's manifest. Files are checked by `Bundle.check`.
 
         Anybody may have written it: it names no files outside the bundle and of each variant, and
         has enough probes to tell a right backend from a wrong one.
@@ -173,25 +182,28 @@ class Manifest:
         except FileNotFoundError:
             raise BundleError(f"{folder} is no bundle: it holds no {MANIFEST}") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise BundleError(f"{path} cannot be read: {error}; {_AGAIN}") from error
+            raise BundleError(f"{path} cannot be read: {error}; {CONVERT_AGAIN}") from error
         schema = content.get("schema") if isinstance(content, dict) else None
         if schema != SCHEMA:
             raise BundleError(
-                f"{path} has schema version {schema!r}; this qrank reads {SCHEMA}: {_AGAIN}, or "
-                "install the qrank that wrote it"
+                f"{path} has schema version {schema!r}; this qrank reads {SCHEMA}: "
+                f"{CONVERT_AGAIN}, or install the qrank that wrote it"
             )
         # Of what was read, not of what is understood: a key of no meaning here counts too.
         if _digest(content) != content.get("digest"):
-            raise BundleError(f"{path} does not match its own digest: it was changed; {_AGAIN}")
+            raise BundleError(
+                f"{path} does not match its own digest: it was changed; {CONVERT_AGAIN}"
+            )
         try:
             manifest = _from_json(content)
             _check(manifest)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise BundleError(f"{path} is damaged ({error!r}); {_AGAIN}") from error
+            raise BundleError(f"{path} is damaged ({error!r}); {CONVERT_AGAIN}") from error
         return manifest
 
 
-_AGAIN = "convert the model again, with --force to replace it"
+CONVERT_AGAIN = "convert the model again, with --force to replace it"
+"""What helps where a bundle is damaged."""
 
 _WAITS = (0.05, 0.1, 0.2, 0.4, 0.8) if os.name == "nt" else ()
 """Seconds to wait for those who read the manifest: Windows replaces no file that is open."""
@@ -264,8 +276,16 @@ def _from_json(content: dict[str, Any]) -> Manifest:
     dimensions = content.get("dimensions")
     variants = {}
     for name, item in content["variants"].items():
-        fidelity = Fidelity(**item["fidelity"])
-        variants[name] = Variant(**{**item, "files": _records(item["files"]), "fidelity": fidelity})
+        fields = {
+            "files": _records(item["files"]),
+            "fidelity": Fidelity(**item["fidelity"]),
+            "precision": RENAMED.get(item["precision"], item["precision"]),
+        }
+        variant = Variant(**{**item, **fields})
+        known_as = {variant.name, f"{item['format']}-{item['precision']}"}
+        if name not in known_as or variant.name in variants:
+            raise ValueError(f"variant {name!r} must be named by format and precision, once")
+        variants[variant.name] = variant
     return Manifest(
         name=content["name"],
         family=Family.from_json(content["family"]),
@@ -307,13 +327,14 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"files names no {TOKENIZER}")
     _check_records(manifest.files, "files")
     for name, variant in manifest.variants.items():
-        # The name is the folder's, too.
-        if name != variant.name or not is_plain(name) or "/" in name:
-            raise ValueError(f"variant {name!r} must be named by format and precision, one word")
+        if not is_plain(name) or "/" in name:
+            raise ValueError(f"variant {name!r} is not named by one word")
         if not variant.files:
             raise ValueError(f"variant {name} has no files")
         _check_records(variant.files, name)
-        if outside := [file for file in variant.files if not file.startswith(f"{name}/")]:
+        folders = {name, *(f"{variant.format}-{old}" for old in _former(variant.precision))}
+        own = f"{variant.folder}/" if variant.folder in folders else f"{name}/"
+        if outside := [file for file in variant.files if not file.startswith(own)]:
             raise ValueError(f"variant {name} has a file outside its folder: {outside[0]!r}")
     count, lengths = len(probes.work), probes.work.lengths
     if count < MIN_PROBES or len(probes.logits) != count:
@@ -325,6 +346,11 @@ def _check(manifest: Manifest) -> None:
         raise ValueError("the probes' segments are not as long as their sequences")
     if not np.isfinite(probes.logits).all() or not lengths.all():
         raise ValueError("a probe is empty, or its logit is not finite")
+
+
+def _former(precision: str) -> list[str]:
+    """The names that a precision had in earlier versions of qrank."""
+    return [old for old, new in RENAMED.items() if new == precision]
 
 
 def _check_records(files: dict[str, FileRecord], where: str) -> None:
@@ -339,49 +365,3 @@ def is_plain(name: str) -> bool:
     """Whether a path stays below the folder it is read from, on every system."""
     parts = name.split("/")
     return all(part not in ("", ".", "..") and not set(part) & set("\\:\0*?[]") for part in parts)
-
-
-def check_files(folder: Path, files: dict[str, FileRecord], *, always_hash: bool = False) -> None:
-    """Compare files with the manifest's records.
-
-    A hash is worked out once and remembered by path, size, time and inode: at 1.2 GB/s a 4 GB
-    model cannot be hashed at every start.
-
-    Args:
-        folder: the bundle.
-        files: path inside the bundle -> what it must be.
-        always_hash: hash even what was found right before.
-
-    Raises:
-        BundleError: a file is missing, or is not what the manifest says.
-    """
-    for name, record in files.items():
-        path = (folder / name).resolve()
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise BundleError(f"{folder} lacks {name} ({error.strerror}); {_AGAIN}") from error
-        state = _Seen(stat.st_size, stat.st_mtime_ns, stat.st_ino, record.sha256)
-        if stat.st_size != record.bytes:
-            raise BundleError(
-                f"{path} has {stat.st_size:,} bytes, {record.bytes:,} expected; {_AGAIN}"
-            )
-        key = {"path": str(path)}
-        if always_hash or cache.load("hashes", key, _Seen) != state:
-            found = FileRecord.of(path).sha256
-            if found != record.sha256:
-                raise BundleError(
-                    f"{path} is damaged: its sha256 is {found[:12]}…, "
-                    f"{record.sha256[:12]}… expected; {_AGAIN}"
-                )
-            cache.store("hashes", key, asdict(state))
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """A file as it was when it was hashed."""
-
-    size: int
-    time: int
-    inode: int
-    sha256: str

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import click
 
 from qrank.bundle.locate import locate
-from qrank.bundle.manifest import Manifest
 from qrank.cli.common import FiniteRange, InputFile, debug_option, policy_options
+from qrank.cli.plots import check_plot, plot_bench
 from qrank.cli.spinner import spinner
 from qrank.measure.bench import COUNTS, Row, chosen
 from qrank.measure.bench import bench as run
-from qrank.quality.plots import check_plot, plot_bench
+from qrank.quality.records import Texts
 from qrank.select.selection import Criteria, Policy, deprioritized
 from qrank.system.machine import cpu_name, processors
-from qrank.system.textfiles import read_lines
 
 
 @click.command()
@@ -26,10 +27,16 @@ from qrank.system.textfiles import read_lines
 @click.option(
     "--documents",
     type=InputFile(),
-    help="Rank these, one a line.  [default: made-up ones of 128 tokens]",
+    help="Rank these: JSONL with id and text.  [default: made-up ones of 128 tokens]",
 )
 @click.option("-q", "--query", help="Rank them for this.  [default: a made-up one]")
-@click.option("--only", multiple=True, help="Format, variant or target; repeat for more.")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    help="onnx, openvino-int8, ...; repeat for more.  [default: every variant]",
+)
+@click.option("--device", help="cpu, cuda, gpu, npu, metal, ...  [default: every one present]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option(
     "--seconds",
@@ -50,7 +57,8 @@ def bench(
     bundle: str,
     documents: Path | None,
     query: str | None,
-    only: tuple[str, ...],
+    backends: tuple[str, ...],
+    device: str | None,
     threads: int | None,
     seconds: float,
     policy: Policy,
@@ -65,25 +73,30 @@ def bench(
     that is what qrank tune does.
 
     \b
-      qrank bench my-bundle --documents passages.txt -q "how do plants make food?"
-      qrank bench my-bundle --only openvino --plot speed.svg
+      qrank bench my-bundle --documents passages.jsonl -q "how do plants make food?"
+      qrank bench my-bundle --backend openvino --plot speed.svg
     """
     if plot is not None:
         check_plot(plot)
+    located = locate(bundle)
     with spinner() as progress:
         rows = run(
-            bundle,
-            texts=None if documents is None else read_lines(documents),
+            located,
+            texts=None if documents is None else _texts(documents),
             query=query,
             threads=threads,
-            only=only,
+            backends=backends,
+            device=device,
             seconds=seconds,
             progress=progress,
         )
     criteria = Criteria(policy=policy, min_kendall=min_kendall)
-    best = chosen(rows, criteria, deprioritized(Manifest.load(locate(bundle)), criteria))
+    best = chosen(rows, criteria, deprioritized(located.manifest, criteria))
     if as_json:
-        content = [{**asdict(row), "chosen": row is best} for row in rows]
+        content = [
+            {**asdict(row), **asdict(row.target), "target": row.target.name, "chosen": row is best}
+            for row in rows
+        ]
         machine = {"cpu": cpu_name(), "processors": processors()}
         click.echo(json.dumps({"machine": machine, "targets": content}, indent=2))
     else:
@@ -94,10 +107,16 @@ def bench(
         plot_bench(rows, best, title, plot)
 
 
+def _texts(documents: Path) -> list[str]:
+    """As many as are ranked at once."""
+    with closing(Texts(documents, "document")) as texts:
+        return [texts[identity] for identity in islice(texts, max(COUNTS))]
+
+
 def _lines(rows: Sequence[Row], best: Row | None) -> Iterator[str]:
     """Two tables of 80 columns or fewer."""
     usable = [row for row in rows if row.reason is None]
-    names = {id(row): f"{row.target} {row.setting}".rstrip() for row in rows}
+    names = {id(row): f"{row.target.name} {row.setting}".rstrip() for row in rows}
     width = max([len(name) for name in names.values()] + [6]) + 1
     yield (
         f"{'target':{width}}{'pairs/s':>8}{'tokens/s':>9}{'load s':>7}{'peak MB':>8}"

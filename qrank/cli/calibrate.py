@@ -62,7 +62,7 @@ def calibrate(
     if judged and options["run"] is not None:
         raise click.UsageError("--judged takes no --run")
     with collection(options) as opened, progress_bars() as progress:
-        pairs = opened.judged(options["limit"]) if judged else candidates(opened, options)[1]
+        pairs = opened.judged(options["max_queries"]) if judged else candidates(opened, options)[1]
         report = run(
             bundle,
             opened,

@@ -17,7 +17,8 @@ import click
 from qrank.cli.streams import see_to_output, standard_streams
 from qrank.errors import InputError, QrankError
 from qrank.scoring.arguments import size
-from qrank.select.selection import POLICIES, PROFILES
+from qrank.select.measurements import PROFILES
+from qrank.select.selection import POLICIES
 from qrank.system.signals import Ended, die_of, signals
 from qrank.system.textfiles import STANDARD_INPUT
 
@@ -222,6 +223,51 @@ def memory_option(command: Command) -> Command:
         help="Memory for the model and what it computes at once, estimated: 512M, 4G.  "
         "[default: the model's and half of the rest]",
     )(command)
+
+
+_RUN = (
+    click.option(
+        "--device", help="cpu, cuda, gpu, npu, metal, ...  [default: as measured, or cpu]"
+    ),
+    click.option(
+        "--compute-dtype", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]"
+    ),
+    click.option(
+        "--threads", type=click.IntRange(min=1), help="CPU threads of a model.  [default: all]"
+    ),
+    click.option("--max-length", type=int, help="Tokens of a pair.  [default: the model's limit]"),
+)
+
+
+def run_options(command: Command) -> Command:
+    """How a target runs: `--device`, `--compute-dtype`, `--threads` and `--max-length`."""
+    for option in reversed(_RUN):
+        command = option(command)
+    return command
+
+
+def opening_options(command: Command) -> Command:
+    """All that a model is opened with; as arguments, what `Reranker` calls them."""
+    backend = click.option(
+        "--backend",
+        help="onnx, openvino-int8, ...  [default: as measured, or what is expected to be the "
+        "fastest]",
+    )
+    max_loss = click.option(
+        "--max-loss",
+        type=FiniteFloat(),
+        help="Most nDCG@10 that qrank eval may have found a variant to lose against fp32.",
+    )
+    scores = click.option(
+        "--scores",
+        "calibrated",
+        type=click.Choice(["model", "calibrated"]),
+        default="model",
+        show_default=True,
+        callback=lambda ctx, parameter, value: value == "calibrated",
+        help="The model's own, or the probabilities that qrank calibrate fitted.",
+    )
+    return scores(backend(run_options(criteria_options(max_loss(memory_option(command))))))
 
 
 def megabytes(size: int) -> str:

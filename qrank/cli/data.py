@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from qrank.cli.common import InputFile, notice
+from qrank.cli.common import InputFile, notice, run_options
 from qrank.quality.collection import Collection, Files, Run
 from qrank.quality.score_cache import Setting
 from qrank.scoring.inputs import LongDocuments
@@ -36,13 +36,10 @@ _OPTIONS = (
         show_default=True,
         help="Candidates of a query.",
     ),
-    click.option("--limit", type=click.IntRange(min=1), help="Only the first so many queries."),
-    click.option("--device", help="cpu, cuda, gpu, npu, metal, ...  [default: cpu]"),
     click.option(
-        "--compute-dtype", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]"
+        "--max-queries", type=click.IntRange(min=1), help="Only the first so many queries."
     ),
-    click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]"),
-    click.option("--max-length", type=int, help="Tokens of a pair.  [default: the model's limit]"),
+    run_options,
     click.option("--instruction", help="What relevant means, where the model's family takes that."),
     click.option(
         "--long-documents",
@@ -86,11 +83,11 @@ def collection(options: dict[str, Any]) -> Iterator[Collection]:
 
 def candidates(collection: Collection, options: dict[str, Any]) -> tuple[str, Run]:
     """What the first stage is called, and what it found."""
-    run, depth, limit = options["run"], options["depth"], options["limit"]
+    run, depth, most = options["run"], options["depth"], options["max_queries"]
     if run is None:
-        return "BM25", collection.bm25(depth, limit)
-    found = collection.run(run, depth, limit)
+        return "BM25", collection.bm25(depth, most)
+    found = collection.run(run, depth, most)
     lacking = len(collection.queries) - len(found)
-    if lacking and limit is None:
+    if lacking and most is None:
         notice(f"{run} has none of {lacking} judged queries, which are left out")
     return "first stage", found

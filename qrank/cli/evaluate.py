@@ -14,11 +14,11 @@ from rich.text import Text
 
 from qrank.cli.common import debug_option, notice
 from qrank.cli.data import candidates, collection, data_options, setting
+from qrank.cli.plots import check_plot, plot_evaluation
 from qrank.cli.progress import progress_bars
 from qrank.quality.evaluation import AGREEMENT, WITHIN, Evaluation
 from qrank.quality.evaluation import evaluate as run
 from qrank.quality.metrics import MEASURES, Difference
-from qrank.quality.plots import check_plot, plot_evaluation
 
 
 @click.command("eval")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import click
 
 from qrank.bundle.family import cards
-from qrank.bundle.hub_names import snapshot
 from qrank.bundle.locate import bundled, locate
-from qrank.bundle.manifest import Manifest, Variant, check_files
+from qrank.bundle.manifest import Manifest, Variant
 from qrank.cli.common import debug_option, megabytes
 
 
@@ -19,8 +17,8 @@ from qrank.cli.common import debug_option, megabytes
 def models() -> None:
     """List the bundled models, and the families that can be converted."""
     click.echo("Bundles")
-    for name, folder in bundled().items():
-        manifest = Manifest.load(folder)
+    for name in bundled():
+        manifest = locate(name).manifest
         for variant in manifest.variants.values():
             click.echo(
                 f"  {name:18} {manifest.family.name}, {variant.name}, {megabytes(variant.bytes)}"
@@ -40,8 +38,8 @@ def inspect(bundle: str, verify: bool) -> None:
     BUNDLE is a bundled name, a folder or a hub id; variants of a bundle on the hub are downloaded
     when they first run, and verified where they are.
     """
-    folder = locate(bundle, whole=False)
-    manifest = Manifest.load(folder)
+    located = locate(bundle, whole=False)
+    manifest = located.manifest
     family, source = manifest.family, manifest.source
     facts = {
         "name": manifest.name,
@@ -61,21 +59,15 @@ def inspect(bundle: str, verify: bool) -> None:
     for line in (*fidelity_lines(manifest.variants.values()), *verification_note(manifest)):
         click.echo(line)
     if verify:
-        absent = [v for v in manifest.variants.values() if _on_the_hub_yet(folder, v)]
+        absent = [v for v in manifest.variants.values() if located.on_hub_only(v)]
         files = dict(manifest.files)
         for variant in manifest.variants.values():
             if variant not in absent:
                 files |= variant.files
-        check_files(folder, files, always_hash=True)
+        located.check(files, always_hash=True)
         click.echo(f"\nall {len(files)} files are as the manifest says")
         if absent:
             click.echo(f"not downloaded yet: {', '.join(variant.name for variant in absent)}")
-
-
-def _on_the_hub_yet(folder: Path, variant: Variant) -> bool:
-    """Whether a variant of a hub's bundle was not downloaded; of other bundles it is missing."""
-    there = any((folder / name).exists() for name in variant.files)
-    return not there and snapshot(folder) is not None
 
 
 def fidelity_lines(variants: Iterable[Variant]) -> Iterator[str]:

@@ -15,10 +15,9 @@ from qrank.cli.common import (
     FiniteFloat,
     FiniteRange,
     InputFile,
-    criteria_options,
     debug_option,
-    memory_option,
     notice,
+    opening_options,
 )
 from qrank.cli.output import WRITERS, Result
 from qrank.cli.progress import progress_bars
@@ -27,7 +26,6 @@ from qrank.quality.records import text_of
 from qrank.quality.rerank_run import RunReranker
 from qrank.reranker import Reranker
 from qrank.scoring.inputs import LongDocuments
-from qrank.select.selection import Policy, Profile
 from qrank.system.safejson import parse_object
 from qrank.system.textfiles import STANDARD_INPUT, TextFile
 
@@ -48,35 +46,15 @@ from qrank.system.textfiles import STANDARD_INPUT, TextFile
 )
 @click.option("-k", "--top-k", type=click.IntRange(min=0), help="Print only the first so many.")
 @click.option("--min-score", type=FiniteFloat(), help="Leave out what scores below this.")
-@click.option(
-    "--scores",
-    type=click.Choice(["model", "calibrated"]),
-    default="model",
-    show_default=True,
-    help="The model's own, or the probabilities that qrank calibrate fitted.",
-)
 @click.option("--raw", is_flag=True, help="Print logits, before the model's activation.")
-@click.option("--backend", help="onnx, openvino-int8, ..., or torch for a checkpoint.")
-@click.option("--device", help="cpu, cuda, gpu, npu, ...  [default: as measured, or cpu]")
-@click.option(
-    "--compute-dtype", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]"
-)
-@criteria_options
-@click.option(
-    "--max-loss",
-    type=FiniteFloat(),
-    help="Most nDCG@10 that qrank eval may have found a variant to lose against fp32.",
-)
+@opening_options
 @click.option(
     "--measure/--no-measure",
     default=None,
     help="Measure the targets first if that was not done yet (qrank tune), or go by a guess "
     "without saying so.  [default: go by a guess, and say so on a terminal]",
 )
-@click.option("--family", help="With --backend torch: card that reads the checkpoint.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
-@click.option("--max-length", type=int, help="Tokens of a pair.  [default: the model's limit]")
-@memory_option
+@click.option("--family", help="With --backend torch, which runs a checkpoint: card that reads it.")
 @click.option(
     "--long-documents",
     type=click.Choice(get_args(LongDocuments)),
@@ -103,25 +81,14 @@ def score(
     format: str | None,
     top_k: int | None,
     min_score: float | None,
-    scores: str,
     raw: bool,
-    backend: str | None,
-    device: str | None,
-    compute_dtype: str | None,
-    policy: Policy,
-    min_kendall: float | None,
-    max_loss: float | None,
-    profile: Profile,
     measure: bool | None,
-    family: str | None,
-    threads: int | None,
-    max_length: int | None,
-    max_memory: int | None,
     long_documents: LongDocuments,
     budget_ms: float | None,
     run: Path | None,
     queries: Path | None,
     documents: Path | None,
+    **opening: Any,
 ) -> None:
     """Rank documents for a query, most relevant first.
 
@@ -137,32 +104,15 @@ def score(
     if model is None:
         notice(f"no --model given: using the bundled {DEFAULT}")
 
-    def opened() -> Reranker:
-        return Reranker(
-            model or DEFAULT,
-            backend=backend,
-            device=device,
-            threads=threads,
-            compute_dtype=compute_dtype,
-            max_length=max_length,
-            max_memory=max_memory,
-            family=family,
-            policy=policy,
-            min_kendall=min_kendall,
-            max_loss=max_loss,
-            profile=profile,
-            calibrated=scores == "calibrated",
-        )
-
     def load() -> Reranker:
-        reranker = opened()
+        reranker = Reranker(model or DEFAULT, **opening)
         choice = reranker.choice
         if choice.measured or choice.among == 1 or measure is False:
             return reranker
         if measure:
             reranker.close()
-            measure_targets(model or DEFAULT, threads, None)
-            return opened()
+            measure_targets(reranker.engine.bundle, opening["threads"], None)
+            return Reranker(reranker.engine.bundle, **opening)
         if sys.stderr.isatty():
             notice(
                 f"not measured here yet: guessing that {choice.target.name} is the fastest of "
@@ -170,14 +120,14 @@ def score(
             )
         return reranker
 
-    if raw and scores == "calibrated":
+    if raw and opening["calibrated"]:
         raise click.UsageError("--raw prints logits: give --scores calibrated or --raw")
     if run is not None:
         if queries is None or documents is None:
             raise click.UsageError("--run goes with --queries and --documents")
         if query is not None or files or jsonl or min_score is not None or raw:
             raise click.UsageError("--run takes no -q, FILES, --jsonl, --min-score or --raw")
-        if scores == "calibrated":
+        if opening["calibrated"]:
             raise click.UsageError("--run writes logits: it takes no --scores")
         if format not in (None, "trec"):
             raise click.UsageError("--run writes a TREC run: --format trec")

@@ -5,22 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from qrank.bundle.locate import DEFAULT
-from qrank.cli.common import (
-    FiniteFloat,
-    FiniteRange,
-    criteria_options,
-    debug_option,
-    memory_option,
-    notice,
-)
+from qrank.cli.common import FiniteRange, debug_option, notice, opening_options
 from qrank.errors import InputError
 from qrank.reranker import Reranker
-from qrank.select.selection import Policy, Profile
 from qrank.system.extras import need
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -62,30 +55,7 @@ _SECONDS = FiniteRange(min=0, min_open=True)
     "--instruction",
     help="What relevant means, for requests that do not say it; for models that take that.",
 )
-@click.option(
-    "--scores",
-    type=click.Choice(["model", "calibrated"]),
-    default="model",
-    show_default=True,
-    help="The model's own, or the probabilities that qrank calibrate fitted.",
-)
-@click.option(
-    "--backend",
-    help="onnx, openvino-int8, ...  [default: as measured, or what is expected to be the fastest]",
-)
-@click.option("--device", help="cpu, cuda, gpu, npu, metal, ...  [default: as measured, or cpu]")
-@click.option(
-    "--compute-dtype", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]"
-)
-@criteria_options
-@click.option(
-    "--max-loss",
-    type=FiniteFloat(),
-    help="Most nDCG@10 that qrank eval may have found a variant to lose against fp32.",
-)
-@click.option("--threads", type=_COUNT, help="CPU threads of each model.  [default: all]")
-@click.option("--max-length", type=int, help="Tokens of a pair.  [default: the model's limit]")
-@memory_option
+@opening_options
 @click.option(
     "--api-key-file", type=_FILE, help="Keys, one a line; a request must send one as Bearer."
 )
@@ -145,6 +115,7 @@ _SECONDS = FiniteRange(min=0, min_open=True)
 @click.pass_context
 def serve(
     context: click.Context,
+    /,
     models: tuple[str, ...],
     host: str,
     port: int,
@@ -152,17 +123,6 @@ def serve(
     root_path: str,
     aliases: tuple[str, ...],
     instruction: str | None,
-    scores: str,
-    backend: str | None,
-    device: str | None,
-    compute_dtype: str | None,
-    policy: Policy,
-    min_kendall: float | None,
-    max_loss: float | None,
-    profile: Profile,
-    threads: int | None,
-    max_length: int | None,
-    max_memory: int | None,
     api_key_file: Path | None,
     cors_origin: tuple[str, ...],
     tls_cert: Path | None,
@@ -174,6 +134,7 @@ def serve(
     max_body: int,
     body_timeout: float,
     drain_timeout: float,
+    **opening: Any,
 ) -> None:
     """Answer rerank requests over HTTP, in the dialects of other servers.
 
@@ -218,22 +179,7 @@ def serve(
         served: dict[str, Reranker] = {}
         for model in models or (DEFAULT,):
             name, source = _named(model)
-            reranker = opened.enter_context(
-                Reranker(
-                    source,
-                    backend=backend,
-                    device=device,
-                    threads=threads,
-                    compute_dtype=compute_dtype,
-                    max_length=max_length,
-                    max_memory=max_memory,
-                    policy=policy,
-                    min_kendall=min_kendall,
-                    max_loss=max_loss,
-                    profile=profile,
-                    calibrated=scores == "calibrated",
-                )
-            )
+            reranker = opened.enter_context(Reranker(source, **opening))
             # A folder is no name to ask for.
             name = name or (reranker.engine.manifest.name if Path(source).is_dir() else source)
             if name in served:

@@ -5,23 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
 import click
 
 from qrank.bundle.locate import locate
-from qrank.bundle.manifest import Manifest
+from qrank.bundle.opened import Bundle
 from qrank.cli.common import FiniteRange, criteria_options, debug_option, megabytes
 from qrank.cli.spinner import spinner
-from qrank.select.selection import (
-    PROFILES,
-    Criteria,
-    Measurement,
-    Policy,
-    Profile,
-    deprioritized,
-    order,
-)
+from qrank.select.measurements import PROFILES, Measurement, Profile
+from qrank.select.selection import Criteria, Policy, deprioritized, order
 
 
 @click.command()
@@ -29,7 +22,7 @@ from qrank.select.selection import (
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @criteria_options
 @click.option(
-    "--limit",
+    "--timeout",
     type=FiniteRange(min=0, min_open=True),
     help="Seconds a backend may take to open or to answer.  [default: ten times what others "
     "took, and more for large files]",
@@ -42,7 +35,7 @@ def tune(
     policy: Policy,
     min_kendall: float | None,
     profile: Profile,
-    limit: float | None,
+    timeout: float | None,
     as_json: bool,
 ) -> None:
     """Measure every target of a bundle on this machine, and remember the result.
@@ -57,30 +50,35 @@ def tune(
       qrank tune my-bundle --min-kendall 0.97
     """
     criteria = Criteria(policy=policy, min_kendall=min_kendall, profile=profile)
-    measured = measure(bundle, threads, limit)
-    last = deprioritized(Manifest.load(locate(bundle)), criteria)
+    located = locate(bundle)
+    measured = measure(located, threads, timeout)
+    last = deprioritized(located.manifest, criteria)
     usable = order(measured, criteria, last)
     rest = [m for m in measured if m not in usable]
     if as_json:
-        click.echo(json.dumps([asdict(m) for m in usable + rest], indent=2))
+        click.echo(json.dumps([_record(m) for m in usable + rest], indent=2))
     else:
         for line in _lines(usable, rest, last):
             click.echo(line)
 
 
-def measure(bundle: str | Path, threads: int | None, limit: float | None) -> list[Measurement]:
+def measure(bundle: Bundle, threads: int | None, timeout: float | None) -> list[Measurement]:
     """Measure, and say on a terminal what is being done."""
     from qrank.measure.tuning import tune as run
 
     with spinner() as progress:
-        return run(bundle, threads=threads, limit=limit, progress=progress)
+        return run(bundle, threads=threads, timeout=timeout, progress=progress)
+
+
+def _record(m: Measurement) -> dict[str, Any]:
+    return {**asdict(m), **asdict(m.target), "target": m.target.name}
 
 
 def _lines(
     usable: Sequence[Measurement], rest: Sequence[Measurement], last: Set[str]
 ) -> Iterator[str]:
     """A table of 80 columns or fewer."""
-    width = max([len(m.target) for m in usable] + [6])
+    width = max([len(m.target.name) for m in usable] + [6])
     yield (
         f"{'target':{width}}"
         + "".join(f"{name:>9}" for name in PROFILES)
@@ -88,16 +86,16 @@ def _lines(
     )
     for m in usable:
         yield (
-            f"{m.target:{width}}"
+            f"{m.target.name:{width}}"
             + "".join(f"{m.speeds[name]:>9.1f}" for name in PROFILES)
             + f"{m.load:>8.1f}{megabytes(m.bytes):>10}{m.kendall:>9.4f}"
         )
         if m.setting:
             yield f"  {m.setting}"
     if usable:
-        yield f"chosen: {usable[0].target}" + (usable[0].setting and f" ({usable[0].setting})")
-    for name in sorted(last & {m.variant for m in usable}):
+        yield f"chosen: {usable[0].target.name}" + (usable[0].setting and f" ({usable[0].setting})")
+    for name in sorted(last & {m.target.variant for m in usable}):
         yield f"taken last: {name}, which loses much, or nobody knows what (qrank eval)"
     for m in rest:
         why = m.reason or "less faithful than asked for"
-        yield f"not used: {m.target}{m.setting and f' ({m.setting})'}: {why}"
+        yield f"not used: {m.target.name}{m.setting and f' ({m.setting})'}: {why}"

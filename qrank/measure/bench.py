@@ -12,23 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from qrank.bundle.locate import DEFAULT, locate
-from qrank.bundle.manifest import TOKENIZER, Manifest
+from qrank.bundle.opened import Bundle
 from qrank.errors import InputError, QrankError
+from qrank.measure.candidates import candidates
 from qrank.measure.discover import surveys
-from qrank.measure.tuning import (
-    QUERY,
-    Candidate,
-    Opened,
-    Tournament,
-    candidates,
-    documents,
-    in_turns,
-    room,
-)
+from qrank.measure.profiles import QUERY, documents
+from qrank.measure.tournament import Opened, Tournament, in_turns, room
 from qrank.scoring import arguments
 from qrank.scoring.inputs import as_texts
 from qrank.scoring.pair_tokenizer import PairTokenizer
-from qrank.select.selection import Criteria, Measurement, order
+from qrank.select.measurements import Profile
+from qrank.select.selection import Criteria, order
+from qrank.select.targets import TargetKey, named
 from qrank.system import machine
 
 COUNTS = (1, 20, 100)
@@ -45,7 +40,7 @@ class Row:
     """What a target does, or why it cannot be used.
 
     Attributes:
-        target: its name.
+        target: it; or a backend, none of whose targets can be used.
         setting: arithmetic it computes in; "" where there is no choice.
         reason: why it cannot be used; None if it can.
         pairs: a second, with the largest request.
@@ -60,7 +55,7 @@ class Row:
         rounds: how many requests of each size were timed.
     """
 
-    target: str
+    target: TargetKey
     setting: str
     reason: str | None = None
     pairs: float = 0.0
@@ -73,14 +68,19 @@ class Row:
     kendall: float = -1.0
     rounds: dict[int, int] = field(default_factory=dict)
 
+    def speed(self, profile: Profile) -> float:
+        """Pairs a second, of what was ranked: the same for every profile."""
+        return self.pairs
+
 
 def bench(
-    model: str | Path = DEFAULT,
+    model: str | Path | Bundle = DEFAULT,
     *,
     texts: Sequence[str] | None = None,
     query: str | None = None,
     threads: int | None = None,
-    only: Sequence[str] = (),
+    backends: Sequence[str] = (),
+    device: str | None = None,
     seconds: float = 30.0,
     progress: Callable[[str], object] = log.info,
 ) -> list[Row]:
@@ -92,7 +92,9 @@ def bench(
             128 tokens.
         query: None: a made-up one.
         threads: CPU threads a target may use. None: all.
-        only: names of targets, variants or formats; () for all. All of them are in memory at once.
+        backends: formats, variants and other names of `qrank.select.targets.named`; () for all.
+            All that they stand for are in memory at once.
+        device: None: every one that is present.
         seconds: for each size of a request, after which no further round begins.
         progress: told what is being done.
 
@@ -100,30 +102,38 @@ def bench(
         Rows, the fastest first, then those that cannot be used.
 
     Raises:
-        QrankError: there is no such bundle, or nothing of it is named by `only`.
+        QrankError: there is no such bundle, or nothing of it is named so.
     """
-    model = arguments.place("model", model, "a bundled name, a bundle's folder or a hub id")
+    model = arguments.model(model)
     threads = arguments.whole("threads", threads, 1) or machine.processors()
     arguments.number("seconds", seconds, "a number, 0 or more", lambda x: x >= 0, none=False)
     arguments.function("progress", progress)
     query = arguments.text("query", query) or QUERY
     given = None if texts is None else as_texts(texts, "texts", "text")
-    only = as_texts(only, "only", "name")
-    folder = locate(model)
-    manifest = Manifest.load(folder)
-    given = documents(folder, manifest, "passages") if given is None else given
+    backends = as_texts(backends, "backends", "name")
+    device = arguments.text("device", device)
+    bundle = locate(model)
+    manifest = bundle.manifest
+    given = documents(bundle, "passages") if given is None else given
     if not given:
         raise InputError("no documents: give at least one")
     work = [given[place % len(given)] for place in range(COUNTS[-1])]
+    wanted = [run for backend in backends for run in named(manifest, backend)]
     rows: list[Row] = []
     found = surveys(manifest, 60.0, progress)
-    rows += [Row(f.backend, "", f.reason) for f in found if f.reason]
-    chosen = [c for c in candidates(manifest, found, threads) if _named(c, only)]
+    rows += [Row(TargetKey("", "", f.backend), "", f.reason) for f in found if f.reason]
+    chosen = [
+        c
+        for c in candidates(manifest, found, threads)
+        if (not backends or (c.target.variant, c.target.backend) in wanted)
+        and device in (None, c.target.device)
+    ]
     if not chosen:
-        raise InputError(f"no target is named by {', '.join(only) or 'anything'}")
-    tokenizer = PairTokenizer(folder / TOKENIZER, manifest.family, threads=threads)
-    tokens = sum(len(tokenizer.whole(query, text)[0]) for text in work)
-    contest = Tournament(folder, {}, query=query)
+        asked = ", ".join([*backends, *([device] if device else [])])
+        raise InputError(f"there is no target here that is {asked or 'of a known format'}")
+    encoder = PairTokenizer(bundle.tokenizer, manifest.family, threads=threads)
+    tokens = sum(len(encoder.whole(query, text)[0]) for text in work)
+    contest = Tournament(bundle.folder, {}, query=query)
     with ExitStack() as stack:
         running: list[Opened] = []
         failed: dict[int, str] = {}
@@ -132,13 +142,13 @@ def bench(
             # What is open already is missing from what is free, where the system tells that.
             taken = 0 if machine.free_memory() is not None else _taken(running)
             if candidate.target.variant.bytes * 3 + taken > room():
-                reason = "no room in memory beside the others: name fewer with --only"
-                rows.append(Row(candidate.target.name, candidate.compute_dtype or "", reason))
+                reason = "no room in memory beside the others: name fewer with --backend"
+                rows.append(Row(candidate.target.key, candidate.compute_dtype or "", reason))
                 continue
             try:
                 running.append(stack.enter_context(contest.opened(candidate)))
             except QrankError as error:
-                rows.append(Row(candidate.target.name, candidate.compute_dtype or "", str(error)))
+                rows.append(Row(candidate.target.key, candidate.compute_dtype or "", str(error)))
         times: dict[int, dict[int, list[float]]] = {}
         expected: dict[int, float] = {}
         for count in COUNTS:
@@ -158,13 +168,13 @@ def bench(
             candidate = opened.candidate
             target, setting = candidate.target, candidate.compute_dtype or ""
             if number in failed:
-                rows.append(Row(target.name, setting, failed[number]))
+                rows.append(Row(target.key, setting, failed[number]))
                 continue
             ms = {count: np.array(times[count][number]) * 1000 for count in COUNTS}
             calls = 1000 / float(np.mean(ms[COUNTS[-1]]))
             rows.append(
                 Row(
-                    target=target.name,
+                    target=target.key,
                     setting=setting,
                     pairs=COUNTS[-1] * calls,
                     tokens=tokens * calls,
@@ -188,28 +198,9 @@ def chosen(rows: Sequence[Row], criteria: Criteria, last: Collection[str] = ()) 
         criteria: what decides.
         last: names of variants to take after all others, of `selection.deprioritized`.
     """
-    usable = [row for row in rows if row.reason is None]
-    measured = [
-        Measurement(
-            row.target,
-            str(number),
-            "",
-            speeds={criteria.profile: row.pairs},
-            kendall=row.kendall,
-            bytes=row.bytes,
-        )
-        for number, row in enumerate(usable)
-    ]
-    best = next(iter(order(measured, criteria, last)), None)
-    return None if best is None else usable[int(best.selector)]
+    return next(iter(order(rows, criteria, last)), None)
 
 
 def _taken(running: Sequence[Opened]) -> int:
     """Bytes that targets take, about."""
     return sum(opened.candidate.target.variant.bytes * 3 for opened in running)
-
-
-def _named(candidate: Candidate, only: Sequence[str]) -> bool:
-    target = candidate.target
-    names = {target.name, target.variant.name, target.variant.format, target.backend}
-    return not only or bool(names & set(only))

@@ -130,7 +130,7 @@ class Collection:
         """Close the documents' file."""
         self._opened.close()
 
-    def bm25(self, depth: int = 100, limit: int | None = None) -> Run:
+    def bm25(self, depth: int = 100, max_queries: int | None = None) -> Run:
         """BM25's best documents of the queries; those that share no word with one are none.
 
         bm25s with its default parameters, `words` without English stop words. A query that stands
@@ -138,13 +138,13 @@ class Collection:
 
         Args:
             depth: documents of a query.
-            limit: only the first so many queries.
+            max_queries: only the first so many queries.
         """
         bm25s = need("bm25s")
         stop = frozenset(need("bm25s.stopwords").STOPWORDS_EN)
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for DEBUG
         names = list(self.documents)
-        queries = dict(list(self.queries.items())[:limit])
+        queries = dict(list(self.queries.items())[:max_queries])
         if not names or not queries:
             return {}
 
@@ -166,7 +166,7 @@ class Collection:
         }
         return _without(run, itself, depth)
 
-    def run(self, path: Path, depth: int = 100, limit: int | None = None) -> Run:
+    def run(self, path: Path, depth: int = 100, max_queries: int | None = None) -> Run:
         """The best documents of a TREC run's judged queries, by its scores, equal ones as they lie.
 
         A query that stands among the documents is no candidate for itself: see `_itself`.
@@ -174,7 +174,7 @@ class Collection:
         Args:
             path: of the run.
             depth: documents of a query.
-            limit: only the first so many queries, in the order of the queries' file.
+            max_queries: only the first so many queries, in the order of the queries' file.
 
         Raises:
             InputError: it cannot be parsed, names documents that the documents' file lacks, or
@@ -208,18 +208,18 @@ class Collection:
                 )
             what = f"in {file.name}, not judged, left out"
             _tell(what, len(others), len(others) + len(found), "queries")
-        queries = [query for query in self.queries if query in found][:limit]
+        queries = [query for query in self.queries if query in found][:max_queries]
         ranked = {
             query: dict(sorted(found[query].items(), key=lambda item: -item[1]))
             for query in queries
         }
         return _without(ranked, self._itself(queries), depth)
 
-    def judged(self, limit: int | None = None) -> Run:
+    def judged(self, max_queries: int | None = None) -> Run:
         """The judged documents of the queries, as candidates by no first stage: all score 0."""
         return {
             query: {name: 0.0 for name in self.qrels[query] if name in self.documents}
-            for query in list(self.queries)[:limit]
+            for query in list(self.queries)[:max_queries]
         }
 
     def _itself(self, queries: Iterable[str]) -> set[str]:

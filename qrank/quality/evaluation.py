@@ -17,6 +17,7 @@ from qrank.quality.collection import Collection, Run
 from qrank.quality.metrics import MAIN, Difference, Order, kendall, measure, overlap
 from qrank.quality.score_cache import Progress, Scored, Setting, no_progress, score
 from qrank.select.losses import Loss, remember
+from qrank.select.targets import Target, named
 from qrank.system.extras import need
 
 WITHIN = 50
@@ -105,8 +106,8 @@ def evaluate(
         candidates: of the queries to evaluate, in the first stage's order.
         setting: how targets are opened.
         first: what the first stage is called.
-        backends: formats, variants, or a user's own "module:function". Empty: all variants, of
-            which those that cannot run here are left out.
+        backends: see `qrank.select.targets.named`. Empty: all variants, of which those that cannot
+            run here are left out.
         reference: the checkpoint, which torch runs in fp32.
         family: card that reads it.
         progress: called after each query of each target.
@@ -132,8 +133,9 @@ def evaluate(
         )
     for package in ("ir_measures", "scipy.stats"):
         need(package)  # before hours of scoring, not after
-    manifest = Manifest.load(locate(model))
-    named = _named(manifest, backends)
+    bundle = locate(model)
+    manifest = bundle.manifest
+    selectors = _selectors(manifest, backends)
     exact = [v.name for v in manifest.variants.values() if v.precision == "fp32"]
     scored: dict[str, Scored] = {}
     failed: dict[str, str] = {}
@@ -147,9 +149,9 @@ def evaluate(
                 log.warning("%s is not what %s was converted from", reference, manifest.name)
             scored[ORIGINAL] = score(reranker, plain, collection, candidates, progress=progress)
     # The bundle's own reference is scored whether it is named or not.
-    for name in dict.fromkeys([*(exact if reference is None else ()), *named]):
+    for name in dict.fromkeys([*(exact if reference is None else ()), *selectors]):
         try:
-            with setting.open(model, name) as reranker:
+            with setting.open(bundle, name) as reranker:
                 scored[name] = score(
                     reranker,
                     setting,
@@ -159,7 +161,7 @@ def evaluate(
                     progress=progress,
                 )
         except (MissingExtraError, TargetError) as error:
-            if backends and name in named:
+            if backends and name in selectors:
                 raise
             failed[name] = str(error)
     if not scored.keys() - {ORIGINAL}:
@@ -187,23 +189,16 @@ def evaluate(
     )
 
 
-def _named(manifest: Manifest, backends: Sequence[str]) -> list[str]:
-    """Names of variants, and of a user's own backends, that formats and names stand for."""
-    variants = manifest.variants.values()
-    if not backends:
-        return [variant.name for variant in variants]
+def _selectors(manifest: Manifest, backends: Sequence[str]) -> list[str]:
+    """What names each variant that backends stand for, and a user's own backends."""
     names: list[str] = []
     for backend in backends:
-        found = [v.name for v in variants if backend in (v.format, v.name)]
         if ":" in backend:
-            found = [backend]
-        if not found:
-            raise TargetError(
-                f"the bundle {manifest.name} has no variant for backend {backend!r}; it has: "
-                f"{', '.join(manifest.variants)}"
-            )
-        names += found
-    return names
+            names.append(backend)
+        else:
+            runs = named(manifest, backend)
+            names += [Target(variant, "", runner).key.selector for variant, runner in runs]
+    return names or list(manifest.variants)
 
 
 def _reference(manifest: Manifest, names: Sequence[str]) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qrank.backends import conditions
+from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits
 from qrank.quality.collection import Collection, Run
 from qrank.reranker import Reranker
@@ -42,7 +42,9 @@ class Setting:
     instruction: str | None = None
     long_documents: LongDocuments = "truncate"
 
-    def open(self, model: str | Path, backend: str | None, family: str | None = None) -> Reranker:
+    def open(
+        self, model: str | Path | Bundle, backend: str | None, family: str | None = None
+    ) -> Reranker:
         """Open a target."""
         return Reranker(
             model,
@@ -122,17 +124,10 @@ def score(
 def _file(reranker: Reranker, setting: Setting) -> Path | None:
     """Where a target's logits are kept; None where there is no cache."""
     target = reranker.target
-    # Threads change no logit.
-    asked = {name: value for name, value in asdict(setting).items() if name != "threads"}
-    key = {
-        "variant": reranker.engine.manifest.identity(target.variant),
-        "target": target.name,
-        **asked,
-        # As it was chosen, where nobody named it.
-        "compute_dtype": reranker.engine.compute_dtype,
-        **conditions(target.backend, target.device),
-    }
-    return cache.place("logits", key, ".jsonl")
+    # Threads change no logit; the rest is as it was chosen, where nobody named it.
+    asked = {k: v for k, v in asdict(setting).items() if k not in ("threads", "device")}
+    asked["compute_dtype"] = reranker.engine.compute_dtype
+    return cache.place("logits", target.cache_key(reranker.engine.manifest, **asked), ".jsonl")
 
 
 def _key(pairs: Sequence[tuple[str, str]]) -> str:

@@ -19,6 +19,7 @@ from typing import SupportsIndex
 
 import numpy as np
 
+from qrank.bundle.opened import Bundle
 from qrank.errors import InputError
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT]?)(?:I?B)?")
@@ -90,6 +91,13 @@ def place(name: str, value: object, wanted: str) -> str | Path:
     if isinstance(value, str) and value:
         return value
     raise wrong(name, value, wanted)
+
+
+def model(value: object) -> str | Path | Bundle:
+    """What a user calls a model, or what `qrank.bundle.locate` made of it."""
+    if isinstance(value, Bundle):
+        return value
+    return place("model", value, "a bundled name, a bundle's folder or a hub id")
 
 
 def flag(name: str, value: object) -> bool:

@@ -176,7 +176,7 @@ def load(manifest: Manifest, variant: Variant) -> Calibration:
 def _path(manifest: Manifest, variant: Variant) -> Path:
     name = re.sub(r"[^\w.-]", "_", manifest.name)
     identity = manifest.identity(variant)[:16]
-    return paths.data_folder() / "calibrations" / f"{name}-{variant.name}-{identity}.json"
+    return paths.data_folder() / "calibrations" / f"{name}-{variant.folder}-{identity}.json"
 
 
 def _standardized(logits: Logits, labels: Labels) -> tuple[NDArray[np.float64], float, float]:

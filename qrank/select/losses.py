@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qrank.backends import conditions
 from qrank.bundle.manifest import Manifest, Variant
+from qrank.select.targets import Target
 from qrank.system import cache
 
 _KIND = "losses"
@@ -54,4 +54,4 @@ def remember(manifest: Manifest, found: dict[str, Loss], device: str = "cpu") ->
 
 
 def _key(manifest: Manifest, variant: Variant, device: str) -> dict[str, Any]:
-    return {"variant": manifest.identity(variant), **conditions(variant.format, device)}
+    return Target(variant, device, variant.format).cache_key(manifest)

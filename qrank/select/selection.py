@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, TypeVar, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, TypeVar, get_args
 
-from qrank.backends import RUNTIMES, Options, runtime
+from qrank.backends import Options
 from qrank.bundle.manifest import Manifest
 from qrank.errors import BundleError, InputError, MissingExtraError, TargetError
 from qrank.select.losses import losses
-from qrank.select.targets import Target, guesses
-from qrank.system import cache, machine
-from qrank.system.version import __version__
+from qrank.select.measurements import PROFILES, Measurement, Profile, recalled
+from qrank.select.targets import Target, TargetKey, guesses, named
 
 Taken = TypeVar("Taken")
 
 Policy = Literal["fastest", "smallest", "most-faithful"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
-
-Profile = Literal["short", "passages", "long"]
-
-PROFILES: dict[Profile, tuple[int, int]] = {
-    "short": (1, 32),
-    "passages": (20, 128),
-    "long": (100, 512),
-}
-"""What targets are timed on -> documents, and tokens of each with its query."""
 
 TIE_MARGIN = 0.05
 """Targets that differ by less than this share of their speed are equally fast: the more faithful
@@ -41,67 +30,7 @@ passed its probes that lost 0.048 nDCG@10 (docs/benchmarks.md)."""
 MAX_LOSS = 0.01
 """nDCG@10 that a variant may have been found to lose, and be taken like any other."""
 
-_KIND = "measurements"
-
 log = logging.getLogger("qrank")
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What a target was found to do on this machine, or why it cannot be used.
-
-    Attributes:
-        target: its name.
-        selector: what names it as a backend.
-        device: lower case.
-        reason: why it cannot be used; None if it can.
-        compute_dtype: arithmetic it computes in; None where there is no choice.
-        threads: CPU threads it was fastest with.
-        max_batch_tokens: padded tokens a batch it was fastest with; None: its own choice.
-        speeds: pairs a second, by profile.
-        load: seconds to open it.
-        kendall: Kendall's tau against the original, on the bundle's probes.
-        bytes: size of its files.
-    """
-
-    target: str
-    selector: str
-    device: str
-    reason: str | None = None
-    compute_dtype: str | None = None
-    threads: int = 1
-    max_batch_tokens: int | None = None
-    speeds: dict[str, float] = field(default_factory=dict)
-    load: float = 0.0
-    kendall: float = -1.0
-    bytes: int = 0
-
-    def check(self, manifest: Manifest) -> None:
-        """See that it is one of a bundle's, and whole, as a damaged file's is not.
-
-        Raises:
-            ValueError, TypeError: it is not.
-        """
-        if self.reason is not None:
-            return
-        if self.variant not in manifest.variants:
-            raise ValueError(f"the bundle has no {self.variant}")
-        speeds = [self.speeds[profile] for profile in PROFILES if profile in self.speeds]
-        if len(speeds) < len(PROFILES) or not all(0 < speed < math.inf for speed in speeds):
-            raise ValueError(f"{self.target} has no speed for each profile: {self.speeds}")
-        if not (-1 <= self.kendall <= 1 and self.threads >= 1 and self.bytes >= 0):
-            raise ValueError(f"{self.target} has a number out of its range")
-
-    @property
-    def variant(self) -> str:
-        """Its name, in the bundle: `onnx-int8`."""
-        return self.target.partition("@")[0].rpartition("/")[2]
-
-    @property
-    def setting(self) -> str:
-        """What distinguishes it from the target's other measurements, for people; "" mostly."""
-        batch = f"{self.max_batch_tokens} a batch" if self.max_batch_tokens else ""
-        return ", ".join(part for part in (self.compute_dtype, batch) if part)
 
 
 @dataclass(frozen=True)
@@ -168,11 +97,8 @@ def choices(manifest: Manifest, criteria: Criteria, options: Options) -> list[Ch
         TargetError: the bundle has no such target, or none so faithful.
     """
     kept = _within_loss(manifest, criteria)
-    known = [m for m in recalled(manifest, options.threads) if m.variant in kept]
-    fitting = [
-        m for m in known if _named(m, criteria) and options.compute_dtype in (None, m.compute_dtype)
-    ]
     last = deprioritized(manifest, criteria)
+    fitting = [m for m in _measured(manifest, criteria, options) if m.target.variant in kept]
     ordered = [_choice(manifest, m, options, len(fitting)) for m in order(fitting, criteria, last)]
     if not ordered:
         faithful = _guessed(manifest, criteria)
@@ -199,7 +125,7 @@ def _least_kendall(choice: Choice, criteria: Criteria) -> float | None:
 
 
 def deprioritized(manifest: Manifest, criteria: Criteria) -> set[str]:
-    """Names of variants to take last: found to lose more than LOSS, or UNTOLD and not measured.
+    """Names of variants to take last: they lose more than MAX_LOSS, or NEEDS_EVAL and had none.
 
     None where a backend is named, or a bound on the loss: then that decides.
     """
@@ -277,87 +203,87 @@ def first_that_works(ordered: list[Choice], take: Callable[[Choice], Taken]) -> 
     raise TargetError("no target works here:\n  " + "\n  ".join(reasons))
 
 
+class Rated(Protocol):
+    """A target with what `order` goes by: see `Measurement`."""
+
+    @property
+    def target(self) -> TargetKey:
+        """Which it is."""
+
+    @property
+    def reason(self) -> str | None:
+        """Why it cannot be used; None if it can."""
+
+    @property
+    def kendall(self) -> float:
+        """Kendall's tau against the original."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of its files."""
+
+    def speed(self, profile: Profile) -> float:
+        """Pairs a second."""
+
+
+RatedTarget = TypeVar("RatedTarget", bound=Rated)
+
+
 def order(
-    measured: Iterable[Measurement], criteria: Criteria, last: Collection[str] = ()
-) -> list[Measurement]:
-    """Usable targets, the one to take first; see `Criteria` and ALIKE.
+    rated: Iterable[RatedTarget], criteria: Criteria, last: Collection[str] = ()
+) -> list[RatedTarget]:
+    """Usable targets, the one to take first; see `Criteria` and TIE_MARGIN.
 
     Args:
-        measured: in any order.
+        rated: in any order.
         criteria: what decides.
         last: names of variants to take after all others, of `deprioritized`.
     """
-    ordered = _by_policy(measured, criteria)
-    return sorted(ordered, key=lambda m: m.variant in last)
+    ordered = _by_policy(rated, criteria)
+    return sorted(ordered, key=lambda m: m.target.variant in last)
 
 
-def _by_policy(measured: Iterable[Measurement], criteria: Criteria) -> list[Measurement]:
-    rest = [m for m in measured if m.reason is None and _faithful(m.kendall, criteria)]
-    rest.sort(key=lambda m: -m.speeds[criteria.profile])
+def _by_policy(rated: Iterable[RatedTarget], criteria: Criteria) -> list[RatedTarget]:
+    rest = [m for m in rated if m.reason is None and _faithful(m.kendall, criteria)]
+    rest.sort(key=lambda m: -m.speed(criteria.profile))
     if criteria.policy == "smallest":
         return sorted(rest, key=lambda m: m.bytes)
     if criteria.policy == "most-faithful":
         return sorted(rest, key=lambda m: -m.kendall)
-    ordered: list[Measurement] = []
+    ordered: list[RatedTarget] = []
     while rest:
-        fastest = rest[0].speeds[criteria.profile]
-        alike = [m for m in rest if m.speeds[criteria.profile] >= fastest * (1 - TIE_MARGIN)]
+        fastest = rest[0].speed(criteria.profile)
+        alike = [m for m in rest if m.speed(criteria.profile) >= fastest * (1 - TIE_MARGIN)]
         ordered.append(max(alike, key=lambda m: m.kendall))
         rest.remove(ordered[-1])
     return ordered
-
-
-def recalled(manifest: Manifest, threads: int) -> list[Measurement]:
-    """What was measured for a bundle on this machine as it is now; [] if nothing was."""
-
-    def read(targets: Any) -> list[Measurement]:
-        if not isinstance(targets, list):
-            raise TypeError(f"targets is a {type(targets).__name__}, not a list")
-        found = [Measurement(**fields) for fields in targets]
-        for measurement in found:
-            measurement.check(manifest)
-        return found
-
-    return cache.load(_KIND, _key(manifest, threads), read) or []
-
-
-def remember(manifest: Manifest, threads: int, measured: Iterable[Measurement]) -> None:
-    """Keep measurements, where there is a cache."""
-    content = {"targets": [asdict(m) for m in measured]}
-    cache.store(_KIND, _key(manifest, threads), content)
-
-
-def _key(manifest: Manifest, threads: int) -> dict[str, Any]:
-    """What a measurement holds for: another bundle, machine, driver or version wants another."""
-    return {
-        "bundle": manifest.digest,
-        "qrank": __version__,
-        "cpu": machine.cpu(),
-        "system": machine.system(),
-        "accelerators": machine.accelerators(),
-        "runtimes": {name: runtime(name) for name in RUNTIMES},
-        "threads": threads,
-    }
 
 
 def _faithful(kendall: float, criteria: Criteria) -> bool:
     return criteria.min_kendall is None or kendall >= criteria.min_kendall
 
 
-def _named(found: Measurement, criteria: Criteria) -> bool:
-    runner = found.selector.rpartition("/")[0]
-    names = (found.selector, runner or found.variant.partition("-")[0])
-    return criteria.backend in (None, *names) and criteria.device in (None, found.device)
+def _measured(manifest: Manifest, criteria: Criteria, options: Options) -> list[Measurement]:
+    """What was measured of the targets that were asked for."""
+    wanted = None if criteria.backend is None else named(manifest, criteria.backend)
+
+    def asked_for(found: Measurement) -> bool:
+        target = Target.of(found.target, manifest)
+        return (
+            (wanted is None or (target.variant, target.backend) in wanted)
+            and criteria.device in (None, target.device)
+            and options.compute_dtype in (None, found.compute_dtype)
+        )
+
+    known = recalled(manifest, options.threads)
+    return [m for m in known if m.reason is None and asked_for(m)]
 
 
 def _choice(manifest: Manifest, found: Measurement, options: Options, among: int) -> Choice:
-    runner = found.selector.rpartition("/")[0]
-    variant = manifest.variants[found.variant]
-    target = Target(variant, found.device, runner or variant.format)
     options = replace(
         options,
         compute_dtype=options.compute_dtype or found.compute_dtype,
         max_batch_tokens=options.max_batch_tokens or found.max_batch_tokens,
         threads=found.threads,
     )
-    return Choice(target, options, True, among)
+    return Choice(Target.of(found.target, manifest), options, True, among)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
-from qrank.backends import BACKENDS, FORMATS, RUNTIMES, module, others, reads
+from qrank.backends import BACKENDS, FORMATS, RUNTIMES, keys, module, others, reads
 from qrank.bundle.manifest import Manifest, Variant
 from qrank.errors import TargetError
 from qrank.system.extras import installed
@@ -35,6 +36,39 @@ ELSEWHERE = ("fp16", "int8", "fp32", "int8-w8a8", "f16", "q8_0", "q4_k_m", "bf16
 
 
 @dataclass(frozen=True)
+class TargetKey:
+    """What tells a target from others of its bundle: as JSON can hold it, without the files.
+
+    Attributes:
+        variant: its name; "" where a backend as a whole is meant.
+        device: lower case; "" likewise.
+        backend: what runs it, where that is not the format's own backend; None: it is.
+    """
+
+    variant: str
+    device: str
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what a damaged file may hold."""
+        words = (self.variant, self.device, self.backend or "")
+        if not all(isinstance(word, str) for word in words):
+            raise TypeError(f"variant, device and backend are texts, not {words}")
+
+    @property
+    def name(self) -> str:
+        """`onnx-int8@cpu`; run by another package's backend, `its-name/onnx-int8@cpu`."""
+        backend = None if self.backend is None or ":" in self.backend else self.backend
+        place = f"@{self.device}" if self.device else ""
+        return "/".join(filter(None, (backend, self.variant))) + place
+
+    @property
+    def selector(self) -> str:
+        """What names variant and backend where a backend is asked for."""
+        return "/".join(filter(None, (self.backend, self.variant)))
+
+
+@dataclass(frozen=True)
 class Target:
     """A variant on a device, run by a backend.
 
@@ -48,18 +82,26 @@ class Target:
     device: str
     backend: str
 
-    @property
-    def name(self) -> str:
-        """`onnx-int8@cpu`; run by another package's backend, `its-name/onnx-int8@cpu`."""
-        own = self.backend == self.variant.format or ":" in self.backend
-        return f"{self.selector if not own else self.variant.name}@{self.device}"
+    @classmethod
+    def of(cls, key: TargetKey, manifest: Manifest) -> Target:
+        """The target of a key, in a bundle that has its variant."""
+        variant = manifest.variants[key.variant]
+        return cls(variant, key.device, key.backend or variant.format)
 
     @property
-    def selector(self) -> str:
-        """What names variant and backend where a backend is asked for."""
-        if self.backend == self.variant.format:
-            return self.variant.name
-        return f"{self.backend}/{self.variant.name}"
+    def key(self) -> TargetKey:
+        """What tells it from others."""
+        own = self.backend == self.variant.format
+        return TargetKey(self.variant.name, self.device, None if own else self.backend)
+
+    def cache_key(self, manifest: Manifest, **how: Any) -> dict[str, Any]:
+        """The key of what it does on this machine; see `qrank.backends.keys`."""
+        return keys.of_run(manifest, self.variant, self.backend, self.device, **how)
+
+    @property
+    def name(self) -> str:
+        """See `TargetKey.name`."""
+        return self.key.name
 
 
 def guesses(manifest: Manifest, backend: str | None, device: str | None) -> list[Target]:
@@ -67,17 +109,17 @@ def guesses(manifest: Manifest, backend: str | None, device: str | None) -> list
 
     Args:
         manifest: of the bundle.
-        backend: a format (`onnx`), a variant (`onnx-fp32`), another package's backend, alone or
-            with a variant (`name/onnx-fp32`), or "module:function"; None: every format whose
-            runtime is installed, or every one if none is.
+        backend: see `named`; None: every format whose runtime is installed, or every one if none
+            is.
         device: lower case; None: the CPU.
 
     Raises:
         TargetError: the bundle has no such variant, or none whose backend knows such a device.
     """
-    runner, variants = _wanted(manifest, backend)
     device = device or "cpu"
-    if backend is None:
+    if backend is not None:
+        runs = named(manifest, backend)
+    else:
         readable = _readable(manifest)
         variants = [v for v in readable if _kind(device) in module(v.format).DEVICES]
         if not variants:
@@ -88,7 +130,8 @@ def guesses(manifest: Manifest, backend: str | None, device: str | None) -> list
                 + "; ".join(f"{format} {devices}" for format, devices in known.items())
             )
         variants = [v for v in variants if installed(RUNTIMES[v.format])] or variants
-    targets = [Target(variant, device, runner or variant.format) for variant in variants]
+        runs = [(variant, variant.format) for variant in variants]
+    targets = [Target(variant, device, runner) for variant, runner in runs]
     return sorted(targets, key=expected)
 
 
@@ -111,19 +154,27 @@ def _readable(manifest: Manifest) -> list[Variant]:
     return known
 
 
-def _wanted(manifest: Manifest, backend: str | None) -> tuple[str | None, list[Variant]]:
-    """The backend where it is not the format's own, and the variants a name stands for."""
+def named(manifest: Manifest, backend: str) -> list[tuple[Variant, str]]:
+    """The variants that a name stands for, each with the backend that runs it.
+
+    Args:
+        manifest: of the bundle.
+        backend: a format (`onnx`), a variant (`onnx-fp32`), another package's backend, alone or
+            with a variant (`name/onnx-fp32`), or "module:function".
+
+    Raises:
+        TargetError: the bundle has no such variant, or there is no such backend.
+    """
     every = list(manifest.variants.values())
-    if backend is None or ":" in backend:
-        return backend, every
+    if ":" in backend:
+        return [(variant, backend) for variant in every]
     if found := [v for v in every if v.format in BACKENDS and backend in (v.format, v.name)]:
-        return None, found
+        return [(variant, variant.format) for variant in found]
     name, _, variant = backend.partition("/")
     if name not in BACKENDS and name in others():
         formats = reads(name)
-        found = [v for v in every if v.format in formats and variant in ("", v.name)]
-        if found:
-            return name, found
+        if found := [v for v in every if v.format in formats and variant in ("", v.name)]:
+            return [(variant, name) for variant in found]
     raise TargetError(
         f"the bundle {manifest.name} has no variant for backend {backend!r}; it has: "
         f"{', '.join(manifest.variants)}; backends are: {', '.join((*BACKENDS, *others()))}"

@@ -11,16 +11,16 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qrank import backends
-from qrank.backends import RUNTIMES, Backend, Options, conditions, isolation, opener
+from qrank.backends import RUNTIMES, Backend, Options, isolation, opener
 from qrank.backends.isolation import FatalError
 from qrank.bundle.fidelity import Fidelity, here
-from qrank.bundle.manifest import Manifest, Probes
+from qrank.bundle.manifest import Probes
+from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import QrankError, TargetError
 from qrank.select.targets import Target
@@ -79,10 +79,9 @@ Compute = Callable[[str | None, Sequences], Logits]
 """Runs a target in some arithmetic."""
 
 
-def ready(
-    folder: Path,
+def open_verified(
+    bundle: Bundle,
     target: Target,
-    manifest: Manifest,
     options: Options,
     *,
     least_kendall: float | None = None,
@@ -91,9 +90,8 @@ def ready(
     """Open a target in the fastest arithmetic that reproduces the bundle's probes here.
 
     Args:
-        folder: the bundle.
+        bundle: that it is of.
         target: what to open.
-        manifest: the bundle's.
         options: with an `compute_dtype`, that one alone is tried.
         least_kendall: Kendall's tau against the original that arithmetic must keep which the
             conversion was not proven in. None: what `qrank.bundle.fidelity.here` asks for.
@@ -106,11 +104,11 @@ def ready(
     """
     if target.backend in RUNTIMES and not installed(RUNTIMES[target.backend]):
         need(RUNTIMES[target.backend])
-    case = _Case(folder, target, manifest, options, least_kendall)
+    case = _Case(bundle, target, options, least_kendall)
     proof = known or case.recalled()
     backend = None
     if proof is None:
-        proof, backend = _prove(case)
+        proof, backend = _verify(case)
         case.remember(proof)
         for compute_dtype, reason in proof.rejected.items():
             log.info("%s does not compute in %s: %s", target.name, compute_dtype, reason)
@@ -124,7 +122,7 @@ def ready(
     return backend or case.open(proof.compute_dtype), proof
 
 
-def _prove(case: _Case) -> tuple[Proof, Backend | None]:
+def _verify(case: _Case) -> tuple[Proof, Backend | None]:
     """Find out how a target runs here; with the backend where it was opened in this process."""
     target = case.target
     if isolation.advised(target.backend, target.device):
@@ -134,10 +132,10 @@ def _prove(case: _Case) -> tuple[Proof, Backend | None]:
                 return case.settle(*case.apart(worker)), None
         except NoChildError as error:
             log.warning("%s: so %s is tried in this one", error, target.name)
-    return _prove_here(case)
+    return _verify_here(case)
 
 
-def _prove_here(case: _Case) -> tuple[Proof, Backend]:
+def _verify_here(case: _Case) -> tuple[Proof, Backend]:
     own = ":" in case.target.backend
     choices = () if own else backends.compute_dtypes(case.target.backend, case.target.device)
     opened: list[Backend] = []
@@ -161,11 +159,10 @@ def _prove_here(case: _Case) -> tuple[Proof, Backend]:
 
 @dataclass(frozen=True)
 class _Case:
-    """A target to be proven, how it shall run, and what is asked of it; see `ready`."""
+    """A target to be verified, how it shall run, and what is asked of it; see `open_verified`."""
 
-    folder: Path
+    bundle: Bundle
     target: Target
-    manifest: Manifest
     options: Options
     least_kendall: float | None
 
@@ -173,7 +170,7 @@ class _Case:
         """The target's backend in this process, computing in some arithmetic."""
         chosen = replace(self.options, compute_dtype=compute_dtype)
         target = self.target
-        return opener(target.backend)(self.folder, target.variant, target.device, chosen)
+        return opener(target.backend)(self.bundle.folder, target.variant, target.device, chosen)
 
     def apart(self, worker: isolation.Worker) -> tuple[Sequence[str], Compute]:
         """What `settle` takes, of a process of its own."""
@@ -181,7 +178,8 @@ class _Case:
 
         def compute(compute_dtype: str | None, work: Sequences) -> Logits:
             chosen = replace(self.options, compute_dtype=compute_dtype)
-            return worker.logits(self.folder, self.target.variant, [work], chosen, **named)[0]
+            folder, variant = self.bundle.folder, self.target.variant
+            return worker.logits(folder, variant, [work], chosen, **named)[0]
 
         return worker.compute_dtypes(**named), compute
 
@@ -229,12 +227,12 @@ class _Case:
         """
         exact = compute_dtype in (None, CONVERTED_IN)
         # A conversion looked at all probes in the one; nobody did in the others.
-        probes = _some(self.manifest.probes) if exact else self.manifest.probes
+        probes = _some(self.bundle.manifest.probes) if exact else self.bundle.manifest.probes
         logits = compute(compute_dtype, probes.work)
         if len(probes.work) == 0:
             return None  # the original itself: `qrank.backends.torch.as_bundle`
         # On the scale of all probes.
-        spread = float(np.ptp(self.manifest.probes.logits))
+        spread = float(np.ptp(self.bundle.manifest.probes.logits))
         fidelity = replace(Fidelity.of(logits, probes.logits), spread=spread)
         bar = here(self.target.variant.precision, exact=exact)
         if not exact:
@@ -262,19 +260,18 @@ class _Case:
 
     def _key(self) -> dict[str, Any] | None:
         """What a proof holds for; None where nothing tells: of a user's own backend."""
-        target, options, probes = self.target, self.options, self.manifest.probes
+        target, options, probes = self.target, self.options, self.bundle.manifest.probes
         if ":" in target.backend or len(probes.work) == 0:
             return None
-        return {
-            "variant": self.manifest.identity(target.variant),
-            "probes": _digest(probes),
-            "least_kendall": self.least_kendall,
-            "compute_dtype": options.compute_dtype,
-            "threads": options.threads,
-            "max_batch_tokens": options.max_batch_tokens,
-            "static_shapes": options.static_shapes,
-            **conditions(target.backend, target.device),
-        }
+        return target.cache_key(
+            self.bundle.manifest,
+            probes=_digest(probes),
+            least_kendall=self.least_kendall,
+            compute_dtype=options.compute_dtype,
+            threads=options.threads,
+            max_batch_tokens=options.max_batch_tokens,
+            static_shapes=options.static_shapes,
+        )
 
     def _runtime(self) -> str:
         backend = self.target.backend

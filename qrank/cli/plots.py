@@ -65,7 +65,7 @@ def plot_bench(rows: Sequence[Row], chosen: Row | None, title: str, path: Path) 
             zorder=3,
             marker="*" if best else "o",
         )
-        label = f"{row.target} {row.setting}".strip() + (" (chosen)" if best else "")
+        label = f"{row.target.name} {row.setting}".strip() + (" (chosen)" if best else "")
         axes.annotate(
             label,
             (row.pairs, row.kendall),
