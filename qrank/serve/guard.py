@@ -16,12 +16,12 @@ from typing import Any
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qrank.errors import InputError
-from qrank.serve.body import ENCODINGS, Bodies
-from qrank.serve.dialects import shape
+from qrank.serve.body import Bodies
+from qrank.serve.dialect import Dialects
+from qrank.serve.errors import refuse
 from qrank.serve.metrics import Metrics
 from qrank.serve.request import Limits, RequestError
 from qrank.serve.routing import routed
@@ -57,6 +57,7 @@ class Guard:
         keys: tuple[bytes, ...],
         limits: Limits,
         metrics: Metrics,
+        dialects: Dialects,
         root: str = "",
     ) -> None:
         """Guard an application.
@@ -66,12 +67,14 @@ class Guard:
             keys: any of which opens it; none: it is open.
             limits: of bodies.
             metrics: where to count.
+            dialects: whose shapes its errors have.
             root: the prefix under which a proxy offers it, as `/rank`.
         """
         self._app = app
         self._keys = keys
         self._bodies = Bodies(limits)
         self._metrics = metrics
+        self._dialects = dialects
         self._root = root
         self.draining = False
         self.failed = False
@@ -94,6 +97,7 @@ class Guard:
         route = routed(scope["path"], method, self._root)
         state: dict[str, Any] = scope.setdefault("state", {})
         state["path"] = route
+        state["error_shape"] = self._dialects.error(route)
         asked = headers.get("x-request-id", "")
         identity = asked if _IDENTITY.fullmatch(asked) else uuid.uuid4().hex
         status, told = 0, False
@@ -151,7 +155,7 @@ class Guard:
                 inner["headers"] = _plain(scope["headers"], len(body))
                 await self._app(inner, _replay(body, receive), answer)
         except RequestError as refusal:
-            await refuse(route, refusal)(scope, receive, answer)
+            await refuse(state["error_shape"], refusal)(scope, receive, answer)
         finally:
             tell()
 
@@ -163,21 +167,6 @@ class Guard:
         right = [hmac.compare_digest(given, key) for key in self._keys]
         if not any(right):
             raise RequestError(401, "a key is needed: send the header Authorization: Bearer KEY")
-
-
-def refuse(path: str, refusal: RequestError) -> JSONResponse:
-    """An error as the dialect of a route has it."""
-    status, content = shape(path)(refusal.status, refusal.message)
-    headers = {}
-    if refusal.retry_after is not None:
-        headers["retry-after"] = str(refusal.retry_after)
-    if refusal.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    if refusal.status == 415:
-        headers["accept-encoding"] = ENCODINGS
-    if refusal.status in (408, 413):
-        headers["connection"] = "close"
-    return JSONResponse(content, status, headers)
 
 
 def _plain(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
