@@ -192,7 +192,7 @@ def serve(
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         need(module)
     from qrank.serve.app import build
-    from qrank.serve.guard import read_keys
+    from qrank.serve.keys import read_keys
     from qrank.serve.listening import UNIX, listen
     from qrank.serve.request import Limits
     from qrank.serve.server import run, server

@@ -1,4 +1,4 @@
-"""Bodies of requests: bounded in size and time before anything reads them, and decompressed."""
+"""Bodies of requests: bounded in size and time, decompressed, then handed to the application."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.datastructures import Headers
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 from qrank.serve.request import Limits, RequestError
 
@@ -96,6 +96,27 @@ class Bodies:
                 ) from None
             raise
         return b"".join(parts)
+
+
+def plain_headers(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
+    """The headers of a request whose body is there, so long and not compressed any more."""
+    body = (b"content-encoding", b"content-length", b"transfer-encoding")
+    kept = [(name, value) for name, value in headers if name not in body]
+    return [*kept, (b"content-length", str(length).encode())]
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """`receive` with the body first, then what the server still has to say."""
+    first = True
+
+    async def replayed() -> Message:
+        nonlocal first
+        if first:
+            first = False
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    return replayed
 
 
 def inflated(body: bytes, encodings: str, limit: int) -> bytes:
