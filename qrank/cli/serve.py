@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from qrank.cli.common import (
     memory_option,
     notice,
 )
+from qrank.cli.names import parse_aliases, split_name
 from qrank.errors import InputError
 from qrank.reranker import Reranker
 from qrank.select.selection import Policy, Profile
@@ -217,7 +218,7 @@ def serve(
         listening = opened.enter_context(listen(host, port))
         served: dict[str, Reranker] = {}
         for model in models or (DEFAULT,):
-            name, source = _named(model)
+            name, source = split_name(model)
             reranker = opened.enter_context(
                 Reranker(
                     source,
@@ -252,7 +253,7 @@ def serve(
             served,
             limits=limits,
             keys=keys,
-            aliases=_aliases(aliases, served),
+            aliases=parse_aliases(aliases, served),
             instructions=_instructed(served, instruction),
             root=root,
         )
@@ -265,28 +266,6 @@ def serve(
             key=tls_key,
         )
         run(made, listening.sockets)
-
-
-def _named(model: str) -> tuple[str, str]:
-    """[NAME=]MODEL -> NAME, or "", and MODEL: a path may hold an equals sign, a name does not."""
-    name, equals, source = model.partition("=")
-    if not equals or Path(model).exists() or name.startswith(("/", ".", "~")):
-        return "", model
-    return name, source
-
-
-def _aliases(given: Iterable[str], served: Mapping[str, Reranker]) -> dict[str, str]:
-    found = {}
-    for pair in given:
-        alias, _, name = pair.partition("=")
-        if not alias or name not in served:
-            raise click.UsageError(
-                f"--alias {pair!r}: give ALIAS=NAME, where NAME is one of: {', '.join(served)}"
-            )
-        if alias in served or alias in found:
-            raise click.UsageError(f"--alias {pair!r}: {alias!r} is the name of a model already")
-        found[alias] = name
-    return found
 
 
 def _instructed(served: Mapping[str, Reranker], instruction: str | None) -> dict[str, str]:
