@@ -24,7 +24,7 @@ from qrank.system.version import __version__
 
 DIALECTS: tuple[Dialect[Any], ...] = (TEI, RERANK, COHERE, OLLAMA, SCORE)
 
-ELSEWHERE = {"/v1/models": SCORE.error, "": RERANK.error}
+ERRORS_ELSEWHERE = {"/v1/models": SCORE.error, "": RERANK.error}
 """Shapes of errors at paths of no dialect; "": at all others."""
 
 
@@ -50,7 +50,7 @@ def build(
         dialects: what is spoken.
     """
     limits = limits or Limits()
-    spoken = Dialects(dialects, elsewhere=ELSEWHERE)
+    spoken = Dialects(dialects, elsewhere=ERRORS_ELSEWHERE)
     service = Service(
         models,
         limits,

@@ -20,7 +20,7 @@ from qrank.serve.schemas import (
     Text,
     TokenUsage,
     new_id,
-    usage,
+    token_usage,
 )
 from qrank.serve.validation import WANTED, tag
 
@@ -202,7 +202,7 @@ def render(body: RerankRequest, outcome: RerankOutcome) -> RerankResponse:
         id=new_id("rerank"),
         model=outcome.model,
         results=results(body, outcome, documents=body.return_documents is not False),
-        usage=usage(outcome),
+        usage=token_usage(outcome),
         meta=meta("1", outcome),
     )
 

@@ -9,7 +9,7 @@ from pydantic import AliasChoices, BaseModel, Discriminator, Field, Tag
 
 from qrank.serve.dialect import Dialect
 from qrank.serve.request import RequestError, RerankOutcome, RerankTask
-from qrank.serve.schemas import Count, Extended, Text, Texts, TokenUsage, new_id, usage
+from qrank.serve.schemas import Count, Extended, Text, TextList, TokenUsage, new_id, token_usage
 from qrank.serve.validation import WANTED, tag
 
 
@@ -20,7 +20,7 @@ def _one_or_list(value: object) -> str | None:
 
 
 OneOrMore = Annotated[
-    Annotated[Text, Tag(tag("string"))] | Annotated[Texts, Tag(tag("list"))],
+    Annotated[Text, Tag(tag("string"))] | Annotated[TextList, Tag(tag("list"))],
     Discriminator(
         _one_or_list,
         custom_error_type=WANTED,
@@ -99,7 +99,7 @@ def render(body: ScoreRequest, outcome: RerankOutcome) -> ScoreResponse:
             ScoreResult(index=i, score=value, scored=None if outcome.scored[i] else False)
             for i, value in enumerate(values)
         ],
-        usage=usage(outcome),
+        usage=token_usage(outcome),
     )
 
 

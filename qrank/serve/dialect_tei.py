@@ -8,14 +8,14 @@ from pydantic import BaseModel, Field
 
 from qrank.serve.dialect import Dialect
 from qrank.serve.request import RerankOutcome, RerankTask
-from qrank.serve.schemas import Extended, Text, Texts
+from qrank.serve.schemas import Extended, Text, TextList
 
 
 class TeiRequest(Extended):
     """As text-embeddings-inference's POST /rerank."""
 
     query: Text
-    texts: Texts
+    texts: TextList
     raw_scores: bool | None = Field(False, description="Logits instead of scores.")
     return_text: bool | None = False
     truncate: bool | None = Field(

@@ -25,7 +25,7 @@ def _sound(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_sound)]
-Texts = Annotated[list[Text], Field(min_length=1)]
+TextList = Annotated[list[Text], Field(min_length=1)]
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -62,7 +62,7 @@ class TokenUsage(BaseModel):
     total_tokens: int
 
 
-def usage(outcome: RerankOutcome) -> TokenUsage:
+def token_usage(outcome: RerankOutcome) -> TokenUsage:
     """The tokens of an outcome, as OpenAI's answers have them."""
     return TokenUsage(prompt_tokens=outcome.tokens, total_tokens=outcome.tokens)
 
