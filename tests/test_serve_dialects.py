@@ -1,4 +1,4 @@
-"""A dialect of one's own, which is one object: it gets routes, errors, OpenAPI and counters."""
+"""A new dialect is one object: it gets routes, errors in its shape, OpenAPI and metrics."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_its_neighbours_at_a_path_answer_as_before(url: str) -> None:
     assert "results" in post(documents=["a"]).json()
     assert set(post(texts=[]).json()) == {"error", "error_type"}
     assert set(post(documents=[]).json()) == {"detail"}
-    # Who sends nothing that tells is taken for the one whose requests have no such field.
+    # A request that no `field` claims belongs to the dialect without one.
     assert set(post().json()) == {"detail"}
 
 
@@ -142,7 +142,7 @@ def test_errors_before_its_body_is_read_have_its_shape_too(url: str) -> None:
 
 def test_it_is_described(url: str) -> None:
     api = httpx.get(f"{url}/openapi.json", headers=KEY).json()
-    assert api["info"]["description"].endswith("llama.cpp, Ollama and Toys.")
+    assert api["info"]["description"].endswith("llama.cpp, Ollama, Toys.")
     operation = api["paths"]["/toy"]["post"]
     assert operation["operationId"] == "toy_toy_post"
     assert operation["description"] == "Toys', with `words`."

@@ -16,25 +16,24 @@ _IDENTITY = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 
 
 class Access:
-    """One request, from its first byte to its answer's last.
+    """One request, from its start to the end of its answer.
 
     Attributes:
-        identity: the client's own `x-request-id` if it is short and plain, or a new one.
-        status: of the answer; 0 as long as there is none.
+        identity: the client's `x-request-id` if it is short and plain, or else a new one.
+        status: of the answer; 0 before it starts.
     """
 
     def __init__(
         self, method: str, path: str, identity: str, state: dict[str, Any], metrics: Metrics
     ) -> None:
-        """Begin.
+        """Start the clock.
 
         Args:
-            method: as it came.
-            path: the route, or "other": whatever else is asked for must not make more and more
-                counters.
+            method: of the request.
+            path: the route, or "other", so that unknown paths do not create counters.
             identity: the header `x-request-id`, or "".
-            state: the request's; its `said` holds more fields of the line at the end.
-            metrics: where to count.
+            state: of the request; its `said` has more fields for the log line.
+            metrics: that count the request.
         """
         self.identity = identity if _IDENTITY.fullmatch(identity) else uuid.uuid4().hex
         self.status = 0
@@ -46,7 +45,7 @@ class Access:
         self._ended = False
 
     def end(self) -> None:
-        """Count and log the request; only the first call does."""
+        """Count and log the request, once; further calls do nothing."""
         if self._ended:
             return
         self._ended = True

@@ -1,4 +1,4 @@
-"""The application: a route for each path of a dialect, its requests in, its answers out."""
+"""The application: one route for each path of a dialect, and the routes of `status`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qrank.system.version import __version__
 DIALECTS: tuple[Dialect[Any], ...] = (TEI, RERANK, COHERE, OLLAMA, SCORE)
 
 ERRORS_ELSEWHERE = {"/v1/models": SCORE.error, "": RERANK.error}
-"""Shapes of errors at paths of no dialect; "": at all others."""
+"""Shapes of errors at paths without a dialect; "" stands for all other paths."""
 
 
 def build(
@@ -38,19 +38,19 @@ def build(
     root: str = "",
     dialects: Sequence[Dialect[Any]] = DIALECTS,
 ) -> Guard:
-    """The whole application.
+    """Build the application.
 
     Args:
-        models: by name, the first the default.
+        models: by name; the first is the default.
         limits: of requests.
-        keys: one of which a request must have; none: no key is needed.
-        aliases: other names -> names of models.
-        instructions: name of a model -> instruction of requests that bring none.
-        root: the prefix under which a proxy offers it, as `/rank`.
-        dialects: what is spoken.
+        keys: a request must send one of them; no keys: every request is allowed.
+        aliases: other name -> name of a model.
+        instructions: name of a model -> instruction for requests without one.
+        root: the path under which a proxy serves the application, as `/rank`.
+        dialects: that the server accepts.
     """
     limits = limits or Limits()
-    spoken = Dialects(dialects, elsewhere=ERRORS_ELSEWHERE)
+    registry = Dialects(dialects, elsewhere=ERRORS_ELSEWHERE)
     service = Service(
         models,
         limits,
@@ -66,22 +66,21 @@ def build(
         yield
         await service.close()
 
-    *most, last = spoken.servers
     app = FastAPI(
         title="qrank",
         version=__version__,
-        description=f"Reranking in the dialects of {', '.join(most)} and {last}.",
+        description=f"Reranking in the dialects of {', '.join(registry.servers)}.",
         lifespan=lifespan,
-        # A client would have to send its body and key again; the guard knows both forms.
+        # A redirect makes clients send body and key again; the guard accepts both forms.
         redirect_slashes=False,
     )
     guard = Guard(
-        app, keys=keys, limits=limits, metrics=service.metrics, dialects=spoken, root=root
+        app, keys=keys, limits=limits, metrics=service.metrics, dialects=registry, root=root
     )
-    for path in spoken.paths:
-        _add_route(app, service, spoken, path)
+    for path in registry.paths:
+        _add_route(app, service, registry, path)
     status.add_routes(app, service, guard)
-    errors.add_handlers(app, spoken)
+    errors.add_handlers(app, registry)
     guard.routes = frozenset(path for route in app.routes if (path := getattr(route, "path", "")))
     return guard
 
@@ -93,13 +92,13 @@ def _add_route(app: FastAPI, service: Service, dialects: Dialects, path: str) ->
         outcome = await service.score(request, dialect.parse(body))
         return dialect.render(body, outcome)
 
-    # FastAPI validates and describes the body by this.
+    # FastAPI reads the type of the body here.
     endpoint.__annotations__["body"] = dialects.request(path)
-    spoken = dialects.at(path)
+    here = dialects.at(path)
     app.post(
         path,
-        name=spoken[0].name,
-        description=" ".join(dialect.description for dialect in spoken),
+        name=here[0].name,
+        description=" ".join(dialect.description for dialect in here),
         response_model=dialects.answer(path),
         response_model_exclude_none=True,
     )(endpoint)

@@ -1,4 +1,4 @@
-"""An HTTP dialect: what a kind of client sends, and the answers and errors that it understands."""
+"""An HTTP dialect: the requests, answers and errors of one reranking API."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Dialect(Generic[Body]):
 
     Attributes:
         name: of its operations in OpenAPI.
-        servers: whose API it is.
+        servers: that have this API.
         description: of its operations in OpenAPI.
-        paths: where it is spoken, by POST.
-        field: what tells its requests from those of another dialect at the same path; None: they
-            are what is left.
-        request: model of a request's body.
-        answer: what `render` returns, as a type for OpenAPI.
-        parse: a body -> the task; may raise RequestError.
-        render: a body and the outcome of its task -> the answer's body.
-        error: see `ErrorShape`.
+        paths: that clients POST to.
+        field: a field that only its requests have, where dialects share a path; None: this dialect
+            gets the requests that no other one claims.
+        request: the pydantic model of a request's body.
+        answer: the type that `render` returns.
+        parse: request -> task; may raise RequestError.
+        render: request and outcome of its task -> body of the answer.
+        error: status and message -> the dialect's status and body.
     """
 
     name: str
@@ -48,19 +48,19 @@ class Dialect(Generic[Body]):
 
 
 class Dialects:
-    """The dialects of a server, by path."""
+    """The dialects of a server, found by path."""
 
     def __init__(
         self, dialects: Iterable[Dialect[Any]], *, elsewhere: Mapping[str, ErrorShape]
     ) -> None:
-        """Take dialects.
+        """Register dialects.
 
         Args:
             dialects: in the order in which OpenAPI lists their paths.
-            elsewhere: shapes of errors at paths of no dialect; "" stands for all others.
+            elsewhere: path without a dialect -> shape of its errors; "" for all other paths.
 
         Raises:
-            ValueError: two dialects of a path cannot be told from each other.
+            ValueError: two dialects of a path have the same `field`.
         """
         self._dialects = tuple(dialects)
         self._elsewhere = elsewhere
@@ -77,20 +77,20 @@ class Dialects:
 
     @property
     def paths(self) -> list[str]:
-        """Every path where one is spoken."""
+        """All paths, in the order of the dialects."""
         return list(self._by_path)
 
     @property
     def servers(self) -> list[str]:
-        """Whose APIs they are."""
+        """All servers whose APIs these are."""
         return list(dict.fromkeys(name for dialect in self._dialects for name in dialect.servers))
 
     def at(self, path: str) -> list[Dialect[Any]]:
-        """Those of a path, those with a field first; [] where there is none."""
+        """The dialects of a path, those with a `field` first; [] if it has none."""
         return self._by_path.get(path, [])
 
     def of(self, path: str, body: object) -> Dialect[Any]:
-        """The dialect of a body, as JSON or validated, at one of `paths`."""
+        """The dialect of a request to one of `paths`, given its body as JSON or validated."""
         return _claiming(self._by_path[path], body)
 
     def request(self, path: str) -> Any:
@@ -100,7 +100,7 @@ class Dialects:
             return dialects[0].request
         members = tuple(Annotated[each.request, Tag(tag(each.name))] for each in dialects)
         return Annotated[
-            Union[members],  # noqa: UP007 - they are known at run time only
+            Union[members],  # noqa: UP007 - known at run time only
             Discriminator(lambda body: tag(_claiming(dialects, body).name)),
         ]
 
@@ -109,14 +109,14 @@ class Dialects:
         return Union[tuple(each.answer for each in self._by_path[path])]  # noqa: UP007
 
     def error(self, path: str) -> ErrorShape:
-        """The shape of errors at a path as long as nobody has read the body."""
+        """The shape of errors at a path before the body is read."""
         if dialects := self.at(path):
             return dialects[0].error
         return self._elsewhere.get(path) or self._elsewhere[""]
 
 
 def _claiming(dialects: list[Dialect[Any]], body: object) -> Dialect[Any]:
-    """The dialect that a body belongs to."""
+    """The first dialect whose request the body is, or else the last."""
     for dialect in dialects:
         if isinstance(body, dialect.request):
             return dialect

@@ -34,7 +34,7 @@ class Document(BaseModel):
 
     @model_validator(mode="after")
     def _returnable(self) -> Document:
-        # In as many lists as an answer may be around it: there is a deepest that can be written.
+        # Nested as deeply as in an answer, because serialization has a depth limit.
         try:
             to_json([[[[[[self.model_dump()]]]]]])
         except PydanticSerializationError as error:
@@ -89,7 +89,7 @@ class RerankResult(BaseModel):
 
 
 class ApiVersion(BaseModel):
-    """Which of Cohere's."""
+    """The version of Cohere's API."""
 
     version: str
 
@@ -108,7 +108,7 @@ class MetaTokens(BaseModel):
 
 
 class Meta(BaseModel):
-    """Cohere's."""
+    """Cohere's `meta`."""
 
     api_version: ApiVersion
     billed_units: BilledUnits = BilledUnits()
@@ -190,7 +190,7 @@ def results(body: RerankRequest, outcome: RerankOutcome, *, documents: bool) -> 
 
 
 def meta(version: str, outcome: RerankOutcome) -> Meta:
-    """Cohere's, for a version of its API."""
+    """Cohere's `meta`, for a version of its API."""
     return Meta(
         api_version=ApiVersion(version=version), tokens=MetaTokens(input_tokens=outcome.tokens)
     )

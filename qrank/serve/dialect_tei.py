@@ -33,7 +33,7 @@ class TeiRank(BaseModel):
 
 
 def parse(body: TeiRequest) -> RerankTask:
-    """A cut at the left is what other dialects ask for with `long_documents: tail`."""
+    """Truncation at the left is `long_documents: tail` in qrank's terms."""
     left = (body.truncation_direction or "right").lower() == "left"
     return RerankTask(
         body.model,

@@ -1,4 +1,4 @@
-"""Errors as the dialect of a request has them."""
+"""Exceptions -> error answers in the shape of the request's dialect."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qrank.serve.validation import reasons
 
 
 def refuse(shape: ErrorShape, error: RequestError) -> JSONResponse:
-    """An error as an answer."""
+    """The answer to a request that is refused."""
     status, content = shape(error.status, error.message)
     headers = {}
     if error.retry_after is not None:
@@ -29,7 +29,7 @@ def refuse(shape: ErrorShape, error: RequestError) -> JSONResponse:
 
 
 def add_handlers(app: FastAPI, dialects: Dialects) -> None:
-    """Answer every error of an application in the shape of `request.state.error_shape`."""
+    """Make an application answer every exception in the shape of the request's dialect."""
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -64,7 +64,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def _unreadable(error: BaseException | None) -> str | None:
-    """Why a body could not be parsed, where that was the reason of an HTTPException."""
+    """Why a body could not be parsed, if that caused an HTTPException."""
     match error:
         case UnicodeDecodeError():
             return f"the body is no UTF-8: byte {error.object[error.start]:#04x} at {error.start}"

@@ -1,6 +1,6 @@
-"""What stands in front of the routes: keys, bounded bodies, other names of paths, the access log.
+"""ASGI middleware in front of the routes: keys, limits of bodies, aliases of paths, access log.
 
-Plain ASGI, because bodies must be bounded before anything reads them.
+It is plain ASGI, because bodies must be limited before the framework reads them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from qrank.serve.routing import routed
 
 
 class Guard:
-    """Wraps the application; answers by itself what does not get in.
+    """Wraps the application, and answers requests that it refuses.
 
     Attributes:
-        draining: it takes no connection more, and says so.
-        failed: a bug of ours has ended what answers requests.
-        on_failure: called then.
+        draining: the server is stopping; answers close their connection.
+        failed: a bug has ended a queue.
+        on_failure: is called when that happens.
         routes: paths of the application.
     """
 
@@ -42,15 +42,15 @@ class Guard:
         dialects: Dialects,
         root: str = "",
     ) -> None:
-        """Guard an application.
+        """Wrap an application.
 
         Args:
-            app: what is guarded.
-            keys: any of which opens it; none: it is open.
+            app: the application.
+            keys: a request must send one of them; no keys: every request is allowed.
             limits: of bodies.
-            metrics: where to count.
-            dialects: whose shapes its errors have.
-            root: the prefix under which a proxy offers it, as `/rank`.
+            metrics: that count the requests.
+            dialects: that give the shape of errors.
+            root: the path under which a proxy serves the application, as `/rank`.
         """
         self._app = app
         self._keys = keys
@@ -64,7 +64,7 @@ class Guard:
         self.routes: frozenset[str] = frozenset()
 
     def fail(self) -> None:
-        """Send no requests here any more: a bug of ours has ended what answers them."""
+        """Mark the server as failed: a bug has ended a queue."""
         self.failed = True
         self.on_failure()
 
@@ -88,7 +88,7 @@ class Guard:
                 self._add_headers(MutableHeaders(scope=message), access, state)
             else:
                 if not message.get("more_body", False):
-                    # Before its end: who has the answer finds it counted.
+                    # Before the last part: a client that has the answer finds it counted.
                     access.end()
                 if method == "HEAD":
                     message = {**message, "body": b""}
@@ -112,10 +112,10 @@ class Guard:
             access.end()
 
     def _add_headers(self, out: MutableHeaders, access: Access, state: dict[str, Any]) -> None:
-        """What every answer says, whatever its dialect."""
+        """Add the headers that answers of all dialects have."""
         out["x-request-id"] = access.identity
         if model := state.get("said", {}).get("model"):
-            # Not every dialect's answer has a place for it.
+            # Not every dialect has a field for it.
             out["x-qrank-model"] = quote(model, safe="/:@+=,")
         if self.draining:
             out["connection"] = "close"

@@ -1,4 +1,4 @@
-"""API keys: read from a file, and asked of every request that is no probe."""
+"""API keys: read from a file, and checked for every request."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from qrank.serve.request import RequestError
 from qrank.system.textfiles import read_lines
 
 OPEN = frozenset({"/health", "/ready"})
-"""Routes that need no key: what starts and balances servers has none."""
+"""Routes that need no key: supervisors and load balancers have none."""
 
 
 def read_keys(path: Path) -> tuple[bytes, ...]:
-    """The keys of a file, one a line.
+    """Read a file with one key per line.
 
     Raises:
-        InputError: it holds none.
+        InputError: it has no key.
     """
     keys = tuple(line.strip().encode() for line in read_lines(path) if line.strip())
     if not keys:
@@ -28,15 +28,15 @@ def read_keys(path: Path) -> tuple[bytes, ...]:
 
 
 def check_key(keys: tuple[bytes, ...], route: str, headers: Headers) -> None:
-    """Let a request through that sends one of the keys, or where there are none.
+    """Check that a request sends one of the keys, if there are any.
 
     Raises:
-        RequestError: 401.
+        RequestError: 401, it does not.
     """
     if not keys or route in OPEN:
         return
     given = headers.get("authorization", "").partition(" ")[2].strip().encode()
-    # All are compared, each in constant time: how long it takes tells nothing.
+    # Every key is compared in constant time, so that the duration reveals nothing.
     right = [hmac.compare_digest(given, key) for key in keys]
     if not any(right):
         raise RequestError(401, "a key is needed: send the header Authorization: Bearer KEY")

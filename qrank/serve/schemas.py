@@ -1,6 +1,6 @@
-"""Fields that requests and answers of several dialects have.
+"""Fields that several dialects have in their requests and answers.
 
-Fields that qrank has no use for are ignored, as the imitated servers do among each other.
+Unknown fields of a request are ignored, as the imitated servers ignore each other's fields.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HALF_SURROGATE = "it holds half of a surrogate pair, which is no unicode"
 
 
 def _sound(text: str) -> str:
-    """JSON can escape half a character, which no answer could hold."""
+    """Refuse half of a surrogate pair: JSON can escape it, but no answer can contain it."""
     try:
         text.isascii() or text.encode()
     except UnicodeEncodeError:
@@ -30,7 +30,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Extended(BaseModel):
-    """What every request may say beyond its dialect."""
+    """qrank's own fields, which requests of every dialect may have."""
 
     model: str | None = Field(None, description="Name of a served model; the first by default.")
     instruction: str | None = Field(
@@ -63,10 +63,10 @@ class TokenUsage(BaseModel):
 
 
 def token_usage(outcome: RerankOutcome) -> TokenUsage:
-    """The tokens of an outcome, as OpenAI's answers have them."""
+    """The tokens of an outcome, in OpenAI's format."""
     return TokenUsage(prompt_tokens=outcome.tokens, total_tokens=outcome.tokens)
 
 
 def new_id(kind: str) -> str:
-    """An answer's own id, as `rerank-0123...`."""
+    """A new id of an answer, as `rerank-0123...`."""
     return f"{kind}-{uuid.uuid4().hex}"

@@ -1,4 +1,4 @@
-"""Routes that tell about the server: whether it runs, what it serves, what it has done."""
+"""Routes about the server itself: health, models, limits and metrics."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ class ModelList(BaseModel):
 
 
 def add_routes(app: FastAPI, service: Service, guard: Guard) -> None:
-    """Add them to an application."""
+    """Add these routes to an application."""
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """The process answers."""
+        """200 while the process runs."""
         return {"status": "ok"}
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        """Whether to send requests here: 503 while it drains, or once it has failed."""
+        """200 while it accepts requests; 503 while it drains, or after it has failed."""
         status = "failed" if guard.failed else "draining" if guard.draining else "ok"
         return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/info")
     async def info() -> dict[str, Any]:
-        """What is served and what a request may be: TEI's fields, and ours."""
+        """The served models and the limits of requests, in TEI's fields and qrank's."""
         return _info(service)
 
     @app.get("/v1/models")
     async def models() -> ModelList:
-        """OpenAI's list."""
+        """The names of the served models, in OpenAI's format."""
         return ModelList(data=[ModelCard(id=m, created=service.started) for m in service.names])
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Prometheus' text format."""
+        """Metrics in Prometheus' text format."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
