@@ -24,11 +24,13 @@ FLOORS: list[set[str]] = [
     {"reranker"},
     {"measure", "converters.openvino"},
     {"quality", "serve"},
-    {""},
     {"cli"},
-    {"__main__"},
+    {""},
 ]
-"""Rooms, the lowest floor first; "" is the package itself. A room imports lower floors only."""
+"""Rooms, the lowest floor first. A room imports lower floors only.
+
+"" is the package itself, the house's two doors: `import qrank`, and `qrank.__main__`, the process.
+"""
 
 FLOOR = {
     f"qrank.{name}".rstrip("."): number for number, names in enumerate(FLOORS) for name in names
@@ -77,6 +79,8 @@ def own(name: str) -> set[str]:
 
 def room(name: str) -> str:
     """The room that a module lies in."""
+    if name == "qrank.__main__":
+        return "qrank"
     package = name.rpartition(".")[0]
     is_package = MODULES[name].name == "__init__.py"
     return name if is_package or package == "qrank" else package

@@ -14,7 +14,7 @@ from serving import serving
 from qrank import Ranking, Reranker
 from qrank.errors import InputError
 from qrank.serve import server
-from qrank.serve.guard import read_keys
+from qrank.serve.keys import read_keys
 from qrank.serve.request import Limits
 
 QUERY = "which planet is red?"

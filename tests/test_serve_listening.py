@@ -18,7 +18,7 @@ from test_serve import body
 from qrank import Reranker
 from qrank.bundle.locate import locate
 from qrank.cli import main
-from qrank.cli.serve import _named
+from qrank.cli.names import split_name
 from qrank.errors import InputError, QrankError
 from qrank.serve.listening import listen
 
@@ -193,7 +193,7 @@ def test_an_equals_sign_in_a_path_names_nothing(
         ("legal=mini", ("legal", "mini")),
         ("mini", ("", "mini")),
     ]:
-        assert _named(given) == expected
+        assert split_name(given) == expected
 
 
 def test_a_bundle_below_a_path_with_an_equals_sign_is_served(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-import qrank
 from qrank.cli.bench import bench
 from qrank.cli.cache import cache
 from qrank.cli.calibrate import calibrate
@@ -17,10 +16,11 @@ from qrank.cli.models import inspect, models
 from qrank.cli.score import score
 from qrank.cli.serve import serve
 from qrank.cli.tune import tune
+from qrank.system.version import __version__
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(qrank.__version__, prog_name="qrank")
+@click.version_option(__version__, prog_name="qrank")
 @debug_option
 def main() -> None:
     """Rerank documents with a quantized model on this machine.

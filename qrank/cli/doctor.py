@@ -10,8 +10,8 @@ from typing import Any
 import click
 from rich.console import Console
 
-import qrank
 from qrank.cli.common import debug_option
+from qrank.system.version import __version__
 
 _WIDTH = 80
 
@@ -31,7 +31,7 @@ def doctor(as_json: bool) -> None:
     with console.status("starting") as status:
         found = examine(status.update if console.is_terminal else lambda step: None)
     if as_json:
-        click.echo(json.dumps({"qrank": qrank.__version__, **found}, indent=2))
+        click.echo(json.dumps({"qrank": __version__, **found}, indent=2))
         return
     for line in _lines(found):
         click.echo(line)
@@ -40,7 +40,7 @@ def doctor(as_json: bool) -> None:
 def _lines(found: dict[str, Any]) -> Iterator[str]:
     machine = found["machine"]
     memory = f", {machine['memory'] / 1e9:.0f} GB" if machine["memory"] else ""
-    yield f"qrank {qrank.__version__} on {machine['system']}"
+    yield f"qrank {__version__} on {machine['system']}"
     yield (
         f"{machine['cpu']}: {machine['processors']} processors, {machine['cores']} cores{memory}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from qrank.bundle.locate import DEFAULT
 from qrank.cli.common import FiniteRange, debug_option, notice, opening_options
+from qrank.cli.names import parse_aliases, split_name
 from qrank.errors import InputError
 from qrank.reranker import Reranker
 from qrank.system.extras import need
@@ -153,7 +154,7 @@ def serve(
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         need(module)
     from qrank.serve.app import build
-    from qrank.serve.guard import read_keys
+    from qrank.serve.keys import read_keys
     from qrank.serve.listening import UNIX, listen
     from qrank.serve.request import Limits
     from qrank.serve.server import run, server
@@ -178,7 +179,7 @@ def serve(
         listening = opened.enter_context(listen(host, port))
         served: dict[str, Reranker] = {}
         for model in models or (DEFAULT,):
-            name, source = _named(model)
+            name, source = split_name(model)
             reranker = opened.enter_context(Reranker(source, **opening))
             # A folder is no name to ask for.
             name = name or (reranker.engine.manifest.name if Path(source).is_dir() else source)
@@ -198,7 +199,7 @@ def serve(
             {name: reranker.engine for name, reranker in served.items()},
             limits=limits,
             keys=keys,
-            aliases=_aliases(aliases, served),
+            aliases=parse_aliases(aliases, served),
             instructions=_instructed(served, instruction),
             root=root,
         )
@@ -211,28 +212,6 @@ def serve(
             key=tls_key,
         )
         run(made, listening.sockets)
-
-
-def _named(model: str) -> tuple[str, str]:
-    """[NAME=]MODEL -> NAME, or "", and MODEL: a path may hold an equals sign, a name does not."""
-    name, equals, source = model.partition("=")
-    if not equals or Path(model).exists() or name.startswith(("/", ".", "~")):
-        return "", model
-    return name, source
-
-
-def _aliases(given: Iterable[str], served: Mapping[str, Reranker]) -> dict[str, str]:
-    found = {}
-    for pair in given:
-        alias, _, name = pair.partition("=")
-        if not alias or name not in served:
-            raise click.UsageError(
-                f"--alias {pair!r}: give ALIAS=NAME, where NAME is one of: {', '.join(served)}"
-            )
-        if alias in served or alias in found:
-            raise click.UsageError(f"--alias {pair!r}: {alias!r} is the name of a model already")
-        found[alias] = name
-    return found
 
 
 def _instructed(served: Mapping[str, Reranker], instruction: str | None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Bodies of requests: bounded in size and time before anything reads them, and decompressed."""
+"""Bodies of requests: bounded in size and time, decompressed, then handed to the application."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.datastructures import Headers
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 from qrank.serve.request import Limits, RequestError
 
 HELD_BODIES = 8
-"""Bodies of the largest size that may be held at a time; beyond, requests are refused."""
+"""The bodies in use may take this times the largest size; beyond, requests are refused."""
 
 ENCODINGS = "gzip, deflate"
-"""What a body may be compressed with, as the header Accept-Encoding has it."""
+"""Encodings that a body may have, as a value of the header Accept-Encoding."""
 
 _ENCODED_TWICE = 2
-"""Most encodings of a body, one after the other."""
+"""Most encodings that may be applied to a body, one after the other."""
 
 
 class Bodies:
-    """Reads bodies, and counts the bytes of those that are in use."""
+    """Reads bodies, and counts the bytes of all bodies in use."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -31,12 +31,12 @@ class Bodies:
 
     @asynccontextmanager
     async def read(self, headers: Headers, receive: Receive) -> AsyncIterator[bytes]:
-        """A whole body as it was before it was compressed; counted until the block ends.
+        """Read a body and decompress it; it counts as in use until the block ends.
 
         Raises:
-            RequestError: 400 for what is not compressed as it says, 408 for what does not come in
-                time, 413 for what is too large, 415 for an unknown encoding, 429 where too many
-                large bodies are in use.
+            RequestError: 400 if it is not compressed as its headers say, 408 if it does not arrive
+                in time, 413 if it is too large, 415 for an unknown encoding, 429 if too many large
+                bodies are in use.
         """
         body = await self._received(headers, receive)
         held = len(body)
@@ -55,17 +55,17 @@ class Bodies:
         self._held += size
 
     async def _received(self, headers: Headers, receive: Receive) -> bytes:
-        """The body as it comes; what is returned counts as held.
+        """The body as it was sent; it counts as in use when this returns.
 
-        What is too large is read to its end and let go, for the time a body has: a client that
-        still sends would not see the answer.
+        A body that is too large is read to its end and discarded, within the time limit: a client
+        that is still sending would not see the answer.
         """
         limit, size, held = self._limits.body, 0, 0
         parts: list[bytes] = []
         length = headers.get("content-length", "")
         large = length.isdigit() and int(length) > limit
         if large and headers.get("expect"):
-            raise _too_large(limit)  # it waits to be told
+            raise _too_large(limit)  # the client waits for an answer before it sends the body
         try:
             async with asyncio.timeout(self._limits.body_seconds):
                 while True:
@@ -98,16 +98,37 @@ class Bodies:
         return b"".join(parts)
 
 
+def plain_headers(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
+    """The headers of a request with its decompressed body of this length."""
+    body = (b"content-encoding", b"content-length", b"transfer-encoding")
+    kept = [(name, value) for name, value in headers if name not in body]
+    return [*kept, (b"content-length", str(length).encode())]
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """An ASGI `receive` that gives the body first, then the server's messages."""
+    first = True
+
+    async def replayed() -> Message:
+        nonlocal first
+        if first:
+            first = False
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    return replayed
+
+
 def inflated(body: bytes, encodings: str, limit: int) -> bytes:
-    """A body before it was compressed.
+    """Decompress a body.
 
     Args:
-        body: as it came.
+        body: as it was sent.
         encodings: the header Content-Encoding: names, in the order they were applied.
-        limit: bytes that it may have.
+        limit: most bytes of the result.
 
     Raises:
-        RequestError: 400 for what is not compressed so, 413 beyond the limit, 415 for an unknown
+        RequestError: 400 if it has another encoding, 413 beyond the limit, 415 for an unknown
             encoding.
     """
     names = [name for part in encodings.split(",") if (name := part.strip().lower())]
@@ -127,7 +148,7 @@ def inflated(body: bytes, encodings: str, limit: int) -> bytes:
 def _inflated(body: bytes, name: str, limit: int) -> bytes:
     gzip, zlib_format, raw = 31, 15, -15
     if name == "deflate":
-        # The standard means zlib's format; some clients send what is in it alone.
+        # The standard means zlib's format; some clients send a raw deflate stream.
         head = int.from_bytes(body[:2])
         headed = head >> 8 & 15 == zlib.DEFLATED and head % 31 == 0
         decompressor = zlib.decompressobj(zlib_format if headed else raw)

@@ -1,54 +1,36 @@
-"""What stands in front of the routes: keys, bounded bodies, other paths, log lines, counters.
+"""ASGI middleware in front of the routes: keys, limits of bodies, aliases of paths, access log.
 
-Plain ASGI, because bodies must be bounded before anything reads them.
+It is plain ASGI, because bodies must be limited before the framework reads them.
 """
 
 from __future__ import annotations
 
-import hmac
-import logging
-import re
-import time
-import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qrank.errors import InputError
-from qrank.serve.body import ENCODINGS, Bodies
-from qrank.serve.dialects import shape
+from qrank.serve.access import Access
+from qrank.serve.body import Bodies, plain_headers, replay
+from qrank.serve.dialect import Dialects
+from qrank.serve.errors import refuse
+from qrank.serve.keys import check_key
 from qrank.serve.metrics import Metrics
 from qrank.serve.request import Limits, RequestError
 from qrank.serve.routing import routed
-from qrank.system.textfiles import read_lines
-
-access = logging.getLogger("qrank.serve.access")
-
-OPEN = frozenset({"/health", "/ready"})
-"""Routes that need no key: what starts and balances servers has none."""
-
-_IDENTITY = re.compile(r"[\w.:-]{1,64}", re.ASCII)
-
-
-def read_keys(path: Path) -> tuple[bytes, ...]:
-    """The keys of a file, one a line.
-
-    Raises:
-        InputError: it holds none.
-    """
-    keys = tuple(line.strip().encode() for line in read_lines(path) if line.strip())
-    if not keys:
-        raise InputError(f"{path} holds no key; write one a line")
-    return keys
 
 
 class Guard:
-    """Wraps the application; answers by itself what does not get in."""
+    """Wraps the application, and answers requests that it refuses.
+
+    Attributes:
+        draining: the server is stopping; answers close their connection.
+        failed: a bug has ended a queue.
+        on_failure: is called when that happens.
+        routes: paths of the application.
+    """
 
     def __init__(
         self,
@@ -57,21 +39,24 @@ class Guard:
         keys: tuple[bytes, ...],
         limits: Limits,
         metrics: Metrics,
+        dialects: Dialects,
         root: str = "",
     ) -> None:
-        """Guard an application.
+        """Wrap an application.
 
         Args:
-            app: what is guarded.
-            keys: any of which opens it; none: it is open.
+            app: the application.
+            keys: a request must send one of them; no keys: every request is allowed.
             limits: of bodies.
-            metrics: where to count.
-            root: the prefix under which a proxy offers it, as `/rank`.
+            metrics: that count the requests.
+            dialects: that give the shape of errors.
+            root: the path under which a proxy serves the application, as `/rank`.
         """
         self._app = app
         self._keys = keys
         self._bodies = Bodies(limits)
         self._metrics = metrics
+        self._dialects = dialects
         self._root = root
         self.draining = False
         self.failed = False
@@ -79,7 +64,7 @@ class Guard:
         self.routes: frozenset[str] = frozenset()
 
     def fail(self) -> None:
-        """Send no requests here any more: a bug of ours has ended what answers them."""
+        """Mark the server as failed: a bug has ended a queue."""
         self.failed = True
         self.on_failure()
 
@@ -88,52 +73,23 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = time.perf_counter()
         headers = Headers(scope=scope)
         method = scope["method"]
         route = routed(scope["path"], method, self._root)
         state: dict[str, Any] = scope.setdefault("state", {})
         state["path"] = route
-        asked = headers.get("x-request-id", "")
-        identity = asked if _IDENTITY.fullmatch(asked) else uuid.uuid4().hex
-        status, told = 0, False
-
-        def tell() -> None:
-            """Count and log the request, once."""
-            nonlocal told
-            if told:
-                return
-            told = True
-            seconds = time.perf_counter() - started
-            # Whatever else is asked for must not make more and more counters.
-            path = route if route in self.routes else "other"
-            self._metrics.requests.labels(path, status or "none").inc()
-            self._metrics.seconds.labels(path).observe(seconds)
-            line = {
-                "id": identity,
-                "method": method,
-                "path": path,
-                "status": status or None,
-                "ms": round(seconds * 1000, 1),
-                **state.get("said", {}),
-            }
-            access.info("request", extra={"fields": line})
+        state["error_shape"] = self._dialects.error(route)
+        path = route if route in self.routes else "other"
+        access = Access(method, path, headers.get("x-request-id", ""), state, self._metrics)
 
         async def answer(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
-                out = MutableHeaders(scope=message)
-                out["x-request-id"] = identity
-                if model := state.get("said", {}).get("model"):
-                    # Not every dialect's answer has a place for it.
-                    out["x-qrank-model"] = quote(model, safe="/:@+=,")
-                if self.draining:
-                    out["connection"] = "close"
+                access.status = message["status"]
+                self._add_headers(MutableHeaders(scope=message), access, state)
             else:
                 if not message.get("more_body", False):
-                    # Before its end: who has the answer finds it counted.
-                    tell()
+                    # Before the last part: a client that has the answer finds it counted.
+                    access.end()
                 if method == "HEAD":
                     message = {**message, "body": b""}
             await send(message)
@@ -146,56 +102,20 @@ class Guard:
             "root_path": self._root,
         }
         try:
-            self._check_key(route, headers)
+            check_key(self._keys, route, headers)
             async with self._bodies.read(headers, receive) as body:
-                inner["headers"] = _plain(scope["headers"], len(body))
-                await self._app(inner, _replay(body, receive), answer)
+                inner["headers"] = plain_headers(scope["headers"], len(body))
+                await self._app(inner, replay(body, receive), answer)
         except RequestError as refusal:
-            await refuse(route, refusal)(scope, receive, answer)
+            await refuse(state["error_shape"], refusal)(scope, receive, answer)
         finally:
-            tell()
+            access.end()
 
-    def _check_key(self, route: str, headers: Headers) -> None:
-        if not self._keys or route in OPEN:
-            return
-        given = headers.get("authorization", "").partition(" ")[2].strip().encode()
-        # All are compared, each in constant time: how long it takes tells nothing.
-        right = [hmac.compare_digest(given, key) for key in self._keys]
-        if not any(right):
-            raise RequestError(401, "a key is needed: send the header Authorization: Bearer KEY")
-
-
-def refuse(path: str, refusal: RequestError) -> JSONResponse:
-    """An error as the dialect of a route has it."""
-    status, content = shape(path)(refusal.status, refusal.message)
-    headers = {}
-    if refusal.retry_after is not None:
-        headers["retry-after"] = str(refusal.retry_after)
-    if refusal.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    if refusal.status == 415:
-        headers["accept-encoding"] = ENCODINGS
-    if refusal.status in (408, 413):
-        headers["connection"] = "close"
-    return JSONResponse(content, status, headers)
-
-
-def _plain(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
-    """The headers of a request whose body is there, so long and not compressed any more."""
-    body = (b"content-encoding", b"content-length", b"transfer-encoding")
-    kept = [(name, value) for name, value in headers if name not in body]
-    return [*kept, (b"content-length", str(length).encode())]
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """`receive` with the body first, then what the server still has to say."""
-    first = True
-
-    async def replay() -> Message:
-        nonlocal first
-        if first:
-            first = False
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()
-
-    return replay
+    def _add_headers(self, out: MutableHeaders, access: Access, state: dict[str, Any]) -> None:
+        """Add the headers that answers of all dialects have."""
+        out["x-request-id"] = access.identity
+        if model := state.get("said", {}).get("model"):
+            # Not every dialect has a field for it.
+            out["x-qrank-model"] = quote(model, safe="/:@+=,")
+        if self.draining:
+            out["connection"] = "close"

@@ -1,4 +1,4 @@
-"""Where a server listens: addresses and Unix sockets, and what is said when one cannot be had."""
+"""Sockets of a server: TCP addresses and Unix sockets."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any
 from qrank.errors import InputError, QrankError
 
 UNIX = "unix:"
-"""What a socket file's path begins with, where it stands for a host."""
+"""Prefix of a host that is the path of a Unix socket."""
 
 _BACKLOG = 2048
 _TRIES = 10
-"""To find a free port that several addresses have in common."""
+"""Attempts to find a free port that is free for several addresses."""
 
 _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 @dataclass
 class Listening:
-    """Sockets that listen; a socket file among them is removed at the end.
+    """Listening sockets; `close` removes the file of a Unix socket.
 
     Attributes:
         sockets: ready to accept.
@@ -37,23 +37,23 @@ class Listening:
 
     @property
     def public(self) -> bool:
-        """Whether other machines may reach it."""
+        """Whether other machines may reach the server."""
         return self._file is None and any(
             not (host.startswith("127.") or host == "::1")
             for host in (found.getsockname()[0] for found in self.sockets)
         )
 
     def addresses(self, scheme: str) -> list[str]:
-        """What it listens at, for people."""
+        """The addresses, for people."""
         if self._file is not None:
             return [f"{UNIX}{self._file}"]
         return [f"{scheme}://{_name(found)}" for found in self.sockets]
 
     def close(self) -> None:
-        """Listen no more."""
+        """Close the sockets."""
         for found in self.sockets:
             found.close()
-        # Another server may have put its own in the place.
+        # Another server may have replaced the file by its own.
         if self._file is not None and _identity(self._file) == self._identity:
             self._file.unlink(missing_ok=True)
 
@@ -70,16 +70,16 @@ class Listening:
 
 
 def listen(host: str, port: int) -> Listening:
-    """Listen.
+    """Open listening sockets.
 
     Args:
-        host: an address, a name (every address it has here), `::` for all addresses of both kinds,
-            or `unix:PATH`.
-        port: 0 takes any that is free.
+        host: an address, a name (all its addresses on this machine), `::` for all IPv6 and IPv4
+            addresses, or `unix:PATH`.
+        port: 0 for any free port.
 
     Raises:
-        QrankError: the address is taken, or not this machine's.
-        InputError: it is no address.
+        QrankError: the address is in use, or is not one of this machine.
+        InputError: it is not an address.
     """
     if host.startswith(UNIX):
         return _listen_at_file(Path(host.removeprefix(UNIX)))
@@ -108,7 +108,7 @@ def listen(host: str, port: int) -> Listening:
 
 
 def _bind_all(addresses: Sequence[tuple[int, tuple[Any, ...]]]) -> list[socket.socket]:
-    """A socket for each address that this machine has, all at the first one's port."""
+    """A socket for each address of this machine, all with the same port."""
     sockets: list[socket.socket] = []
     missing: OSError | None = None
     try:
@@ -123,7 +123,7 @@ def _bind_all(addresses: Sequence[tuple[int, tuple[Any, ...]]]) -> list[socket.s
                     dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6(),
                 )
             except OSError as error:
-                # A name may stand for addresses of a kind that is switched off here.
+                # A name may have an IPv6 address while IPv6 is turned off on this machine.
                 if error.errno not in _NOT_HERE:
                     raise
                 missing = error
@@ -148,7 +148,7 @@ def _name(found: socket.socket) -> str:
 
 
 def _listen_at_file(path: Path) -> Listening:
-    """Listen at a socket file; one that nobody listens at any more is replaced."""
+    """Listen at a Unix socket; a file where no process listens is replaced."""
     where = f"--host {UNIX}{path}"
     if not hasattr(socket, "AF_UNIX"):
         raise InputError(f"{where}: there are no Unix sockets here; give an address")
@@ -164,10 +164,10 @@ def _listen_at_file(path: Path) -> Listening:
 
 
 def _clear(path: Path) -> None:
-    """Remove a socket file that a killed server left.
+    """Remove the socket file of a killed server.
 
     Raises:
-        OSError: it is in use, or no socket.
+        OSError: a process listens there, or the file is not a socket.
     """
     try:
         kind = path.lstat().st_mode
@@ -183,7 +183,7 @@ def _clear(path: Path) -> None:
             path.unlink(missing_ok=True)
             return
         except TimeoutError:
-            pass  # it listens, and has much to do
+            pass  # a busy server listens there
     raise OSError(errno.EADDRINUSE, "another server listens there")
 
 

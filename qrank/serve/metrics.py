@@ -1,4 +1,4 @@
-"""What GET /metrics tells Prometheus."""
+"""Metrics of the server, for Prometheus."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Metrics:
-    """A server's counters, in a registry of their own."""
+    """The metrics of one server, in their own registry."""
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
@@ -65,7 +65,7 @@ class Metrics:
         )
 
     def of(self, model: str, target: str) -> ModelMetrics:
-        """Those of one model."""
+        """The metrics of one model that runs as `target`."""
         self._target.labels(model, target).set(1)
         return ModelMetrics(
             self._pairs.labels(model),
@@ -82,13 +82,13 @@ class Metrics:
         )
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 @dataclass(frozen=True)
 class ModelMetrics:
-    """The counters of one model; `dropped` by reason."""
+    """The metrics of one model; `dropped` by reason."""
 
     pairs: Counter
     tokens: Counter

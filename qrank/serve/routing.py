@@ -1,4 +1,4 @@
-"""A path as it is asked for -> the route that answers: other names, slashes, a proxy's prefix."""
+"""Path of a request -> route: aliases, extra slashes, a proxy's prefix."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ ALIASES = {
     "/invocations": "/rerank",
     "/ping": "/health",
 }
-"""Other names that the imitated servers answer at."""
+"""Other paths that the imitated servers have -> routes."""
 
 
 def routed(path: str, method: str, root: str = "") -> str:
-    """The route of a path, if there is one.
+    """The route of a path; an unknown path stays as it is.
 
     Args:
-        path: as it came. A slash more, at its end or elsewhere, means nothing.
-        method: as it came.
-        root: the prefix under which a proxy offers the routes, whether it strips that or not.
+        path: of the request. Extra slashes are ignored.
+        method: of the request.
+        root: the path under which a proxy serves the routes; the proxy may remove it or not.
     """
     path = re.sub("/{2,}", "/", path)
     path = path.rstrip("/") or "/"

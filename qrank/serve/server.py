@@ -1,4 +1,4 @@
-"""The process: sockets, signals, draining, log lines."""
+"""The server process, on uvicorn: signals, draining, the log."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from qrank.errors import QrankError
 from qrank.serve.guard import Guard
 
 HEAD_SECONDS = 10.0
-"""For a request's head to come in, from its first byte or the connection's beginning."""
+"""Time to receive the head of a request, from its first byte or the start of the connection."""
 
 KEEP_ALIVE_SECONDS = 75
-"""An idle connection is kept: longer than most clients keep theirs, so that they end it."""
+"""An idle connection is closed then: later than most clients do, so that they close it first."""
 
 GRACE_SECONDS = 1.0
-"""After SIGTERM, for requests that are on their way over connections there are."""
+"""After SIGTERM, time for requests that are on their way on open connections."""
 
 
 class JsonLines(logging.Formatter):
@@ -47,15 +47,16 @@ class JsonLines(logging.Formatter):
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 with a limit to the time a request's head takes, which uvicorn does not have."""
+    """HTTP/1.1 with a time limit for the head of a request, which uvicorn does not have."""
 
     _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio."""
         super().connection_made(transport)
-        # asyncio does so for sockets that name their protocol, which Python's own listening ones do
-        # not. Without, an answer's body waits 40 ms for the client to acknowledge its head.
+        # asyncio sets this only for sockets that name their protocol; sockets of
+        # `socket.create_server` do not. Without it, the body of an answer waits 40 ms until the
+        # client acknowledges the head.
         connection = transport.get_extra_info("socket")
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -84,15 +85,15 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Uvicorn's, which on SIGTERM answers what it has accepted before it goes."""
+    """uvicorn's server; on SIGTERM it answers all accepted requests before it exits."""
 
     def __init__(self, config: uvicorn.Config, guard: Guard, ready: Callable[[], None]) -> None:
-        """Serve.
+        """Make a server.
 
         Args:
             config: uvicorn's.
-            guard: is told when draining begins, and tells when it has failed: then this ends.
-            ready: called when requests are taken.
+            guard: gets `draining` set at the end; if it fails, the server stops.
+            ready: is called when the server accepts requests.
         """
         super().__init__(config)
         self._guard = guard
@@ -101,7 +102,7 @@ class Server(uvicorn.Server):
 
     @property
     def failed(self) -> bool:
-        """Whether it ended because of a bug."""
+        """Whether a bug stopped it."""
         return self._guard.failed
 
     def _end(self) -> None:
@@ -114,7 +115,7 @@ class Server(uvicorn.Server):
             self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no connection more; then, a moment later, close those that say nothing."""
+        """Accept no new connections; after a moment, close the idle ones."""
         self._guard.draining = True
         for server in self.servers:
             server.close()
@@ -132,19 +133,19 @@ def server(
     certificate: Path | None = None,
     key: Path | None = None,
 ) -> Server:
-    """A server that is not started.
+    """Make a server; `run` starts it.
 
     Args:
         guard: the application.
-        ready: called when requests are taken.
-        drain_seconds: after which what is still running is given up.
-        cors: origins whose pages may ask; none: CORS is off.
-        certificate: for TLS.
-        key: its key.
+        ready: is called when the server accepts requests.
+        drain_seconds: time for running requests when it stops.
+        cors: origins whose pages may send requests; none: CORS is off.
+        certificate: file for TLS.
+        key: file with the certificate's key.
     """
     app: ASGIApp = guard
     if cors:
-        # Outside the guard: a browser asks first, and without the key.
+        # Outside the guard: a browser's preflight request has no key.
         app = CORSMiddleware(
             guard,
             allow_origins=list(cors),
@@ -169,10 +170,10 @@ def server(
 
 
 def run(server: Server, sockets: list[socket.socket]) -> None:
-    """Serve until SIGTERM or SIGINT, and then until everything accepted is answered.
+    """Serve until SIGTERM or SIGINT, and until all accepted requests are answered.
 
     Raises:
-        QrankError: a bug of ours ended a queue; what could be answered was.
+        QrankError: a bug ended a queue.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
@@ -180,7 +181,7 @@ def run(server: Server, sockets: list[socket.socket]) -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
-    # uvicorn raises the signal again once it is done: that is an end like any other.
+    # uvicorn raises the signal again when it is done; that must not kill the process.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     server.run(sockets=sockets)

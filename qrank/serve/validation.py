@@ -1,4 +1,4 @@
-"""What is wrong with a request, in words: pydantic's errors name its own types and ours."""
+"""Messages of pydantic's errors, for clients: without the names of pydantic's types and ours."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 WANTED = "wanted"
-"""Type of an error whose message is what to give instead."""
+"""Type of an error whose message says what to send instead."""
 
 _SHOWN = 3
-"""Errors that are told of; the others are mostly more of the same."""
+"""Errors in a message; the others mostly repeat these."""
 
 _NAMES = {
     "string_type": "a string",
@@ -24,7 +24,7 @@ _NAMES = {
     "dict_type": "an object",
     "model_attributes_type": "an object",
 }
-"""Type of an error -> what to give instead."""
+"""Type of an error -> what to send instead."""
 
 _KINDS = {
     type(None): "null",
@@ -38,12 +38,12 @@ _KINDS = {
 
 
 def tag(name: str) -> str:
-    """The tag of a union's member; it is left out of the places that errors name."""
+    """The tag of a union's member; messages leave it out of a location."""
     return f"<{name}>"
 
 
 def reasons(errors: Sequence[Any]) -> str:
-    """Errors as pydantic lists them, in words. What was sent is not repeated."""
+    """One message for pydantic's errors. It does not repeat what was sent."""
     return "; ".join(_reason(error) for error in errors[:_SHOWN])
 
 

@@ -1,0 +1,225 @@
+"""POST /v1/rerank: what Jina, Cohere v1, vLLM and llama.cpp have in common.
+
+Cohere v2 and Ollama send the same requests, and get other answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticSerializationError, to_json
+
+from qrank.serve.dialect import Dialect
+from qrank.serve.request import RequestError, RerankOutcome, RerankTask
+from qrank.serve.schemas import (
+    HALF_SURROGATE,
+    Count,
+    Extended,
+    Text,
+    TokenUsage,
+    new_id,
+    token_usage,
+)
+from qrank.serve.validation import WANTED, tag
+
+
+class Document(BaseModel):
+    """A document with fields of its own, which are returned with it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    text: str | None = None
+
+    @model_validator(mode="after")
+    def _returnable(self) -> Document:
+        # Nested as deeply as in an answer, because serialization has a depth limit.
+        try:
+            to_json([[[[[[self.model_dump()]]]]]])
+        except PydanticSerializationError as error:
+            surrogate = "surrogates not allowed" in str(error)
+            raise ValueError(HALF_SURROGATE if surrogate else "it is nested too deeply") from None
+        return self
+
+
+def _text_or_object(value: object) -> str | None:
+    if isinstance(value, str):
+        return tag("string")
+    return tag("object") if isinstance(value, Mapping | BaseModel) else None
+
+
+TextOrObject = Annotated[
+    Annotated[Text, Tag(tag("string"))] | Annotated[Document, Tag(tag("object"))],
+    Discriminator(
+        _text_or_object,
+        custom_error_type=WANTED,
+        custom_error_message='a string, or an object with "text"',
+    ),
+]
+
+
+class RerankRequest(Extended):
+    """As Jina's, Cohere's, vLLM's, llama.cpp's and Ollama's."""
+
+    query: Text
+    documents: list[TextOrObject] = Field(min_length=1)
+    top_n: Count | None = Field(None, description="Return only so many; 0 and null: all.")
+    return_documents: bool | None = Field(
+        None, description="Default: true, but false at /v2/rerank, as Cohere has it."
+    )
+    max_tokens_per_doc: Count | None = Field(
+        None, description="Tokens that are read of a document; 0 and null: what fits."
+    )
+    rank_fields: list[str] | None = Field(
+        None, description="Fields of a document object to read, in this order. Default: text."
+    )
+
+
+class RerankResult(BaseModel):
+    """One document of the sorted list."""
+
+    index: int
+    relevance_score: float
+    document: dict[str, Any] | None = None
+    truncated: Literal[True] | None = Field(None, description="Only a part of it was read.")
+    scored: Literal[False] | None = Field(
+        None, description="The time was up before its turn; its score is the lowest of the others'."
+    )
+
+
+class ApiVersion(BaseModel):
+    """The version of Cohere's API."""
+
+    version: str
+
+
+class BilledUnits(BaseModel):
+    """What Cohere would bill."""
+
+    search_units: int = 1
+
+
+class MetaTokens(BaseModel):
+    """Tokens the model read, in Cohere's words."""
+
+    input_tokens: int
+    output_tokens: int = 0
+
+
+class Meta(BaseModel):
+    """Cohere's `meta`."""
+
+    api_version: ApiVersion
+    billed_units: BilledUnits = BilledUnits()
+    tokens: MetaTokens
+
+
+class RerankResponse(BaseModel):
+    """Everything that Jina, Cohere v1, vLLM and llama.cpp answer."""
+
+    id: str
+    object: Literal["list"] = "list"
+    model: str
+    results: list[RerankResult]
+    usage: TokenUsage
+    meta: Meta
+
+
+def parse(body: RerankRequest) -> RerankTask:
+    """The task of a request.
+
+    Raises:
+        RequestError: a document has no text, or lacks the fields to read.
+    """
+    texts = [
+        document if isinstance(document, str) else _text(document, body.rank_fields, place)
+        for place, document in enumerate(body.documents)
+    ]
+    return RerankTask(
+        body.model,
+        [(body.query, text) for text in texts],
+        body.instruction,
+        body.long_documents,
+        body.max_tokens_per_doc or None,
+        body.budget_seconds,
+    )
+
+
+def _text(document: Document, fields: Sequence[str] | None, place: int) -> str:
+    if not fields:
+        if document.text is None:
+            raise RequestError(
+                422, f"documents[{place}] has no text; give one, or name rank_fields"
+            )
+        return document.text
+    content = document.model_dump()
+    values = [content[name] for name in fields if content.get(name) is not None]
+    if not values:
+        raise RequestError(422, f"documents[{place}] has none of the rank_fields")
+    return "\n".join(str(value) for value in values)
+
+
+def top(body: RerankRequest, outcome: RerankOutcome) -> list[int]:
+    """The documents to return, best first."""
+    return outcome.order[: body.top_n or None]
+
+
+def as_sent(document: str | Document) -> str | dict[str, Any]:
+    """A document as the client sent it."""
+    return document if isinstance(document, str) else document.model_dump(exclude_unset=True)
+
+
+def results(body: RerankRequest, outcome: RerankOutcome, *, documents: bool) -> list[RerankResult]:
+    """The sorted list; `documents`: each with its document, as an object."""
+
+    def shown(place: int) -> dict[str, Any]:
+        document = as_sent(body.documents[place])
+        return {"text": document} if isinstance(document, str) else document
+
+    return [
+        RerankResult(
+            index=i,
+            relevance_score=outcome.scores[i],
+            document=shown(i) if documents else None,
+            truncated=True if outcome.truncated[i] else None,
+            scored=None if outcome.scored[i] else False,
+        )
+        for i in top(body, outcome)
+    ]
+
+
+def meta(version: str, outcome: RerankOutcome) -> Meta:
+    """Cohere's `meta`, for a version of its API."""
+    return Meta(
+        api_version=ApiVersion(version=version), tokens=MetaTokens(input_tokens=outcome.tokens)
+    )
+
+
+def render(body: RerankRequest, outcome: RerankOutcome) -> RerankResponse:
+    """Jina's, Cohere's, vLLM's and llama.cpp's fields."""
+    return RerankResponse(
+        id=new_id("rerank"),
+        model=outcome.model,
+        results=results(body, outcome, documents=body.return_documents is not False),
+        usage=token_usage(outcome),
+        meta=meta("1", outcome),
+    )
+
+
+def error(status: int, message: str) -> tuple[int, dict[str, Any]]:
+    """Jina's."""
+    return status, {"detail": message}
+
+
+RERANK = Dialect(
+    name="rerank_v1",
+    servers=("Jina", "Cohere", "vLLM", "llama.cpp"),
+    description="Jina's, llama.cpp's, vLLM's and Cohere's v1, with `documents`.",
+    paths=("/v1/rerank", "/rerank"),
+    request=RerankRequest,
+    answer=RerankResponse,
+    parse=parse,
+    render=render,
+    error=error,
+)
