@@ -166,12 +166,6 @@ def padding(checkpoint: Checkpoint) -> int:
     return int(number)
 
 
-def head_row(rows: Floats) -> Floats:
-    """The label's row, less that of the second, if there is one; shape [1, hidden]."""
-    row: Floats = (rows[0] - rows[1:].sum(0))[None].astype(np.float32)
-    return row
-
-
 def not_understood(what: str) -> ConversionError:
     """The score head cannot be found: the error to raise, with what stands in its place."""
     return ConversionError(

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from qrank.backends.gguf import FILE, TYPE_STRIDE
 from qrank.backends.gguf_decoder import HEAD
 from qrank.backends.llama import complaint, library
-from qrank.bundle.family import Family
+from qrank.bundle.family import Family, label_row
 from qrank.bundle.sequences import Sequences
 from qrank.converters.checkpoint.configuration import (
     NEMOTRON,
@@ -184,8 +184,7 @@ def _head(weights: _Weights, config: PretrainedConfig, family: Family) -> Floats
     if not family.labels:
         row = weights.row("score.weight", 0)
         return row / np.float32(config.temperature) if config.model_type == NEMOTRON else row
-    rows = _label_rows(weights, config, family)
-    head: Floats = rows[0] - rows[1:].sum(0)
+    head: Floats = label_row(_label_rows(weights, config, family))
     return head
 
 

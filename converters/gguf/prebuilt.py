@@ -16,10 +16,11 @@ import numpy as np
 
 from qrank.backends.gguf import FILE, TYPE_STRIDE
 from qrank.backends.gguf_decoder import HEAD
+from qrank.bundle.family import label_row
 from qrank.converters.checkpoint.configuration import read_config
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.gguf.layouts import Layout
-from qrank.converters.prebuilt_graph import Floats, head_row
+from qrank.converters.prebuilt_graph import Floats
 from qrank.errors import ConversionError
 from qrank.system.extras import need
 
@@ -77,7 +78,7 @@ def take(path: Path, checkpoint: Checkpoint, folder: Path) -> str:
     note = ""
     if family.decoder:
         rows, note = _head(reader, tensors, checkpoint, path)
-        np.save(folder / HEAD, head_row(rows)[0])
+        np.save(folder / HEAD, label_row(rows))
     else:
         _check_encoder(reader, tensors, checkpoint, path)
     shutil.copyfile(path, folder / FILE)

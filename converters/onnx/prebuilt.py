@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qrank.bundle.family import label_row
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.graph_file import load_graph, save_graph
 from qrank.converters.onnx.prebuilt_head import Head
@@ -30,7 +31,6 @@ from qrank.converters.prebuilt_graph import (
     check_inputs,
     first_position,
     gives_vocabulary,
-    head_row,
     padding,
     precision_of,
 )
@@ -195,7 +195,7 @@ class _Surgery:
         if POSITIONS in self._given:
             self._give(POSITIONS, self._positions(self._node("Squeeze", [before])))
         head = Head(self._model, _old(logits))
-        row = head_row(head.rows(labels))
+        row = label_row(head.rows(labels))[None]
         self._nodes = self._back
         places = self._node("Unsqueeze", ["last", self._constant(np.array([1]))])
         state = self._node("GatherND", [head.states, places], batch_dims=1)

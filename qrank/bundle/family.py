@@ -194,6 +194,18 @@ def fill(item: str, **texts: str) -> str:
     return _SLOT.sub(lambda found: texts.get(found[1], found[0]), item)
 
 
+def label_row(rows: Any) -> Any:
+    """What a decoder scores by, of what belongs to its labels: the first, less the second if any.
+
+    Args:
+        rows: an array or a tensor of shape [labels, ...]: rows of the output matrix, or logits.
+
+    Returns:
+        The same of shape [...].
+    """
+    return rows[0] - rows[1:].sum(0)
+
+
 def cards() -> list[Card]:
     """The cards that come with qrank, by name."""
     from importlib import resources  # here, not above: scoring reads no card
