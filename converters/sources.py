@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qrank.bundle.family import Card
 from qrank.bundle.locate import Fetched, place
 from qrank.converters import makers
+from qrank.converters.checkpoint.card import Card, cards
 from qrank.converters.checkpoint.probes import calibration_pairs, read_pairs
 from qrank.converters.checkpoint.read import Checkpoint, of_fetched, read_checkpoint
 from qrank.converters.makers import Failed, Maker, Name
@@ -76,6 +76,11 @@ def read(
     if isinstance(where := place(source), Path):
         model.sources.append(where)
     return model
+
+
+def families() -> dict[str, str]:
+    """The families that come with qrank: name -> which models they read."""
+    return {card.name: card.about for card in cards()}
 
 
 def _checkpoint(

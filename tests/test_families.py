@@ -12,7 +12,8 @@ import pytest
 import tiny
 from transformers import BertModel
 
-from qrank.bundle.family import Card, Family, cards
+from qrank.bundle.family import Family
+from qrank.converters.checkpoint.card import Card, cards
 from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.convert import convert
 from qrank.errors import ConversionError, FamilyError, ModelNotFoundError

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrank.bundle.dimensions import Dimensions
-from qrank.bundle.family import Card, Family, find_card
+from qrank.bundle.family import Family
 from qrank.bundle.locate import Fetched, fetch, place
 from qrank.bundle.manifest import Source
 from qrank.converters.checkpoint import logit_score, sentence_transformers
 from qrank.converters.checkpoint.attention import window
+from qrank.converters.checkpoint.card import Card, find_card
 from qrank.converters.checkpoint.concrete import Said, check_case, concrete
 from qrank.converters.checkpoint.configuration import (
     explained,

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 
-from qrank.bundle.family import cards
 from qrank.bundle.hub_names import snapshot
 from qrank.bundle.locate import bundled, locate
 from qrank.bundle.manifest import Manifest, Variant, check_files
@@ -18,6 +17,8 @@ from qrank.cli.common import debug_option, megabytes
 @debug_option
 def models() -> None:
     """List the bundled models, and the families that can be converted."""
+    from qrank.converters.sources import families
+
     click.echo("Bundles")
     for name, folder in bundled().items():
         manifest = Manifest.load(folder)
@@ -26,8 +27,8 @@ def models() -> None:
                 f"  {name:18} {manifest.family.name}, {variant.name}, {megabytes(variant.bytes)}"
             )
     click.echo("Families")
-    for card in cards():
-        click.echo(f"  {card.name:18} {card.about}")
+    for name, about in families().items():
+        click.echo(f"  {name:18} {about}")
 
 
 @click.command()
