@@ -28,9 +28,10 @@ class Layout:
         known_act: what it must be: llama.cpp has no other for this architecture.
         eps: the config's key of the norms' epsilon.
         after_pad: whether the position table begins with pad_token_id + 1 rows nobody reads.
-        norms_from_one: whether the checkpoint holds norm weights less 1 (Gemma).
-        pairs_turn: whether llama.cpp turns neighbouring numbers of a head by an angle (Llama), and
-            not those half a head apart, as transformers does.
+        norms_minus_one: whether the checkpoint stores norm weights minus 1 (Gemma); llama.cpp
+            takes them whole.
+        interleaved_rope: whether llama.cpp's rotary positions rotate neighbouring dimensions of a
+            head together (Llama); transformers rotates those that are half a head apart.
         head: modules that are no part of the file: a causal model's head is kept beside it, and of
             a model that was one.
     """

@@ -20,6 +20,7 @@ from qrank.bundle.family import label_row
 from qrank.converters.checkpoint.configuration import read_config
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.gguf.layouts import Layout
+from qrank.converters.gguf.tensors import token_types
 from qrank.converters.prebuilt_graph import Floats
 from qrank.errors import ConversionError
 from qrank.system.extras import need
@@ -105,8 +106,7 @@ def _check_vocabulary(
         raise ConversionError(f"{path.name} holds no {_WORDS}: it is no language model's")
     rows = int(tensors[_WORDS].shape[1])
     wanted = int(read_config(checkpoint.folder)["vocab_size"])
-    types = max(checkpoint.family.segments or [0]) + 1
-    if rows not in (wanted, wanted * types):
+    if rows not in (wanted, wanted * token_types(checkpoint)):
         raise ConversionError(
             f"{path.name} has {rows:,} tokens; config.json says {wanted:,}: they are different "
             "models'"
