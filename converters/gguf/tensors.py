@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -126,6 +125,7 @@ def tensors_of(
     torch = need("torch")
     with torch.device("meta"):
         model = auto_class(config.to_dict()).from_config(config, trust_remote_code=False)
+    tensor_name = layout.tensor_names(config.num_hidden_layers)
     unmapped = []
     for name, _ in model.named_parameters():
         module, _, parameter = name.rpartition(".")
@@ -133,12 +133,10 @@ def tensors_of(
             continue
         if name not in weights.shapes:
             raise ConversionError(f"{checkpoint.folder} has no weight {name}")
-        number = re.search(r"\.(\d+)\.", module)
-        theirs = layout.names.get(re.sub(r"\.\d+\.", ".{}.", module))
+        theirs = tensor_name(module)
         if theirs is None or (layout.arch == "modern-bert" and _is_extra_bias(theirs, parameter)):
             unmapped.append(name)
             continue
-        target = f"{theirs.format(number[1] if number else '')}.{parameter}"
         shape, load = list(weights.shapes[name]), partial(weights.rows, name)
         if theirs == "position_embd":
             first = layout.unread(config)
@@ -153,7 +151,7 @@ def tensors_of(
             queries = theirs.endswith("attn_q")
             heads = config.num_attention_heads if queries else config.num_key_value_heads
             load = partial(_interleaved, weights, name, heads)
-        yield Tensor(target, shape, load)
+        yield Tensor(f"{theirs}.{parameter}", shape, load)
     if layout.head and (factors := rotary_factors(config)) is not None:
         yield Tensor("rope_freqs.weight", list(factors.shape), lambda: iter([factors]))
     if llama_scores(checkpoint.family):
