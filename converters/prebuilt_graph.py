@@ -1,4 +1,4 @@
-"""What a ready-made graph takes and gives, by its names: alike in ONNX and OpenVINO."""
+"""What a prebuilt graph takes and gives, by its names: alike in ONNX and OpenVINO."""
 
 from __future__ import annotations
 

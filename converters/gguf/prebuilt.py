@@ -1,4 +1,4 @@
-"""A ready-made GGUF file -> one that qrank scores rightly, or the reason why llama.cpp cannot.
+"""A prebuilt GGUF file -> one that qrank scores rightly, or the reason why llama.cpp cannot.
 
 The file stays as it is. A decoder's head lies beside it as `head.npy`: from the file's own score
 rows, or from the labels' rows of its output matrix.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
 MODULES = ("transformers", "gguf", "llama_cpp")
-"""What taking over a file and running it takes."""
+"""Packages that importing a file and running it need."""
 
 _SCORE = "cls.output.weight"
 _WORDS = "token_embd.weight"
@@ -53,11 +53,11 @@ def precision(path: Path) -> str:
     return numbers.most_common(1)[0][0].lower()
 
 
-def take(path: Path, checkpoint: Checkpoint, folder: Path) -> str:
+def import_file(path: Path, checkpoint: Checkpoint, folder: Path) -> str:
     """Copy the file as `model.gguf` into a folder; with a decoder's head, `head.npy`.
 
     Args:
-        path: the ready-made file.
+        path: the prebuilt file.
         checkpoint: what the model is.
         folder: exists and is empty.
 

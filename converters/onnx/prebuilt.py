@@ -1,4 +1,4 @@
-"""A ready-made ONNX graph -> one that gives one logit a pair, with the inputs of ours."""
+"""A prebuilt ONNX graph -> one that gives one logit a pair, with the inputs of ours."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import onnx
 
 MODULES = ("transformers", "onnx", "onnxruntime")
-"""What taking over a file and running it takes."""
+"""Packages that importing a file and running it need."""
 
 _BLOCKED = ("MatMulNBits", "GatherBlockQuantized")
 """Operations whose weights are packed into bytes: `bits` of each number."""
@@ -49,11 +49,11 @@ def precision(path: Path) -> str:
     return precision_of(numbers)
 
 
-def take(path: Path, checkpoint: Checkpoint, folder: Path) -> str:
+def import_file(path: Path, checkpoint: Checkpoint, folder: Path) -> str:
     """Write `model.onnx` (and `model.onnx.data` above 2 GB) into a folder.
 
     Args:
-        path: the ready-made graph, with its weights in it or beside it.
+        path: the prebuilt graph, with its weights in it or beside it.
         checkpoint: what the model is.
         folder: exists and is empty.
 

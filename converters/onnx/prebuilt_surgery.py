@@ -221,7 +221,7 @@ class Surgery:
 
 
 def _old(name: str) -> str:
-    """What an input or an output of the ready-made graph is called within the new one."""
+    """What an input or an output of the prebuilt graph is called within the new one."""
     return f"given.{name}"
 
 

@@ -102,5 +102,5 @@ def fidelity_lines(variants: Iterable[Variant]) -> Iterator[str]:
 def verification_note(manifest: Manifest) -> Iterator[str]:
     """What has to be said of a bundle that was not held against the original."""
     if not manifest.probes.verified:
-        yield "self-consistent, not verified: the figures compare a ready-made model with itself."
+        yield "self-consistent, not verified: the figures compare a prebuilt model with itself."
         yield "What it is to the original, --reference CHECKPOINT tells when it is converted."
