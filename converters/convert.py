@@ -25,7 +25,7 @@ class Converted:
     Attributes:
         folder: the bundle's.
         manifest: the bundle's, with what was there before.
-        failed: by a variant's name (a ready-made file's, where it cannot be read): why it is not in
+        failed: by a variant's name (a prebuilt file's, where it cannot be read): why it is not in
             the bundle. What else was asked for is.
     """
 
@@ -47,20 +47,20 @@ def convert(
     calibration: Path | None = None,
     progress: Progress = lambda step: None,
 ) -> Converted:
-    """Convert a checkpoint, or take over ready-made files, and prove every variant.
+    """Convert a checkpoint, or import prebuilt files, and prove every variant.
 
     Each variant is made by itself: what is proven is kept, whatever becomes of the others.
 
     Args:
-        source: a checkpoint's folder or hub id, or those of ready-made files, or one such file;
+        source: a checkpoint's folder or hub id, or those of prebuilt files, or one such file;
             see `qrank.bundle.locate.place`.
         variants: (format, precision) pairs to make, a precision of None being the default; those
             the bundle has already are kept. None: every format whose packages are installed and
-            that the family is for, or of which there is a ready-made file.
+            that the family is for, or of which there is a prebuilt file.
         output: the bundle's folder; None: `NAME-qrank` in the working directory. A bundle of the
             same checkpoint gains the variants. While another conversion writes there, this one
             waits.
-        reference: the checkpoint that ready-made files were made of, to prove them against: the
+        reference: the checkpoint that prebuilt files were made of, to prove them against: the
             bundle is then the checkpoint's. None: they are held against themselves.
         family: a card's name or file; None to match by config.json.
         revision: of the hub's repository.

@@ -44,7 +44,7 @@ def own_probes(
     variant: Variant,
     worker: isolation.Worker,
 ) -> Probes:
-    """The probe pairs with a ready-made model's own logits: of each pair alone, computed exactly.
+    """The probe pairs with a prebuilt model's own logits: of each pair alone, computed exactly.
 
     Raises:
         ConversionError: it does not load or run, or gives no scores.
@@ -56,12 +56,12 @@ def own_probes(
     logits = np.concatenate(_run(folder, variant, singles, worker))
     if not np.isfinite(logits).all() or not np.ptp(logits):
         raise ConversionError(
-            f"the ready-made {variant.name} does not tell pairs apart: its logits run from "
+            f"the prebuilt {variant.name} does not tell pairs apart: its logits run from "
             f"{logits.min():.4g} to {logits.max():.4g}. It lacks its score head, or is another "
             "family's (--family)"
         )
     runtime = module(variant.format).version()
-    return Probes(work, logits, f"the ready-made {variant.name} itself, {runtime}", verified=False)
+    return Probes(work, logits, f"the prebuilt {variant.name} itself, {runtime}", verified=False)
 
 
 def measure(folder: Path, variant: Variant, probes: Probes, worker: isolation.Worker) -> Fidelity:

@@ -1,4 +1,4 @@
-"""What makes variants: a format's converter, or what takes over a ready-made file."""
+"""What makes variants: a format's converter, or the importer of a prebuilt file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger("qrank")
 
 
 class Maker(Protocol):
-    """Fills a variant's folder: a converter, or what takes over a ready-made file."""
+    """Fills a variant's folder: a converter, or the importer of a prebuilt file."""
 
     @property
     def MODULES(self) -> Sequence[str]:  # noqa: N802 (a converter's constant)
@@ -98,16 +98,16 @@ def of_checkpoint(asked: Request | None) -> tuple[dict[Name, Maker], Failed]:
     return makers, failed
 
 
-def of_files(ready: Prebuilt) -> tuple[dict[Name, Maker], Failed]:
-    """What makes each variant of ready-made files, the most exact one first; and what cannot."""
+def of_files(found: Prebuilt) -> tuple[dict[Name, Maker], Failed]:
+    """What makes each variant of prebuilt files, the most exact one first; and what cannot."""
     makers: dict[Name, Maker] = {}
-    failed: Failed = dict(ready.missing)
-    for taker in ready.takers:
+    failed: Failed = dict(found.missing)
+    for importer in found.importers:
         try:
-            _require(taker)
-            makers[taker.format, taker.precision] = taker
+            _require(importer)
+            makers[importer.format, importer.precision] = importer
         except QrankError as error:
-            failed[taker.path.name] = error
+            failed[importer.path.name] = error
     ordered = sorted(makers.items(), key=lambda item: TOLERANCES[item[0][1]].share)
     return dict(ordered), failed
 

@@ -26,8 +26,8 @@ Request = Sequence[tuple[str, str | None]]
 
 
 @dataclass(frozen=True)
-class Taker:
-    """Makes a variant of one file; to the conversion, a converter as those of checkpoints are.
+class Importer:
+    """Makes a variant of one file; to the conversion it is a converter like those of checkpoints.
 
     Attributes:
         path: the file.
@@ -41,7 +41,7 @@ class Taker:
 
     @property
     def MODULES(self) -> Sequence[str]:  # noqa: N802 (as converters have it)
-        """What taking it over and running it takes."""
+        """Packages that importing it and running it need."""
         modules: Sequence[str] = self._module.MODULES
         return modules
 
@@ -80,8 +80,8 @@ class Taker:
                 "keeps to it beyond the length of the probes, nobody can see. Convert the "
                 "checkpoint itself"
             )
-        note: str = self._module.take(self.path, checkpoint, folder)
-        return f"ready-made, from {self.path.name}" + (f"; {note}" if note else "")
+        note: str = self._module.import_file(self.path, checkpoint, folder)
+        return f"prebuilt, from {self.path.name}" + (f"; {note}" if note else "")
 
     @property
     def _module(self) -> ModuleType:
@@ -96,14 +96,14 @@ class Prebuilt:
         folder: where config.json and the tokenizer are to be.
         identity: hub id, or a name.
         commit: the hub's; None of what is no hub's.
-        takers: one a file.
+        importers: one a file.
         missing: what was asked for, and why it is not there.
     """
 
     folder: Path
     identity: str
     commit: str | None
-    takers: tuple[Taker, ...]
+    importers: tuple[Importer, ...]
     missing: dict[str, QrankError] = field(default_factory=dict)
 
     def describe(self, family: str | None) -> Checkpoint:
@@ -123,11 +123,11 @@ class Prebuilt:
 
     def _files(self) -> list[Path]:
         """Everything that a variant is made of."""
-        return sorted(file for taker in self.takers for file in _parts(taker.path))
+        return sorted(file for importer in self.importers for file in _parts(importer.path))
 
     @property
     def _names(self) -> str:
-        return ", ".join(taker.path.name for taker in self.takers)
+        return ", ".join(importer.path.name for importer in self.importers)
 
 
 def format_of(name: str) -> str | None:

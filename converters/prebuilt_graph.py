@@ -1,4 +1,4 @@
-"""What a ready-made graph takes and gives, by its names: alike in ONNX and OpenVINO."""
+"""What a prebuilt graph takes and gives, by its names: alike in ONNX and OpenVINO."""
 
 from __future__ import annotations
 
@@ -164,12 +164,6 @@ def padding(checkpoint: Checkpoint) -> int:
             "config.json names no pad_token_id, by which such a graph finds the last token"
         )
     return int(number)
-
-
-def head_row(rows: Floats) -> Floats:
-    """The label's row, less that of the second, if there is one; shape [1, hidden]."""
-    row: Floats = (rows[0] - rows[1:].sum(0))[None].astype(np.float32)
-    return row
 
 
 def not_understood(what: str) -> ConversionError:

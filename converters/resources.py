@@ -9,7 +9,7 @@ from pathlib import Path
 from qrank.backends import FORMATS
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.makers import Maker, Name, converter
-from qrank.converters.prebuilt import Taker
+from qrank.converters.prebuilt import Importer
 from qrank.errors import ConversionError, QrankError
 from qrank.system import disk, machine
 from qrank.system.extras import DISTRIBUTION
@@ -55,7 +55,7 @@ def lacking(
 
 def space(checkpoint: Checkpoint, name: Name, maker: Maker, *, made: bool = False) -> int:
     """Bytes of disk that a variant takes at least: while it is made, or once it is."""
-    if isinstance(maker, Taker):
+    if isinstance(maker, Importer):
         return int(_LEAST * maker.bytes)
     format, precision = name
     number = _BYTES.get(precision, 1.0)

@@ -1,4 +1,4 @@
-"""What is converted, and what can convert it: a checkpoint, or files that are ready-made."""
+"""What is converted, and what can convert it: a checkpoint, or prebuilt files."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qrank.bundle.family import Card
 from qrank.bundle.locate import Fetched, place
 from qrank.converters import makers
+from qrank.converters.checkpoint.card import Card, cards
 from qrank.converters.checkpoint.probes import calibration_pairs, read_pairs
 from qrank.converters.checkpoint.read import Checkpoint, of_fetched, read_checkpoint
 from qrank.converters.makers import Failed, Maker, Name
 from qrank.converters.prebuilt import SUFFIXES, Prebuilt, Request
-from qrank.converters.prebuilt_find import find
+from qrank.converters.prebuilt_source import find
 from qrank.errors import ConversionError
 
 
@@ -22,7 +22,7 @@ class Model:
     """What is converted, and by what.
 
     Attributes:
-        checkpoint: or what ready-made files are of.
+        checkpoint: or what prebuilt files are of.
         makers: of the variants asked for.
         failed: what cannot even be tried.
         pairs: that quantization looks at.
@@ -64,18 +64,23 @@ def read(
     found = find(source, asked, revision=revision, offline=offline)
     if isinstance(found, Prebuilt):
         if calibration is not None:
-            raise ConversionError(f"--calibration is for quantizing; {source} is ready-made")
-        model = _ready_made(found, reference, family, offline)
+            raise ConversionError(f"--calibration is for quantizing; {source} is prebuilt")
+        model = _prebuilt(found, reference, family, offline)
     else:
         if reference is not None:
             raise ConversionError(
-                f"--reference is what ready-made files are proven against; {source} is none of "
+                f"--reference is what prebuilt files are proven against; {source} is none of "
                 f"them: {', '.join(f'*{suffix}' for suffix in SUFFIXES.values())}"
             )
         model = _checkpoint(found, asked, family, calibration)
     if isinstance(where := place(source), Path):
         model.sources.append(where)
     return model
+
+
+def families() -> dict[str, str]:
+    """The families that come with qrank: name -> which models they read."""
+    return {card.name: card.about for card in cards()}
 
 
 def _checkpoint(
@@ -96,11 +101,11 @@ def _checkpoint(
     return Model(checkpoint, able, failed, pairs, True, sources)
 
 
-def _ready_made(found: Prebuilt, reference: str | None, family: str | None, offline: bool) -> Model:
+def _prebuilt(found: Prebuilt, reference: str | None, family: str | None, offline: bool) -> Model:
     able, failed = makers.of_files(found)
     if not able:
         raise makers.nothing(failed)
-    sources = [taker.path for taker in found.takers]
+    sources = [importer.path for importer in found.importers]
     if reference is None:
         return Model(found.describe(family), able, failed, [], False, sources)
     checkpoint = read_checkpoint(reference, family=family, offline=offline)

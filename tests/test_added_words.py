@@ -22,7 +22,7 @@ from qrank import Reranker
 from qrank.bundle.sequences import Logits
 from qrank.converters.checkpoint.ids import checkpoint_ids
 from qrank.converters.checkpoint.read import read_checkpoint
-from qrank.converters.checkpoint.tokenizer import is_control, text_tokenizer
+from qrank.converters.checkpoint.tokenizer import is_control, strip_special_tokens
 from qrank.converters.convert import convert
 from qrank.errors import ConversionError, FamilyError
 from qrank.scoring.pair_tokenizer import PairTokenizer
@@ -190,10 +190,10 @@ def test_ids_stay_without_the_markers_beside_them(
     ]
     if (kind, order) == ("xlm-roberta", "by turns"):
         with pytest.raises(ConversionError, match=r"'planetoid'.* by turns"):
-            text_tokenizer(original)
+            strip_special_tokens(original)
         return
     theirs = Tokenizer.from_str(json.dumps(original))
-    ours = Tokenizer.from_str(json.dumps(text_tokenizer(original)))
+    ours = Tokenizer.from_str(json.dumps(strip_special_tokens(original)))
     for word in words:
         assert ours.token_to_id(word) == theirs.token_to_id(word) >= first
     for text in ("planetoid and quaoars", "a planetoidal quaoar", "plane quao", ""):
@@ -214,7 +214,7 @@ def test_a_word_that_only_stands_alone_may_be_refused_and_never_misread(
         token("quaoar", first + 2),
     ]
     with pytest.raises(ConversionError, match="WordPiece"):
-        text_tokenizer(original)
+        strip_special_tokens(original)
 
 
 def test_a_word_without_an_embedding_is_refused(

@@ -12,10 +12,10 @@ from commands import on_a_terminal, qrank_, score, shell
 
 import qrank
 from qrank import Reranker, errors
-from qrank.bundle.family import cards
 from qrank.bundle.locate import bundled
 from qrank.bundle.manifest import Manifest
 from qrank.cli import main
+from qrank.converters.checkpoint.card import cards
 
 TEXTS = ["a a", "a a a a", "", "a"]
 

@@ -12,7 +12,8 @@ import pytest
 import tiny
 from transformers import BertModel
 
-from qrank.bundle.family import Card, Family, cards
+from qrank.bundle.family import Family
+from qrank.converters.checkpoint.card import Card, cards
 from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.convert import convert
 from qrank.errors import ConversionError, FamilyError, ModelNotFoundError
@@ -240,7 +241,7 @@ def test_a_damaged_checkpoint_is_told(
 def test_a_tokenizer_is_read_without_a_class_that_takes_torch(
     checkpoint_of: Callable[[str], Path],
 ) -> None:
-    """Ready-made models are converted where there is no torch."""
+    """Prebuilt models are converted where there is no torch."""
     code = (
         "import sys; from qrank.converters.checkpoint.read import read_checkpoint; "
         "read_checkpoint(sys.argv[1]).tokenizer; "

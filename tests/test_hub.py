@@ -238,14 +238,23 @@ def test_a_bundle_is_not_converted_and_a_checkpoint_not_run(
 
 @pytest.mark.usefixtures("ready_graph")
 def test_a_checkpoint_is_converted_from_where_it_is_pasted(
-    server: Hub, bert: str, tmp_path: Path
+    server: Hub, bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    downloads: list[str] = []
+    download = huggingface_hub.snapshot_download
+
+    def counted(repository: str, **options: Any) -> Any:
+        downloads.append(repository)
+        return download(repository, **options)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", counted)
     commit = server.push("they/their-model", Path(bert), "v1")
     target = str(tmp_path / "out")
     command = ["convert", "--to", "onnx", "--precision", "fp32", "-o", target]
     address = f"{server.url}/they/their-model/blob/v1/config.json"
     made = CliRunner().invoke(main, [*command, address])
     assert made.exit_code == 0, made.output
+    assert downloads == ["they/their-model"], "the hub is asked once for a checkpoint's files"
     source = Manifest.load(Path(target)).source
     assert (source.id, source.revision) == ("they/their-model", commit)
     made = CliRunner().invoke(main, [*command, "they/their-model", "--revision", "v1"])

@@ -27,7 +27,11 @@ def test_the_house_is_small() -> None:
 
 
 # When called, and not before.
-REACH_CONVERTERS = {"qrank.cli.convert": {"convert"}, "qrank.backends.torch": {"as_bundle", "open"}}
+REACH_CONVERTERS = {
+    "qrank.cli.convert": {"convert"},
+    "qrank.cli.models": {"models"},
+    "qrank.backends.torch": {"as_bundle", "open"},
+}
 
 
 @pytest.mark.parametrize("name", RUNTIME)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import prebuilt_files
 import pytest
-import ready_files
 
 from qrank import Reranker
 from qrank.bundle.locate import place
@@ -36,8 +36,8 @@ def beside(graph: Path) -> None:
 
 
 def theirs(bert: str, bundle: Path, folder: Path, variant: str) -> Path:
-    """A repository of a ready-made file, linked."""
-    ready_files.describe(Path(bert), folder)
+    """A repository of a prebuilt file, linked."""
+    prebuilt_files.describe(Path(bert), folder)
     if variant == "onnx-fp32":
         shutil.copytree(bundle / variant, folder / "onnx")
         beside(folder / "onnx" / "model.onnx")
@@ -47,7 +47,7 @@ def theirs(bert: str, bundle: Path, folder: Path, variant: str) -> Path:
 
 
 @pytest.mark.parametrize("variant", ["onnx-fp32", "openvino-fp16", "gguf-f16"])
-def test_ready_made_files_behind_links_are_taken(
+def test_prebuilt_files_behind_links_are_taken(
     variant: str, bundle: Path, bert: str, tmp_path: Path
 ) -> None:
     source = theirs(bert, bundle, tmp_path / "theirs", variant)
@@ -65,7 +65,7 @@ def test_ready_made_files_behind_links_are_taken(
 def test_a_link_to_one_file_leads_to_what_stands_beside_it(
     bundle: Path, bert: str, tmp_path: Path
 ) -> None:
-    source = ready_files.describe(Path(bert), tmp_path / "theirs")
+    source = prebuilt_files.describe(Path(bert), tmp_path / "theirs")
     shutil.copytree(bundle / "onnx-fp32", source / "onnx")
     beside(source / "onnx" / "model.onnx")
     (tmp_path / "here.onnx").symlink_to(source / "onnx" / "model.onnx")
@@ -104,7 +104,7 @@ def test_a_large_bundle_runs_from_the_hubs_cache(
 ) -> None:
     """Its weights lie beside the graph, both of them behind links."""
     monkeypatch.setattr(graph_file, "_LARGEST_PROTO", 0)
-    source = ready_files.describe(Path(bert), tmp_path / "theirs")
+    source = prebuilt_files.describe(Path(bert), tmp_path / "theirs")
     shutil.copy(bundle / "onnx-fp32" / "model.onnx", source)
     made = convert(str(source), None, tmp_path / "hub" / "snapshots" / COMMIT)
     assert (made.folder / "onnx-fp32" / "model.onnx.data").is_file()

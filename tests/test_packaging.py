@@ -114,7 +114,7 @@ sys.path.insert(0, sys.argv[1])
 import qrank
 from importlib import resources
 from qrank.cli import main
-from qrank.bundle.family import cards
+from qrank.converters.checkpoint.card import cards
 from qrank.bundle.locate import bundled
 assert Path(qrank.__file__).is_relative_to(sys.argv[1]), qrank.__file__
 assert str(resources.files("qrank.models")).startswith(sys.argv[1])

@@ -166,7 +166,7 @@ def test_llama_cpp_has_none_and_says_so(windowed: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_ready_made_files_of_a_windowed_model_are_refused(windowed: Path, tmp_path: Path) -> None:
+def test_prebuilt_files_of_a_windowed_model_are_refused(windowed: Path, tmp_path: Path) -> None:
     """Whoever made them may have forgotten it, and the probes are too short to tell."""
     out = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [1])
     node = onnx.helper.make_node("Constant", [], ["logits"], value_floats=[1.0])

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from qrank.bundle.manifest import TOKENIZER
 from qrank.converters.checkpoint.read import Checkpoint, read_checkpoint
-from qrank.converters.checkpoint.tokenizer import text_tokenizer
+from qrank.converters.checkpoint.tokenizer import strip_special_tokens
 from qrank.errors import ConversionError
 from qrank.scoring.pair_tokenizer import PairTokenizer
 
@@ -126,7 +126,7 @@ def test_runs_of_spaces_keep_their_tokens(case: Case, spaces: int) -> None:
 
 def test_an_unknown_kind_of_tokenizer_is_refused() -> None:
     with pytest.raises(ConversionError, match="WordLevel"):
-        text_tokenizer({"model": {"type": "WordLevel", "vocab": {}}, "added_tokens": []})
+        strip_special_tokens({"model": {"type": "WordLevel", "vocab": {}}, "added_tokens": []})
 
 
 TEXTS = [
@@ -148,7 +148,7 @@ def real(name: str) -> tuple[Tokenizer, Tokenizer]:
     if not path.is_file():
         pytest.skip(f"the real tokenizer of {name} is not at {path}")
     original: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    made = Tokenizer.from_str(json.dumps(text_tokenizer(original)))
+    made = Tokenizer.from_str(json.dumps(strip_special_tokens(original)))
     return Tokenizer.from_file(str(path)), made
 
 

@@ -283,7 +283,7 @@ def test_a_file_may_be_called_a_dash(
 
 def test_small_files_are_read_by_the_same_reader(tmp_path: Path) -> None:
     """A card of the user's own, and a server's keys."""
-    from qrank.bundle.family import find_card
+    from qrank.converters.checkpoint.card import find_card
     from qrank.serve.keys import read_keys
 
     keys = written(tmp_path / "keys", "one\r\n\r\n two \r\n".encode("utf-16"))

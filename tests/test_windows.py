@@ -21,7 +21,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from qrank.bundle.locate import locate
 from qrank.bundle.manifest import TOKENIZER
 from qrank.converters.checkpoint.read import read_checkpoint
-from qrank.converters.checkpoint.tokenizer import text_tokenizer
+from qrank.converters.checkpoint.tokenizer import strip_special_tokens
 from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.scoring.windows import WINDOW, Tokens, Windows
 
@@ -33,7 +33,7 @@ def text_only(path: Path, normalizer: object = None, pre_tokenizer: object = Non
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     tokenizer.normalizer = normalizer or tokenizer.normalizer
     tokenizer.pre_tokenizer = pre_tokenizer or tokenizer.pre_tokenizer
-    return Tokenizer.from_str(json.dumps(text_tokenizer(json.loads(tokenizer.to_str()))))
+    return Tokenizer.from_str(json.dumps(strip_special_tokens(json.loads(tokenizer.to_str()))))
 
 
 def gemma() -> Tokenizer:
@@ -45,7 +45,7 @@ def gemma() -> Tokenizer:
         vocab_size=1200, special_tokens=special, show_progress=False, max_token_length=12
     )
     tokenizer.train_from_iterator(tiny.texts(), trainer)
-    return Tokenizer.from_str(json.dumps(text_tokenizer(json.loads(tokenizer.to_str()))))
+    return Tokenizer.from_str(json.dumps(strip_special_tokens(json.loads(tokenizer.to_str()))))
 
 
 KINDS: dict[str, Callable[[Callable[[str], Path]], Tokenizer]] = {

@@ -24,7 +24,7 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from qrank.bundle.family import cards
+from qrank.converters.checkpoint.card import cards
 
 VARIANTS = tuple(row for row in tiny.VARIANTS if row != ("openvino", "int8-w8a8"))
 """Every (format, precision) that there is of decoders."""

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qrank.bundle.family import POOLINGS, ROLES, Card, Family
+from qrank.bundle.family import POOLINGS, Family
 from qrank.converters.checkpoint.attention import rotary_limit
+from qrank.converters.checkpoint.card import ROLES, Card
 from qrank.converters.checkpoint.configuration import is_causal, whole_number
 from qrank.converters.checkpoint.sentence_transformers import MODEL, TRANSFORMER, Metadata
 from qrank.errors import FamilyError

@@ -176,7 +176,7 @@ def is_causal(config: dict[str, Any]) -> bool:
 def transformers_for(config: dict[str, Any]) -> Any:
     """transformers, made to know the class of a config.json where that is ours.
 
-    Only there: that takes torch, which a ready-made model does not.
+    Only there: that takes torch, which a prebuilt model does not.
     """
     transformers = need("transformers")
     if config.get("model_type") == NEMOTRON:

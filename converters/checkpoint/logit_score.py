@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrank.bundle.family import Card
+from qrank.converters.checkpoint.card import Card
 from qrank.converters.checkpoint.configuration import explained, read_json
 from qrank.converters.checkpoint.read_tokenizer import control_tokens
 from qrank.converters.checkpoint.sentence_transformers import TRANSFORMER, Metadata

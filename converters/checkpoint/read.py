@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrank.bundle.dimensions import Dimensions
-from qrank.bundle.family import Card, Family, find_card
+from qrank.bundle.family import Family
 from qrank.bundle.locate import Fetched, fetch, place
 from qrank.bundle.manifest import Source
 from qrank.converters.checkpoint import logit_score, sentence_transformers
 from qrank.converters.checkpoint.attention import window
+from qrank.converters.checkpoint.card import Card, find_card
 from qrank.converters.checkpoint.concrete import Said, check_case, concrete
 from qrank.converters.checkpoint.configuration import (
     explained,
@@ -28,13 +29,13 @@ from qrank.converters.checkpoint.configuration import (
 from qrank.converters.checkpoint.logit_score import logit_score_card
 from qrank.converters.checkpoint.read_tokenizer import control_tokens, read_tokenizer
 from qrank.converters.checkpoint.sentence_transformers import read_metadata
-from qrank.converters.checkpoint.tokenizer import text_tokenizer
+from qrank.converters.checkpoint.tokenizer import strip_special_tokens
 from qrank.converters.checkpoint.weights import (
     INDEX,
     load_model,
     refuse_adapter,
+    upcast_lazily,
     weight_files,
-    widened,
 )
 from qrank.errors import FamilyError
 from qrank.system.extras import need
@@ -110,7 +111,7 @@ class Checkpoint:
             ConversionError: a kind of tokenizer that is not known.
         """
         original = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        return text_tokenizer(original, self.control)
+        return strip_special_tokens(original, self.control)
 
     def parameters(self) -> int:
         """How many numbers its weights are, by the headers of their files.
@@ -131,15 +132,15 @@ class Checkpoint:
         """transformers' own model: the fp32 reference, and what is exported.
 
         Args:
-            lean: keep a decoder's matrices as they are stored, and widen each to fp32 as it is
-                used: the same numbers in half the memory.
+            lean: keep a decoder's matrices as they are stored, and convert each to fp32 as it is
+                used: identical results in half the memory.
 
         Raises:
             ConversionError: the weights do not fit the architecture.
         """
         # Plain matrix products and a softmax: exact, and every runtime knows them.
         if lean and self.family.decoder:
-            return widened(load_model(self.folder, dtype="auto", attention="eager"))
+            return upcast_lazily(load_model(self.folder, dtype="auto", attention="eager"))
         return load_model(self.folder, dtype="float32", attention="eager")
 
 

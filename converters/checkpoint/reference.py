@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qrank.bundle.family import label_row
 from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import ConversionError
 from qrank.system.extras import need
@@ -34,7 +35,7 @@ def run_reference(model: PreTrainedModel, work: Sequences, labels: tuple[int, ..
             if labels:
                 # The vocabulary's logits at the last token.
                 last = model(**inputs, logits_to_keep=1).logits[0, -1].double()
-                logits.append((last[labels[0]] - sum(last[i] for i in labels[1:])).item())
+                logits.append(label_row(last[list(labels)]).item())
             else:
                 logits.append(model(**inputs).logits.item())
     if not np.isfinite(logits).all():

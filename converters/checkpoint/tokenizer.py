@@ -51,7 +51,7 @@ def is_control(text: str, special: bool, templates: Iterable[str] = ()) -> bool:
     return bool(_BRACKETED.fullmatch(text)) and any(text in template for template in templates)
 
 
-def text_tokenizer(
+def strip_special_tokens(
     original: dict[str, Any], control: Collection[str] | None = None
 ) -> dict[str, Any]:
     """Take everything but text out of a `tokenizer.json`.

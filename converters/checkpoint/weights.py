@@ -124,18 +124,21 @@ def load_model(folder: Path, *, dtype: str, attention: str) -> PreTrainedModel:
     return evaluated
 
 
-def widened(model: PreTrainedModel) -> PreTrainedModel:
-    """A model that computes in fp32 with linear layers' weights as they are stored."""
+def upcast_lazily(model: PreTrainedModel) -> PreTrainedModel:
+    """A model that computes in fp32: each linear layer's weights are converted as it runs.
+
+    The weights stay as they are stored, so that they take half the memory; results are identical.
+    """
     torch = need("torch")
 
-    class Widened(torch.nn.Linear):  # type: ignore[misc, name-defined]
+    class LazyLinear(torch.nn.Linear):  # type: ignore[misc, name-defined]
         def forward(self, x: Any) -> Any:
             bias = None if self.bias is None else self.bias.float()
             return torch.nn.functional.linear(x, self.weight.float(), bias)
 
     for module in model.modules():
         if type(module) is torch.nn.Linear:
-            module.__class__ = Widened
+            module.__class__ = LazyLinear
         else:
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.float()

@@ -1,1 +1,1 @@
-"""GGUF: written from the weights, quantized, or taken over from a prebuilt file."""
+"""GGUF: written from the weights, quantized, or imported from a prebuilt file."""

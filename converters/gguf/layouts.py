@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,24 +20,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """llama.cpp's names for one transformers class.
+    """What llama.cpp makes of one transformers class.
 
     Attributes:
         arch: llama.cpp's name of the architecture.
-        names: module in the checkpoint -> tensor in the file; `{}` is the layer's number.
+        cls: an encoder's score head: module in the checkpoint -> tensor in the file.
         act: the config's key of the activation.
         known_act: what it must be: llama.cpp has no other for this architecture.
         eps: the config's key of the norms' epsilon.
         after_pad: whether the position table begins with pad_token_id + 1 rows nobody reads.
-        norms_from_one: whether the checkpoint holds norm weights less 1 (Gemma).
-        pairs_turn: whether llama.cpp turns neighbouring numbers of a head by an angle (Llama), and
-            not those half a head apart, as transformers does.
+        norms_minus_one: whether the checkpoint stores norm weights minus 1 (Gemma); llama.cpp
+            takes them whole.
+        interleaved_rope: whether llama.cpp's rotary positions rotate neighbouring dimensions of a
+            head together (Llama); transformers rotates those that are half a head apart.
         head: modules that are no part of the file: a causal model's head is kept beside it, and of
             a model that was one.
     """
 
     arch: str
-    names: dict[str, str]
+    cls: Mapping[str, str] = field(default_factory=dict)
     act: str = "hidden_act"
     known_act: str = "gelu"
     eps: str = "layer_norm_eps"
@@ -79,77 +81,46 @@ class Layout:
                 "tokens (sliding_window in config.json)"
             )
 
+    def tensor_names(self, layers: int) -> Callable[[str], str | None]:
+        """What gives the tensor in the file for a module of the checkpoint, None if there is none.
+
+        By the names of the package gguf, which llama.cpp's own converter takes. It knows modules of
+        some classes without the first part of their name: `encoder.layer.0...` of BERT. Of score
+        heads it drops BERT's pooler and takes `classifier` for another layer.
+        """
+        gguf = need("gguf")
+        (arch,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch)
+        known = gguf.get_tensor_name_map(arch, layers)
+
+        def name(module: str) -> str | None:
+            if module in self.cls:
+                return self.cls[module]
+            found: str | None = known.get_name(module) or known.get_name(module.partition(".")[2])
+            return found
+
+        return name
+
     def unread(self, config: PretrainedConfig) -> int:
         """Rows of the position table before the first token's."""
         return config.pad_token_id + 1 if self.after_pad else 0
 
 
-_BERT_LAYERS = {
-    "embeddings.word_embeddings": "token_embd",
-    "embeddings.position_embeddings": "position_embd",
-    "embeddings.token_type_embeddings": "token_types",
-    "embeddings.LayerNorm": "token_embd_norm",
-    "encoder.layer.{}.attention.self.query": "blk.{}.attn_q",
-    "encoder.layer.{}.attention.self.key": "blk.{}.attn_k",
-    "encoder.layer.{}.attention.self.value": "blk.{}.attn_v",
-    "encoder.layer.{}.attention.output.dense": "blk.{}.attn_output",
-    "encoder.layer.{}.attention.output.LayerNorm": "blk.{}.attn_output_norm",
-    "encoder.layer.{}.intermediate.dense": "blk.{}.ffn_up",
-    "encoder.layer.{}.output.dense": "blk.{}.ffn_down",
-    "encoder.layer.{}.output.LayerNorm": "blk.{}.layer_output_norm",
-}
-
-_DECODER_LAYERS = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "model.layers.{}.input_layernorm": "blk.{}.attn_norm",
-    "model.layers.{}.self_attn.q_proj": "blk.{}.attn_q",
-    "model.layers.{}.self_attn.k_proj": "blk.{}.attn_k",
-    "model.layers.{}.self_attn.v_proj": "blk.{}.attn_v",
-    "model.layers.{}.self_attn.o_proj": "blk.{}.attn_output",
-    "model.layers.{}.self_attn.q_norm": "blk.{}.attn_q_norm",
-    "model.layers.{}.self_attn.k_norm": "blk.{}.attn_k_norm",
-    "model.layers.{}.post_attention_layernorm": "blk.{}.ffn_norm",
-    "model.layers.{}.mlp.gate_proj": "blk.{}.ffn_gate",
-    "model.layers.{}.mlp.up_proj": "blk.{}.ffn_up",
-    "model.layers.{}.mlp.down_proj": "blk.{}.ffn_down",
-}
-
-
 def _decoder(arch: str, **differences: Any) -> Layout:
     head = ("lm_head", "score")
-    common = Layout(arch, _DECODER_LAYERS, known_act="silu", eps="rms_norm_eps", head=head)
+    common = Layout(arch, known_act="silu", eps="rms_norm_eps", head=head)
     return replace(common, **differences)
 
 
 _LAYOUTS = {
     "BertForSequenceClassification": Layout(
-        "bert",
-        {f"bert.{ours}": theirs for ours, theirs in _BERT_LAYERS.items()}
-        | {"bert.pooler.dense": "cls", "classifier": "cls.output"},
+        "bert", {"bert.pooler.dense": "cls", "classifier": "cls.output"}
     ),
     "XLMRobertaForSequenceClassification": Layout(
-        "bert",
-        {f"roberta.{ours}": theirs for ours, theirs in _BERT_LAYERS.items()}
-        | {"classifier.dense": "cls", "classifier.out_proj": "cls.output"},
-        after_pad=True,
+        "bert", {"classifier.dense": "cls", "classifier.out_proj": "cls.output"}, after_pad=True
     ),
     "ModernBertForSequenceClassification": Layout(
         "modern-bert",
-        {
-            "model.embeddings.tok_embeddings": "token_embd",
-            "model.embeddings.norm": "token_embd_norm",
-            "model.layers.{}.attn_norm": "blk.{}.attn_norm",
-            "model.layers.{}.attn.Wqkv": "blk.{}.attn_qkv",
-            "model.layers.{}.attn.Wo": "blk.{}.attn_output",
-            "model.layers.{}.mlp_norm": "blk.{}.ffn_norm",
-            "model.layers.{}.mlp.Wi": "blk.{}.ffn_up",
-            "model.layers.{}.mlp.Wo": "blk.{}.ffn_down",
-            "model.final_norm": "output_norm",
-            "head.dense": "cls",
-            "head.norm": "cls.norm",
-            "classifier": "cls.output",
-        },
+        {"head.dense": "cls", "head.norm": "cls.norm", "classifier": "cls.output"},
         act="hidden_activation",
         eps="norm_eps",
     ),

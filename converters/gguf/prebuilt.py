@@ -1,4 +1,4 @@
-"""A ready-made GGUF file -> one that qrank scores rightly, or the reason why llama.cpp cannot.
+"""A prebuilt GGUF file -> one that qrank scores rightly, or the reason why llama.cpp cannot.
 
 The file stays as it is. A decoder's head lies beside it as `head.npy`: from the file's own score
 rows, or from the labels' rows of its output matrix.
@@ -16,10 +16,12 @@ import numpy as np
 
 from qrank.backends.gguf import FILE, TYPE_STRIDE
 from qrank.backends.gguf_decoder import HEAD
+from qrank.bundle.family import label_row
 from qrank.converters.checkpoint.configuration import read_config
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.gguf.layouts import Layout
-from qrank.converters.prebuilt_graph import Floats, head_row
+from qrank.converters.gguf.tensors import token_types
+from qrank.converters.prebuilt_graph import Floats
 from qrank.errors import ConversionError
 from qrank.system.extras import need
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
 MODULES = ("transformers", "gguf", "llama_cpp")
-"""What taking over a file and running it takes."""
+"""Packages that importing a file and running it need."""
 
 _SCORE = "cls.output.weight"
 _WORDS = "token_embd.weight"
@@ -51,11 +53,11 @@ def precision(path: Path) -> str:
     return numbers.most_common(1)[0][0].lower()
 
 
-def take(path: Path, checkpoint: Checkpoint, folder: Path) -> str:
+def import_file(path: Path, checkpoint: Checkpoint, folder: Path) -> str:
     """Copy the file as `model.gguf` into a folder; with a decoder's head, `head.npy`.
 
     Args:
-        path: the ready-made file.
+        path: the prebuilt file.
         checkpoint: what the model is.
         folder: exists and is empty.
 
@@ -77,7 +79,7 @@ def take(path: Path, checkpoint: Checkpoint, folder: Path) -> str:
     note = ""
     if family.decoder:
         rows, note = _head(reader, tensors, checkpoint, path)
-        np.save(folder / HEAD, head_row(rows)[0])
+        np.save(folder / HEAD, label_row(rows))
     else:
         _check_encoder(reader, tensors, checkpoint, path)
     shutil.copyfile(path, folder / FILE)
@@ -104,8 +106,7 @@ def _check_vocabulary(
         raise ConversionError(f"{path.name} holds no {_WORDS}: it is no language model's")
     rows = int(tensors[_WORDS].shape[1])
     wanted = int(read_config(checkpoint.folder)["vocab_size"])
-    types = max(checkpoint.family.segments or [0]) + 1
-    if rows not in (wanted, wanted * types):
+    if rows not in (wanted, wanted * token_types(checkpoint)):
         raise ConversionError(
             f"{path.name} has {rows:,} tokens; config.json says {wanted:,}: they are different "
             "models'"

@@ -1,1 +1,1 @@
-"""ONNX: exported from the scoring graph, quantized, or taken over from a prebuilt file."""
+"""ONNX: exported from the scoring graph, quantized, or imported from a prebuilt file."""

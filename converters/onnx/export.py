@@ -98,7 +98,7 @@ def export(
         path: of the graph.
         in_one_file: with its weights, up to 2 GB. Writing them beside the graph takes no memory,
             this three times their size.
-        optimize: fold constants, weights that are turned or widened among them. Takes memory.
+        optimize: fold constants, weights that are transposed or upcast among them. Takes memory.
     """
     torch = need("torch")
     from qrank.scoring.scoring_graph import DecoderScorer, input_names, scorer

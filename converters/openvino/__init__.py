@@ -1,1 +1,1 @@
-"""OpenVINO: made of the ONNX graph, quantized, or taken over from a prebuilt file."""
+"""OpenVINO: made of an ONNX graph exported for it, quantized, or imported from a prebuilt file."""

@@ -1,8 +1,9 @@
 """A checkpoint -> an OpenVINO graph that gives one logit a pair.
 
-The ONNX graph of `converters/onnx/export.py`, read by OpenVINO; its weights are shrunk by
-`converters/openvino/weights.py`, or weights and activations quantized by NNCF. docs/benchmarks.md
-holds it against optimum-intel's way.
+It exports an fp32 ONNX graph of its own with `converters/onnx/export.py`, into a temporary folder:
+weights beside the graph, as stored where they are a decoder's, and no constants folded, which saves
+memory. OpenVINO reads that graph. `converters/openvino/weights.py` shrinks the weights, or NNCF
+quantizes weights and activations. docs/benchmarks.md compares this with optimum-intel's way.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
     """Write `model.xml` and `model.bin` into a folder.
 
     Args:
-        checkpoint: loaded here, in fp32.
+        checkpoint: loaded here; a decoder's matrices as they are stored.
         precision: one of PRECISIONS. `int8` is weights alone, `int8-w8a8` activations too. The
             head stays fp32.
         folder: exists and is empty.
@@ -133,7 +134,11 @@ def check(path: Path) -> None:
 
 
 def bound(graph: openvino.Model, longest: int) -> None:
-    """Write the limit into the graph's inputs: no runtime may pad beyond it.
+    """Write the family's length limit into the graph's inputs: no runtime may pad beyond it.
+
+    Args:
+        graph: changed in place.
+        longest: tokens the model reads at most.
 
     Raises:
         RuntimeError: the graph is made for other shapes.

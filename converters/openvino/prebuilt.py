@@ -1,4 +1,4 @@
-"""A ready-made OpenVINO graph -> one that gives one logit a pair, with the inputs of ours."""
+"""A prebuilt OpenVINO graph -> one that gives one logit a pair, with the inputs of ours."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import openvino
 
 MODULES = ("transformers", "openvino")
-"""What taking over a file and running it takes."""
+"""Packages that importing a file and running it need."""
 
 
 def precision(path: Path) -> str:
@@ -53,11 +53,11 @@ def precision(path: Path) -> str:
     return precision_of(numbers)
 
 
-def take(path: Path, checkpoint: Checkpoint, folder: Path) -> str:
+def import_file(path: Path, checkpoint: Checkpoint, folder: Path) -> str:
     """Write `model.xml` and `model.bin` into a folder.
 
     Args:
-        path: the ready-made graph, its weights beside it.
+        path: the prebuilt graph, its weights beside it.
         checkpoint: what the model is.
         folder: exists and is empty.
 
@@ -84,7 +84,7 @@ def take(path: Path, checkpoint: Checkpoint, folder: Path) -> str:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ConversionError(
-            f"{path.name} cannot be taken over: batch and length must be free, and openvino says "
+            f"{path.name} cannot be imported: batch and length must be free, and openvino says "
             f"{reason}"
         ) from error
     # Weights are in the precision they shall have.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qrank.bundle.family import label_row
 from qrank.converters.prebuilt_graph import (
     BEAMS,
     IDS,
@@ -21,7 +22,6 @@ from qrank.converters.prebuilt_graph import (
     Floats,
     cache_place,
     cache_shape,
-    head_row,
     not_understood,
 )
 from qrank.errors import ConversionError
@@ -162,7 +162,8 @@ class Cut:
         if product.get_type_name() != "MatMul" or product.get_attributes()["transpose_a"]:
             raise not_understood(f"{product.get_type_name()} {product.get_friendly_name()}")
         turned = product.get_attributes()["transpose_b"]
-        row = head_row(_rows(product.input_value(1).get_node(), labels, 0 if turned else 1))
+        rows = _rows(product.input_value(1).get_node(), labels, 0 if turned else 1)
+        row: Floats = label_row(rows)[None]
         place = op.unsqueeze(last, np.int64(1))
         state = op.gather(product.input_value(0), place, np.int64(1), batch_dims=1)
         final = op.convert(op.squeeze(state, np.int64(1)), "f32")

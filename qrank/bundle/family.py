@@ -1,249 +1,23 @@
-"""Families: how one kind of checkpoint is read.
+"""A family: how one kind of checkpoint is read, made concrete for one checkpoint.
 
-A `Card` is what `models/*.toml` declares about every checkpoint of a kind. A `Family` is a card
-made concrete for one checkpoint by its own configuration: token ids instead of names, numbers
-instead of "as the config says". The manifest of a bundle holds the family, so that nothing of
-the checkpoint or the card is needed to score.
+The manifest of a bundle holds it, so that nothing of the checkpoint or of the card
+(`qrank.converters.checkpoint.card`) is needed to score.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from qrank.errors import FamilyError, InputError
-from qrank.system.textfiles import read_text
+from qrank.errors import InputError
 
 ACTIVATIONS = ("identity", "sigmoid")
-ROLES = ("bos", "cls", "sep")
-SLOTS = ("query", "document", "instruction")
 
 POOLINGS = ("pooler", "cls", "mean", "last")
 """How final hidden states become one vector. `last`, the last token's, makes a decoder family."""
 
 _SLOT = re.compile(r"\{([a-z_]+)\}")
-
-
-@dataclass(frozen=True)
-class Card:
-    """One `models/*.toml`.
-
-    Attributes:
-        name: the family's name, as `--family` takes it.
-        about: which models it reads, for people.
-        architectures: values of `architectures` in the checkpoint's config.json it reads.
-        template: the prompt as a list of items, each tokenized by itself: special tokens, as roles
-            (`{cls}`, `{sep}`, `{bos}`) or spelled out, and text, with `{query}` and `{document}`
-            each once, and `{instruction}`. `{document}` ends its item: it is what is cut. Where
-            there are segments, items are roles and slots alone.
-        segments: the token type of each template item where the config has two or more types
-            (`type_vocab_size`); empty for families without token types.
-        pooling: `pooler` (first token, dense, tanh), `cls` (first token), `last` (last token, of a
-            causal model), or the name of the config's key that says `cls` or `mean`.
-        positions_after_pad: whether positions are counted from `pad_token_id + 1` (RoBERTa), so
-            that the longest input is that much shorter than `max_position_embeddings`.
-        activation: what the published scores went through, unless the checkpoint names another.
-        temperature: what logits are divided by before that.
-        instruction: what stands at `{instruction}` where the caller gives none.
-        instructed: the template with an instruction, where it is another.
-        labels: of a causal language model: the token that says "relevant", and the one that says
-            "not", if the score is the difference of the two.
-        max_length: tokens the model was made for, where its config knows a larger number.
-        models: hub ids. A decoder family has architectures that chat models have too: it reads
-            these, and what `--family` says.
-        unsupported: formats that models of this family cannot be run as: `gguf`.
-    """
-
-    name: str
-    about: str
-    architectures: tuple[str, ...]
-    template: tuple[str, ...]
-    pooling: str
-    activation: str
-    segments: tuple[int, ...] = ()
-    positions_after_pad: bool = False
-    temperature: float = 1.0
-    instruction: str = ""
-    instructed: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
-    max_length: int | None = None
-    models: tuple[str, ...] = ()
-    unsupported: tuple[str, ...] = ()
-
-    @classmethod
-    def read(cls, text: str, where: str) -> Card:
-        """Parse and check a card.
-
-        Args:
-            text: TOML.
-            where: the file's name, for messages.
-
-        Raises:
-            FamilyError: not TOML, an unknown or missing key, or a value out of its range.
-        """
-        import tomllib  # here, not above: scoring reads no card
-
-        try:
-            content = tomllib.loads(text)
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise FamilyError(f"{where} is not valid TOML: {error}") from error
-        known = cls.__dataclass_fields__
-        required = {"name", "about", "architectures", "template", "pooling", "activation"}
-        if unknown := sorted(content.keys() - known.keys()):
-            raise FamilyError(
-                f"{where} has unknown keys: {', '.join(unknown)}; known are: {', '.join(known)}"
-            )
-        if missing := sorted(required - content.keys()):
-            raise FamilyError(f"{where} lacks: {', '.join(missing)}")
-        for key, value in content.items():
-            if (kind := _LISTS.get(key)) is not None:
-                if not isinstance(value, list) or not all(type(item) is kind for item in value):
-                    raise FamilyError(
-                        f"{where}: {key} must be a list of {kind.__name__}, not {value}"
-                    )
-                content[key] = tuple(value)
-            elif type(value) not in _SINGLES[key]:
-                kinds = " or ".join(kind.__name__ for kind in _SINGLES[key])
-                raise FamilyError(f"{where}: {key} must be {kinds}, not {value!r}")
-        card = cls(**content)
-        card.check(where)
-        return card
-
-    def check(self, where: str) -> None:
-        """See that the keys fit together.
-
-        Raises:
-            FamilyError: they do not; it begins with `where`.
-        """
-        for template in filter(None, (self.template, self.instructed)):
-            self._check_template(template, where)
-        if self.instructed and "{instruction}" not in "".join(self.instructed):
-            raise FamilyError(f"{where}: instructed must hold {{instruction}}")
-        if bool(self.instruction) != ("{instruction}" in "".join(self.template)):
-            raise FamilyError(
-                f"{where}: instruction is what {{instruction}} in template is where nobody gives "
-                "one; they go together"
-            )
-        if self.segments and len(self.segments) != len(self.template):
-            raise FamilyError(
-                f"{where}: segments has {len(self.segments)} items and template "
-                f"{len(self.template)}; they go together"
-            )
-        if self.activation not in ACTIVATIONS:
-            raise FamilyError(
-                f"{where}: activation is {self.activation!r}; known are: {', '.join(ACTIVATIONS)}"
-            )
-        if not self.temperature > 0:
-            raise FamilyError(f"{where}: temperature is {self.temperature}; it must be above 0")
-        if (len(self.labels) in (1, 2)) != (self.pooling == "last"):
-            raise FamilyError(
-                f"{where}: labels are one or two tokens where pooling is last, and none elsewhere"
-            )
-
-    def _check_template(self, template: tuple[str, ...], where: str) -> None:
-        names = [name for item in template for name in _SLOT.findall(item)]
-        if bad := [name for name in names if name not in (*ROLES, *SLOTS)]:
-            raise FamilyError(
-                f"{where}: template has {bad}; known are: "
-                f"{', '.join(f'{{{name}}}' for name in (*ROLES, *SLOTS))}"
-            )
-        for slot in ("query", "document"):
-            if names.count(slot) != 1:
-                raise FamilyError(f"{where}: template must hold {{{slot}}} exactly once")
-        for item in template:
-            if "{document}" in item and not item.endswith("{document}"):
-                raise FamilyError(
-                    f"{where}: {item!r} goes on behind {{document}}, which is what is cut; "
-                    "make two items of it"
-                )
-            if {"query", "document"} <= set(_SLOT.findall(item)):
-                raise FamilyError(f"{where}: {item!r} holds both {{query}} and {{document}}")
-            alone = item in [f"{{{name}}}" for name in (*ROLES, *SLOTS)]
-            if not alone and (self.segments or set(_SLOT.findall(item)) & set(ROLES)):
-                raise FamilyError(
-                    f"{where}: template has {item!r}; roles stand alone, and with segments there "
-                    "is no text"
-                )
-
-
-_LISTS = {
-    "architectures": str,
-    "template": str,
-    "segments": int,
-    "instructed": str,
-    "labels": str,
-    "models": str,
-    "unsupported": str,
-}
-_SINGLES: dict[str, tuple[type, ...]] = {
-    "name": (str,),
-    "about": (str,),
-    "pooling": (str,),
-    "activation": (str,),
-    "positions_after_pad": (bool,),
-    "temperature": (int, float),
-    "instruction": (str,),
-    "max_length": (int,),
-}
-
-
-def fill(item: str, **texts: str) -> str:
-    """A template's text item with texts in its slots; what they hold is not looked at."""
-    return _SLOT.sub(lambda found: texts.get(found[1], found[0]), item)
-
-
-def cards() -> list[Card]:
-    """The cards that come with qrank, by name."""
-    from importlib import resources  # here, not above: scoring reads no card
-
-    files = [f for f in resources.files("qrank.models").iterdir() if f.name.endswith(".toml")]
-    return sorted((Card.read(f.read_text("utf-8"), f.name) for f in files), key=lambda c: c.name)
-
-
-def find_card(family: str | None, config: dict[str, Any], hub_id: str | None = None) -> Card:
-    """The card that reads a checkpoint: the one named, or the one its config.json matches.
-
-    Args:
-        family: a card's name, or the path of a user's own card (`*.toml`); None to match.
-        config: the checkpoint's config.json.
-        hub_id: where it was downloaded from.
-
-    Raises:
-        FamilyError: no such card, no card reads this architecture, or it may as well be a chat
-            model's.
-    """
-    found = config.get("architectures") or []
-    if family is not None and family.endswith(".toml"):
-        path = Path(family)
-        if not path.is_file():
-            raise FamilyError(f"no card file {family}")
-        return Card.read(read_text(path), path.name)
-    known = cards()
-    if family is not None:
-        for card in known:
-            if card.name == family:
-                return card
-        raise FamilyError(
-            f"no family {family!r}; known are: {', '.join(c.name for c in known)}, "
-            "or give the path of your own card (*.toml)"
-        )
-    readers = [card for card in known if set(card.architectures) & set(found)]
-    for card in readers:
-        if card.pooling != "last" or hub_id in card.models:
-            return card
-    if readers:
-        raise FamilyError(
-            f"{', '.join(found)} is what chat models are, too: nothing in this checkpoint says "
-            "that it is a reranker, and how it is asked. If it is one, say which with --family: "
-            f"{', '.join(card.name for card in readers)}"
-        )
-    supported = ", ".join(name for card in known for name in card.architectures)
-    raise FamilyError(
-        f"config.json names the architecture {', '.join(found) or '(none)'} (at architectures); "
-        f"supported are: {supported}. If one of the families reads it, say so with --family"
-    )
 
 
 @dataclass(frozen=True)
@@ -305,3 +79,25 @@ class Family:
         """The inverse of `to_json`."""
         tuples = {key: tuple(v) for key, v in content.items() if isinstance(v, list)}
         return cls(**{**content, **tuples})
+
+
+def slots(item: str) -> list[str]:
+    """The names in braces of a template's item, in their order."""
+    return _SLOT.findall(item)
+
+
+def fill(item: str, **texts: str) -> str:
+    """A template's text item with texts in its slots; what they hold is not looked at."""
+    return _SLOT.sub(lambda found: texts.get(found[1], found[0]), item)
+
+
+def label_row(rows: Any) -> Any:
+    """What a decoder scores by, of what belongs to its labels: the first, less the second if any.
+
+    Args:
+        rows: an array or a tensor of shape [labels, ...]: rows of the output matrix, or logits.
+
+    Returns:
+        The same of shape [...].
+    """
+    return rows[0] - rows[1:].sum(0)

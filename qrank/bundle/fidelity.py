@@ -68,7 +68,7 @@ TOLERANCES = {
     "f16": Tolerance(1e-2),
     "q8_0": Tolerance(0.15, 0.9),
     "q4_k_m": Tolerance(0.3, 0.8),
-    # Of ready-made files alone.
+    # Of prebuilt files alone.
     "bf16": Tolerance(5e-2),
     "int4": Tolerance(0.3, 0.8),
     "f32": Tolerance(1e-4),

@@ -112,7 +112,7 @@ class Probes:
         work: the pairs.
         logits: of the reference, shape [n].
         reference: the class and versions that gave them.
-        verified: whether that was the original. False: a ready-made model itself, of which nobody
+        verified: whether that was the original. False: a prebuilt model itself, of which nobody
             knows how close to the original it is; it is self-consistent, no more.
     """
 

@@ -23,7 +23,7 @@ from qrank.errors import ConversionError, FidelityError
     multiple=True,
     type=click.Choice(FORMATS),
     help="Format to make; repeat for more.  [default: all whose packages are installed, or all "
-    "that there are ready-made files of]",
+    "that there are prebuilt files of]",
 )
 @click.option(
     "--precision",
@@ -46,7 +46,7 @@ from qrank.errors import ConversionError, FidelityError
 @click.option(
     "--reference",
     metavar="CHECKPOINT",
-    help="What ready-made files were made of, folder or hub id: proves them against it.",
+    help="What prebuilt files were made of, folder or hub id: proves them against it.",
 )
 @click.option("--family", help="Card that reads the checkpoint: a name (qrank models) or *.toml.")
 @click.option(

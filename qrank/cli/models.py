@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 
 import click
 
-from qrank.bundle.family import cards
 from qrank.bundle.locate import bundled, locate
 from qrank.bundle.manifest import Manifest, Variant
 from qrank.cli.common import debug_option, megabytes
@@ -16,6 +15,8 @@ from qrank.cli.common import debug_option, megabytes
 @debug_option
 def models() -> None:
     """List the bundled models, and the families that can be converted."""
+    from qrank.converters.sources import families
+
     click.echo("Bundles")
     for name in bundled():
         manifest = locate(name).manifest
@@ -24,8 +25,8 @@ def models() -> None:
                 f"  {name:18} {manifest.family.name}, {variant.name}, {megabytes(variant.bytes)}"
             )
     click.echo("Families")
-    for card in cards():
-        click.echo(f"  {card.name:18} {card.about}")
+    for name, about in families().items():
+        click.echo(f"  {name:18} {about}")
 
 
 @click.command()
@@ -93,5 +94,5 @@ def fidelity_lines(variants: Iterable[Variant]) -> Iterator[str]:
 def verification_note(manifest: Manifest) -> Iterator[str]:
     """What has to be said of a bundle that was not held against the original."""
     if not manifest.probes.verified:
-        yield "self-consistent, not verified: the figures compare a ready-made model with itself."
+        yield "self-consistent, not verified: the figures compare a prebuilt model with itself."
         yield "What it is to the original, --reference CHECKPOINT tells when it is converted."

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qrank.bundle.family import Family, label_row
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from qrank.bundle.family import Family
 
 
 def scorer(model: PreTrainedModel, family: Family) -> EncoderScorer | DecoderScorer:
@@ -35,16 +35,13 @@ def input_names(family: Family) -> list[str]:
 
 
 def head_row(model: PreTrainedModel, family: Family) -> torch.Tensor:
-    """A decoder's whole score head, fp32 of shape [hidden].
-
-    Of a causal language model the row of its first label, less that of its second, if there is one:
-    the logits of no other token matter.
-    """
+    """A decoder's whole score head, fp32 of shape [hidden]: no other token's logits matter."""
     if not family.labels:
-        rows: torch.Tensor = model.score.weight.float()
+        rows = model.score.weight.float()
     else:
         rows = model.get_output_embeddings().weight[list(family.labels)].float()
-    return rows[0] - rows[1:].sum(0)
+    row: torch.Tensor = label_row(rows)
+    return row
 
 
 class EncoderScorer(torch.nn.Module):

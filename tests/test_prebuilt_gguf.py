@@ -1,4 +1,4 @@
-"""Ready-made GGUF files: with a head of any kind they score as transformers does, or never."""
+"""Prebuilt GGUF files: with a head of any kind they score as transformers does, or never."""
 
 import shutil
 from collections.abc import Callable
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import prebuilt_files
 import pytest
-import ready_files
 import test_conformance
 import test_decoders
 import tiny
@@ -35,7 +35,7 @@ def gguf_of(
             source = str(checkpoint_of(kind))
             target = folder / "bundle"
             bundle = convert(source, [("gguf", "q8_0")], target, family=family).folder
-            made[kind] = ready_files.describe(checkpoint_of(kind), folder / "theirs") / "a.gguf"
+            made[kind] = prebuilt_files.describe(checkpoint_of(kind), folder / "theirs") / "a.gguf"
             shutil.copy(bundle / "gguf-q8_0" / "model.gguf", made[kind])
         return made[kind]
 
@@ -44,8 +44,8 @@ def gguf_of(
 
 def rewritten(path: Path, folder: Path, **changes: Any) -> Path:
     """A changed copy of a GGUF file in a folder of its own."""
-    target = ready_files.describe(path.parent, folder) / "changed.gguf"
-    ready_files.rewrite_gguf(path, target, **changes)
+    target = prebuilt_files.describe(path.parent, folder) / "changed.gguf"
+    prebuilt_files.rewrite_gguf(path, target, **changes)
     return target
 
 
@@ -120,7 +120,7 @@ def test_a_gguf_of_one_token_type_is_no_bert(
     checkpoint_of: Folders, gguf_of: Folders, tmp_path: Path
 ) -> None:
     """What llama.cpp's own converter makes of a BERT of two types: it gives every token type 0."""
-    folder = ready_files.describe(checkpoint_of("bert"), tmp_path / "theirs")
+    folder = prebuilt_files.describe(checkpoint_of("bert"), tmp_path / "theirs")
     shutil.copy(gguf_of("xlm-roberta"), folder / "a.gguf")
     with pytest.raises(ConversionError, match=r"knows one token type.*family bert needs types 0"):
         convert(str(folder), None, tmp_path / "out")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx
 import openvino as ov
+import prebuilt_files
 import pytest
-import ready_files
 import test_conformance
 import test_decoders
 import tiny_decoders
@@ -32,27 +32,27 @@ POSITIONS = ["input_ids", "attention_mask", "position_ids"]
 
 def quantized(checkpoint: Path, target: Path) -> None:
     """One graph four times in one folder, as Xenova's repositories have it."""
-    source = ready_files.onnx_causal(checkpoint, target) / "onnx" / "model.onnx"
-    ready_files.onnx_int8(source, source.with_name("model_quantized.onnx"))
-    ready_files.onnx_int4(source, source.with_name("model_q4.onnx"))
-    ready_files.onnx_fp16(source, source.with_name("model_fp16.onnx"))
+    source = prebuilt_files.onnx_causal(checkpoint, target) / "onnx" / "model.onnx"
+    prebuilt_files.onnx_int8(source, source.with_name("model_quantized.onnx"))
+    prebuilt_files.onnx_int4(source, source.with_name("model_q4.onnx"))
+    prebuilt_files.onnx_fp16(source, source.with_name("model_fp16.onnx"))
 
 
 def both(checkpoint: Path, target: Path, names: list[str]) -> None:
     """One graph in two formats, in int8 where it is OpenVINO's."""
-    ready_files.onnx_classifier(checkpoint, target, names)
-    ready_files.openvino_from_onnx(target, int8=True)
+    prebuilt_files.onnx_classifier(checkpoint, target, names)
+    prebuilt_files.openvino_from_onnx(target, int8=True)
 
 
 def whole(checkpoint: Path, target: Path) -> None:
     """A causal model without a cache, in two formats."""
-    ready_files.onnx_causal(checkpoint, target, cache=False)
-    ready_files.openvino_from_onnx(target)
+    prebuilt_files.onnx_causal(checkpoint, target, cache=False)
+    prebuilt_files.openvino_from_onnx(target)
 
 
 LAYOUTS: dict[str, tuple[str, Callable[[Path, Path], Any]]] = {
-    "state": ("qwen3", lambda c, t: ready_files.openvino_causal(c, t, int8=True)),
-    "inputs": ("gemma", lambda c, t: ready_files.openvino_causal(c, t, stateful=False)),
+    "state": ("qwen3", lambda c, t: prebuilt_files.openvino_causal(c, t, int8=True)),
+    "inputs": ("gemma", lambda c, t: prebuilt_files.openvino_causal(c, t, stateful=False)),
     "whole": ("qwen3", whole),
     "xenova": ("zerank", quantized),
     "pooled": ("qwen3-seq-cls", lambda c, t: both(c, t, POSITIONS)),
@@ -158,7 +158,7 @@ def test_the_cut_changes_nothing(
     made = convert(str(source), None, tmp_path / "out", family=family_of(layout))
     target, manifest = made.folder, made.manifest
     tokenizer = PairTokenizer(target / TOKENIZER, manifest.family)
-    run_theirs, run_ours = ready_files.runner(source), ready_files.runner(target / variant)
+    run_theirs, run_ours = prebuilt_files.runner(source), prebuilt_files.runner(target / variant)
     labels, ours, theirs = manifest.family.labels, [], []
     for pair in [(q, d) for q, d in test_decoders.PAIRS if len(d) < 200]:
         ids = tokenizer.whole(*pair)[0][None].astype(np.int64)
@@ -201,7 +201,7 @@ def test_not_verified_is_told_and_verified_is_not(
     assert "self-consistent, not verified" in made.stdout
     shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "alone"), "--verify"])
     assert "self-consistent, not verified" in shown.stdout
-    assert "the ready-made openvino-int8 itself" in shown.stdout
+    assert "the prebuilt openvino-int8 itself" in shown.stdout
     assert Manifest.load(tmp_path / "alone").probes.verified is False
 
     reference = ["--reference", str(checkpoint_of("bert"))]
@@ -259,7 +259,7 @@ def test_a_repository_of_the_hub_gives_what_is_needed_and_no_more(
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: names)
     manifest = convert("they/zerank-onnx", None, tmp_path / "out", family="zerank").manifest
-    assert set(taken) == {*ready_files.TOKENIZER_FILES, "onnx/model_quantized.onnx"}
+    assert set(taken) == {*prebuilt_files.TOKENIZER_FILES, "onnx/model_quantized.onnx"}
     assert (manifest.name, manifest.source.revision) == ("zerank-onnx", "0123abcd")
     file = "they/zerank-onnx/onnx/model_q4.onnx"
     manifest = convert(file, None, tmp_path / "q4", family="zerank").manifest
@@ -296,7 +296,7 @@ def test_a_graph_that_is_not_understood_is_refused(
     checkpoint_of: Folders,
     tmp_path: Path,
 ) -> None:
-    folder = ready_files.onnx_toy(checkpoint_of(kind), tmp_path / "toy", inputs, width, end)
+    folder = prebuilt_files.onnx_toy(checkpoint_of(kind), tmp_path / "toy", inputs, width, end)
     if format == "openvino":
         graph = ov.convert_model(folder / "model.onnx")
         ov.save_model(graph, folder / "openvino_model.xml", compress_to_fp16=False)
@@ -308,7 +308,7 @@ def test_a_graph_that_is_not_understood_is_refused(
 
 
 def test_a_state_of_something_else_is_refused(checkpoint_of: Folders, tmp_path: Path) -> None:
-    folder = ready_files.describe(checkpoint_of("qwen3"), tmp_path / "theirs")
+    folder = prebuilt_files.describe(checkpoint_of("qwen3"), tmp_path / "theirs")
     op = ov.opset13
     ids = op.parameter([-1, -1], ov.Type.i64, name="input_ids")
     ids.output(0).get_tensor().set_names({"input_ids"})
@@ -323,7 +323,7 @@ def test_a_state_of_something_else_is_refused(checkpoint_of: Folders, tmp_path: 
 def test_a_graph_that_tells_no_pairs_apart_is_refused(
     checkpoint_of: Folders, tmp_path: Path
 ) -> None:
-    folder = ready_files.onnx_toy(checkpoint_of("bert"), tmp_path / "toy", TYPES)
+    folder = prebuilt_files.onnx_toy(checkpoint_of("bert"), tmp_path / "toy", TYPES)
     model = onnx.load(folder / "model.onnx")
     model.graph.initializer[0].CopyFrom(
         onnx.numpy_helper.from_array(np.zeros((1, 1), np.float32), "weights")
@@ -339,7 +339,7 @@ def test_a_graph_that_tells_no_pairs_apart_is_refused(
 def test_a_damaged_file_is_refused(
     name: str, content: bytes, checkpoint_of: Folders, tmp_path: Path
 ) -> None:
-    folder = ready_files.describe(checkpoint_of("bert"), tmp_path / "theirs")
+    folder = prebuilt_files.describe(checkpoint_of("bert"), tmp_path / "theirs")
     (folder / name).write_bytes(content)
     with pytest.raises(ConversionError, match="cannot read"):
         convert(str(folder), None, tmp_path / "out")
@@ -362,7 +362,7 @@ def test_of_several_files_what_is_damaged_or_missing_is_left_out(
 def test_what_is_missing_or_unclear_is_told(
     checkpoint_of: Folders, layout_of: Folders, tmp_path: Path
 ) -> None:
-    toy = ready_files.onnx_toy(checkpoint_of("bert"), tmp_path / "toy", TYPES)
+    toy = prebuilt_files.onnx_toy(checkpoint_of("bert"), tmp_path / "toy", TYPES)
     with pytest.raises(ConversionError, match="files of onnx and none of gguf"):
         convert(str(toy), [("gguf", None)], tmp_path / "out")
     with pytest.raises(ConversionError, match=r"model\.onnx is fp32, and not int8"):
@@ -376,6 +376,6 @@ def test_what_is_missing_or_unclear_is_told(
     (toy / "config.json").unlink()
     with pytest.raises(ModelNotFoundError, match=r"holds no config.json.*--reference"):
         convert(str(toy / "other.onnx"), None, tmp_path / "out")
-    with pytest.raises(ConversionError, match="--reference is what ready-made files are proven"):
+    with pytest.raises(ConversionError, match="--reference is what prebuilt files are proven"):
         convert(str(checkpoint_of("bert")), None, tmp_path / "out", reference="some/model")
     assert not (tmp_path / "out").exists()

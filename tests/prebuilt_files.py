@@ -29,7 +29,7 @@ TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def describe(checkpoint: Path, target: Path) -> Path:
-    """A folder with what stands beside ready-made files: configuration and tokenizer."""
+    """A folder with what stands beside prebuilt files: configuration and tokenizer."""
     target.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         shutil.copy(checkpoint / name, target / name)

@@ -1,4 +1,4 @@
-"""Where a source holds ready-made files, and which of several is taken."""
+"""Which prebuilt files a source holds, and which of several is imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qrank.bundle.hub import download, listing
 from qrank.bundle.hub_names import HubName
 from qrank.bundle.locate import Fetched, fetch, place, refuse_bundle
 from qrank.converters.checkpoint.read import DESCRIPTION, WEIGHTS
-from qrank.converters.prebuilt import SUFFIXES, Prebuilt, Request, Taker, format_of, patterns
+from qrank.converters.prebuilt import SUFFIXES, Importer, Prebuilt, Request, format_of, patterns
 from qrank.errors import ConversionError, ModelNotFoundError, QrankError
 
 _FOLDERS = ("onnx", "openvino")
@@ -35,13 +35,13 @@ _ORDER = {
     "openvino": ("int8", "fp16", "fp32", "int4"),
     "gguf": ("q4_k_m", "q8_0", "f16"),
 }
-"""Which of several files is taken where nobody says."""
+"""Which of several files is imported where nobody says."""
 
 
 def find(
     source: str, asked: Request | None, *, revision: str | None = None, offline: bool = False
 ) -> Prebuilt | Fetched:
-    """The ready-made files of a source; or where it is, if it holds a checkpoint or nothing known.
+    """The prebuilt files of a source; or where it is, if it holds a checkpoint or nothing known.
 
     Args:
         source: what `qrank.bundle.locate.place` takes: a folder, a file, a name on the hub.
@@ -101,7 +101,7 @@ def _on_hub(name: HubName, asked: Request | None, source: str, offline: bool) ->
     made, missing = _choose_all(candidates, found.folder, asked, source)
     files = [p for m in made for p in patterns(m.path.relative_to(found.folder).as_posix())]
     download(found.id, files, revision=found.folder.name, offline=offline)
-    if absent := [taker.path.name for taker in made if not taker.path.exists()]:
+    if absent := [importer.path.name for importer in made if not importer.path.exists()]:
         raise ModelNotFoundError(f"{found.id} on the hub has no file {absent[0]} ({source})")
     return Prebuilt(found.folder, found.id, found.commit, made, missing)
 
@@ -135,8 +135,8 @@ def _candidates(names: Iterable[str]) -> dict[str, list[str]]:
 
 def _choose_all(
     candidates: dict[str, list[str]], folder: Path, asked: Request | None, source: str
-) -> tuple[tuple[Taker, ...], dict[str, QrankError]]:
-    """The files to take, and what is wanted and not to be had, with the reason.
+) -> tuple[tuple[Importer, ...], dict[str, QrankError]]:
+    """The files to import, and what is wanted and not to be had, with the reason.
 
     Args:
         candidates: by format, the names of files.
@@ -147,17 +147,17 @@ def _choose_all(
     Raises:
         ConversionError: nothing is to be had.
     """
-    made: list[Taker] = []
+    made: list[Importer] = []
     missing: dict[str, QrankError] = {}
     for format, precision in asked or [(f, None) for f in FORMATS if f in candidates]:
         try:
             if format not in candidates:
                 raise ConversionError(
-                    f"{source} holds ready-made files of {', '.join(candidates)} and none of "
+                    f"{source} holds prebuilt files of {', '.join(candidates)} and none of "
                     f"{format}; converting to it takes the checkpoint"
                 )
             name = _choose(format, candidates[format], precision, source)
-            made.append(Taker(folder / name, format, precision))
+            made.append(Importer(folder / name, format, precision))
         except ConversionError as error:
             missing[f"{format}-{precision}" if precision else format] = error
     if not made:
@@ -166,7 +166,7 @@ def _choose_all(
 
 
 def _choose(format: str, names: list[str], precision: str | None, source: str) -> str:
-    """The file to take of several.
+    """The file to import of several.
 
     Raises:
         ConversionError: none is called as one would expect.

@@ -1,0 +1,187 @@
+"""A checkpoint's weights as the tensors of a GGUF file, read as they are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qrank.bundle.family import Family, label_row
+from qrank.converters.checkpoint.configuration import NEMOTRON, auto_class
+from qrank.converters.checkpoint.read import Checkpoint
+from qrank.converters.checkpoint.weights import weight_files
+from qrank.converters.gguf.layouts import Layout, rotary_factors
+from qrank.errors import ConversionError
+from qrank.system.extras import need
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_PIECE = 2**24
+"""Numbers read and written at once."""
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the file, not yet read; `pieces` gives its rows, some at a time.
+
+    To the writer it is what an array is: something with a size that goes into a file.
+    """
+
+    name: str
+    shape: list[int]
+    pieces: Callable[[], Iterator[Floats]]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """fp32 for what is small: norms, biases, positions, the head."""
+        small = len(self.shape) == 1 or self.name.startswith(("cls", "position", "token_types"))
+        return np.dtype(np.float32 if small else np.float16)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def tofile(self, file: IO[bytes]) -> None:
+        for piece in self.pieces():
+            piece.astype(self.dtype, copy=False).tofile(file)
+
+
+class Weights:
+    """A checkpoint's safetensors, read some rows at a time.
+
+    A file is opened anew each time: what was read of an open one stays in memory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._open = need("safetensors").safe_open
+        # Before 2019, layer norms had gamma and beta.
+        old = {"gamma": "weight", "beta": "bias"}
+        self._places = {}
+        self.shapes: dict[str, list[int]] = {}
+        for path in weight_files(folder, str(folder)):
+            with self._open(path, "pt") as file:
+                for stored in file.keys():  # noqa: SIM118 (no mapping)
+                    module, _, parameter = stored.rpartition(".")
+                    name = f"{module}.{old.get(parameter, parameter)}"
+                    self._places[name] = (path, stored)
+                    self.shapes[name] = file.get_slice(stored).get_shape()
+
+    def row(self, name: str, number: int) -> Floats:
+        """One row of a weight."""
+        path, stored = self._places[name]
+        with self._open(path, "pt") as file:
+            row: Floats = file.get_slice(stored)[number].float().numpy()
+        return row
+
+    def rows(self, name: str, first: int = 0) -> Iterator[Floats]:
+        """A weight from one row on, in pieces."""
+        path, stored = self._places[name]
+        count, *rest = self.shapes[name]
+        step = max(_PIECE // math.prod(rest), 1)
+        for start in range(first, count, step):
+            with self._open(path, "pt") as file:
+                yield file.get_slice(stored)[start : start + step].float().numpy()
+
+
+def llama_scores(family: Family) -> bool:
+    """Whether llama.cpp scores a decoder itself: Qwen3's it does, as a softmax over two labels."""
+    return family.architecture == "Qwen3ForCausalLM" and len(family.labels) == 2
+
+
+def token_types(checkpoint: Checkpoint) -> int:
+    """Token types that the template uses."""
+    return max(checkpoint.family.segments or [0]) + 1
+
+
+def score_head(weights: Weights, config: PretrainedConfig, family: Family) -> Floats:
+    """What gives the logit of a pooled hidden state, read from the files; float32 [hidden]."""
+    if not family.labels:
+        row = weights.row("score.weight", 0)
+        return row / np.float32(config.temperature) if config.model_type == NEMOTRON else row
+    head: Floats = label_row(_label_rows(weights, config, family))
+    return head
+
+
+def _label_rows(weights: Weights, config: PretrainedConfig, family: Family) -> Floats:
+    """The labels' rows of the output matrix, shape [labels, hidden]."""
+    tied = config.tie_word_embeddings
+    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    return np.stack([weights.row(name, label) for label in family.labels])
+
+
+def tensors_of(
+    weights: Weights, config: PretrainedConfig, layout: Layout, checkpoint: Checkpoint
+) -> Iterator[Tensor]:
+    """The file's tensors: those that transformers reads, whatever else the checkpoint holds."""
+    torch = need("torch")
+    with torch.device("meta"):
+        model = auto_class(config.to_dict()).from_config(config, trust_remote_code=False)
+    tensor_name = layout.tensor_names(config.num_hidden_layers)
+    unmapped = []
+    for name, _ in model.named_parameters():
+        module, _, parameter = name.rpartition(".")
+        if module in layout.head:
+            continue
+        if name not in weights.shapes:
+            raise ConversionError(f"{checkpoint.folder} has no weight {name}")
+        theirs = tensor_name(module)
+        if theirs is None or (layout.arch == "modern-bert" and _is_extra_bias(theirs, parameter)):
+            unmapped.append(name)
+            continue
+        shape, load = list(weights.shapes[name]), partial(weights.rows, name)
+        if theirs == "position_embd":
+            first = layout.unread(config)
+            shape[0] -= first
+            load = partial(weights.rows, name, first)
+        elif theirs == "token_embd" and (types := token_types(checkpoint)) > 1:
+            shape[0] *= types
+            load = partial(_shifted, weights, name, types)
+        elif layout.norms_minus_one and theirs.endswith("norm"):
+            load = partial(_plus_one, weights, name)
+        elif layout.interleaved_rope and theirs.endswith(("attn_q", "attn_k")):
+            queries = theirs.endswith("attn_q")
+            heads = config.num_attention_heads if queries else config.num_key_value_heads
+            load = partial(_interleaved, weights, name, heads)
+        yield Tensor(f"{theirs}.{parameter}", shape, load)
+    if layout.head and (factors := rotary_factors(config)) is not None:
+        yield Tensor("rope_freqs.weight", list(factors.shape), lambda: iter([factors]))
+    if llama_scores(checkpoint.family):
+        rows = _label_rows(weights, config, checkpoint.family)
+        yield Tensor("cls.output.weight", list(rows.shape), lambda: iter([rows]))
+    if unmapped:
+        raise ConversionError(f"llama.cpp's {layout.arch} has no place for: {', '.join(unmapped)}")
+
+
+def _is_extra_bias(theirs: str, parameter: str) -> bool:
+    """llama.cpp's ModernBERT knows one bias, the classifier's."""
+    return parameter == "bias" and theirs != "cls.output"
+
+
+def _plus_one(weights: Weights, name: str) -> Iterator[Floats]:
+    """A norm's weights as llama.cpp multiplies by them; the checkpoint stores them minus 1."""
+    for rows in weights.rows(name):
+        yield rows + 1
+
+
+def _interleaved(weights: Weights, name: str, heads: int) -> Iterator[Floats]:
+    """Rows of each head with the two that are rotated together side by side."""
+    rows = np.concatenate(list(weights.rows(name)))
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    yield halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _shifted(weights: Weights, name: str, types: int) -> Iterator[Floats]:
+    """The vocabulary once for every token type; llama.cpp adds type 0 itself."""
+    (shifts,) = weights.rows(name.replace("word_embeddings", "token_type_embeddings"))
+    for number in range(types):
+        for words in weights.rows(name):
+            yield words + (shifts[number] - shifts[0])
