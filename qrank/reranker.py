@@ -20,6 +20,7 @@ from typing import Any, Literal, SupportsIndex, get_args, overload
 import numpy as np
 
 from qrank import backends
+from qrank.backends.torch import as_bundle
 from qrank.bundle.locate import DEFAULT, locate, provide
 from qrank.bundle.manifest import TOKENIZER, Manifest, check_files
 from qrank.bundle.sequences import Logits
@@ -229,8 +230,7 @@ class Reranker:
         criteria = Criteria(backend, device, policy, min_kendall, max_loss, profile)
         tokenizer: Path | str
         if backend is not None and backend.partition("-")[0] == "torch":
-            torch = backends.module("torch")
-            folder, self.manifest, tokenizer = torch.as_bundle(str(model), family)
+            folder, self.manifest, tokenizer = as_bundle(str(model), family)
         else:
             if family is not None:
                 raise InputError("family is for checkpoints (backend torch); a bundle has its own")
@@ -264,6 +264,8 @@ class Reranker:
         self.choice = choice
         self._proof = None
         variant = self.target.variant
+        # Of a later qrank's, nothing tells whether it computes rightly.
+        backends.tolerance(variant.format, variant.precision)
         provide(self._folder, variant)
         self._calibration = calibration.load(self.manifest, variant) if self._calibrated else None
         self._ready()

@@ -18,9 +18,9 @@ from click.testing import CliRunner
 from transformers import AutoModelForSequenceClassification
 
 from qrank import Reranker
-from qrank.backends import Backend, Options, openvino
+from qrank.backends import Backend, Options, openvino, tolerance
 from qrank.bundle.family import Family
-from qrank.bundle.fidelity import TOLERANCES, Fidelity
+from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import Manifest, Variant
 from qrank.bundle.sequences import Logits, Sequences
 from qrank.cli import main
@@ -400,7 +400,7 @@ def test_every_precision_holds_its_tolerance_in_what_users_get(bundle: Path) -> 
             assert reranker._backend is not None
             found = reranker._backend.logits(manifest.probes.work)
         fidelity = Fidelity.of(found, manifest.probes.logits)
-        assert TOLERANCES[precision].shortfall(fidelity) is None
+        assert tolerance("openvino", precision).shortfall(fidelity) is None
 
 
 FORK = """

@@ -1,6 +1,7 @@
 """Which target runs: measured or guessed, with every failure told and survived."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,10 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrank import Reranker
-from qrank.backends import FORMATS, module
+from qrank.backends import BACKENDS, format_of, formats, spec
 from qrank.bundle.manifest import Manifest
 from qrank.cli import main
-from qrank.converters.makers import converter
 from qrank.errors import BundleError, InputError, MissingExtraError, TargetError
 from qrank.measure import tuning
 from qrank.select import losses, selection
@@ -35,7 +35,7 @@ from qrank.select.selection import (
     recalled,
     remember,
 )
-from qrank.select.targets import ELSEWHERE, ON_CPU, guesses
+from qrank.select.targets import expected, guesses
 from qrank.system import cache, machine
 from qrank.system.cache import store
 
@@ -65,14 +65,14 @@ def test_every_failure_is_told_and_survived_and_the_next_best_is_chosen(
     onnx_only: Path, plug_in: Callable[..., None]
 ) -> None:
     plug_in(
-        wrong="doubles:Wrong",
-        hangs="doubles:Hangs",
-        crashes="doubles:Crashes",
-        looked="doubles:CrashesWhenLookedFor",
+        wrong="doubles:WRONG",
+        hangs="doubles:HANGS",
+        crashes="doubles:CRASHES",
+        looked="doubles:CRASHES_WHEN_LOOKED_FOR",
         absent="no_such_module",
-        tires="doubles:Tires",
-        frail="doubles:CrashesInTheMiddle",
-        exits="doubles:Exits",
+        tires="doubles:TIRES",
+        frail="doubles:CRASHES_IN_THE_MIDDLE",
+        exits="doubles:EXITS",
     )
     result = qrank_("tune", onnx_only, "--limit", "20", "--json")
     assert result.exit_code == 0, result.output
@@ -100,7 +100,7 @@ def test_every_failure_is_told_and_survived_and_the_next_best_is_chosen(
 def test_another_packages_backend_takes_part_and_is_chosen_where_it_is_fastest(
     onnx_only: Path, plug_in: Callable[..., None]
 ) -> None:
-    plug_in(right="doubles:Right", prints="doubles:Prints")
+    plug_in(right="doubles:RIGHT", prints="doubles:PRINTS")
     result = qrank_("tune", onnx_only)
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.splitlines())) <= 80
@@ -119,7 +119,7 @@ def test_another_packages_backend_takes_part_and_is_chosen_where_it_is_fastest(
 
 
 def test_what_is_named_never_falls_back(bundle: Path, plug_in: Callable[..., None]) -> None:
-    plug_in(wrong="doubles:Wrong")
+    plug_in(wrong="doubles:WRONG")
     for backend in ("wrong", "wrong/onnx-fp32"):
         with pytest.raises(TargetError, match="computes wrongly on this machine"):
             Reranker(bundle, backend=backend)
@@ -133,8 +133,8 @@ def test_where_nothing_works_every_target_and_its_reason_is_told(
 
     names = [t.name for t in guesses(Manifest.load(bundle), None, None)]
     monkeypatch.setattr(sys, "frozen", True, raising=False)  # nothing is opened elsewhere first
-    for format in FORMATS:
-        monkeypatch.setattr(module(format), "open", fail)
+    for format in formats():
+        monkeypatch.setattr(spec(format), "open", fail)
     with pytest.raises(TargetError, match="no target works here") as caught:
         Reranker(bundle)
     assert len(names) == len(Manifest.load(bundle).variants)
@@ -149,7 +149,7 @@ def test_a_guess_that_fails_is_told_and_the_next_is_taken(
     def fail(*arguments: object) -> None:
         raise TargetError("the driver is out")
 
-    monkeypatch.setattr(module("openvino"), "open", fail)
+    monkeypatch.setattr(spec("openvino"), "open", fail)
     result = qrank_("score", "-m", bundle, "-q", "a", "-f", "json", stdin="a\n")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["target"] == "onnx-int8@cpu"
@@ -324,11 +324,9 @@ def test_measuring_when_asked_to(bundle: Path, tmp_path: Path) -> None:
 def test_guesses_have_backends_that_know_the_device(bundle: Path, device: str | None) -> None:
     found = guesses(Manifest.load(bundle), None, device)
     assert {t.device for t in found} == {device or "cpu"}
-    expected = {f for f in FORMATS if (device or "cpu") in module(f).DEVICES}
-    assert {t.variant.format for t in found} == expected
-    order_ = ON_CPU if device in (None, "cpu") else ELSEWHERE
-    key = [t.variant.name if order_ is ON_CPU else t.variant.precision for t in found]
-    assert key == sorted(key, key=order_.index)
+    known = {f for f in formats() if (device or "cpu") in spec(f).kinds}
+    assert {t.variant.format for t in found} == known
+    assert found == sorted(found, key=expected)
 
 
 def with_a_later_format(bundle: Path, folder: Path) -> Path:
@@ -376,9 +374,13 @@ def test_a_device_that_no_format_knows_is_told(bundle: Path) -> None:
 
 
 def test_every_precision_has_its_place() -> None:
-    made = {precision for format in FORMATS for precision in converter(format).PRECISIONS}
-    assert made | {"bf16"} == set(ELSEWHERE)  # which torch offers
-    assert {name.partition("-")[2] for name in ON_CPU} == set(ELSEWHERE)
+    places = []
+    for format in map(format_of, BACKENDS):
+        assert format is not None
+        made = [precision for precision in format.precisions if precision.made]
+        places += [precision.cpu for precision in made]
+        assert max(precision.elsewhere for precision in made) < math.inf
+    assert sorted(places) == list(range(1, len(places) + 1))
 
 
 def test_what_is_not_installed_is_no_guess(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from qrank.backends import Options, llama
+from qrank.backends import llama
 from qrank.backends.gguf_context import Context, freed_with
+from qrank.backends.spec import Options
 from qrank.bundle.sequences import Ids, Logits, Sequences
 from qrank.scoring.batching import cut_ragged, in_order
 

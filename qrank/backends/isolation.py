@@ -14,17 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from qrank import backends
-from qrank.backends import Options
+from qrank.backends import Options, spec
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import FileRecord, Variant
 from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import TargetError
 from qrank.system import subprocess_rpc
 from qrank.system.subprocess_rpc import Child, CrashError, HangError
-
-RUNTIME_NAMES = {"onnx": "onnxruntime", "openvino": "OpenVINO", "gguf": "llama.cpp"}
-"""What people call the runtime of a backend."""
 
 _SECONDS = 60.0
 _BYTES_A_SECOND = 1e7
@@ -40,14 +36,8 @@ class FatalError(TargetError):
 
 
 def advised(backend: str, device: str) -> bool:
-    """Whether a backend should be tried in a process of its own before it runs in this one.
-
-    Every native backend and device but onnxruntime's CPU, whose kernels ask the CPU first. Not a
-    user's own ("module:function"), which is as much part of the application as the caller is; nor
-    torch, which runs the original and is held against nothing.
-    """
-    native = ":" not in backend and backend != "torch" and (backend, device) != ("onnx", "cpu")
-    return native and subprocess_rpc.wanted()
+    """Whether a backend should be tried in a process of its own before it runs in this one."""
+    return not spec(backend).in_process(device) and subprocess_rpc.wanted()
 
 
 def limit(size: int, tokens: int, device: str) -> float:
@@ -65,7 +55,7 @@ class Worker:
         self._child: Child | None = None
 
     def compute_dtypes(self, backend: str, device: str) -> tuple[str, ...]:
-        """As `qrank.backends.compute_dtypes`.
+        """As `BackendSpec.compute_dtypes`.
 
         Raises:
             NoChildError: no process can be started here.
@@ -146,7 +136,7 @@ class Worker:
 
     def _ask(self, question: dict[str, Any], what: str, seconds: float) -> dict[str, Any]:
         self._child = self._child or Child(__name__)
-        runtime = RUNTIME_NAMES.get(question["backend"], question["backend"])
+        runtime = spec(question["backend"]).runtime
         try:
             return self._child.ask(question, seconds)
         except CrashError as error:
@@ -168,7 +158,7 @@ def _plain(work: Sequences) -> dict[str, Any]:
 
 
 def _compute_dtypes(backend: str, device: str) -> dict[str, Any]:
-    return {"compute_dtypes": backends.compute_dtypes(backend, device)}
+    return {"compute_dtypes": list(spec(backend).compute_dtypes(device))}
 
 
 def _logits(
@@ -184,7 +174,7 @@ def _logits(
         "files": {name: FileRecord(**record) for name, record in variant["files"].items()},
         "fidelity": Fidelity(**variant["fidelity"]),
     }
-    opened = backends.opener(backend)(Path(folder), Variant(**fields), device, Options(**options))
+    opened = spec(backend).open(Path(folder), Variant(**fields), device, Options(**options))
     try:
         return {"logits": [opened.logits(_work(work)).tolist() for work in works]}
     finally:

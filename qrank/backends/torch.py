@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from qrank.backends import Options
+from qrank.backends.spec import BackendSpec, Format, Options, Precision
 from qrank.bundle.family import Family
-from qrank.bundle.fidelity import Fidelity
+from qrank.bundle.fidelity import BFLOAT16, FLOAT16, FLOAT32, Fidelity
 from qrank.bundle.manifest import Manifest, Probes, Variant
 from qrank.bundle.sequences import Floats, Logits, Sequences, feed
 from qrank.errors import TargetError
@@ -26,8 +26,6 @@ from qrank.system.extras import need
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """torch's names of the precisions that a checkpoint can be run in."""
-
-DEVICES = ("cpu", "cuda", "mps")
 
 _NEAR = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 """How far our scoring may be from transformers' own, in times of the logit (of 1 where smaller)."""
@@ -227,3 +225,26 @@ class TorchBackend:
             if out_of_memory(error):
                 raise MemoryError(str(error)) from error
             raise TargetError(f"torch failed on {self._device}: {error}") from error
+
+
+SPEC = BackendSpec(
+    runtime="torch",
+    open=open,
+    version=version,
+    devices=devices,
+    kinds=("cpu", "cuda", "mps"),
+    modules=("torch", "transformers"),
+    extra="torch",
+    # No file: a checkpoint as it is.
+    format=Format(
+        precisions=(
+            Precision("fp32", FLOAT32, cpu=10, elsewhere=3),
+            Precision("bf16", BFLOAT16, cpu=11, elsewhere=8),
+            Precision("fp16", FLOAT16, cpu=12, elsewhere=1),
+        ),
+    ),
+    memory=memory,
+    product=product,
+    # It runs the original, which is held against nothing.
+    in_process=lambda device: True,
+)

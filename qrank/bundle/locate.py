@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from qrank.bundle import hub
-from qrank.bundle.fidelity import TOLERANCES
 from qrank.bundle.hub_names import HubName, newest_snapshot, parse, snapshot
 from qrank.bundle.manifest import MANIFEST, TOKENIZER, Manifest, Variant, check_files
-from qrank.errors import InputError, ModelNotFoundError, TargetError
+from qrank.errors import InputError, ModelNotFoundError
 
 DEFAULT = "mini"
 
@@ -138,15 +137,9 @@ def provide(folder: Path, variant: Variant) -> None:
     Those of a bundle on the hub are downloaded when the variant is to run, and not before.
 
     Raises:
-        TargetError: its precision is of a later qrank: nothing tells whether it computes rightly.
         ModelNotFoundError: the hub does not give them.
         BundleError: a file is missing or damaged.
     """
-    if variant.precision not in TOLERANCES:
-        raise TargetError(
-            f"this qrank knows no precision {variant.precision!r} (of {variant.name}); known are: "
-            f"{', '.join(TOLERANCES)}. A later version may"
-        )
     _fetch_missing(folder, list(variant.files))
     check_files(folder, variant.files)
 
@@ -227,7 +220,7 @@ def refuse_bundle(source: str, path: Path) -> None:
 def _bundle_around(path: Path) -> Path | None:
     """The bundle that a variant's folder, or a file in it, is a part of."""
     for folder in (path, path.parent):
-        precision = folder.name.partition("-")[2]
-        if precision in TOLERANCES and (folder.parent / MANIFEST).is_file():
-            return folder.parent
+        around = folder.parent
+        if (around / MANIFEST).is_file() and folder.name in Manifest.load(around).variants:
+            return around
     return None

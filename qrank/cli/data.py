@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from qrank.cli.common import InputFile, notice
+from qrank.cli.lazy import device_option
 from qrank.quality.collection import Collection, Files, Run
 from qrank.quality.score_cache import Setting
 from qrank.scoring.inputs import LongDocuments
@@ -37,7 +38,7 @@ _OPTIONS = (
         help="Candidates of a query.",
     ),
     click.option("--limit", type=click.IntRange(min=1), help="Only the first so many queries."),
-    click.option("--device", help="cpu, cuda, gpu, npu, metal, ...  [default: cpu]"),
+    device_option("cpu"),
     click.option(
         "--compute-dtype", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]"
     ),

@@ -20,6 +20,7 @@ from qrank.cli.common import (
     memory_option,
     notice,
 )
+from qrank.cli.lazy import device_option
 from qrank.cli.output import WRITERS, Result
 from qrank.cli.progress import progress_bars
 from qrank.cli.tune import measure as measure_targets
@@ -57,7 +58,7 @@ from qrank.system.textfiles import STANDARD_INPUT, TextFile
 )
 @click.option("--raw", is_flag=True, help="Print logits, before the model's activation.")
 @click.option("--backend", help="onnx, openvino-int8, ..., or torch for a checkpoint.")
-@click.option("--device", help="cpu, cuda, gpu, npu, ...  [default: as measured, or cpu]")
+@device_option("as measured, or cpu")
 @click.option(
     "--compute-dtype", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]"
 )

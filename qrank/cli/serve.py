@@ -18,6 +18,7 @@ from qrank.cli.common import (
     memory_option,
     notice,
 )
+from qrank.cli.lazy import device_option
 from qrank.errors import InputError
 from qrank.reranker import Reranker
 from qrank.select.selection import Policy, Profile
@@ -73,7 +74,7 @@ _SECONDS = FiniteRange(min=0, min_open=True)
     "--backend",
     help="onnx, openvino-int8, ...  [default: as measured, or what is expected to be the fastest]",
 )
-@click.option("--device", help="cpu, cuda, gpu, npu, metal, ...  [default: as measured, or cpu]")
+@device_option("as measured, or cpu")
 @click.option(
     "--compute-dtype", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]"
 )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from qrank.backends import RUNTIMES, Options, runtime
+from qrank.backends import BACKENDS, Options, runtime
 from qrank.bundle.manifest import Manifest
 from qrank.errors import BundleError, InputError, MissingExtraError, TargetError
 from qrank.select.losses import losses
@@ -328,7 +328,7 @@ def _key(manifest: Manifest, threads: int) -> dict[str, Any]:
         "cpu": machine.cpu(),
         "system": machine.system(),
         "accelerators": machine.accelerators(),
-        "runtimes": {name: runtime(name) for name in RUNTIMES},
+        "runtimes": {name: runtime(name) for name in BACKENDS},
         "threads": threads,
     }
 

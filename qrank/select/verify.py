@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from qrank import backends
-from qrank.backends import RUNTIMES, Backend, Options, conditions, isolation, opener
+from qrank.backends import Backend, Options, conditions, isolation, spec, tolerance
 from qrank.backends.isolation import FatalError
 from qrank.bundle.fidelity import Fidelity, here
 from qrank.bundle.manifest import Manifest, Probes
@@ -25,7 +24,6 @@ from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import QrankError, TargetError
 from qrank.select.targets import Target
 from qrank.system import cache
-from qrank.system.extras import installed, need
 from qrank.system.subprocess_rpc import NoChildError
 
 CONVERTED_IN = "fp32"
@@ -104,8 +102,7 @@ def ready(
         TargetError: no arithmetic does, or the one asked for is not to be had; or it crashed or
             hung when it was tried.
     """
-    if target.backend in RUNTIMES and not installed(RUNTIMES[target.backend]):
-        need(RUNTIMES[target.backend])
+    spec(target.backend).require()
     case = _Case(folder, target, manifest, options, least_kendall)
     proof = known or case.recalled()
     backend = None
@@ -138,8 +135,7 @@ def _prove(case: _Case) -> tuple[Proof, Backend | None]:
 
 
 def _prove_here(case: _Case) -> tuple[Proof, Backend]:
-    own = ":" in case.target.backend
-    choices = () if own else backends.compute_dtypes(case.target.backend, case.target.device)
+    choices = spec(case.target.backend).compute_dtypes(case.target.device)
     opened: list[Backend] = []
 
     def compute(compute_dtype: str | None, work: Sequences) -> Logits:
@@ -173,7 +169,7 @@ class _Case:
         """The target's backend in this process, computing in some arithmetic."""
         chosen = replace(self.options, compute_dtype=compute_dtype)
         target = self.target
-        return opener(target.backend)(self.folder, target.variant, target.device, chosen)
+        return spec(target.backend).open(self.folder, target.variant, target.device, chosen)
 
     def apart(self, worker: isolation.Worker) -> tuple[Sequence[str], Compute]:
         """What `settle` takes, of a process of its own."""
@@ -236,7 +232,8 @@ class _Case:
         # On the scale of all probes.
         spread = float(np.ptp(self.manifest.probes.logits))
         fidelity = replace(Fidelity.of(logits, probes.logits), spread=spread)
-        bar = here(self.target.variant.precision, exact=exact)
+        variant = self.target.variant
+        bar = here(tolerance(variant.format, variant.precision), exact=exact)
         if not exact:
             bar = replace(bar, kendall=max(bar.kendall, self.least_kendall or -1.0))
         if missed := bar.shortfall(fidelity):
@@ -277,8 +274,7 @@ class _Case:
         }
 
     def _runtime(self) -> str:
-        backend = self.target.backend
-        return backend if ":" in backend else str(backends.module(backend).version())
+        return spec(self.target.backend).version()
 
 
 def _digest(probes: Probes) -> str:
