@@ -54,7 +54,7 @@ def encode(encoder: PairTokenizer, query: str, documents: Sequence[str]) -> Sequ
 def join(works: Sequence[Sequences]) -> Sequences:
     """Several works as one."""
     segments = [types for work in works for types in work.segments or []]
-    return Sequences([ids for work in works for ids in work.sequences], segments or None)
+    return Sequences([ids for work in works for ids in work.ids], segments or None)
 
 
 def open_onnx(

@@ -168,7 +168,7 @@ def _optimum(checkpoint: Path) -> Callable[[int, int], Run]:
     )
 
     def prepare(length: int, count: int) -> Run:
-        ids = torch.from_numpy(np.stack(_pairs(length, count).whole().sequences).astype(np.int64))
+        ids = torch.from_numpy(np.stack(_pairs(length, count).whole().ids).astype(np.int64))
         return lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
 
     return prepare
@@ -191,7 +191,7 @@ def _llama(path: Path) -> Callable[[int, int], Run]:
             pooling_type=library.LLAMA_POOLING_TYPE_LAST,
         )
         whole = _pairs(length, count).whole()
-        ids, placed = np.concatenate(whole.sequences), llama.places(whole.lengths)
+        ids, placed = np.concatenate(whole.ids), llama.places(whole.lengths)
         outputs = np.ones(tokens, np.int8)
 
         def run() -> Any:

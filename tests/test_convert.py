@@ -146,7 +146,7 @@ def test_token_types_change_the_score(bundle: Path) -> None:
     )
     changed = 0
     for ids, types, logit in zip(
-        probes.work.sequences[:8], probes.work.segments, probes.logits, strict=False
+        probes.work.ids[:8], probes.work.segments, probes.logits, strict=False
     ):
         inputs = {
             "input_ids": ids[None].astype(np.int64),

@@ -178,7 +178,7 @@ def test_quantization_looks_at_the_pairs_of_the_file_too(
     (calibration,) = seen
     ours = len(calibration_pairs())
     assert len(calibration) == ours + 18
-    assert len(calibration.sequences[ours + 1]) < len(calibration.sequences[ours])
+    assert len(calibration.ids[ours + 1]) < len(calibration.ids[ours])
 
 
 @pytest.mark.parametrize(

@@ -32,18 +32,11 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from qrank.backends import formats
 from qrank.converters.checkpoint.probes import probe_pairs
 
-VARIANTS = (
-    ("onnx", "int8"),
-    ("onnx", "fp16"),
-    ("onnx", "fp32"),
-    ("openvino", "int8"),
-    ("openvino", "int8-w8a8"),
-    ("openvino", "fp16"),
-    ("gguf", "q4_k_m"),
-    ("gguf", "q8_0"),
-    ("gguf", "f16"),
+VARIANTS = tuple(
+    (name, precision) for name, format in formats().items() for precision in format.made
 )
 """Every (format, precision) there is: what bundles made of tiny checkpoints hold."""
 

@@ -135,11 +135,11 @@ class GgufBackend:
         # would wait for them.
         self._workers = ThreadPoolExecutor(threads, "qrank-gguf")
 
-    def logits(self, work: Sequences) -> Logits:
+    def logits(self, sequences: Sequences) -> Logits:
         """See `qrank.backends.Backend.logits`."""
-        batches = cut_ragged(work.lengths, BATCH, self._sequences, self._memory.most)
+        batches = cut_ragged(sequences.lengths, BATCH, self._sequences, self._memory.most)
         width = max(self._threads // len(batches), 1)
-        results = self._workers.map(lambda b: self._run(work.take(b), width), batches)
+        results = self._workers.map(lambda b: self._run(sequences.take(b), width), batches)
         return in_order(batches, results)
 
     def close(self) -> None:
@@ -175,7 +175,7 @@ class GgufBackend:
 
     def _ids(self, batch: Sequences) -> NDArray[np.int32]:
         """Token ids of a batch, one after the other, as the file's vocabulary counts them."""
-        ids = np.concatenate(batch.sequences).astype(np.int32)
+        ids = np.concatenate(batch.ids).astype(np.int32)
         if batch.segments is not None:
             ids += np.concatenate(batch.segments).astype(np.int32) * self._stride
         return ids

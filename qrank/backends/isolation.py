@@ -70,24 +70,24 @@ class Worker:
         self,
         folder: Path,
         variant: Variant,
-        works: Sequence[Sequences],
+        groups: Sequence[Sequences],
         options: Options,
         *,
         backend: str | None = None,
         device: str = "cpu",
     ) -> list[Logits]:
-        """Open a variant, run it on each work, and close it.
+        """Open a variant, score groups of sequences, and close it.
 
         Args:
             folder: the bundle.
             variant: of it.
-            works: what to score.
+            groups: what to score.
             options: how it runs; `memory` and `family` stay behind.
             backend: what runs it; None: its format's own.
             device: where.
 
         Returns:
-            Logits of each work, shape [n] each.
+            Logits of each group, shape [n] each.
 
         Raises:
             NoChildError, FatalError, QrankError: as `compute_dtypes`.
@@ -108,10 +108,10 @@ class Worker:
                 "batch": options.batch,
                 "static_shapes": options.static_shapes,
             },
-            "works": [_plain(work) for work in works],
+            "groups": [_plain(group) for group in groups],
         }
         what = f"computing {variant.precision}{arithmetic} on {where}"
-        tokens = sum(int(work.lengths.sum()) + len(work.prefix) for work in works)
+        tokens = sum(int(group.lengths.sum()) + len(group.prefix) for group in groups)
         found = self._ask(question, what, limit(size, tokens, device))
         return [np.array(each, np.float32) for each in found["logits"]]
 
@@ -148,12 +148,12 @@ class Worker:
             raise FatalError(f"{runtime} hung {what}: {error}") from error
 
 
-def _plain(work: Sequences) -> dict[str, Any]:
-    segments = work.segments
+def _plain(sequences: Sequences) -> dict[str, Any]:
+    segments = sequences.segments
     return {
-        "sequences": [ids.tolist() for ids in work.sequences],
+        "sequences": [ids.tolist() for ids in sequences.ids],
         "segments": None if segments is None else [types.tolist() for types in segments],
-        "prefix": work.prefix.tolist(),
+        "prefix": sequences.prefix.tolist(),
     }
 
 
@@ -167,7 +167,7 @@ def _logits(
     backend: str,
     device: str,
     options: Mapping[str, Any],
-    works: Sequence[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     fields = {
         **variant,
@@ -176,12 +176,12 @@ def _logits(
     }
     opened = spec(backend).open(Path(folder), Variant(**fields), device, Options(**options))
     try:
-        return {"logits": [opened.logits(_work(work)).tolist() for work in works]}
+        return {"logits": [opened.logits(_sequences(group)).tolist() for group in groups]}
     finally:
         opened.close()
 
 
-def _work(plain: Mapping[str, Any]) -> Sequences:
+def _sequences(plain: Mapping[str, Any]) -> Sequences:
     segments = plain["segments"]
     return Sequences(
         [np.array(ids, np.int32) for ids in plain["sequences"]],

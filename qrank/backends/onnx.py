@@ -176,16 +176,18 @@ class OnnxBackend:
         self._batch = batch
         self._streams = ThreadPoolExecutor(streams, "qrank-onnx")
 
-    def logits(self, work: Sequences) -> Logits:
+    def logits(self, sequences: Sequences) -> Logits:
         """See `qrank.backends.Backend.logits`."""
         if not self._bare:
-            work = work.whole()
-        batches = cut(work, self._batch, self._memory)
-        prefix = read_prefix(work.prefix, self._bare, partial(self._call, "present"))
+            sequences = sequences.whole()
+        batches = cut(sequences, self._batch, self._memory)
+        prefix = read_prefix(sequences.prefix, self._bare, partial(self._call, "present"))
         if len(batches) == 1:
-            results = [self._run(work.take(batches[0]), prefix)]
+            results = [self._run(sequences.take(batches[0]), prefix)]
         else:
-            results = list(self._streams.map(lambda b: self._run(work.take(b), prefix), batches))
+            results = list(
+                self._streams.map(lambda b: self._run(sequences.take(b), prefix), batches)
+            )
         return in_order(batches, results)
 
     def close(self) -> None:

@@ -298,14 +298,14 @@ class OpenvinoBackend:
         self._streams = ThreadPoolExecutor(streams, "qrank-openvino")
         self._stream = _Stream()
 
-    def logits(self, work: Sequences) -> Logits:
+    def logits(self, sequences: Sequences) -> Logits:
         """See `qrank.backends.Backend.logits`."""
         if not self._batch or not self._bare:
-            work = work.whole()
-        batches = cut(work, self._batch or 0, self._memory)
+            sequences = sequences.whole()
+        batches = cut(sequences, self._batch or 0, self._memory)
         present = partial(self._call, "present")
-        prefix = self._streams.submit(read_prefix, work.prefix, self._bare, present).result()
-        results = self._streams.map(lambda batch: self._run(work.take(batch), prefix), batches)
+        prefix = self._streams.submit(read_prefix, sequences.prefix, self._bare, present).result()
+        results = self._streams.map(lambda batch: self._run(sequences.take(batch), prefix), batches)
         return in_order(batches, results)
 
     def close(self) -> None:

@@ -149,9 +149,9 @@ def _check(
         TargetError: they differ: the score is more than a row times a hidden state.
     """
     torch = need("torch")
-    work = Sequences([np.arange(100, 112, dtype=np.int32)])
-    (theirs,) = reference(work)
-    ids = torch.tensor(work.sequences[0][None], dtype=torch.int64)
+    sequences = Sequences([np.arange(100, 112, dtype=np.int32)])
+    (theirs,) = reference(sequences)
+    ids = torch.tensor(sequences.ids[0][None], dtype=torch.int64)
     empty = torch.zeros(scoring.prefix_shape, dtype=scoring.model.dtype)
     nothing = torch.empty(0, dtype=torch.int64)
     with torch.inference_mode():
@@ -177,13 +177,14 @@ class TorchBackend:
             1, "qrank-torch", initializer=need("torch").set_num_threads, initargs=(options.threads,)
         )
 
-    def logits(self, work: Sequences) -> Logits:
+    def logits(self, sequences: Sequences) -> Logits:
         """See `qrank.backends.Backend.logits`."""
         limit = CPU_BATCH if self._device == "cpu" else DEVICE_BATCH
-        batches = cut(work, limit, self._memory)
-        prefix = self._worker.submit(self._read, work).result()
+        batches = cut(sequences, limit, self._memory)
+        prefix = self._worker.submit(self._read, sequences).result()
         results = self._worker.map(
-            lambda batch: in_halves(work.take(batch), lambda some: self._run(some, prefix)), batches
+            lambda batch: in_halves(sequences.take(batch), lambda some: self._run(some, prefix)),
+            batches,
         )
         return in_order(batches, results)
 
@@ -192,18 +193,20 @@ class TorchBackend:
         self._worker.shutdown()
         del self._scorer
 
-    def _read(self, work: Sequences) -> dict[str, Any]:
+    def _read(self, sequences: Sequences) -> dict[str, Any]:
         """What a decoder is given beside a batch: the prefix's keys and values."""
         if not self._family.decoder:
             return {}
-        torch, count = need("torch"), len(work.prefix)
+        torch, count = need("torch"), len(sequences.prefix)
         dtype = self._scorer.model.dtype
         empty = torch.zeros(self._scorer.prefix_shape, dtype=dtype, device=self._device)
         nothing = torch.empty(0, dtype=torch.int64, device=self._device)
         if count:
             keep = torch.arange(count, device=self._device)
             more = {"prefix": empty, "keep": keep}
-            _, empty = in_halves(Sequences([work.prefix]), lambda prefix: self._call(prefix, more))
+            _, empty = in_halves(
+                Sequences([sequences.prefix]), lambda prefix: self._call(prefix, more)
+            )
         return {"prefix": empty, "keep": nothing}
 
     def _run(self, batch: Sequences, prefix: dict[str, Any]) -> Logits:

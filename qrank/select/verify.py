@@ -279,7 +279,7 @@ class _Case:
 
 def _digest(probes: Probes) -> str:
     total = hashlib.sha256(probes.logits.tobytes())
-    for sequence in (*probes.work.sequences, *(probes.work.segments or ())):
+    for sequence in (*probes.work.ids, *(probes.work.segments or ())):
         total.update(sequence.tobytes())
     return total.hexdigest()
 
