@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from qrank.backends import formats
-from qrank.backends.spec import PLAIN, Precision
+from qrank.backends.contract import PLAIN, Precision
 from qrank.bundle.hub import download, listing
 from qrank.bundle.hub_names import HubName
 from qrank.bundle.locate import Fetched, fetch, place, refuse_bundle

@@ -179,9 +179,8 @@ class Reranker:
             backend: a format (`onnx`), a variant (`openvino-int8`), `torch` (or `torch-fp16`, ...)
                 to run a checkpoint as it is, or "module:function" of your own (see
                 `qrank.backends`). None: the best target, by `policy`.
-            device: `cpu`, or what the backend offers: onnx `cuda`, `tensorrt`, `coreml`,
-                `directml`; openvino `gpu`, `npu`; gguf `metal`, `cuda`, `vulkan`; torch `cuda`,
-                `mps`. None: as measured, or `cpu`.
+            device: `cpu`, or another kind that the backend knows: `qrank doctor` shows them, and
+                which are here. None: as measured, or `cpu`.
             threads: CPU threads in all. None: every CPU this process may use, by its affinity and
                 its container's quota.
             compute_dtype: arithmetic to compute in where the backend leaves a choice (openvino):

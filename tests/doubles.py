@@ -21,7 +21,6 @@ from qrank.bundle.manifest import Variant
 from qrank.bundle.sequences import Floats, Logits, Sequences
 
 RIGHT = BackendSpec(
-    runtime="right",
     open=fakes.length,
     version=lambda: "right 1.0",
     devices=lambda: ["cpu"],

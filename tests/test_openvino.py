@@ -253,8 +253,8 @@ def test_arithmetic_that_misses_the_probes_is_not_used(
             return fakes._Shifted(real(folder, variant, device, exact))
         return real(folder, variant, device, options)
 
-    monkeypatch.setattr(openvino, "open", wrong_in_bf16)
-    monkeypatch.setattr(openvino, "compute_dtypes", lambda device: ("bf16", "fp32"))
+    monkeypatch.setattr(openvino.SPEC, "open", wrong_in_bf16)
+    monkeypatch.setattr(openvino.SPEC, "compute_dtypes", lambda device: ("bf16", "fp32"))
     monkeypatch.setattr(sys, "frozen", True, raising=False)  # all of it in this process
     caplog.set_level("INFO", "qrank")
     with Reranker(bundle, backend="openvino-int8") as reranker:
@@ -288,8 +288,8 @@ def test_bf16_is_as_good_of_fp16_as_of_int8_weights_where_it_ranks_as_well(
         by = shifts.get(options.compute_dtype or "", 0.0)
         return Shifted(real(folder, variant, device, replace(options, compute_dtype="fp32")), by)
 
-    monkeypatch.setattr(openvino, "open", shifted)
-    monkeypatch.setattr(openvino, "compute_dtypes", lambda device: ("bf16", "fp32"))
+    monkeypatch.setattr(openvino.SPEC, "open", shifted)
+    monkeypatch.setattr(openvino.SPEC, "compute_dtypes", lambda device: ("bf16", "fp32"))
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     with Reranker(bundle, backend="openvino-fp16") as reranker:
         assert reranker.compute_dtype == "bf16"

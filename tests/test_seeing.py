@@ -42,7 +42,9 @@ def test_doctor_tells_what_is_there_and_what_fails(
         right="doubles:RIGHT",
     )
     there = extras.installed
-    monkeypatch.setattr("qrank.backends.spec.installed", lambda m: m != "llama_cpp" and there(m))
+    monkeypatch.setattr(
+        "qrank.backends.contract.installed", lambda m: m != "llama_cpp" and there(m)
+    )
     result = qrank_("doctor", "--json")
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)

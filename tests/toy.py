@@ -123,7 +123,6 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Bert:
 
 
 SPEC = BackendSpec(
-    runtime="numpy",
     open=open,
     version=lambda: f"numpy {np.__version__}",
     devices=lambda: ["cpu"],

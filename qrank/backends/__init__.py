@@ -1,7 +1,7 @@
 """Backends: token ids in, logits out. One file a backend, imported only when asked for.
 
 A backend's file holds SPEC, a `BackendSpec`, which says all there is to know about it
-(`qrank/backends/spec.py`). Another package's backend is found by an entry point of the group
+(`qrank/backends/contract.py`). Another package's backend is found by an entry point of the group
 "qrank.backends" that names such an object; it may bring a format of its own. Any function with
 `open`'s signature is a backend too, named "package.module:function".
 """
@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrank.backends.spec import Backend, BackendSpec, Format, Opener, Options, Precision
+from qrank.backends.contract import Backend, BackendSpec, Format, Opener, Options, Precision
 from qrank.bundle.fidelity import Tolerance
 from qrank.errors import TargetError
 from qrank.system import machine
@@ -89,9 +89,7 @@ def _users_own(name: str) -> BackendSpec:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise TargetError(f"no backend {name}: {error}") from error
     # As much part of the application as the caller is: so it runs in this process.
-    return BackendSpec(
-        name, function, lambda: name, lambda: ["cpu"], in_process=lambda device: True
-    )
+    return BackendSpec(function, lambda: name, lambda: ["cpu"], in_process=lambda device: True)
 
 
 def reads(name: str) -> tuple[str, ...]:

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrank.backends import llama
+from qrank.backends.contract import Backend, BackendSpec, Format, Options, Precision
 from qrank.backends.gguf_context import Context, freed_with
 from qrank.backends.gguf_decoder import HEAD, GgufDecoder
-from qrank.backends.spec import Backend, BackendSpec, Format, Options, Precision
 from qrank.bundle.fidelity import BFLOAT16, EIGHT_BITS, FLOAT16, FLOAT32, FOUR_BITS
 from qrank.bundle.manifest import Variant
 from qrank.bundle.sequences import Logits, Sequences

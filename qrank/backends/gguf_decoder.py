@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrank.backends import llama
+from qrank.backends.contract import Options
 from qrank.backends.gguf_context import Context, freed_with
-from qrank.backends.spec import Options
 from qrank.bundle.sequences import Ids, Logits, Sequences
 from qrank.scoring.batching import cut_ragged, in_order
 

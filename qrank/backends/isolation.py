@@ -136,7 +136,7 @@ class Worker:
 
     def _ask(self, question: dict[str, Any], what: str, seconds: float) -> dict[str, Any]:
         self._child = self._child or Child(__name__)
-        runtime = spec(question["backend"]).runtime
+        runtime = spec(question["backend"]).runtime or question["backend"]
         try:
             return self._child.ask(question, seconds)
         except CrashError as error:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qrank.backends.contract import GRAPH_STEMS, BackendSpec, Format, Options, Precision
 from qrank.backends.mapped import dropping_pages
-from qrank.backends.spec import GRAPH_STEMS, BackendSpec, Format, Options, Precision
 from qrank.bundle.fidelity import BFLOAT16, EIGHT_BITS, FLOAT16, FLOAT32, FOUR_BITS
 from qrank.bundle.manifest import Variant
 from qrank.bundle.sequences import Floats, Logits, Sequences, feed, no_prefix, read_prefix

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from qrank.backends.spec import BackendSpec, Format, Options, Precision
+from qrank.backends.contract import BackendSpec, Format, Options, Precision
 from qrank.bundle.family import Family
 from qrank.bundle.fidelity import BFLOAT16, FLOAT16, FLOAT32, Fidelity
 from qrank.bundle.manifest import Manifest, Probes, Variant

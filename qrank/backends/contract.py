@@ -164,10 +164,10 @@ class BackendSpec:
     Its name is that of its file in `qrank/backends`, or of the entry point.
 
     Attributes:
-        runtime: what people call the library it runs on.
         open: loads a variant.
         version: the runtime's name and version.
         devices: the devices present, lower case.
+        runtime: what people call the library it runs on; "" where that is the backend's name.
         kinds: every kind of device it might ever find.
         modules: that it imports. Another package says in its own metadata what it needs.
         extra: of qrank, which brings the modules.
@@ -185,10 +185,10 @@ class BackendSpec:
         conflict: what is wrong with how it is installed, and what to do; "" mostly.
     """
 
-    runtime: str
     open: Opener
     version: Callable[[], str]
     devices: Callable[[], list[str]]
+    runtime: str = ""
     kinds: tuple[str, ...] = ("cpu",)
     modules: tuple[str, ...] = ()
     extra: str = ""
