@@ -85,7 +85,7 @@ def versions(modules: tuple[str, ...]) -> dict[str, str]:
             found[module] = metadata.version(module)
         except metadata.PackageNotFoundError:
             others = metadata.packages_distributions().get(module, [])
-            found |= {name: metadata.version(name) for name in others}
+            found |= {name.replace("_", "-"): metadata.version(name) for name in others}
             if not others:  # of no distribution: built by hand, or in a frozen application
                 found[module] = str(getattr(import_module(module), "__version__", "unknown"))
     return found

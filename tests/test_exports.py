@@ -79,7 +79,8 @@ def test_extras_exist_and_bring_their_modules() -> None:
         names: set[str] = set()
         for line in optional[extra]:
             name, inner = re.match(r"([\w-]+)(?:\[([\w,-]+)\])?", line).groups()  # type: ignore[union-attr]
-            names |= set().union(*map(brought, inner.split(","))) if name == "qrank" else {name}
+            own = {name.replace("_", "-")}
+            names |= set().union(*map(brought, inner.split(","))) if name == "qrank" else own
         return names
 
     needed = [*extras.EXTRA_OF.items()]
@@ -87,7 +88,7 @@ def test_extras_exist_and_bring_their_modules() -> None:
         needed += [(module, backend.extra) for module in backend.modules]
     distributions = metadata.packages_distributions()
     for module, extra in needed:
-        found = set(distributions[module])
+        found = {name.replace("_", "-") for name in distributions[module]}
         assert found & brought(extra), f"qrank[{extra}] does not bring {module}"
     assert brought("cpu") == {"onnxruntime"}, "the light runtime"
     assert set().union(*map(brought, set(optional) - {"onnx-gpu"})) == brought("test")

@@ -1,4 +1,7 @@
-"""OpenVINO graphs: CPUs, and Intel's GPUs and NPUs."""
+"""OpenVINO graphs: CPUs, and Intel's GPUs and NPUs.
+
+Longer than other files: every way around a fault of OpenVINO's stands where it is taken.
+"""
 
 from __future__ import annotations
 
