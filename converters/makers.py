@@ -55,19 +55,21 @@ def converter(format: str) -> ModuleType:
         raise ConversionError(f"the converter {name} cannot be imported: {error}") from error
 
 
-def extra_of(format: str, module: str) -> str:
-    """The extra that brings what making and running a format takes."""
+def _extra_of(format: str, module: str) -> str:
+    """The extra that brings what making and running a format takes; "" if qrank has none."""
     backend = spec(format)
-    return backend.extra if module in backend.modules else EXTRA_OF[module]
+    return backend.extra if module in backend.modules else EXTRA_OF.get(module, "")
 
 
-def obstacle(format: str) -> str:
+def _obstacle(format: str) -> str:
     """What to do before a format can be made; "" if nothing."""
     try:
         missing = [module for module in converter(format).MODULES if not installed(module)]
     except ConversionError as error:
         return str(error)
-    extras = sorted({extra_of(format, module) for module in missing})
+    extras = sorted({_extra_of(format, module) for module in missing} - {""})
+    if missing and not extras:
+        return f"{', '.join(missing)} is not installed"
     return pip_line(",".join(extras)) if extras else ""
 
 
@@ -81,7 +83,7 @@ def of_checkpoint(asked: Request | None) -> tuple[dict[Name, Maker], Failed]:
         ConversionError: a format has no such precision.
     """
     if asked is None:
-        obstacles = {format: obstacle(format) for format in formats()}
+        obstacles = {format: _obstacle(format) for format in formats()}
         # With none at hand, the first says what is missing.
         at_hand = [format for format, what in obstacles.items() if not what] or list(obstacles)
         for absent in sorted(set(obstacles) - set(at_hand)):
@@ -123,7 +125,9 @@ def of_files(ready: Prebuilt) -> tuple[dict[Name, Maker], Failed]:
 def _require(format: str, maker: Maker) -> None:
     for name in maker.MODULES:
         if not installed(name):
-            need(name, extra=extra_of(format, name))
+            if not (extra := _extra_of(format, name)):
+                raise ConversionError(f"{format} takes {name}, which is not installed")
+            need(name, extra=extra)
 
 
 def nothing(failed: Failed) -> QrankError:

@@ -65,7 +65,7 @@ def _no_memory(checkpoint: Checkpoint, what: str, maker: Maker) -> str | None:
     if (takes := whole * maker.MEMORY) <= there:
         return None
     least = {name: whole * converter(name).MEMORY for name in formats()}
-    fitting = [f"{name} ({n / 1e9:,.1f} GB)" for name, n in least.items() if n <= there]
+    fitting = [f"{name} ({n / 1e9:,.1f} GB)" for name, n in least.items() if 0 < n <= there]
     return (
         f"{what} takes {takes / 1e9:,.1f} GB of memory or more, and this machine has "
         f"{there / 1e9:,.1f} GB: take "
