@@ -28,7 +28,7 @@ from common import alternate, arguments, report
 from real_size import convert, make
 
 from qrank import Reranker
-from qrank.backends import Options, llama, module, opener
+from qrank.backends import Options, llama, spec
 from qrank.bundle.manifest import Manifest
 from qrank.bundle.sequences import Sequences
 from qrank.system.machine import peak_memory, processors
@@ -109,9 +109,9 @@ def _ours(
     prepared: dict[str, Callable[[int, int], Run]] = {}
     for name in variants:
         variant = manifest.variants[name]
-        choices = getattr(module(variant.format), "compute_dtypes", lambda device: (None,))("cpu")
-        settings = Options(processors(), choices[0])
-        backend = opener(variant.format)(bundle, variant, "cpu", settings)
+        choices = spec(variant.format).compute_dtypes("cpu")
+        settings = Options(processors(), choices[0] if choices else None)
+        backend = spec(variant.format).open(bundle, variant, "cpu", settings)
 
         def shared(length: int, count: int, backend: Any = backend) -> Run:
             return partial(backend.logits, _pairs(length, count))
@@ -168,7 +168,7 @@ def _optimum(checkpoint: Path) -> Callable[[int, int], Run]:
     )
 
     def prepare(length: int, count: int) -> Run:
-        ids = torch.from_numpy(np.stack(_pairs(length, count).whole().sequences).astype(np.int64))
+        ids = torch.from_numpy(np.stack(_pairs(length, count).whole().ids).astype(np.int64))
         return lambda: model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
 
     return prepare
@@ -191,7 +191,7 @@ def _llama(path: Path) -> Callable[[int, int], Run]:
             pooling_type=library.LLAMA_POOLING_TYPE_LAST,
         )
         whole = _pairs(length, count).whole()
-        ids, placed = np.concatenate(whole.sequences), llama.places(whole.lengths)
+        ids, placed = np.concatenate(whole.ids), llama.places(whole.lengths)
         outputs = np.ones(tokens, np.int8)
 
         def run() -> Any:

@@ -10,7 +10,6 @@ pair's logit moves between being alone and in a padded batch of 16 of mixed leng
 from __future__ import annotations
 
 import logging
-import math
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from statistics import median
 
 import numpy as np
 import onnx
-from common import alternate, arguments, encode, join, open_onnx, report
+from common import alternate, arguments, encode, join, open_onnx, report, tolerate_anything
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import (
     DefaultWeightOnlyQuantConfig,
@@ -26,7 +25,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 )
 
 from qrank.backends.onnx import OnnxBackend
-from qrank.bundle.fidelity import TOLERANCES, Fidelity, Tolerance
+from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import TOKENIZER
 from qrank.bundle.sequences import Logits, Sequences
 from qrank.converters.convert import convert
@@ -64,7 +63,7 @@ def main() -> None:
         folder = Path(temporary) / "bundle"
         variants = [("onnx", "fp32"), ("onnx", "int8")]
         # Random weights of many layers may be refused; here they are measured.
-        TOLERANCES.update(dict.fromkeys(TOLERANCES, Tolerance(math.inf)))
+        tolerate_anything()
         made = convert(options.checkpoint, variants, folder, family=options.family)
         manifest = made.manifest
         tokenizer = PairTokenizer(folder / TOKENIZER, manifest.family, threads=options.threads)

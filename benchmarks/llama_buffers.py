@@ -135,7 +135,7 @@ class Case:
         self._backend = gguf.open(Path(folder), variant, "cpu", Options(processors()))
         probes = Manifest.load(Path(folder)).probes
         numbers = np.random.default_rng(0)
-        vocabulary = max(int(ids.max()) for ids in probes.work.sequences)
+        vocabulary = max(int(ids.max()) for ids in probes.work.ids)
         ids = [numbers.integers(5, vocabulary, TOKENS).astype(np.int32) for _ in range(PAIRS)]
         types = [np.zeros(TOKENS, np.int8) for _ in range(PAIRS)]
         self._work = Sequences(ids, None if probes.work.segments is None else types)

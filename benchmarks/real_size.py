@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import alternate, arguments, report
+from common import alternate, arguments, report, tolerate_anything
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -33,7 +33,6 @@ from transformers import (
 )
 
 from qrank import Reranker
-from qrank.bundle.fidelity import TOLERANCES, Tolerance
 from qrank.bundle.manifest import Manifest
 from qrank.converters.convert import convert as make_bundle
 from qrank.system.machine import peak_memory
@@ -157,7 +156,7 @@ def main() -> None:
     parser.add_argument("--scoring", nargs=2, metavar=("BUNDLE", "VARIANT"), help="(internal)")
     parser.add_argument("--work", type=Path, help="folder to keep checkpoints and bundles in")
     options = parser.parse_args()
-    TOLERANCES.update(dict.fromkeys(TOLERANCES, Tolerance(math.inf)))
+    tolerate_anything()
     if options.child:
         checkpoint, bundle, variant = options.child
         format, _, precision = variant.partition("-")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from common import arguments, report
 
-from qrank.backends import FORMATS
+from qrank.backends import formats
 from qrank.bundle.locate import locate
 from qrank.measure.candidates import Candidate, candidates
 from qrank.measure.discover import survey
@@ -57,7 +57,7 @@ def examined(bundle: str, options: Any) -> list[dict[str, object]]:
     threads = machine.processors()
     measured = tune(opened)
     last = deprioritized(manifest, Criteria())
-    found = [survey(f, 60.0) for f in FORMATS]
+    found = [survey(f, 60.0) for f in formats()]
     every = [c for c in candidates(manifest, found, threads) if c.target.variant.name not in last]
     for profile in PROFILES:
         best = order(measured, Criteria(profile=profile), last)[0]

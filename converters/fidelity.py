@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qrank.backends import Options, isolation, module, opener
-from qrank.bundle.fidelity import Fidelity, tolerance
+from qrank.backends import Options, isolation, spec, tolerance
+from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import Probes, Variant
 from qrank.bundle.sequences import Logits, Sequences
 from qrank.converters.checkpoint.ids import check_ids, encode_pairs
@@ -60,7 +60,7 @@ def own_probes(
             f"{logits.min():.4g} to {logits.max():.4g}. It lacks its score head, or is another "
             "family's (--family)"
         )
-    runtime = module(variant.format).version()
+    runtime = spec(variant.format).version()
     return Probes(work, logits, f"the prebuilt {variant.name} itself, {runtime}", verified=False)
 
 
@@ -79,7 +79,8 @@ def measure(folder: Path, variant: Variant, probes: Probes, worker: isolation.Wo
     """
     (logits,) = _run(folder, variant, [probes.work], worker)
     fidelity = Fidelity.of(logits, probes.logits)
-    if missed := tolerance(variant.precision).shortfall(fidelity):
+    bar = tolerance(variant.format, variant.precision)
+    if missed := bar.shortfall(fidelity):
         like = "the original" if probes.verified else probes.reference
         raise FidelityError(
             f"{variant.name} does not rank like {like}: {missed} "
@@ -102,7 +103,7 @@ def _run(
                 return worker.logits(folder, variant, works, options)
             except NoChildError as error:
                 log.warning("%s: so %s is tried in this one", error, variant.name)
-        backend = opener(variant.format)(folder, variant, "cpu", options)
+        backend = spec(variant.format).open(folder, variant, "cpu", options)
         try:
             return [backend.logits(work) for work in works]
         finally:

@@ -9,8 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol, cast
 
-from qrank.backends import FORMATS
-from qrank.bundle.fidelity import TOLERANCES
+from qrank.backends import formats, spec, tolerance
 from qrank.bundle.sequences import Sequences
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.prebuilt import Prebuilt, Request
@@ -44,24 +43,34 @@ class Maker(Protocol):
 
 
 def converter(format: str) -> ModuleType:
-    """The converter module of a format."""
-    return importlib.import_module(f"qrank.converters.{format}.export")
+    """The converter module of a format.
+
+    Raises:
+        ConversionError: it cannot be imported: another package's.
+    """
+    name = formats()[format].converter
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConversionError(f"the converter {name} cannot be imported: {error}") from error
 
 
-def default_precision(format: str) -> str:
-    """What a format is made in where nobody says."""
-    precision: str = converter(format).PRECISIONS[0]
-    return precision
+def _extra_of(format: str, module: str) -> str:
+    """The extra that brings what making and running a format takes; "" if qrank has none."""
+    backend = spec(format)
+    return backend.extra if module in backend.modules else EXTRA_OF.get(module, "")
 
 
-def extras_for(format: str) -> str:
-    """Extras of qrank that bring what a format still wants, as pip takes them: "convert,gguf"."""
-    return ",".join(sorted({EXTRA_OF[m] for m in converter(format).MODULES if not installed(m)}))
-
-
-def formats_at_hand() -> list[str]:
-    """Formats whose every module is installed."""
-    return [f for f in FORMATS if all(installed(m) for m in converter(f).MODULES)]
+def _obstacle(format: str) -> str:
+    """What to do before a format can be made; "" if nothing."""
+    try:
+        missing = [module for module in converter(format).MODULES if not installed(module)]
+    except ConversionError as error:
+        return str(error)
+    extras = sorted({_extra_of(format, module) for module in missing} - {""})
+    if missing and not extras:
+        return f"{', '.join(missing)} is not installed"
+    return pip_line(",".join(extras)) if extras else ""
 
 
 def of_checkpoint(asked: Request | None) -> tuple[dict[Name, Maker], Failed]:
@@ -74,24 +83,25 @@ def of_checkpoint(asked: Request | None) -> tuple[dict[Name, Maker], Failed]:
         ConversionError: a format has no such precision.
     """
     if asked is None:
+        obstacles = {format: _obstacle(format) for format in formats()}
         # With none at hand, the first says what is missing.
-        formats = formats_at_hand() or FORMATS
-        for absent in sorted(set(FORMATS) - set(formats)):
-            log.warning("leaving out %s: %s", absent, pip_line(extras_for(absent)))
-        asked = [(format, None) for format in formats]
+        at_hand = [format for format, what in obstacles.items() if not what] or list(obstacles)
+        for absent in sorted(set(obstacles) - set(at_hand)):
+            log.warning("leaving out %s: %s", absent, obstacles[absent])
+        asked = [(format, None) for format in at_hand]
     makers: dict[Name, Maker] = {}
     failed: Failed = {}
     for format, named in asked:
-        if format not in FORMATS:
-            raise ConversionError(f"there is no format {format!r}; there are: {', '.join(FORMATS)}")
-        module, precision = converter(format), named or default_precision(format)
-        if precision not in module.PRECISIONS:
+        if format not in (known := formats()):
+            raise ConversionError(f"there is no format {format!r}; there are: {', '.join(known)}")
+        precision = named or known[format].made[0]
+        if precision not in known[format].made:
             raise ConversionError(
-                f"{format} has no {precision}; it has: {', '.join(module.PRECISIONS)}"
+                f"{format} has no {precision}; it has: {', '.join(known[format].made)}"
             )
-        maker = cast(Maker, module)
         try:
-            _require(maker)
+            maker = cast(Maker, converter(format))
+            _require(format, maker)
             makers[format, precision] = maker
         except QrankError as error:
             failed[f"{format}-{precision}"] = error
@@ -104,18 +114,20 @@ def of_files(found: Prebuilt) -> tuple[dict[Name, Maker], Failed]:
     failed: Failed = dict(found.missing)
     for importer in found.importers:
         try:
-            _require(importer)
+            _require(importer.format, importer)
             makers[importer.format, importer.precision] = importer
         except QrankError as error:
             failed[importer.path.name] = error
-    ordered = sorted(makers.items(), key=lambda item: TOLERANCES[item[0][1]].share)
+    ordered = sorted(makers.items(), key=lambda item: tolerance(*item[0]).share)
     return dict(ordered), failed
 
 
-def _require(maker: Maker) -> None:
+def _require(format: str, maker: Maker) -> None:
     for name in maker.MODULES:
         if not installed(name):
-            need(name)
+            if not (extra := _extra_of(format, name)):
+                raise ConversionError(f"{format} takes {name}, which is not installed")
+            need(name, extra=extra)
 
 
 def nothing(failed: Failed) -> QrankError:

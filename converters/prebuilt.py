@@ -13,13 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 
-from qrank.bundle.fidelity import TOLERANCES
+from qrank.backends import Format, formats
 from qrank.bundle.sequences import Sequences
 from qrank.converters.checkpoint.read import Checkpoint, describe
 from qrank.errors import ConversionError, ModelNotFoundError, QrankError
-
-SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "gguf": ".gguf"}
-"""What a format's files end with."""
 
 Request = Sequence[tuple[str, str | None]]
 """Formats with a precision each, None being whatever there is."""
@@ -63,10 +60,11 @@ class Importer:
         found: str = self._module.precision(self.path)
         if self.asked not in (None, found):
             raise ConversionError(f"{self.path.name} is {found}, and not {self.asked}")
-        if found not in TOLERANCES:
+        format = formats()[self.format]
+        if format.precision(found) is None:
             raise ConversionError(
                 f"{self.path.name} is {found}, of which qrank knows no tolerance; known are: "
-                f"{', '.join(TOLERANCES)}"
+                f"{', '.join(precision.name for precision in format.precisions)}"
             )
         return found
 
@@ -85,7 +83,7 @@ class Importer:
 
     @property
     def _module(self) -> ModuleType:
-        return importlib.import_module(f"qrank.converters.{self.format}.prebuilt")
+        return importlib.import_module(formats()[self.format].importer)
 
 
 @dataclass(frozen=True)
@@ -130,17 +128,23 @@ class Prebuilt:
         return ", ".join(importer.path.name for importer in self.importers)
 
 
+def importable() -> dict[str, Format]:
+    """The formats whose ready-made files can be taken over."""
+    return {name: format for name, format in formats().items() if format.importer}
+
+
 def format_of(name: str) -> str | None:
     """The format of a file by its name."""
     suffix = PurePosixPath(name).suffix
-    return next((format for format, known in SUFFIXES.items() if known == suffix), None)
+    return next((name for name, known in importable().items() if known.suffix == suffix), None)
 
 
 def patterns(name: str) -> list[str]:
     """A file of a repository, and what its weights may lie in."""
-    if format_of(name) == "onnx":
-        return [f"{name}*"]
-    return [name, f"{name.removesuffix('.xml')}.bin"]
+    format = format_of(name)
+    weights = "" if format is None else formats()[format].weights
+    stem = name.removesuffix(PurePosixPath(name).suffix)
+    return [name, weights.format(name=name, stem=stem)] if weights else [name]
 
 
 def _parts(path: Path) -> list[Path]:

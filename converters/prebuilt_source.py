@@ -7,35 +7,19 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from qrank.backends import FORMATS
+from qrank.backends import formats
+from qrank.backends.contract import PLAIN, Precision
 from qrank.bundle.hub import download, listing
 from qrank.bundle.hub_names import HubName
 from qrank.bundle.locate import Fetched, fetch, place, refuse_bundle
 from qrank.converters.checkpoint.read import DESCRIPTION, WEIGHTS
-from qrank.converters.prebuilt import SUFFIXES, Importer, Prebuilt, Request, format_of, patterns
+from qrank.converters.prebuilt import Importer, Prebuilt, Request, format_of, patterns
 from qrank.errors import ConversionError, ModelNotFoundError, QrankError
 
 _FOLDERS = ("onnx", "openvino")
 """Where in a repository such files lie, if not at its top."""
 
 _NOT_MODELS = ("openvino_tokenizer", "openvino_detokenizer")
-
-_WORDS = {
-    "int8": ("int8", "quantized", "uint8", "qint8"),
-    "int4": ("int4", "q4", "q4f16"),
-    "fp16": ("fp16",),
-}
-"""What a precision is called in names of ONNX and OpenVINO files. GGUF files say it itself."""
-
-_PLAIN = ("model", "openvino_model")
-"""Names of files whose precision is not in their name."""
-
-_ORDER = {
-    "onnx": ("int8", "fp16", "fp32", "int4"),
-    "openvino": ("int8", "fp16", "fp32", "int4"),
-    "gguf": ("q4_k_m", "q8_0", "f16"),
-}
-"""Which of several files is imported where nobody says."""
 
 
 def find(
@@ -64,7 +48,7 @@ def find(
     home = _home(where.parent, where.resolve().parent)
     made, missing = _choose_all({format: [where.name]}, where.parent, asked, source)
     origin = Fetched.of(home)
-    known = origin.commit is not None or where.stem.startswith(_PLAIN)
+    known = origin.commit is not None or where.stem.startswith(PLAIN)
     return Prebuilt(home, origin.id if known else where.stem, origin.commit, made, missing)
 
 
@@ -149,7 +133,7 @@ def _choose_all(
     """
     made: list[Importer] = []
     missing: dict[str, QrankError] = {}
-    for format, precision in asked or [(f, None) for f in FORMATS if f in candidates]:
+    for format, precision in asked or [(f, None) for f in formats() if f in candidates]:
         try:
             if format not in candidates:
                 raise ConversionError(
@@ -173,7 +157,10 @@ def _choose(format: str, names: list[str], precision: str | None, source: str) -
     """
     if len(names) == 1:
         return names[0]
-    for wanted in _ORDER[format] if precision is None else (precision,):
+    known = formats()[format].precisions
+    for wanted in known:
+        if (precision is None and wanted.stem is None) or precision not in (None, wanted.name):
+            continue
         if fitting := [name for name in names if _called(name, wanted)]:
             return min(fitting, key=lambda name: (len(name), name))
     raise ConversionError(
@@ -182,10 +169,6 @@ def _choose(format: str, names: list[str], precision: str | None, source: str) -
     )
 
 
-def _called(name: str, precision: str) -> bool:
+def _called(name: str, precision: Precision) -> bool:
     stem = PurePosixPath(name).stem.lower()
-    if precision == "fp32":
-        return stem in _PLAIN
-    if PurePosixPath(name).suffix == SUFFIXES["gguf"]:
-        return stem.endswith(precision)
-    return bool(set(_WORDS.get(precision, ())) & set(re.split(r"[-_.]", stem)))
+    return bool(re.search(precision.stem or f"{re.escape(precision.name)}$", stem))

@@ -21,8 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qrank.backends import FORMATS
-from qrank.bundle.fidelity import TOLERANCES
+from qrank.backends import formats
 from qrank.bundle.manifest import MANIFEST, RENAMED, TOKENIZER, Manifest, is_plain
 from qrank.converters.lock import LOCK, locked
 from qrank.errors import BundleError, ConversionError
@@ -151,9 +150,9 @@ def bundle_files(folder: Path, manifest: Manifest | None) -> list[str]:
         names = [*manifest.files, *(name for v in variants for name in v.files)]
     else:
         names = [TOKENIZER]
-        for format in FORMATS:
-            for precision in (*TOLERANCES, *RENAMED):
-                for path in sorted(folder.glob(f"{format}-{precision}/*")):
+        for name, format in formats().items():
+            for precision in (*(each.name for each in format.precisions), *RENAMED):
+                for path in sorted(folder.glob(f"{name}-{precision}/*")):
                     if path.name.startswith("model.") or path.name == "head.npy":
                         names.append(path.relative_to(folder).as_posix())
     return [n for n in (MANIFEST, *names) if (folder / n).is_file() or (folder / n).is_symlink()]

@@ -6,20 +6,12 @@ from collections.abc import Mapping
 from importlib import import_module, metadata
 from pathlib import Path
 
-from qrank.backends import FORMATS
+from qrank.backends import formats
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.makers import Maker, Name, converter
 from qrank.converters.prebuilt import Importer
 from qrank.errors import ConversionError, QrankError
 from qrank.system import disk, machine
-from qrank.system.extras import DISTRIBUTION
-
-_BYTES = {
-    **dict.fromkeys(("fp32", "f32"), 4.0),
-    **dict.fromkeys(("fp16", "f16", "bf16"), 2.0),
-    **dict.fromkeys(("q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "int4"), 0.5),
-}
-"""Bytes a number by precision; 1 in all others."""
 
 _LEAST = 0.5
 """The share of a model's numbers that is surely written: of an output matrix, which may be as large
@@ -58,10 +50,9 @@ def space(checkpoint: Checkpoint, name: Name, maker: Maker, *, made: bool = Fals
     if isinstance(maker, Importer):
         return int(_LEAST * maker.bytes)
     format, precision = name
-    number = _BYTES.get(precision, 1.0)
-    if not made:
-        # The graph in fp32; with what comes of it, or before; a file in f16 beside.
-        number = {"onnx": 4.0, "openvino": 4.0 + number, "gguf": max(2.0, number)}[format]
+    known = formats()[format].precision(precision)
+    assert known is not None  # `of_checkpoint` saw to it
+    number = known.bytes if made else converter(format).disk(known.bytes)
     return int(_LEAST * number * checkpoint.parameters())
 
 
@@ -73,8 +64,8 @@ def _no_memory(checkpoint: Checkpoint, what: str, maker: Maker) -> str | None:
     whole = 4 * checkpoint.parameters()
     if (takes := whole * maker.MEMORY) <= there:
         return None
-    least = {name: whole * converter(name).MEMORY for name in FORMATS}
-    fitting = [f"{name} ({n / 1e9:,.1f} GB)" for name, n in least.items() if n <= there]
+    least = {name: whole * converter(name).MEMORY for name in formats()}
+    fitting = [f"{name} ({n / 1e9:,.1f} GB)" for name, n in least.items() if 0 < n <= there]
     return (
         f"{what} takes {takes / 1e9:,.1f} GB of memory or more, and this machine has "
         f"{there / 1e9:,.1f} GB: take "
@@ -90,12 +81,11 @@ def versions(modules: tuple[str, ...]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for module in modules:
-        usual = DISTRIBUTION.get(module, module)
         try:
-            found[usual] = metadata.version(usual)
+            found[module] = metadata.version(module)
         except metadata.PackageNotFoundError:
             others = metadata.packages_distributions().get(module, [])
-            found |= {name: metadata.version(name) for name in others}
+            found |= {name.replace("_", "-"): metadata.version(name) for name in others}
             if not others:  # of no distribution: built by hand, or in a frozen application
                 found[module] = str(getattr(import_module(module), "__version__", "unknown"))
     return found

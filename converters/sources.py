@@ -12,7 +12,7 @@ from qrank.converters.checkpoint.card import Card, cards
 from qrank.converters.checkpoint.probes import calibration_pairs, read_pairs
 from qrank.converters.checkpoint.read import Checkpoint, of_fetched, read_checkpoint
 from qrank.converters.makers import Failed, Maker, Name
-from qrank.converters.prebuilt import SUFFIXES, Prebuilt, Request
+from qrank.converters.prebuilt import Prebuilt, Request, importable
 from qrank.converters.prebuilt_source import find
 from qrank.errors import ConversionError
 
@@ -70,7 +70,7 @@ def read(
         if reference is not None:
             raise ConversionError(
                 f"--reference is what prebuilt files are proven against; {source} is none of "
-                f"them: {', '.join(f'*{suffix}' for suffix in SUFFIXES.values())}"
+                f"them: {', '.join(f'*{format.suffix}' for format in importable().values())}"
             )
         model = _checkpoint(found, asked, family, calibration)
     if isinstance(where := place(source), Path):

@@ -72,6 +72,8 @@ class Engine:
         self._proof: Proof | None = None
         self._users = _Users()
         variant = self.target.variant
+        # Of a later qrank's, nothing tells whether it computes rightly.
+        backends.tolerance(variant.format, variant.precision)
         bundle.provide(variant)
         self._calibration = calibration.load(self.manifest, variant) if calibrated else None
         _living.add(self)

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, overload
 import numpy as np
 
 from qrank import backends
+from qrank.backends.torch import as_bundle
 from qrank.bundle.locate import DEFAULT, locate
 from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits
@@ -80,9 +81,8 @@ class Reranker:
             backend: a format (`onnx`), a variant (`openvino-int8`), `torch` (or `torch-fp16`, ...)
                 to run a checkpoint as it is, or "module:function" of your own (see
                 `qrank.backends`). None: the best target, by `policy`.
-            device: `cpu`, or what the backend offers: onnx `cuda`, `tensorrt`, `coreml`,
-                `directml`; openvino `gpu`, `npu`; gguf `metal`, `cuda`, `vulkan`; torch `cuda`,
-                `mps`. None: as measured, or `cpu`.
+            device: `cpu`, or another kind that the backend knows: `qrank doctor` shows them, and
+                which are here. None: as measured, or `cpu`.
             threads: CPU threads in all. None: every CPU this process may use, by its affinity and
                 its container's quota.
             compute_dtype: arithmetic to compute in where the backend leaves a choice (openvino):
@@ -130,7 +130,7 @@ class Reranker:
         tokenizer_json: Path | str
         if backend is not None and backend.partition("-")[0] == "torch":
             where = model.folder if isinstance(model, Bundle) else model
-            bundle, tokenizer_json = backends.module("torch").as_bundle(str(where), family)
+            bundle, tokenizer_json = as_bundle(str(where), family)
         else:
             if family is not None:
                 raise InputError("family is for checkpoints (backend torch); a bundle has its own")

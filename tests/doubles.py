@@ -1,7 +1,7 @@
 """Backends of another package, found by entry points: those that fail, each in its own way.
 
-Each is an object with the names of a backend module (`qrank.backends`). All but the failures are
-`fakes`: quick, so that a choice by speed alone would take them.
+Each is a `BackendSpec`, as a backend of qrank's own has it. All but the failures are `fakes`:
+quick, so that a choice by speed alone would take them.
 """
 
 from __future__ import annotations
@@ -9,145 +9,123 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import fakes
 import numpy as np
 
-from qrank.backends import Backend, Options
+from qrank.backends import Backend, BackendSpec, Options
 from qrank.bundle.manifest import Variant
 from qrank.bundle.sequences import Floats, Logits, Sequences
 
-
-class Right:
-    """Right and quick: reproduces the probes, and takes no time."""
-
-    FORMATS = ("onnx",)
-
-    @staticmethod
-    def version() -> str:
-        """See `qrank.backends`."""
-        return "right 1.0"
-
-    @staticmethod
-    def devices() -> list[str]:
-        """See `qrank.backends`."""
-        return ["cpu"]
-
-    @staticmethod
-    def open(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-        """See `qrank.backends`."""
-        return fakes.length(folder, variant, device, options)
+RIGHT = BackendSpec(
+    open=fakes.length,
+    version=lambda: "right 1.0",
+    devices=lambda: ["cpu"],
+    reads=("onnx",),
+)
+"""Right and quick: reproduces the probes, and takes no time."""
 
 
-class Wrong(Right):
-    """Gives numbers that are none of the model's."""
+class _Random:
+    def logits(self, sequences: Sequences) -> Logits:
+        return np.random.default_rng(0).normal(50, 9, len(sequences)).astype(np.float32)
 
-    @staticmethod
-    def open(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-        """See `qrank.backends`."""
-
-        class Random:
-            def logits(self, work: Sequences) -> Logits:
-                return np.random.default_rng(0).normal(50, 9, len(work)).astype(np.float32)
-
-            def close(self) -> None:
-                pass
-
-        return Random()
+    def close(self) -> None:
+        pass
 
 
-class Hangs(Right):
-    """Opens for ever."""
-
-    @staticmethod
-    def open(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-        """See `qrank.backends`."""
-        while True:
-            time.sleep(60)
+def _wrong(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    return _Random()
 
 
-class Crashes(Right):
-    """Ends its process by a null pointer."""
-
-    @staticmethod
-    def open(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-        """See `qrank.backends`."""
-        ctypes.string_at(0)
-        raise AssertionError("unreachable")
+WRONG = replace(RIGHT, open=_wrong)
+"""Gives numbers that are none of the model's."""
 
 
-class CrashesInTheMiddle(Right):
-    """Opens, scores nine sequences, and dies of the tenth."""
-
-    @staticmethod
-    def open(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-        """See `qrank.backends`."""
-
-        class Frail:
-            def logits(self, work: Sequences) -> Logits:
-                if len(work) >= 10:
-                    ctypes.string_at(0)
-                return np.zeros(len(work), np.float32)
-
-            def close(self) -> None:
-                pass
-
-        return Frail()
+def _hang(folder: Path, variant: Variant, device: str, options: Options) -> NoReturn:
+    while True:
+        time.sleep(60)
 
 
-class Exits(Right):
-    """Ends its process as if all were well."""
-
-    @staticmethod
-    def open(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-        """See `qrank.backends`."""
-        os._exit(0)
+HANGS = replace(RIGHT, open=_hang)
+"""Opens for ever."""
 
 
-class CrashesWhenLookedFor(Right):
-    """As `Crashes`, and before anything is opened: as a driver does that lists its devices."""
-
-    @staticmethod
-    def devices() -> list[str]:
-        """See `qrank.backends`."""
-        ctypes.string_at(0)
-        raise AssertionError("unreachable")
+def _crash(*arguments: object, **named: object) -> NoReturn:
+    ctypes.string_at(0)
+    raise AssertionError("unreachable")
 
 
-class Prints(Right):
-    """Writes to stdout, as runtimes do: no answer of the child's must be taken from that."""
-
-    @staticmethod
-    def devices() -> list[str]:
-        """See `qrank.backends`."""
-        print('{"version": "printed"}')  # noqa: T201
-        return ["cpu"]
+CRASHES = replace(RIGHT, open=_crash)
+"""Ends its process by a null pointer."""
 
 
-class Tires(Right):
-    """Works at first, and raises once it is asked in earnest."""
+class _Frail:
+    def logits(self, sequences: Sequences) -> Logits:
+        if len(sequences) >= 10:
+            _crash()
+        return np.zeros(len(sequences), np.float32)
 
-    @staticmethod
-    def open(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-        """See `qrank.backends`."""
-
-        class Tired(fakes.Fake):
-            calls = 0
-
-            def logits(self, work: Sequences) -> Logits:
-                self.calls += 1
-                if self.calls > 4:
-                    raise MemoryError("no more")
-                return super().logits(work)
-
-        return Tired(folder, len)
+    def close(self) -> None:
+        pass
 
 
-class Miscounts(Right):
-    """Multiplies matrices, and gets it wrong."""
+def _frail(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    return _Frail()
 
-    @staticmethod
-    def product(a: Floats, b: Floats, device: str) -> Floats:
-        """See `qrank.backends`."""
-        return a @ b + np.float32(1)
+
+CRASHES_IN_THE_MIDDLE = replace(RIGHT, open=_frail)
+"""Opens, scores nine sequences, and dies of the tenth."""
+
+
+def _exit(folder: Path, variant: Variant, device: str, options: Options) -> NoReturn:
+    os._exit(0)
+
+
+EXITS = replace(RIGHT, open=_exit)
+"""Ends its process as if all were well."""
+
+CRASHES_WHEN_LOOKED_FOR = replace(RIGHT, devices=_crash)
+"""As `CRASHES`, and before anything is opened: as a driver does that lists its devices."""
+
+
+def _print() -> list[str]:
+    print('{"version": "printed"}')  # noqa: T201
+    return ["cpu"]
+
+
+PRINTS = replace(RIGHT, devices=_print)
+"""Writes to stdout, as runtimes do: no answer of the child's must be taken from that."""
+
+
+class _Tired(fakes.Fake):
+    calls = 0
+
+    def logits(self, sequences: Sequences) -> Logits:
+        self.calls += 1
+        if self.calls > 4:
+            raise MemoryError("no more")
+        return super().logits(sequences)
+
+
+def _tire(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    return _Tired(folder, len)
+
+
+TIRES = replace(RIGHT, open=_tire)
+"""Works at first, and raises once it is asked in earnest."""
+
+
+def _miscount(a: Floats, b: Floats, device: str) -> Floats:
+    found: Floats = a @ b + np.float32(1)
+    return found
+
+
+MISCOUNTS = replace(RIGHT, product=_miscount)
+"""Multiplies matrices, and gets it wrong."""
+
+NOTHING = "a text"
+"""No backend at all."""

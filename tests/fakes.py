@@ -37,13 +37,13 @@ class Fake:
 
     def __init__(self, folder: Path, rule: Callable[[Ids], float]) -> None:
         probes = Manifest.load(folder).probes
-        sequences = [sequence.tobytes() for sequence in probes.work.sequences]
+        sequences = [sequence.tobytes() for sequence in probes.work.ids]
         self._known = dict(zip(sequences, probes.logits.tolist(), strict=True))
         self._rule = rule
 
     def logits(self, work: Sequences) -> Logits:
         """See `qrank.backends.Backend`."""
-        values = [self._known.get(ids.tobytes(), self._rule(ids)) for ids in work.sequences]
+        values = [self._known.get(ids.tobytes(), self._rule(ids)) for ids in work.ids]
         return np.array(values, np.float32)
 
     def close(self) -> None:

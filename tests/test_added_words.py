@@ -131,7 +131,7 @@ def test_a_bundle_scores_as_the_original_and_llama_cpp_knows_the_words(
     made = convert(str(folder), [("gguf", "f16")], tmp_path / "bundle", family=family(folder))
     bundle, manifest = made.folder, made.manifest
     number = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("planetoid")
-    assert any(number in sequence for sequence in manifest.probes.work.sequences)
+    assert any(number in sequence for sequence in manifest.probes.work.ids)
     with Reranker(bundle) as reranker:
         ours = reranker.score([("GmbH", document) for document in DOCUMENTS], raw=True)
     np.testing.assert_allclose(ours, reference(folder), atol=2e-2)

@@ -65,7 +65,7 @@ def test_where_memory_does_not_suffice_the_same_comes_of_smaller_batches(
         tried.append(len(batch))
         if len(batch) * int(batch.lengths.max()) > room:
             raise MemoryError("too many")
-        return np.array([ids.sum() for ids in batch.sequences], np.float32)
+        return np.array([ids.sum() for ids in batch.ids], np.float32)
 
     work = Sequences([np.full(length, i, np.int32) for i, length in enumerate(lengths)])
     expected = [i * length for i, length in enumerate(lengths)]
@@ -76,7 +76,7 @@ def test_where_memory_does_not_suffice_the_same_comes_of_smaller_batches(
 
 def test_a_single_pair_that_is_too_large_is_told_with_its_tokens() -> None:
     def run(batch: Sequences) -> Logits:
-        if max(map(len, batch.sequences)) > 5:
+        if max(map(len, batch.ids)) > 5:
             raise MemoryError("Failed to allocate memory")
         return np.zeros(len(batch), np.float32)
 

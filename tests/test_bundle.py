@@ -166,9 +166,7 @@ def test_a_manifest_survives_being_written_and_read(bundle: Path, tmp_path: Path
         manifest.variants,
     )
     assert again.probes.logits.tobytes() == manifest.probes.logits.tobytes()
-    for ours, theirs in zip(
-        again.probes.work.sequences, manifest.probes.work.sequences, strict=True
-    ):
+    for ours, theirs in zip(again.probes.work.ids, manifest.probes.work.ids, strict=True):
         np.testing.assert_array_equal(ours, theirs)
         assert ours.dtype == np.int32
 
@@ -296,7 +294,7 @@ def test_a_manifest_is_laid_out_for_people(bundle: Path) -> None:
     """A list of numbers is a line; everything else has a line of its own."""
     lines = (bundle / MANIFEST).read_text("utf-8").splitlines()
     probes = Manifest.load(bundle).probes
-    for sequence in probes.work.sequences:
+    for sequence in probes.work.ids:
         assert f"      {json.dumps(sequence.tolist())}" in [line.rstrip(",") for line in lines]
     assert len(lines) < 1000
 

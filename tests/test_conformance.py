@@ -16,8 +16,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from qrank import Reranker
+from qrank.backends import tolerance
 from qrank.backends.onnx import CPU_BATCH
-from qrank.bundle.fidelity import TOLERANCES, Fidelity
+from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.sequences import Logits
 from qrank.converters.checkpoint.probes import probe_pairs
 from qrank.scoring.batching import cut_padded
@@ -109,7 +110,7 @@ def conforms(
     **options: str,
 ) -> None:
     """The body: `model` on `backend` scores pairs as the reference does, in whatever company."""
-    precision = backend.partition("-")[2]
+    format, _, precision = backend.partition("-")
     scale = max(1.0, float(np.ptp(theirs)))
     assert np.ptp(theirs) > 1, "the reference's order means nothing"
 
@@ -124,7 +125,7 @@ def conforms(
 
     assert together.dtype == np.float32
     for found in (together, alone, backwards):
-        assert TOLERANCES[precision].shortfall(Fidelity.of(found, theirs)) is None
+        assert tolerance(format, precision).shortfall(Fidelity.of(found, theirs)) is None
     bound = alone_bounds[precision] * scale
     np.testing.assert_allclose(alone, together, rtol=0, atol=bound)
     np.testing.assert_allclose(backwards, together, rtol=0, atol=bound)

@@ -19,11 +19,10 @@ from onnx import numpy_helper
 from transformers import AutoModelForSequenceClassification
 
 from qrank import Reranker
-from qrank.bundle.fidelity import TOLERANCES
+from qrank.backends import formats, tolerance
 from qrank.bundle.manifest import MANIFEST, TOKENIZER, FileRecord, Manifest
 from qrank.cli import main
 from qrank.converters.convert import convert
-from qrank.converters.onnx import export as onnx_converter
 from qrank.errors import BundleError, ConversionError, TargetError
 
 FP32 = [("onnx", "fp32")]
@@ -59,7 +58,8 @@ def test_a_bundle_holds_its_proof(bundle: Path) -> None:
     assert "transformers" in probes.reference
     assert "fp32" in probes.reference
     for variant in manifest.variants.values():
-        assert TOLERANCES[variant.precision].shortfall(variant.fidelity) is None
+        bar = tolerance(variant.format, variant.precision)
+        assert bar.shortfall(variant.fidelity) is None
         assert variant.fidelity.spread == np.ptp(probes.logits.astype(np.float64))
     losses = [manifest.variants[f"onnx-{p}"].fidelity.max_abs for p in ("fp32", "fp16", "int8")]
     assert 0 < losses[0] < losses[1] < losses[2]
@@ -70,7 +70,7 @@ def test_graphs_take_ids_and_give_logits_under_the_fields_names(
 ) -> None:
     """Other tools can run them then."""
     expected = ["input_ids", "attention_mask"] + ["token_type_ids"] * (kind == "bert")
-    for precision in onnx_converter.PRECISIONS:
+    for precision in formats()["onnx"].made:
         path = bundle_of(kind) / f"onnx-{precision}" / "model.onnx"
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         assert [i.name for i in session.get_inputs()] == expected
@@ -146,7 +146,7 @@ def test_token_types_change_the_score(bundle: Path) -> None:
     )
     changed = 0
     for ids, types, logit in zip(
-        probes.work.sequences[:8], probes.work.segments, probes.logits, strict=False
+        probes.work.ids[:8], probes.work.segments, probes.logits, strict=False
     ):
         inputs = {
             "input_ids": ids[None].astype(np.int64),

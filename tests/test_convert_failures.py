@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from transformers import AutoModelForSequenceClassification
 
 from qrank import Reranker
-from qrank.bundle.fidelity import TOLERANCES, Tolerance
+from qrank.bundle.fidelity import Tolerance
 from qrank.bundle.manifest import MANIFEST, TOKENIZER, Manifest
 from qrank.bundle.sequences import Sequences
 from qrank.cli import main
@@ -43,7 +43,8 @@ def test_a_variant_below_its_tolerance_is_refused(
 ) -> None:
     target = without_fp32 if add else without_fp32.with_name("new-qrank")
     before = contents(without_fp32.parent)
-    monkeypatch.setitem(TOLERANCES, "fp32", Tolerance(0.0, 1.0))
+    exact = Tolerance(0.0, 1.0)
+    monkeypatch.setattr("qrank.converters.fidelity.tolerance", lambda *name: exact)
     with pytest.raises(FidelityError, match=r"onnx-fp32 .* max \|Δlogit\| is .* at most 0 allowed"):
         convert(bert, FP32, target)
     assert contents(without_fp32.parent) == before

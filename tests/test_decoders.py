@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import tables
 import tiny_decoders
 import torch
 from click.testing import CliRunner
@@ -25,8 +26,8 @@ from transformers import (
 
 from qrank import Reranker
 from qrank.backends import gguf as gguf_backend
-from qrank.backends import llama
-from qrank.bundle.fidelity import TOLERANCES, Fidelity
+from qrank.backends import llama, tolerance
+from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import TOKENIZER, Manifest
 from qrank.bundle.sequences import Logits, Sequences
 from qrank.cli import main
@@ -449,7 +450,7 @@ def test_llama_cpp_reads_many_documents_at_once(
     theirs = reference("qwen3", checkpoint_of("qwen3"))
     with Reranker(bundle_of("qwen3"), backend="gguf-f16") as reranker:
         ours = reranker.score(PAIRS, raw=True)
-    assert TOLERANCES["f16"].shortfall(Fidelity.of(ours, theirs)) is None
+    assert tolerance("gguf", "f16").shortfall(Fidelity.of(ours, theirs)) is None
 
 
 # What is refused
@@ -489,4 +490,4 @@ def test_activations_of_a_decoder_have_no_one_scale(
 
 def test_the_tolerances_of_sharing_are_within_those_of_fidelity() -> None:
     for precision, bound in SHARED.items():
-        assert bound <= TOLERANCES[precision].share
+        assert bound <= tables.tolerances()[precision].share

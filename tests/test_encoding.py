@@ -75,7 +75,7 @@ def test_only_the_document_gives_way(
 ) -> None:
     limit = limit_of(recorder, request)
     (ranking,) = recorder.rank(query, [document])
-    (ids,) = fakes.recorded[-1].sequences
+    (ids,) = fakes.recorded[-1].ids
     query_ids, document_ids = tokenizer.ids([query, document])
     special = len(tokenizer.whole("", "")[0])
     kept = len(query_ids)

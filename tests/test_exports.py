@@ -4,12 +4,14 @@ import importlib
 import inspect
 import re
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 import qrank
 from qrank import errors
+from qrank.backends import BACKENDS, spec
 from qrank.errors import QrankError
 from qrank.system import extras
 
@@ -77,12 +79,17 @@ def test_extras_exist_and_bring_their_modules() -> None:
         names: set[str] = set()
         for line in optional[extra]:
             name, inner = re.match(r"([\w-]+)(?:\[([\w,-]+)\])?", line).groups()  # type: ignore[union-attr]
-            names |= set().union(*map(brought, inner.split(","))) if name == "qrank" else {name}
+            own = {name.replace("_", "-")}
+            names |= set().union(*map(brought, inner.split(","))) if name == "qrank" else own
         return names
 
-    for module, extra in extras.EXTRA_OF.items():
-        name = extras.DISTRIBUTION.get(module, module)
-        assert name in brought(extra), f"qrank[{extra}] does not bring {module}"
+    needed = [*extras.EXTRA_OF.items()]
+    for backend in map(spec, BACKENDS):
+        needed += [(module, backend.extra) for module in backend.modules]
+    distributions = metadata.packages_distributions()
+    for module, extra in needed:
+        found = {name.replace("_", "-") for name in distributions[module]}
+        assert found & brought(extra), f"qrank[{extra}] does not bring {module}"
     assert brought("cpu") == {"onnxruntime"}, "the light runtime"
     assert set().union(*map(brought, set(optional) - {"onnx-gpu"})) == brought("test")
 

@@ -1,16 +1,14 @@
 """The measures a conversion is judged by, against scipy's and by their laws."""
 
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
+from tables import tolerances
 
-from qrank.bundle.fidelity import TOLERANCES, Fidelity, Tolerance
+from qrank.bundle.fidelity import EIGHT_BITS, Fidelity, Tolerance
 
 # Few values and many of them: ties are the rule.
 TIED = st.integers(-4, 4).map(float)
@@ -61,7 +59,7 @@ def test_a_perfect_copy_reaches_every_bar(lists: tuple[Floats, Floats]) -> None:
     found = Fidelity.of(a, a)
     if len(np.unique(a)) > 1:
         assert (found.spearman, found.kendall) == pytest.approx((1, 1))
-        for tolerance in TOLERANCES.values():
+        for tolerance in tolerances().values():
             assert tolerance.shortfall(found) is None
 
 
@@ -74,29 +72,18 @@ def test_a_tolerance_scales_with_the_spread_from_one_on() -> None:
 
 
 def test_both_bars_are_told_when_both_are_missed() -> None:
-    missed = TOLERANCES["int8"].shortfall(Fidelity(2.0, 1.0, 0.5, 0.25))
+    missed = EIGHT_BITS.shortfall(Fidelity(2.0, 1.0, 0.5, 0.25))
     assert missed is not None
     assert "max |Δlogit| is 2, at most 0.15 allowed" in missed
     assert "Kendall tau is 0.250, at least 0.900 needed" in missed
 
 
-@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("precision", tolerances())
 def test_nan_misses_the_bar(precision: str) -> None:
     """Every comparison with NaN is false: a bar written the other way round would let it pass."""
     reference = np.linspace(-3, 3, 30)
     logits = reference.copy()
     logits[4] = np.nan
-    missed = TOLERANCES[precision].shortfall(Fidelity.of(logits, reference))
+    missed = tolerances()[precision].shortfall(Fidelity.of(logits, reference))
     assert missed is not None
     assert "nan" in missed
-
-
-def test_the_documented_tolerances() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "bundle.md").read_text("utf-8")
-    rows = re.findall(r"^\| (.+) \| ([\d.]+) s \| (?:at least ([\d.]+))? *\|$", text, re.MULTILINE)
-    stated = {
-        name: (float(share), float(kendall or -1))
-        for names, share, kendall in rows
-        for name in names.split(", ")
-    }
-    assert {name: (t.share, t.kendall) for name, t in TOLERANCES.items()} == stated

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from qrank.backends import BACKENDS
+
 HEAVY = [
     *("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf", "llama_cpp", "gguf"),
     *("huggingface_hub", "scipy", "bm25s", "ir_measures", "matplotlib"),
@@ -28,7 +30,11 @@ def loaded(code: str, *arguments: str | Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["qrank", "qrank.cli", "qrank.quality.rerank_run", "qrank.backends"]
+    "module",
+    [
+        *("qrank", "qrank.cli", "qrank.quality.rerank_run", "qrank.backends"),
+        *(f"qrank.backends.{name}" for name in BACKENDS),
+    ],
 )
 def test_importing_loads_nothing_heavy(module: str) -> None:
     assert loaded(f"import {module}") == set()

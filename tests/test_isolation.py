@@ -19,6 +19,7 @@ from qrank.backends import Options, gguf, isolation, llama
 from qrank.bundle.manifest import Manifest
 from qrank.cli import main
 from qrank.errors import InputError, TargetError
+from qrank.measure.discover import Device
 from qrank.measure.doctor import _device
 from qrank.select import verify
 from qrank.select.measurements import PROFILES, Measurement, remember
@@ -32,10 +33,10 @@ pytestmark = [
 ]
 
 FAILURES = {
-    "Crashes": "died (SIGSEGV)",
-    "CrashesInTheMiddle": "died (SIGSEGV)",
-    "Hangs": "hung",
-    "Exits": "died (exit code 0)",
+    "CRASHES": "died (SIGSEGV)",
+    "CRASHES_IN_THE_MIDDLE": "died (SIGSEGV)",
+    "HANGS": "hung",
+    "EXITS": "died (exit code 0)",
 }
 """Of `doubles`, and how each is told."""
 
@@ -43,7 +44,7 @@ PATCH = """
 import sys
 import qrank.backends.{format} as real
 import doubles
-real.open = doubles.{double}.open
+real.SPEC.open = doubles.{double}.open
 """
 
 
@@ -126,7 +127,7 @@ def test_a_server_starts_with_the_next_target(
     bundle: Path, tmp_path: Path, broken: Callable[..., None]
 ) -> None:
     folder = subset(bundle, tmp_path / "two", ["openvino-int8", "onnx-int8"])
-    broken("openvino", "CrashesInTheMiddle")
+    broken("openvino", "CRASHES_IN_THE_MIDDLE")
     said: list[str] = []
     with process(folder, said=said):
         pass
@@ -137,7 +138,7 @@ def test_a_server_starts_with_the_next_target(
 def test_what_was_found_out_is_remembered_and_a_failure_for_a_day(
     bundle: Path, broken: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken("openvino", "Crashes")
+    broken("openvino", "CRASHES")
     for again in ("", "So it was found less than a day ago"):
         with pytest.raises(TargetError, match=rf"OpenVINO died \(SIGSEGV\).*{again}"):
             Reranker(bundle, backend="openvino-int8")
@@ -215,7 +216,7 @@ def test_llama_cpp_keeps_off_amx_and_the_doctor_says_so(
         monkeypatch.setattr(machine, "_cpuinfo", lambda info=info: info)
         gguf.open(bundle, variant, "cpu", Options(1)).close()
     assert asked == [True, False]
-    report = _device("gguf", "cpu", [])
+    report = _device("gguf", Device("cpu", [None], [], gguf.SPEC.note("cpu")))
     assert report.computes
     assert "llama.cpp issue 20824" in report.detail
 

@@ -211,7 +211,7 @@ def test_batches_are_cut_by_the_memory_of_the_device(
 def test_a_device_that_is_absent_has_no_memory(backend: str) -> None:
     """So that opening it says that it is absent."""
     for device in ("cuda", "tensorrt", "gpu", "gpu.1", "npu", "metal", "mps", "nonsense"):
-        if device not in backends.module(backend).devices():
+        if device not in backends.spec(backend).devices():
             assert backends.memory(backend, device) is None
 
 

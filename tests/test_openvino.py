@@ -18,9 +18,9 @@ from click.testing import CliRunner
 from transformers import AutoModelForSequenceClassification
 
 from qrank import Reranker
-from qrank.backends import Backend, Options, openvino
+from qrank.backends import Backend, Options, openvino, tolerance
 from qrank.bundle.family import Family
-from qrank.bundle.fidelity import TOLERANCES, Fidelity
+from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import Manifest, Variant
 from qrank.bundle.sequences import Logits, Sequences
 from qrank.cli import main
@@ -184,7 +184,7 @@ def test_quantization_looks_at_the_pairs_of_the_file_too(
     (calibration,) = seen
     ours = len(calibration_pairs())
     assert len(calibration) == ours + 18
-    assert len(calibration.sequences[ours + 1]) < len(calibration.sequences[ours])
+    assert len(calibration.ids[ours + 1]) < len(calibration.ids[ours])
 
 
 @pytest.mark.parametrize(
@@ -261,8 +261,8 @@ def test_arithmetic_that_misses_the_probes_is_not_used(
             return fakes._Shifted(real(folder, variant, device, exact))
         return real(folder, variant, device, options)
 
-    monkeypatch.setattr(openvino, "open", wrong_in_bf16)
-    monkeypatch.setattr(openvino, "compute_dtypes", lambda device: ("bf16", "fp32"))
+    monkeypatch.setattr(openvino.SPEC, "open", wrong_in_bf16)
+    monkeypatch.setattr(openvino.SPEC, "compute_dtypes", lambda device: ("bf16", "fp32"))
     monkeypatch.setattr(sys, "frozen", True, raising=False)  # all of it in this process
     caplog.set_level("INFO", "qrank")
     with Reranker(bundle, backend="openvino-int8") as reranker:
@@ -296,8 +296,8 @@ def test_bf16_is_as_good_of_fp16_as_of_int8_weights_where_it_ranks_as_well(
         by = shifts.get(options.compute_dtype or "", 0.0)
         return Shifted(real(folder, variant, device, replace(options, compute_dtype="fp32")), by)
 
-    monkeypatch.setattr(openvino, "open", shifted)
-    monkeypatch.setattr(openvino, "compute_dtypes", lambda device: ("bf16", "fp32"))
+    monkeypatch.setattr(openvino.SPEC, "open", shifted)
+    monkeypatch.setattr(openvino.SPEC, "compute_dtypes", lambda device: ("bf16", "fp32"))
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     with Reranker(bundle, backend="openvino-fp16") as reranker:
         assert reranker.engine.compute_dtype == "bf16"
@@ -423,7 +423,7 @@ def test_every_precision_holds_its_tolerance_in_what_users_get(bundle: Path) -> 
             assert reranker.engine._backend is not None
             found = reranker.engine._backend.logits(manifest.probes.work)
         fidelity = Fidelity.of(found, manifest.probes.logits)
-        assert TOLERANCES[precision].shortfall(fidelity) is None
+        assert tolerance("openvino", precision).shortfall(fidelity) is None
 
 
 FORK = """

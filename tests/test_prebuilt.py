@@ -17,7 +17,8 @@ import tiny_decoders
 from click.testing import CliRunner
 
 from qrank import Reranker
-from qrank.bundle.fidelity import TOLERANCES, Fidelity
+from qrank.backends import tolerance
+from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import TOKENIZER, Manifest
 from qrank.bundle.sequences import Logits
 from qrank.cli import main
@@ -129,13 +130,13 @@ def test_it_scores_as_transformers_does(
     ) as reranker:
         ours = reranker.score(pairs, raw=True)
         ranked = reranker.rank(pairs[0][0], [d for q, d in pairs if q == pairs[0][0]])
-    tolerance = TOLERANCES[manifest.variants[name].precision]
-    assert tolerance.shortfall(Fidelity.of(ours, theirs)) is None
+    bar = tolerance(*name.split("-", 1))
+    assert bar.shortfall(Fidelity.of(ours, theirs)) is None
     # With the prefix read once, and in whatever company: the same numbers.
     spread = max(1.0, float(np.ptp(theirs)))
     alone = [ours[i] for i, (q, _) in enumerate(pairs) if q == pairs[0][0]]
     together = [item.logit for item in sorted(ranked, key=lambda item: item.index)]
-    np.testing.assert_allclose(together, alone, atol=tolerance.share / 5 * spread)
+    np.testing.assert_allclose(together, alone, atol=bar.share / 5 * spread)
 
 
 # What a causal model's graph is cut to

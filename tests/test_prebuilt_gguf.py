@@ -14,7 +14,8 @@ import tiny
 import tiny_decoders
 
 from qrank import Reranker
-from qrank.bundle.fidelity import TOLERANCES, Fidelity
+from qrank.backends import tolerance
+from qrank.bundle.fidelity import Fidelity
 from qrank.converters.convert import convert
 from qrank.errors import ConversionError
 
@@ -72,7 +73,7 @@ def test_qwen3_in_gguf_with_a_head_in_either_order_or_none(
     theirs = test_decoders.reference("qwen3", checkpoint_of("qwen3"))
     with Reranker(target) as reranker:
         ours = reranker.score(test_decoders.PAIRS, raw=True)
-    assert TOLERANCES["q8_0"].shortfall(Fidelity.of(ours, theirs)) is None
+    assert tolerance("gguf", "q8_0").shortfall(Fidelity.of(ours, theirs)) is None
 
 
 def test_an_encoder_in_gguf(gguf_of: Folders, checkpoint_of: Folders, tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ def test_an_encoder_in_gguf(gguf_of: Folders, checkpoint_of: Folders, tmp_path: 
     theirs, _ = test_conformance.reference(checkpoint_of("xlm-roberta"))
     with Reranker(target) as reranker:
         ours = reranker.score(test_conformance.PAIRS, raw=True)
-    assert TOLERANCES["q8_0"].shortfall(Fidelity.of(ours, theirs)) is None
+    assert tolerance("gguf", "q8_0").shortfall(Fidelity.of(ours, theirs)) is None
 
 
 @pytest.mark.parametrize(

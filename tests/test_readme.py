@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +121,17 @@ def test_demo() -> None:
     (command,) = re.findall(r"^\.venv/bin/(qrank .*)$", recipe, re.MULTILINE)
     printed = run(command, ROOT)
     assert "photosynthesis" in printed.splitlines()[1]
-    assert [line.rstrip() for line in printed.splitlines()] == blocks("")[0].splitlines()
+    shown, told = (_without_scores(text) for text in (printed, blocks("")[0]))
+    assert shown[0] == told[0]
+    # Sums of int8 products differ a little from CPU to CPU.
+    np.testing.assert_allclose(shown[1], told[1], atol=0.01)
+
+
+def _without_scores(table: str) -> tuple[list[str], list[float]]:
+    """Lines of the table, and the numbers with a point that were in them."""
+    number = re.compile(r"\d+\.\d+")
+    lines = [number.sub("#", line.rstrip()) for line in table.splitlines()]
+    return lines, [float(found) for found in number.findall(table)]
 
 
 def test_links() -> None:

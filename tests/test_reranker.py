@@ -245,7 +245,7 @@ def test_a_runtimes_own_error_is_a_target_error(bundle: Path) -> None:
     backend = onnx.open(bundle, variant, "cpu", Options(1))
     work = Manifest.load(bundle).probes.work.take(np.array([0]))
     with pytest.raises(TargetError, match="onnxruntime failed: "):
-        backend.logits(Sequences([work.sequences[0] + 10**6], work.segments))
+        backend.logits(Sequences([work.ids[0] + 10**6], work.segments))
     assert backend.logits(work).shape == (1,)
     backend.close()
 

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import subset
 
-from qrank.backends import BACKENDS, module
+from qrank.backends import BACKENDS, spec
 from qrank.cli import main
 from qrank.system import extras
 
@@ -26,7 +26,9 @@ def test_every_backend_multiplies_matrices(backend: str) -> None:
     numbers = np.random.default_rng(1)
     a = numbers.standard_normal((3, 64), np.float32)
     b = numbers.standard_normal((64, 5), np.float32)
-    found = module(backend).product(a, b, "cpu")
+    product = spec(backend).product
+    assert product is not None
+    found = product(a, b, "cpu")
     assert found.shape == (3, 5)
     np.testing.assert_allclose(found, a @ b, atol=1e-4)
 
@@ -35,10 +37,14 @@ def test_doctor_tells_what_is_there_and_what_fails(
     plug_in: PlugIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plug_in(
-        looked="doubles:CrashesWhenLookedFor", miscounts="doubles:Miscounts", right="doubles:Right"
+        looked="doubles:CRASHES_WHEN_LOOKED_FOR",
+        miscounts="doubles:MISCOUNTS",
+        right="doubles:RIGHT",
     )
     there = extras.installed
-    monkeypatch.setattr("qrank.measure.doctor.installed", lambda m: m != "llama_cpp" and there(m))
+    monkeypatch.setattr(
+        "qrank.backends.contract.installed", lambda m: m != "llama_cpp" and there(m)
+    )
     result = qrank_("doctor", "--json")
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
@@ -72,7 +78,7 @@ def test_doctor_is_one_screen() -> None:
 def test_bench_shows_all_targets_and_marks_the_chosen_one(
     bundle: Path, tmp_path: Path, plug_in: PlugIn
 ) -> None:
-    plug_in(wrong="doubles:Wrong", tires="doubles:Tires")
+    plug_in(wrong="doubles:WRONG", tires="doubles:TIRES")
     folder = subset(bundle, tmp_path / "two", ["onnx-int8", "onnx-fp32"])
     (tmp_path / "d.jsonl").write_text(
         '{"id": 1, "text": "mars is red"}\n{"id": 2, "text": "bread"}\n', "utf-8"

@@ -1,6 +1,7 @@
 """Which target runs: measured or guessed, with every failure told and survived."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,18 +20,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrank import Reranker
-from qrank.backends import FORMATS, keys, module
+from qrank.backends import BACKENDS, format_of, formats, keys, spec
 from qrank.bundle.manifest import Manifest
 from qrank.bundle.opened import Bundle
 from qrank.cli import main
-from qrank.converters.makers import converter
 from qrank.errors import BundleError, InputError, MissingExtraError, TargetError
 from qrank.measure import profiles
 from qrank.select import losses
 from qrank.select.losses import Loss
 from qrank.select.measurements import PROFILES, Measurement, recalled, remember
 from qrank.select.selection import TIE_MARGIN, Criteria, order
-from qrank.select.targets import ELSEWHERE, ON_CPU, TargetKey, guesses
+from qrank.select.targets import TargetKey, expected, guesses
 from qrank.system import cache, machine
 from qrank.system.cache import store
 
@@ -60,14 +60,15 @@ def test_every_failure_is_told_and_survived_and_the_next_best_is_chosen(
     onnx_only: Path, plug_in: Callable[..., None]
 ) -> None:
     plug_in(
-        wrong="doubles:Wrong",
-        hangs="doubles:Hangs",
-        crashes="doubles:Crashes",
-        looked="doubles:CrashesWhenLookedFor",
+        wrong="doubles:WRONG",
+        hangs="doubles:HANGS",
+        crashes="doubles:CRASHES",
+        looked="doubles:CRASHES_WHEN_LOOKED_FOR",
         absent="no_such_module",
-        tires="doubles:Tires",
-        frail="doubles:CrashesInTheMiddle",
-        exits="doubles:Exits",
+        nothing="doubles:NOTHING",
+        tires="doubles:TIRES",
+        frail="doubles:CRASHES_IN_THE_MIDDLE",
+        exits="doubles:EXITS",
     )
     result = qrank_("tune", onnx_only, "--timeout", "20", "--json")
     assert result.exit_code == 0, result.output
@@ -79,6 +80,7 @@ def test_every_failure_is_told_and_survived_and_the_next_best_is_chosen(
         "crashes/onnx-int8@cpu": "SIGSEGV" if os.name == "posix" else "its process died",
         "looked": "SIGSEGV" if os.name == "posix" else "its process died",
         "absent": "cannot be imported: ModuleNotFoundError",
+        "nothing": "is doubles:NOTHING, which is str and not a qrank.backends.BackendSpec",
         "tires/onnx-int8@cpu": "MemoryError: no more",
         "frail/onnx-int8@cpu": "SIGSEGV" if os.name == "posix" else "its process died",
         "exits/onnx-int8@cpu": "its process died (exit code 0)",
@@ -95,7 +97,7 @@ def test_every_failure_is_told_and_survived_and_the_next_best_is_chosen(
 def test_another_packages_backend_takes_part_and_is_chosen_where_it_is_fastest(
     onnx_only: Path, plug_in: Callable[..., None]
 ) -> None:
-    plug_in(right="doubles:Right", prints="doubles:Prints")
+    plug_in(right="doubles:RIGHT", prints="doubles:PRINTS")
     result = qrank_("tune", onnx_only)
     assert result.exit_code == 0, result.output
     assert max(map(len, result.stdout.splitlines())) <= 80
@@ -114,7 +116,7 @@ def test_another_packages_backend_takes_part_and_is_chosen_where_it_is_fastest(
 
 
 def test_what_is_named_never_falls_back(bundle: Path, plug_in: Callable[..., None]) -> None:
-    plug_in(wrong="doubles:Wrong")
+    plug_in(wrong="doubles:WRONG")
     for backend in ("wrong", "wrong/onnx-fp32"):
         with pytest.raises(TargetError, match="computes wrongly on this machine"):
             Reranker(bundle, backend=backend)
@@ -128,8 +130,8 @@ def test_where_nothing_works_every_target_and_its_reason_is_told(
 
     names = [t.name for t in guesses(Manifest.load(bundle), None, None)]
     monkeypatch.setattr(sys, "frozen", True, raising=False)  # nothing is opened elsewhere first
-    for format in FORMATS:
-        monkeypatch.setattr(module(format), "open", fail)
+    for format in formats():
+        monkeypatch.setattr(spec(format), "open", fail)
     with pytest.raises(TargetError, match="no target works here") as caught:
         Reranker(bundle)
     assert len(names) == len(Manifest.load(bundle).variants)
@@ -144,7 +146,7 @@ def test_a_guess_that_fails_is_told_and_the_next_is_taken(
     def fail(*arguments: object) -> None:
         raise TargetError("the driver is out")
 
-    monkeypatch.setattr(module("openvino"), "open", fail)
+    monkeypatch.setattr(spec("openvino"), "open", fail)
     result = qrank_("score", "-m", bundle, "-q", "a", "-f", "json", stdin="a\n")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["target"] == "onnx-int8@cpu"
@@ -321,11 +323,9 @@ def test_measuring_when_asked_to(bundle: Path, tmp_path: Path) -> None:
 def test_guesses_have_backends_that_know_the_device(bundle: Path, device: str | None) -> None:
     found = guesses(Manifest.load(bundle), None, device)
     assert {t.device for t in found} == {device or "cpu"}
-    expected = {f for f in FORMATS if (device or "cpu") in module(f).DEVICES}
-    assert {t.variant.format for t in found} == expected
-    order_ = ON_CPU if device in (None, "cpu") else ELSEWHERE
-    key = [t.variant.name if order_ is ON_CPU else t.variant.precision for t in found]
-    assert key == sorted(key, key=order_.index)
+    known = {f for f in formats() if (device or "cpu") in spec(f).kinds}
+    assert {t.variant.format for t in found} == known
+    assert found == sorted(found, key=expected)
 
 
 def with_a_later_format(bundle: Path, folder: Path) -> Path:
@@ -377,9 +377,13 @@ def test_a_device_that_no_format_knows_is_told(bundle: Path) -> None:
 
 
 def test_every_precision_has_its_place() -> None:
-    made = {precision for format in FORMATS for precision in converter(format).PRECISIONS}
-    assert made | {"bf16"} == set(ELSEWHERE)  # which torch offers
-    assert {name.partition("-")[2] for name in ON_CPU} == set(ELSEWHERE)
+    places = []
+    for format in map(format_of, BACKENDS):
+        assert format is not None
+        made = [precision for precision in format.precisions if precision.made]
+        places += [precision.cpu for precision in made]
+        assert max(precision.elsewhere for precision in made) < math.inf
+    assert sorted(places) == list(range(1, len(places) + 1))
 
 
 def test_what_is_not_installed_is_no_guess(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,21 +33,17 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from qrank.backends import formats
 from qrank.backends.openvino import saturates
 from qrank.converters.checkpoint.probes import probe_pairs
 
 needs_vnni = pytest.mark.skipif(saturates(), reason="int8-w8a8 is refused: no VNNI here")
 
-VARIANTS = (
-    ("onnx", "int8"),
-    ("onnx", "fp16"),
-    ("onnx", "fp32"),
-    ("openvino", "int8"),
-    *([] if saturates() else [("openvino", "int8-w8a8")]),
-    ("openvino", "fp16"),
-    ("gguf", "q4_k_m"),
-    ("gguf", "q8_0"),
-    ("gguf", "f16"),
+VARIANTS = tuple(
+    (name, precision)
+    for name, format in formats().items()
+    for precision in format.made
+    if not (precision == "int8-w8a8" and saturates())
 )
 """Every (format, precision) that runs here: what bundles made of tiny checkpoints hold."""
 

@@ -35,7 +35,7 @@ def check_ids(pairs: list[tuple[str, str]], work: Sequences, checkpoint: Checkpo
     """
     family = checkpoint.family
     limit = min(family.max_length, PROBE_TOKENS)
-    for (query, document), sequence in zip(pairs, work.sequences, strict=True):
+    for (query, document), sequence in zip(pairs, work.ids, strict=True):
         theirs = checkpoint_ids(checkpoint, query, document, limit)
         if sequence.tolist() != theirs:
             raise ConversionError(

@@ -26,7 +26,7 @@ def run_reference(model: PreTrainedModel, work: Sequences, labels: tuple[int, ..
     torch = need("torch")
     logits = []
     with torch.inference_mode():
-        for i, sequence in enumerate(work.sequences):
+        for i, sequence in enumerate(work.ids):
             inputs = {"input_ids": torch.tensor(sequence[None], dtype=torch.int64)}
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             if work.segments is not None:

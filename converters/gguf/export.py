@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     import gguf
     from transformers import PretrainedConfig
 
-PRECISIONS = ("q4_k_m", "q8_0", "f16")
 MODULES = ("torch", "transformers", "safetensors", "gguf", "llama_cpp")
 """What converting and verifying takes."""
 
@@ -67,12 +66,20 @@ _BUFFER = 2**27
 """Bytes of weights that the quantizer holds at once."""
 
 
+def disk(number: float) -> float:
+    """Bytes of disk that a weight takes while it is made, if it takes `number` once it is.
+
+    A file in f16 comes first.
+    """
+    return max(2.0, number)
+
+
 def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Sequences) -> str:
     """Write `model.gguf` into a folder, and a decoder's head as `head.npy`.
 
     Args:
         checkpoint: read from its folder, a tensor at a time.
-        precision: one of PRECISIONS. The score head stays f32 in each.
+        precision: one of those that are `made`. The score head stays f32 in each.
         folder: exists and is empty.
         calibration: not looked at.
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import onnx
     from transformers import PreTrainedModel
 
-PRECISIONS = ("int8", "fp16", "fp32")
 MODULES = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime")
 """What converting and verifying takes."""
 
@@ -35,12 +34,21 @@ HEAD = frozenset({"pooler", "classifier", "head", "score"})
 """Names of the score head's modules in transformers' classes: they stay fp32 in every precision."""
 
 
+def disk(number: float) -> float:
+    """Bytes of disk that a weight takes while it is made, if it takes `number` once it is.
+
+    The graph in fp32 comes first.
+    """
+    return max(4.0, number)
+
+
 def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Sequences) -> str:
     """Write `model.onnx` (and `model.onnx.data` above 2 GB) into a folder.
 
     Args:
         checkpoint: loaded here, in fp32.
-        precision: one of PRECISIONS. Weights are never smaller than fp32 in the head.
+        precision: one of those that are `made`. Weights are never smaller than fp32 in the
+            head.
         folder: exists and is empty.
         calibration: pairs whose activations int8 looks at.
 
@@ -145,7 +153,7 @@ def export(
 
 def _half(model: onnx.ModelProto, head: set[str]) -> onnx.ModelProto:
     """Weights and arithmetic in fp16; inputs, outputs, the head and what fp16 breaks stay fp32."""
-    float16 = need("onnxruntime.transformers.float16")
+    float16 = need("onnxruntime.transformers.float16", extra="onnx")
     with warnings.catch_warnings():
         # It warns of every weight too small for fp16; the probes decide whether that matters.
         warnings.simplefilter("ignore", UserWarning)

@@ -54,7 +54,7 @@ def channel_maxima(path: Path, calibration: Sequences) -> dict[str, Floats]:
         path: the fp32 graph, with its weights in it or beside it.
         calibration: pairs to see the size of each channel on.
     """
-    onnx, ort = need("onnx"), need("onnxruntime")
+    onnx, ort = need("onnx"), need("onnxruntime", extra="onnx")
     model = onnx.load(path, load_external_data=False)
     names = _normalized(model)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)

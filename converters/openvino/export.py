@@ -30,7 +30,6 @@ from qrank.system.extras import need
 if TYPE_CHECKING:
     import openvino
 
-PRECISIONS = ("int8", "int8-w8a8", "fp16")
 MODULES = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "openvino", "nncf")
 """What converting and verifying takes."""
 
@@ -48,13 +47,21 @@ _LENGTHS = {
 """Which of an input's dimensions is a length, and the least it may be."""
 
 
+def disk(number: float) -> float:
+    """Bytes of disk that a weight takes while it is made, if it takes `number` once it is.
+
+    The graph in fp32 lies beside.
+    """
+    return 4.0 + number
+
+
 def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: Sequences) -> str:
     """Write `model.xml` and `model.bin` into a folder.
 
     Args:
         checkpoint: loaded here; a decoder's matrices as they are stored.
-        precision: one of PRECISIONS. `int8` is weights alone, `int8-w8a8` activations too. The
-            head stays fp32.
+        precision: one of those that are `made`. `int8` is weights alone, `int8-w8a8` activations
+            too. The head stays fp32.
         folder: exists and is empty.
         calibration: pairs whose activations `int8-w8a8` looks at.
 

@@ -11,9 +11,11 @@ from queue import Empty, SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
-from qrank.backends import Backend, Options, llama
+from qrank.backends import llama
+from qrank.backends.contract import Backend, BackendSpec, Format, Options, Precision
 from qrank.backends.gguf_context import Context, freed_with
 from qrank.backends.gguf_decoder import HEAD, GgufDecoder
+from qrank.bundle.fidelity import BFLOAT16, EIGHT_BITS, FLOAT16, FLOAT32, FOUR_BITS
 from qrank.bundle.manifest import Variant
 from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import TargetError
@@ -37,13 +39,12 @@ MAX_SEQUENCES_ELSEWHERE = 255
 BATCH = 2048
 """Tokens a batch of several pairs. Attention is computed over all of it, neighbours masked."""
 
+_LIKE_EIGHT_BITS = ("q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0")
+_LIKE_FOUR_BITS = ("q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs")
+"""What ready-made files may be in besides."""
+
 _GROWTH = 256
 """Contexts are made for a multiple of so many tokens."""
-
-DEVICES = tuple(llama.DEVICES)
-
-version = llama.version
-product = llama.product
 
 
 def devices() -> list[str]:
@@ -71,7 +72,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Backe
     """
     if device not in (present := devices()):
         raise TargetError(
-            f"{version()} here has no device {device!r}; present are: {', '.join(present)}. "
+            f"{llama.version()} here has no device {device!r}; present are: {', '.join(present)}. "
             "llama-cpp-python is compiled for one GPU or none: see the README"
         )
     files = folder / variant.folder
@@ -134,11 +135,12 @@ class GgufBackend:
         # would wait for them.
         self._workers = ThreadPoolExecutor(threads, "qrank-gguf")
 
-    def logits(self, work: Sequences) -> Logits:
+    def logits(self, sequences: Sequences) -> Logits:
         """See `qrank.backends.Backend.logits`."""
-        batches = cut_ragged(work.lengths, BATCH, self._sequences, self._memory.max_batch_size)
+        largest = self._memory.max_batch_size
+        batches = cut_ragged(sequences.lengths, BATCH, self._sequences, largest)
         width = max(self._threads // len(batches), 1)
-        results = self._workers.map(lambda b: self._run(work.take(b), width), batches)
+        results = self._workers.map(lambda b: self._run(sequences.take(b), width), batches)
         return in_order(batches, results)
 
     def close(self) -> None:
@@ -174,7 +176,7 @@ class GgufBackend:
 
     def _ids(self, batch: Sequences) -> NDArray[np.int32]:
         """Token ids of a batch, one after the other, as the file's vocabulary counts them."""
-        ids = np.concatenate(batch.sequences).astype(np.int32)
+        ids = np.concatenate(batch.ids).astype(np.int32)
         if batch.segments is not None:
             ids += np.concatenate(batch.segments).astype(np.int32) * self._stride
         return ids
@@ -185,3 +187,37 @@ def _metadata(model: object, key: str) -> str:
     text = ctypes.create_string_buffer(16)
     llama.library().llama_model_meta_val_str(model, key.encode(), text, len(text))
     return text.value.decode()
+
+
+def _note(device: str) -> str:
+    if device == "cpu" and not llama.rearranges():
+        return "without AMX, whose kernels crash: llama.cpp issue 20824"
+    return ""
+
+
+SPEC = BackendSpec(
+    runtime="llama.cpp",
+    open=open,
+    version=llama.version,
+    devices=devices,
+    kinds=tuple(llama.DEVICES),
+    modules=("llama_cpp",),
+    extra="gguf",
+    format=Format(
+        precisions=(
+            Precision("q4_k_m", FOUR_BITS, bytes=0.5, cpu=8, elsewhere=7, stem="q4_k_m$"),
+            Precision("q8_0", EIGHT_BITS, cpu=7, elsewhere=6, stem="q8_0$"),
+            Precision("f16", FLOAT16, bytes=2, cpu=9, elsewhere=5, stem="f16$"),
+            Precision("f32", FLOAT32, made=False),
+            Precision("bf16", BFLOAT16, made=False, elsewhere=8),
+            *(Precision(name, EIGHT_BITS, made=False) for name in _LIKE_EIGHT_BITS),
+            *(Precision(name, FOUR_BITS, made=False) for name in _LIKE_FOUR_BITS),
+        ),
+        converter="qrank.converters.gguf.export",
+        importer="qrank.converters.gguf.prebuilt",
+        suffix=".gguf",
+    ),
+    memory=memory,
+    product=llama.product,
+    note=_note,
+)

@@ -15,7 +15,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from qrank.backends import Options, llama
+from qrank.backends import llama
+from qrank.backends.contract import Options
 from qrank.backends.gguf_context import Context, freed_with
 from qrank.bundle.sequences import Ids, Logits, Sequences
 from qrank.scoring.batching import cut_ragged, in_order
@@ -66,25 +67,25 @@ class GgufDecoder:
         # Never the caller's thread, see `qrank.backends.gguf.GgufBackend`; and one call at a time.
         self._worker = ThreadPoolExecutor(1, "qrank-gguf")
 
-    def logits(self, work: Sequences) -> Logits:
+    def logits(self, sequences: Sequences) -> Logits:
         """See `qrank.backends.Backend.logits`."""
-        return self._worker.submit(self._run, work).result()
+        return self._worker.submit(self._run, sequences).result()
 
     def close(self) -> None:
         """See `qrank.backends.Backend.close`."""
         self._worker.shutdown()
         self._free()
 
-    def _run(self, work: Sequences) -> Logits:
-        before = len(work.prefix)
+    def _run(self, sequences: Sequences) -> Logits:
+        before = len(sequences.prefix)
         max_size = partial(self._memory.max_batch_size, before=before)
-        batches = cut_ragged(work.lengths, BATCH, self._sequences, max_size)
+        batches = cut_ragged(sequences.lengths, BATCH, self._sequences, max_size)
         library = llama.library()
-        room = before + max(int(work.lengths[batch].sum()) for batch in batches)
+        room = before + max(int(sequences.lengths[batch].sum()) for batch in batches)
         library.llama_memory_clear(library.llama_get_memory(self._context.fit(room)), False)
         if before:
-            self._decode([work.prefix], 0, first=0, wanted=False)
-        return in_order(batches, (self._score(work.take(batch)) for batch in batches))
+            self._decode([sequences.prefix], 0, first=0, wanted=False)
+        return in_order(batches, (self._score(sequences.take(batch)) for batch in batches))
 
     def _score(self, batch: Sequences) -> Logits:
         """Logits of sequences behind the prefix, which is sequence 0; the batch's are 1, 2, ..."""
@@ -93,7 +94,7 @@ class GgufDecoder:
         for owner in range(1, len(batch) + 1):
             library.llama_memory_seq_cp(memory, 0, owner, -1, -1)
         self._states.clear()
-        self._decode(batch.sequences, len(batch.prefix), first=1, wanted=True)
+        self._decode(batch.ids, len(batch.prefix), first=1, wanted=True)
         for owner in range(1, len(batch) + 1):
             library.llama_memory_seq_rm(memory, owner, -1, -1)
         return np.concatenate(self._states).reshape(len(batch), -1) @ self._head

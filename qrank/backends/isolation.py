@@ -14,17 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from qrank import backends
-from qrank.backends import Options
+from qrank.backends import Options, spec
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import FileRecord, Variant
 from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import TargetError
 from qrank.system import subprocess_rpc
 from qrank.system.subprocess_rpc import Child, CrashError, HangError
-
-RUNTIME_NAMES = {"onnx": "onnxruntime", "openvino": "OpenVINO", "gguf": "llama.cpp"}
-"""What people call the runtime of a backend."""
 
 _SECONDS = 60.0
 _BYTES_A_SECOND = 1e7
@@ -40,14 +36,8 @@ class FatalError(TargetError):
 
 
 def advised(backend: str, device: str) -> bool:
-    """Whether a backend should be tried in a process of its own before it runs in this one.
-
-    Every native backend and device but onnxruntime's CPU, whose kernels ask the CPU first. Not a
-    user's own ("module:function"), which is as much part of the application as the caller is; nor
-    torch, which runs the original and is held against nothing.
-    """
-    native = ":" not in backend and backend != "torch" and (backend, device) != ("onnx", "cpu")
-    return native and subprocess_rpc.wanted()
+    """Whether a backend should be tried in a process of its own before it runs in this one."""
+    return not spec(backend).in_process(device) and subprocess_rpc.wanted()
 
 
 def limit(size: int, tokens: int, device: str) -> float:
@@ -65,7 +55,7 @@ class Worker:
         self._child: Child | None = None
 
     def compute_dtypes(self, backend: str, device: str) -> tuple[str, ...]:
-        """As `qrank.backends.compute_dtypes`.
+        """As `BackendSpec.compute_dtypes`.
 
         Raises:
             NoChildError: no process can be started here.
@@ -80,24 +70,24 @@ class Worker:
         self,
         folder: Path,
         variant: Variant,
-        works: Sequence[Sequences],
+        groups: Sequence[Sequences],
         options: Options,
         *,
         backend: str | None = None,
         device: str = "cpu",
     ) -> list[Logits]:
-        """Open a variant, run it on each work, and close it.
+        """Open a variant, score groups of sequences, and close it.
 
         Args:
             folder: the bundle.
             variant: of it.
-            works: what to score.
+            groups: what to score.
             options: how it runs; `memory` and `family` stay behind.
             backend: what runs it; None: its format's own.
             device: where.
 
         Returns:
-            Logits of each work, shape [n] each.
+            Logits of each group, shape [n] each.
 
         Raises:
             NoChildError, FatalError, QrankError: as `compute_dtypes`.
@@ -118,10 +108,10 @@ class Worker:
                 "max_batch_tokens": options.max_batch_tokens,
                 "static_shapes": options.static_shapes,
             },
-            "works": [_plain(work) for work in works],
+            "groups": [_plain(group) for group in groups],
         }
         what = f"computing {variant.precision}{arithmetic} on {where}"
-        tokens = sum(int(work.lengths.sum()) + len(work.prefix) for work in works)
+        tokens = sum(int(group.lengths.sum()) + len(group.prefix) for group in groups)
         found = self._ask(question, what, limit(size, tokens, device))
         return [np.array(each, np.float32) for each in found["logits"]]
 
@@ -146,7 +136,7 @@ class Worker:
 
     def _ask(self, question: dict[str, Any], what: str, seconds: float) -> dict[str, Any]:
         self._child = self._child or Child(__name__)
-        runtime = RUNTIME_NAMES.get(question["backend"], question["backend"])
+        runtime = spec(question["backend"]).runtime or question["backend"]
         try:
             return self._child.ask(question, seconds)
         except CrashError as error:
@@ -158,17 +148,17 @@ class Worker:
             raise FatalError(f"{runtime} hung {what}: {error}") from error
 
 
-def _plain(work: Sequences) -> dict[str, Any]:
-    segments = work.segments
+def _plain(sequences: Sequences) -> dict[str, Any]:
+    segments = sequences.segments
     return {
-        "sequences": [ids.tolist() for ids in work.sequences],
+        "sequences": [ids.tolist() for ids in sequences.ids],
         "segments": None if segments is None else [types.tolist() for types in segments],
-        "prefix": work.prefix.tolist(),
+        "prefix": sequences.prefix.tolist(),
     }
 
 
 def _compute_dtypes(backend: str, device: str) -> dict[str, Any]:
-    return {"compute_dtypes": backends.compute_dtypes(backend, device)}
+    return {"compute_dtypes": list(spec(backend).compute_dtypes(device))}
 
 
 def _logits(
@@ -177,21 +167,21 @@ def _logits(
     backend: str,
     device: str,
     options: Mapping[str, Any],
-    works: Sequence[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     fields = {
         **variant,
         "files": {name: FileRecord(**record) for name, record in variant["files"].items()},
         "fidelity": Fidelity(**variant["fidelity"]),
     }
-    opened = backends.opener(backend)(Path(folder), Variant(**fields), device, Options(**options))
+    opened = spec(backend).open(Path(folder), Variant(**fields), device, Options(**options))
     try:
-        return {"logits": [opened.logits(_work(work)).tolist() for work in works]}
+        return {"logits": [opened.logits(_sequences(group)).tolist() for group in groups]}
     finally:
         opened.close()
 
 
-def _work(plain: Mapping[str, Any]) -> Sequences:
+def _sequences(plain: Mapping[str, Any]) -> Sequences:
     segments = plain["segments"]
     return Sequences(
         [np.array(ids, np.int32) for ids in plain["sequences"]],

@@ -16,10 +16,11 @@ path, and `Bundle.check` compares the rest.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
-from qrank.backends import GROUP, RUNTIMES
+from qrank.backends import BACKENDS, entry_points, spec
 from qrank.bundle.manifest import Manifest, Variant
 from qrank.system import machine
 from qrank.system.version import __version__
@@ -48,7 +49,7 @@ def of_machine(manifest: Manifest, **how: Any) -> dict[str, Any]:
         "cpu": machine.cpu(),
         "system": machine.system(),
         "accelerators": machine.accelerators(),
-        "runtimes": {name: runtime(name) for name in RUNTIMES},
+        "runtimes": {name: runtime(name) for name in BACKENDS},
         **how,
     }
 
@@ -82,15 +83,10 @@ def conditions(name: str, device: str) -> dict[str, Any]:
 
 def runtime(name: str) -> list[str]:
     """Versions of a backend's packages, and when they were installed: some are compiled there."""
-    if name not in RUNTIMES:
-        from importlib import metadata
-
-        points = metadata.entry_points(group=GROUP, name=name)
-        return sorted(f"{point.dist.name}-{point.dist.version}" for point in points if point.dist)
-    modules = (RUNTIMES[name],) if name != "torch" else ("torch", "transformers")
-    found = machine.packages(modules)
-    for module in modules:
-        spec = importlib.util.find_spec(module)
-        if spec is not None and spec.origin is not None:
-            found.append(str(Path(spec.origin).stat().st_mtime_ns))
-    return found
+    if name not in BACKENDS:
+        found = (point.dist for point in entry_points(tuple(sys.path)) if point.name == name)
+        return sorted(f"{dist.name}-{dist.version}" for dist in found if dist)
+    modules = spec(name).modules
+    files = [found.origin for found in map(importlib.util.find_spec, modules) if found]
+    times = [str(Path(file).stat().st_mtime_ns) for file in files if file]
+    return machine.packages(modules) + times

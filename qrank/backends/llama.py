@@ -40,7 +40,7 @@ def library() -> ModuleType:
     Raises:
         MissingExtraError: llama-cpp-python is not installed.
     """
-    llama = need("llama_cpp")
+    llama = need("llama_cpp", extra="gguf")
     info, warning, error = 2, 3, 4  # of enum ggml_log_level
     # A level lower than llama.cpp's: what a user must know is raised.
     levels = {info: logging.DEBUG, warning: logging.INFO, error: logging.INFO}

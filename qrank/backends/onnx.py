@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qrank.backends import Options
+from qrank.backends.contract import GRAPH_STEMS, BackendSpec, Format, Options, Precision
+from qrank.bundle.fidelity import BFLOAT16, EIGHT_BITS, FLOAT16, FLOAT32, FOUR_BITS
 from qrank.bundle.manifest import Variant
 from qrank.bundle.sequences import Floats, Logits, Sequences, feed, no_prefix, read_prefix
 from qrank.errors import TargetError
 from qrank.scoring.batching import cut, in_halves, in_order, out_of_memory
 from qrank.scoring.memory import MemoryBudget
+from qrank.system import machine
 from qrank.system.extras import need
 
 if TYPE_CHECKING:
@@ -32,8 +34,6 @@ PROVIDERS = {
     "coreml": "CoreMLExecutionProvider",
     "directml": "DmlExecutionProvider",
 }
-
-DEVICES = tuple(PROVIDERS)
 
 CPU_BATCH = 160
 """Padded tokens a batch on the CPU. Beyond, matrix products are no faster and padding only costs
@@ -51,12 +51,12 @@ _PRODUCT = base64.b64decode(
 
 def version() -> str:
     """The runtime's name and version."""
-    return f"onnxruntime {need('onnxruntime').__version__}"
+    return f"onnxruntime {need('onnxruntime', extra='onnx').__version__}"
 
 
 def devices() -> list[str]:
     """Devices this build of onnxruntime has a provider for."""
-    present = need("onnxruntime").get_available_providers()
+    present = need("onnxruntime", extra="onnx").get_available_providers()
     return [device for device, provider in PROVIDERS.items() if provider in present]
 
 
@@ -85,7 +85,9 @@ def memory(device: str) -> int | None:
 
 def product(a: Floats, b: Floats, device: str) -> Floats:
     """The matrix product, computed on a device."""
-    session = need("onnxruntime").InferenceSession(_PRODUCT, providers=[PROVIDERS[device]])
+    session = need("onnxruntime", extra="onnx").InferenceSession(
+        _PRODUCT, providers=[PROVIDERS[device]]
+    )
     if session.get_providers()[0] != PROVIDERS[device]:
         raise TargetError(f"onnxruntime fell back to {session.get_providers()[0]}")
     return np.asarray(session.run(["c"], {"a": a, "b": b})[0])
@@ -98,7 +100,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> OnnxB
         MissingExtraError: onnxruntime is not installed.
         TargetError: the device is absent, or onnxruntime cannot load the graph on it.
     """
-    ort = need("onnxruntime")
+    ort = need("onnxruntime", extra="onnx")
     if device not in (present := devices()):
         raise TargetError(
             f"onnxruntime {ort.__version__} here has no device {device!r}; "
@@ -174,16 +176,18 @@ class OnnxBackend:
         self._batch = batch
         self._streams = ThreadPoolExecutor(streams, "qrank-onnx")
 
-    def logits(self, work: Sequences) -> Logits:
+    def logits(self, sequences: Sequences) -> Logits:
         """See `qrank.backends.Backend.logits`."""
         if not self._bare:
-            work = work.whole()
-        batches = cut(work, self._batch, self._memory)
-        prefix = read_prefix(work.prefix, self._bare, partial(self._call, "present"))
+            sequences = sequences.whole()
+        batches = cut(sequences, self._batch, self._memory)
+        prefix = read_prefix(sequences.prefix, self._bare, partial(self._call, "present"))
         if len(batches) == 1:
-            results = [self._run(work.take(batches[0]), prefix)]
+            results = [self._run(sequences.take(batches[0]), prefix)]
         else:
-            results = list(self._streams.map(lambda b: self._run(work.take(b), prefix), batches))
+            results = list(
+                self._streams.map(lambda b: self._run(sequences.take(b), prefix), batches)
+            )
         return in_order(batches, results)
 
     def close(self) -> None:
@@ -211,3 +215,41 @@ class OnnxBackend:
                 raise MemoryError(str(error)) from error
             raise TargetError(f"onnxruntime failed: {error}") from error
         return np.asarray(found)
+
+
+def _conflict() -> str:
+    """onnxruntime's builds share a folder: of two, the one installed last runs."""
+    builds = machine.packages(("onnxruntime",))
+    if len(builds) < 2:
+        return ""
+    return f"{' and '.join(builds)} overwrite each other: uninstall all, install one"
+
+
+SPEC = BackendSpec(
+    runtime="onnxruntime",
+    open=open,
+    version=version,
+    devices=devices,
+    kinds=tuple(PROVIDERS),
+    modules=("onnxruntime",),
+    extra="onnx",
+    format=Format(
+        precisions=(
+            Precision("int8", EIGHT_BITS, cpu=2, elsewhere=2, stem=GRAPH_STEMS["int8"]),
+            Precision("fp16", FLOAT16, bytes=2, cpu=6, elsewhere=1, stem=GRAPH_STEMS["fp16"]),
+            Precision("fp32", FLOAT32, bytes=4, cpu=5, elsewhere=3, stem=GRAPH_STEMS["fp32"]),
+            Precision("int4", FOUR_BITS, made=False, stem=GRAPH_STEMS["int4"]),
+            Precision("bf16", BFLOAT16, made=False, elsewhere=8),
+        ),
+        converter="qrank.converters.onnx.export",
+        importer="qrank.converters.onnx.prebuilt",
+        suffix=".onnx",
+        weights="{name}*",
+    ),
+    batches=batches,
+    memory=memory,
+    product=product,
+    # Its kernels ask the CPU first.
+    in_process=lambda device: device == "cpu",
+    conflict=_conflict,
+)

@@ -1,4 +1,7 @@
-"""OpenVINO graphs: CPUs, and Intel's GPUs and NPUs."""
+"""OpenVINO graphs: CPUs, and Intel's GPUs and NPUs.
+
+Longer than other files: every way around a fault of OpenVINO's stands where it is taken.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qrank.backends import Options, keys
+from qrank.backends import keys
+from qrank.backends.contract import GRAPH_STEMS, BackendSpec, Format, Options, Precision
 from qrank.backends.mapped import dropping_pages
+from qrank.bundle.fidelity import BFLOAT16, EIGHT_BITS, FLOAT16, FLOAT32, FOUR_BITS
 from qrank.bundle.manifest import Variant
 from qrank.bundle.sequences import Floats, Logits, Sequences, feed, no_prefix, read_prefix
 from qrank.errors import TargetError
@@ -29,8 +34,6 @@ from qrank.system.extras import need
 
 if TYPE_CHECKING:
     import openvino
-
-DEVICES = ("cpu", "gpu", "npu")
 
 CPU_BATCH = 160
 """Padded tokens a batch on the CPU, as for onnxruntime: most documents are a batch of their own."""
@@ -69,7 +72,7 @@ _opened_in: list[int] = []
 
 def version() -> str:
     """The runtime's name and version."""
-    return f"openvino {need('openvino').__version__}"
+    return f"openvino {need('openvino', extra='openvino').__version__}"
 
 
 def devices() -> list[str]:
@@ -113,7 +116,7 @@ def memory(device: str) -> int | None:
 
 def product(a: Floats, b: Floats, device: str) -> Floats:
     """The matrix product, computed on a device."""
-    openvino, core = need("openvino"), _core()
+    openvino, core = need("openvino", extra="openvino"), _core()
     ops = importlib.import_module("openvino.opset8")
     left, right = (ops.parameter(x.shape, np.float32) for x in (a, b))
     graph = openvino.Model([ops.matmul(left, right, False, False)], [left, right])
@@ -198,7 +201,7 @@ def _core() -> openvino.Core:
         TargetError: this process was forked from one that had opened a model. OpenVINO's threads
             (TBB's) do not survive that: models run for a while, and then one waits for ever.
     """
-    core = need("openvino").Core
+    core = need("openvino", extra="openvino").Core
     if _opened_in and _opened_in[0] != os.getpid():
         raise TargetError(
             "openvino cannot run in a process forked from one that had opened a model with it: "
@@ -206,7 +209,7 @@ def _core() -> openvino.Core:
         )
     # The bindings make tables at their first use, behind a lock that knows nothing of Python's: two
     # streams that want one at the same moment wait for each other for ever. So it is done here.
-    need("openvino").Tensor(np.zeros(1, np.int64)).element_type.to_dtype()
+    need("openvino", extra="openvino").Tensor(np.zeros(1, np.int64)).element_type.to_dtype()
     return core()
 
 
@@ -310,14 +313,14 @@ class OpenvinoBackend:
         self._streams = ThreadPoolExecutor(streams, "qrank-openvino")
         self._stream = _Stream()
 
-    def logits(self, work: Sequences) -> Logits:
+    def logits(self, sequences: Sequences) -> Logits:
         """See `qrank.backends.Backend.logits`."""
         if not self._batch or not self._bare:
-            work = work.whole()
-        batches = cut(work, self._batch or 0, self._memory)
+            sequences = sequences.whole()
+        batches = cut(sequences, self._batch or 0, self._memory)
         present = partial(self._call, "present")
-        prefix = self._streams.submit(read_prefix, work.prefix, self._bare, present).result()
-        results = self._streams.map(lambda batch: self._run(work.take(batch), prefix), batches)
+        prefix = self._streams.submit(read_prefix, sequences.prefix, self._bare, present).result()
+        results = self._streams.map(lambda batch: self._run(sequences.take(batch), prefix), batches)
         return in_order(batches, results)
 
     def close(self) -> None:
@@ -369,3 +372,33 @@ class OpenvinoBackend:
             if length not in self._models:
                 self._models[length] = self._compile(length)
             return self._models[length]
+
+
+SPEC = BackendSpec(
+    runtime="OpenVINO",
+    open=open,
+    version=version,
+    devices=devices,
+    kinds=("cpu", "gpu", "npu"),
+    modules=("openvino",),
+    extra="openvino",
+    format=Format(
+        precisions=(
+            Precision("int8", EIGHT_BITS, cpu=1, elsewhere=2, stem=GRAPH_STEMS["int8"]),
+            # A little faster than int8 on some machines, and less like the original.
+            Precision("int8-w8a8", EIGHT_BITS, cpu=3, elsewhere=4),
+            Precision("fp16", FLOAT16, bytes=2, cpu=4, elsewhere=1, stem=GRAPH_STEMS["fp16"]),
+            Precision("fp32", FLOAT32, made=False, elsewhere=3, stem=GRAPH_STEMS["fp32"]),
+            Precision("int4", FOUR_BITS, made=False, stem=GRAPH_STEMS["int4"]),
+            Precision("bf16", BFLOAT16, made=False, elsewhere=8),
+        ),
+        converter="qrank.converters.openvino.export",
+        importer="qrank.converters.openvino.prebuilt",
+        suffix=".xml",
+        weights="{stem}.bin",
+    ),
+    compute_dtypes=compute_dtypes,
+    batches=batches,
+    memory=memory,
+    product=product,
+)

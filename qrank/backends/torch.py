@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from qrank.backends import Options
+from qrank.backends.contract import BackendSpec, Format, Options, Precision
 from qrank.bundle.family import Family
-from qrank.bundle.fidelity import Fidelity
+from qrank.bundle.fidelity import BFLOAT16, FLOAT16, FLOAT32, Fidelity
 from qrank.bundle.manifest import Manifest, Probes, Variant
 from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Floats, Logits, Sequences, feed
@@ -27,8 +27,6 @@ from qrank.system.extras import need
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """torch's names of the precisions that a checkpoint can be run in."""
-
-DEVICES = ("cpu", "cuda", "mps")
 
 _NEAR = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 """How far our scoring may be from transformers' own, in times of the logit (of 1 where smaller)."""
@@ -152,9 +150,9 @@ def _check(
         TargetError: they differ: the score is more than a row times a hidden state.
     """
     torch = need("torch")
-    work = Sequences([np.arange(100, 112, dtype=np.int32)])
-    (theirs,) = reference(work)
-    ids = torch.tensor(work.sequences[0][None], dtype=torch.int64)
+    sequences = Sequences([np.arange(100, 112, dtype=np.int32)])
+    (theirs,) = reference(sequences)
+    ids = torch.tensor(sequences.ids[0][None], dtype=torch.int64)
     empty = torch.zeros(scoring.prefix_shape, dtype=scoring.model.dtype)
     nothing = torch.empty(0, dtype=torch.int64)
     with torch.inference_mode():
@@ -180,13 +178,14 @@ class TorchBackend:
             1, "qrank-torch", initializer=need("torch").set_num_threads, initargs=(options.threads,)
         )
 
-    def logits(self, work: Sequences) -> Logits:
+    def logits(self, sequences: Sequences) -> Logits:
         """See `qrank.backends.Backend.logits`."""
         limit = CPU_BATCH if self._device == "cpu" else DEVICE_BATCH
-        batches = cut(work, limit, self._memory)
-        prefix = self._worker.submit(self._read, work).result()
+        batches = cut(sequences, limit, self._memory)
+        prefix = self._worker.submit(self._read, sequences).result()
         results = self._worker.map(
-            lambda batch: in_halves(work.take(batch), lambda some: self._run(some, prefix)), batches
+            lambda batch: in_halves(sequences.take(batch), lambda some: self._run(some, prefix)),
+            batches,
         )
         return in_order(batches, results)
 
@@ -195,18 +194,20 @@ class TorchBackend:
         self._worker.shutdown()
         del self._scorer
 
-    def _read(self, work: Sequences) -> dict[str, Any]:
+    def _read(self, sequences: Sequences) -> dict[str, Any]:
         """What a decoder is given beside a batch: the prefix's keys and values."""
         if not self._family.decoder:
             return {}
-        torch, count = need("torch"), len(work.prefix)
+        torch, count = need("torch"), len(sequences.prefix)
         dtype = self._scorer.model.dtype
         empty = torch.zeros(self._scorer.prefix_shape, dtype=dtype, device=self._device)
         nothing = torch.empty(0, dtype=torch.int64, device=self._device)
         if count:
             keep = torch.arange(count, device=self._device)
             more = {"prefix": empty, "keep": keep}
-            _, empty = in_halves(Sequences([work.prefix]), lambda prefix: self._call(prefix, more))
+            _, empty = in_halves(
+                Sequences([sequences.prefix]), lambda prefix: self._call(prefix, more)
+            )
         return {"prefix": empty, "keep": nothing}
 
     def _run(self, batch: Sequences, prefix: dict[str, Any]) -> Logits:
@@ -228,3 +229,26 @@ class TorchBackend:
             if out_of_memory(error):
                 raise MemoryError(str(error)) from error
             raise TargetError(f"torch failed on {self._device}: {error}") from error
+
+
+SPEC = BackendSpec(
+    runtime="torch",
+    open=open,
+    version=version,
+    devices=devices,
+    kinds=("cpu", "cuda", "mps"),
+    modules=("torch", "transformers"),
+    extra="torch",
+    # No file: a checkpoint as it is.
+    format=Format(
+        precisions=(
+            Precision("fp32", FLOAT32, cpu=10, elsewhere=3),
+            Precision("bf16", BFLOAT16, cpu=11, elsewhere=8),
+            Precision("fp16", FLOAT16, cpu=12, elsewhere=1),
+        ),
+    ),
+    memory=memory,
+    product=product,
+    # It runs the original, which is held against nothing.
+    in_process=lambda device: True,
+)

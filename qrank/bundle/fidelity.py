@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qrank.errors import BundleError
-
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -60,56 +58,32 @@ class Tolerance:
         return "; ".join(missed) or None
 
 
-TOLERANCES = {
-    "fp32": Tolerance(1e-4),
-    "fp16": Tolerance(1e-2),
-    "int8": Tolerance(0.15, 0.9),
-    "int8-w8a8": Tolerance(0.15, 0.9),
-    "f16": Tolerance(1e-2),
-    "q8_0": Tolerance(0.15, 0.9),
-    "q4_k_m": Tolerance(0.3, 0.8),
-    # Of prebuilt files alone.
-    "bf16": Tolerance(5e-2),
-    "int4": Tolerance(0.3, 0.8),
-    "f32": Tolerance(1e-4),
-    **dict.fromkeys(("q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0"), Tolerance(0.15, 0.9)),
-    **dict.fromkeys(("q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs"), Tolerance(0.3, 0.8)),
-}
-"""By precision. They scale with the model: a share of max(1, spread of the reference logits)."""
+# They scale with the model: a share of max(1, spread of the reference logits).
+FLOAT32 = Tolerance(1e-4)
+FLOAT16 = Tolerance(1e-2)
+BFLOAT16 = Tolerance(5e-2)
+EIGHT_BITS = Tolerance(0.15, 0.9)
+FOUR_BITS = Tolerance(0.3, 0.8)
 
 _FEW = 0.5
 """Kendall's tau that is asked of a few short probes, of which it says little: what gives the same
 number for everything, or numbers of its own, has about 0."""
 
 
-def tolerance(precision: str) -> Tolerance:
-    """What a conversion to a precision may lose.
-
-    Raises:
-        BundleError: nobody knows.
-    """
-    if precision not in TOLERANCES:
-        raise BundleError(
-            f"no tolerance of precision {precision!r} is known; known are: {', '.join(TOLERANCES)}"
-        )
-    return TOLERANCES[precision]
-
-
-def here(precision: str, *, exact: bool) -> Tolerance:
+def here(own: Tolerance, *, exact: bool) -> Tolerance:
     """What a variant may lose on a user's machine.
 
     Args:
-        precision: of the variant.
+        own: what a conversion to its precision may lose.
         exact: whether it computes in what the conversion was proven in. Then it is held against a
             few probes: by the differences, mostly. If not, against all of them, and half of the
             tolerance is for the arithmetic, or half of int8's where that is more: bf16 on fp16
             weights is as far from the original as bf16 on any.
     """
-    own, int8 = tolerance(precision), TOLERANCES["int8"]
     if exact:
         return Tolerance(own.share, _FEW)
-    bars = [bar for bar in (own.kendall, int8.kendall) if bar > -1]
-    return Tolerance(max(own.share, int8.share) / 2, min(bars))
+    bars = [bar for bar in (own.kendall, EIGHT_BITS.kendall) if bar > -1]
+    return Tolerance(max(own.share, EIGHT_BITS.share) / 2, min(bars))
 
 
 def _ranks(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from qrank.bundle import hub
-from qrank.bundle.fidelity import TOLERANCES
 from qrank.bundle.hub_names import HubName, newest_snapshot, parse, snapshot
-from qrank.bundle.manifest import MANIFEST, RENAMED, TOKENIZER, Manifest
+from qrank.bundle.manifest import MANIFEST, TOKENIZER, Manifest
 from qrank.bundle.opened import Bundle
 from qrank.errors import InputError, ModelNotFoundError
 
@@ -202,8 +201,9 @@ def refuse_bundle(source: str, path: Path) -> None:
 def _bundle_around(path: Path) -> Path | None:
     """The bundle that a variant's folder, or a file in it, is a part of."""
     for folder in (path, path.parent):
-        precision = folder.name.partition("-")[2]
-        known = precision in TOLERANCES or precision in RENAMED
-        if known and (folder.parent / MANIFEST).is_file():
-            return folder.parent
+        around = folder.parent
+        if (around / MANIFEST).is_file():
+            variants = Manifest.load(around).variants.values()
+            if folder.name in {variant.folder for variant in variants}:
+                return around
     return None

@@ -252,7 +252,7 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
             "reference": probes.reference,
             **verification_note,
             "logits": [float(x) for x in probes.logits],
-            "sequences": [s.tolist() for s in probes.work.sequences],
+            "sequences": [s.tolist() for s in probes.work.ids],
             "segments": None if segments is None else [s.tolist() for s in segments],
         },
     }

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qrank.bundle import hub
-from qrank.bundle.fidelity import TOLERANCES
 from qrank.bundle.hub_names import snapshot
 from qrank.bundle.manifest import CONVERT_AGAIN, TOKENIZER, FileRecord, Manifest, Variant
-from qrank.errors import BundleError, TargetError
+from qrank.errors import BundleError
 from qrank.system import cache
 
 
@@ -53,16 +52,9 @@ class Bundle:
         Those of a bundle on the hub are downloaded when the variant is to run, and not before.
 
         Raises:
-            TargetError: its precision is of a later qrank: nothing tells whether it computes
-                rightly.
             ModelNotFoundError: the hub does not give them.
             BundleError: a file is missing or damaged.
         """
-        if variant.precision not in TOLERANCES:
-            raise TargetError(
-                f"this qrank knows no precision {variant.precision!r} (of {variant.name}); known "
-                f"are: {', '.join(TOLERANCES)}. A later version may"
-            )
         self.fetch([variant])
         self.check(variant.files)
 

@@ -30,29 +30,29 @@ class Sequences:
     """Sequences to score, in any order and of any length.
 
     Attributes:
-        sequences: token ids, ragged and unpadded, special tokens included.
-        segments: token types alongside `sequences`; None for families without them.
+        ids: token ids, ragged and unpadded, special tokens included.
+        segments: token types alongside `ids`; None for families without them.
         prefix: token ids that every sequence begins with, and that are not repeated in
-            `sequences`: of causal models, which need to read them once.
+            `ids`: of causal models, which need to read them once.
     """
 
-    sequences: list[Ids]
+    ids: list[Ids]
     segments: list[Segments] | None = None
     prefix: Ids = field(default_factory=lambda: np.empty(0, np.int32))
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each sequence, shape [n]."""
-        return np.fromiter((len(s) for s in self.sequences), np.int64, len(self.sequences))
+        return np.fromiter((len(s) for s in self.ids), np.int64, len(self.ids))
 
     def __len__(self) -> int:
-        return len(self.sequences)
+        return len(self.ids)
 
     def take(self, indices: NDArray[np.intp]) -> Sequences:
         """The sequences at `indices`, in that order."""
         segments = self.segments
         return Sequences(
-            [self.sequences[i] for i in indices],
+            [self.ids[i] for i in indices],
             None if segments is None else [segments[i] for i in indices],
             self.prefix,
         )
@@ -61,10 +61,10 @@ class Sequences:
         """The same with the prefix repeated in every sequence."""
         if not len(self.prefix):
             return self
-        return Sequences([np.concatenate((self.prefix, s)) for s in self.sequences])
+        return Sequences([np.concatenate((self.prefix, s)) for s in self.ids])
 
 
-def padded(work: Sequences, length: int | None = None) -> dict[str, NDArray[np.int64]]:
+def padded(sequences: Sequences, length: int | None = None) -> dict[str, NDArray[np.int64]]:
     """What scoring graphs may take, by name.
 
     `input_ids`, `attention_mask` and, with segments, `token_type_ids` are of shape [n, length]; ids
@@ -72,33 +72,33 @@ def padded(work: Sequences, length: int | None = None) -> dict[str, NDArray[np.i
     is each sequence's last token's place.
 
     Args:
-        work: what to score.
+        sequences: what to score.
         length: None: the longest sequence's.
     """
-    lengths = work.lengths
+    lengths = sequences.lengths
     mask = (np.arange(length or lengths.max()) < lengths[:, None]).astype(np.int64)
     inputs = {
-        "input_ids": _filled(work.sequences, mask.shape),
+        "input_ids": _filled(sequences.ids, mask.shape),
         "attention_mask": mask,
         "last": lengths - 1,
     }
-    if work.segments is not None:
-        inputs["token_type_ids"] = _filled(work.segments, mask.shape)
+    if sequences.segments is not None:
+        inputs["token_type_ids"] = _filled(sequences.segments, mask.shape)
     return inputs
 
 
 def feed(
     names: Iterable[str],
-    work: Sequences,
+    sequences: Sequences,
     length: int | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`padded`, and more inputs, as a graph with inputs of these names takes them, in its order.
 
     Raises:
-        TargetError: the graph wants an input the work does not have.
+        TargetError: the graph wants an input that they do not have.
     """
-    inputs, wanted = {**padded(work, length), **(more or {})}, list(names)
+    inputs, wanted = {**padded(sequences, length), **(more or {})}, list(names)
     if missing := [name for name in wanted if name not in inputs]:
         raise TargetError(f"the graph wants {', '.join(missing)}; the family has none")
     return {name: inputs[name] for name in wanted}
@@ -127,7 +127,7 @@ def read_prefix(
     Args:
         prefix: may be empty.
         bare: of `no_prefix`; empty for an encoder's graph.
-        present: runs the graph on work and more inputs, and gives its output of that name.
+        present: runs the graph on sequences and more inputs, and gives its output of that name.
     """
     if not len(prefix):
         return bare

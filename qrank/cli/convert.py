@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from qrank.backends import FORMATS
 from qrank.cli.common import InputFile, debug_option, notice
+from qrank.cli.lazy import FormatName, LazyOption, made_precisions
 from qrank.cli.models import fidelity_lines, verification_note
 from qrank.cli.spinner import spinner
 from qrank.errors import ConversionError, FidelityError
@@ -21,7 +21,7 @@ from qrank.errors import ConversionError, FidelityError
     "--to",
     "formats",
     multiple=True,
-    type=click.Choice(FORMATS),
+    type=FormatName(),
     help="Format to make; repeat for more.  [default: all whose packages are installed, or all "
     "that there are prebuilt files of]",
 )
@@ -29,8 +29,11 @@ from qrank.errors import ConversionError, FidelityError
     "--precision",
     "precisions",
     multiple=True,
-    help="onnx: int8, fp16, fp32; openvino: int8, int8-w8a8, fp16; gguf: q4_k_m, q8_0, f16. "
-    "With exactly one --to; repeat for more.  [default: the first of each]",
+    cls=LazyOption,
+    told=lambda: (
+        f"{made_precisions()}. With exactly one --to; repeat for more.  "
+        "[default: the first of each]"
+    ),
 )
 @click.option(
     "--calibration",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from qrank.backends import FORMATS, others
+from qrank.backends import BACKENDS, others
 from qrank.bundle.manifest import Manifest
 from qrank.errors import QrankError, TargetError
 from qrank.measure import worker
@@ -64,11 +64,13 @@ class Device:
         name: lower case.
         compute_dtypes: arithmetic, fastest first; [None] where there is no choice.
         batches: the backend's own first; may be none.
+        note: what a user may want to know of it; "" mostly.
     """
 
     name: str
     compute_dtypes: list[str] | list[None]
     batches: list[int]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Found:
         version: of its runtime; "" where it cannot be used.
         formats: it reads.
         devices: that are present.
+        kinds: of devices that it might find elsewhere.
+        conflict: what is wrong with how it is installed; "" mostly.
         reason: why it cannot be used; None if it can.
     """
 
@@ -87,6 +91,8 @@ class Found:
     version: str = ""
     formats: list[str] = field(default_factory=list)
     devices: list[Device] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    conflict: str = ""
     reason: str | None = None
 
 
@@ -100,7 +106,7 @@ def surveys(manifest: Manifest, limit: float, progress: Callable[[str], object])
     """
     formats = {variant.format for variant in manifest.variants.values()}
     found = []
-    for backend in [f for f in FORMATS if f in formats] + others():
+    for backend in [name for name in BACKENDS if name in formats] + others():
         progress(f"looking for {backend}")
         found.append(survey(backend, limit))
     return found
@@ -116,7 +122,8 @@ def survey(backend: str, limit: float) -> Found:
         return Found(backend, reason=str(error))
     asked.close()
     devices = [
-        Device(name, choices["compute_dtypes"] or [None], choices["batches"])
+        Device(name, choices["compute_dtypes"] or [None], choices["batches"], choices["note"])
         for name, choices in found["devices"].items()
     ]
-    return Found(backend, found["version"], found["formats"], devices)
+    about = {name: found[name] for name in ("version", "formats", "kinds", "conflict")}
+    return Found(backend, devices=devices, **about)

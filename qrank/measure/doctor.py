@@ -7,11 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from qrank.backends import BACKENDS, RUNTIMES, llama, module, others
+from qrank.backends import BACKENDS, others, spec
 from qrank.errors import QrankError
-from qrank.measure.discover import start, survey
+from qrank.measure.discover import Device, start, survey
 from qrank.system import machine
-from qrank.system.extras import EXTRA_OF, installed, pip_line
 
 LIMIT = 60.0
 """Seconds a backend may take to say what is there, and a device to compute."""
@@ -81,27 +80,22 @@ def examine(progress: Callable[[str], object] = lambda step: None) -> dict[str, 
 
 
 def _backend(name: str) -> BackendReport:
-    own = name in BACKENDS
-    if own and not installed(RUNTIMES[name]):
-        # Only "torch" is an extra of its own and one of convert's parts.
-        extra = "torch" if name == "torch" else EXTRA_OF[RUNTIMES[name]]
-        return BackendReport(name, None, f"{RUNTIMES[name]} is not installed", pip_line(extra))
+    # Another package's may crash as it is imported: `survey` does that elsewhere.
+    own = spec(name) if name in BACKENDS else None
+    if own is not None and (missing := own.missing()) is not None:
+        return BackendReport(name, None, f"{missing} is not installed", own.pip_line)
     found = survey(name, LIMIT)
     if found.reason is not None:
-        advice = f"reinstall it: {pip_line(EXTRA_OF[RUNTIMES[name]])}" if own else ""
+        advice = f"reinstall it: {own.pip_line}" if own is not None else ""
         return BackendReport(name, None, found.reason, advice)
-    devices = [
-        _device(name, device.name, [e for e in device.compute_dtypes if e])
-        for device in found.devices
-    ]
-    if own:
-        kinds = {device.name.partition(".")[0] for device in devices}
-        absent = [kind for kind in module(name).DEVICES if kind not in kinds]
-        devices += [DeviceReport(kind, present=False) for kind in absent]
-    return BackendReport(name, found.version, advice=_conflict(name), devices=devices)
+    devices = [_device(name, device) for device in found.devices]
+    kinds = {device.name.partition(".")[0] for device in devices}
+    devices += [DeviceReport(kind, present=False) for kind in found.kinds if kind not in kinds]
+    return BackendReport(name, found.version, advice=found.conflict, devices=devices)
 
 
-def _device(backend: str, device: str, compute_dtypes: list[str]) -> DeviceReport:
+def _device(backend: str, found: Device) -> DeviceReport:
+    device = found.name
     asked = start()
     try:
         off = asked.ask({"do": "check", "backend": backend, "device": device}, LIMIT)["off"]
@@ -113,19 +107,5 @@ def _device(backend: str, device: str, compute_dtypes: list[str]) -> DeviceRepor
         return DeviceReport(device, True, None, "has no check of its own")
     if off > EXACT:
         return DeviceReport(device, True, False, f"a product of matrices is off by {off:.3g}")
-    return DeviceReport(device, True, True, ", ".join(compute_dtypes) or _note(backend, device))
-
-
-def _note(backend: str, device: str) -> str:
-    """What a user may want to know of a device that computes."""
-    if (backend, device) == ("gguf", "cpu") and not llama.rearranges():
-        return "without AMX, whose kernels crash: llama.cpp issue 20824"
-    return ""
-
-
-def _conflict(backend: str) -> str:
-    """onnxruntime's builds share a folder: of two, the one installed last runs."""
-    builds = machine.packages(("onnxruntime",)) if backend == "onnx" else []
-    if len(builds) < 2:
-        return ""
-    return f"{' and '.join(builds)} overwrite each other: uninstall all, install one"
+    compute_dtypes = [name for name in found.compute_dtypes if name]
+    return DeviceReport(device, True, True, ", ".join(compute_dtypes) or found.note)

@@ -26,22 +26,25 @@ class Trial:
 
     def survey(self, backend: str) -> dict[str, Any]:
         """A backend's version, the formats it reads, and its devices here with their choices."""
-        module = backends.module(backend)
+        spec = backends.spec(backend)
         return {
-            "version": module.version(),
+            "version": spec.version(),
             "formats": backends.reads(backend),
+            "kinds": spec.kinds,
+            "conflict": spec.conflict(),
             "devices": {
                 device: {
-                    "compute_dtypes": backends.compute_dtypes(backend, device),
-                    "batches": backends.batches(backend, device),
+                    "compute_dtypes": list(spec.compute_dtypes(device)),
+                    "batches": list(spec.batches(device)),
+                    "note": spec.note(device),
                 }
-                for device in module.devices()
+                for device in spec.devices()
             },
         }
 
     def check(self, backend: str, device: str) -> dict[str, Any]:
         """How far a product of matrices is from numpy's; None where a backend has no such check."""
-        compute = getattr(backends.module(backend), "product", None)
+        compute = backends.spec(backend).product
         if compute is None:
             return {"off": None}
         numbers = np.random.default_rng(0)

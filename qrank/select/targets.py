@@ -3,36 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from qrank.backends import BACKENDS, FORMATS, RUNTIMES, keys, module, others, reads
+from qrank.backends import BACKENDS, format_of, formats, keys, others, reads, spec
 from qrank.bundle.manifest import Manifest, Variant
 from qrank.errors import TargetError
-from qrank.system.extras import installed
 
 log = logging.getLogger("qrank")
-
-ON_CPU = (
-    "openvino-int8",
-    "onnx-int8",
-    "openvino-int8-w8a8",
-    "openvino-fp16",
-    "onnx-fp32",
-    "onnx-fp16",
-    "gguf-q8_0",
-    "gguf-q4_k_m",
-    "gguf-f16",
-    "torch-fp32",
-    "torch-bf16",
-    "torch-fp16",
-)
-"""Variants by the speed to be expected of them on a CPU (docs/benchmarks.md), the first the most.
-
-int8-w8a8 stands behind int8: it is a little faster, and less like the original."""
-
-ELSEWHERE = ("fp16", "int8", "fp32", "int8-w8a8", "f16", "q8_0", "q4_k_m", "bf16")
-"""Precisions likewise, on every other device: they compute in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -121,15 +100,15 @@ def guesses(manifest: Manifest, backend: str | None, device: str | None) -> list
         runs = named(manifest, backend)
     else:
         readable = _readable(manifest)
-        variants = [v for v in readable if _kind(device) in module(v.format).DEVICES]
+        variants = [v for v in readable if _kind(device) in spec(v.format).kinds]
         if not variants:
-            formats = dict.fromkeys(variant.format for variant in readable)
-            known = {format: ", ".join(module(format).DEVICES) for format in formats}
+            names = dict.fromkeys(variant.format for variant in readable)
+            known = {name: ", ".join(spec(name).kinds) for name in names}
             raise TargetError(
                 f"no device {device!r} for the bundle {manifest.name}; its formats may have: "
-                + "; ".join(f"{format} {devices}" for format, devices in known.items())
+                + "; ".join(f"{name} {kinds}" for name, kinds in known.items())
             )
-        variants = [v for v in variants if installed(RUNTIMES[v.format])] or variants
+        variants = [v for v in variants if spec(v.format).missing() is None] or variants
         runs = [(variant, variant.format) for variant in variants]
     targets = [Target(variant, device, runner) for variant, runner in runs]
     return sorted(targets, key=expected)
@@ -137,18 +116,20 @@ def guesses(manifest: Manifest, backend: str | None, device: str | None) -> list
 
 def _readable(manifest: Manifest) -> list[Variant]:
     """The variants of formats this qrank knows; others are told of."""
-    known = [v for v in manifest.variants.values() if v.format in BACKENDS]
-    if unknown := [v.name for v in manifest.variants.values() if v.format not in BACKENDS]:
+    every = manifest.variants.values()
+    formats_here = {f for f in {v.format for v in every} if format_of(f) is not None}
+    known = [v for v in every if v.format in formats_here]
+    if unknown := [v.name for v in every if v.format not in formats_here]:
         log.warning(
             "leaving out %s of the bundle %s: this qrank knows the formats %s",
             ", ".join(unknown),
             manifest.name,
-            ", ".join(FORMATS),
+            ", ".join(formats()),
         )
     if not known:
         raise TargetError(
             f"the bundle {manifest.name} has {', '.join(manifest.variants) or 'no variant'}; this "
-            f"qrank knows the formats {', '.join(FORMATS)}: convert the model again, or install "
+            f"qrank knows the formats {', '.join(formats())}: convert the model again, or install "
             "the qrank that wrote it"
         )
     return known
@@ -168,12 +149,13 @@ def named(manifest: Manifest, backend: str) -> list[tuple[Variant, str]]:
     every = list(manifest.variants.values())
     if ":" in backend:
         return [(variant, backend) for variant in every]
-    if found := [v for v in every if v.format in BACKENDS and backend in (v.format, v.name)]:
+    meant = [v for v in every if backend in (v.format, v.name)]
+    if found := [v for v in meant if format_of(v.format) is not None]:
         return [(variant, variant.format) for variant in found]
     name, _, variant = backend.partition("/")
     if name not in BACKENDS and name in others():
-        formats = reads(name)
-        if found := [v for v in every if v.format in formats and variant in ("", v.name)]:
+        readable = reads(name)
+        if found := [v for v in every if v.format in readable and variant in ("", v.name)]:
             return [(variant, name) for variant in found]
     raise TargetError(
         f"the bundle {manifest.name} has no variant for backend {backend!r}; it has: "
@@ -181,16 +163,15 @@ def named(manifest: Manifest, backend: str) -> list[tuple[Variant, str]]:
     )
 
 
-def expected(target: Target) -> tuple[int, int]:
+def expected(target: Target) -> tuple[float, int]:
     """A sort key: the faster, as one may expect, the smaller."""
     variant = target.variant
-    by_name = {name: place for place, name in enumerate(ON_CPU)}
-    by_precision = {name: place for place, name in enumerate(ELSEWHERE)}
-    if target.device == "cpu":
-        place = by_name.get(variant.name, len(by_name))
-    else:
-        place = by_precision.get(variant.precision, len(by_precision))
-    return place, [*FORMATS, variant.format].index(variant.format)
+    format = format_of(variant.format)
+    precision = format and format.precision(variant.precision)
+    place = math.inf
+    if precision:
+        place = precision.cpu if target.device == "cpu" else precision.elsewhere
+    return place, [*BACKENDS, variant.format].index(variant.format)
 
 
 def _kind(device: str) -> str:

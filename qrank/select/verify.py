@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from qrank import backends
-from qrank.backends import RUNTIMES, Backend, Options, isolation, opener
+from qrank.backends import Backend, Options, isolation, spec, tolerance
 from qrank.backends.isolation import FatalError
 from qrank.bundle.fidelity import Fidelity, here
 from qrank.bundle.manifest import Probes
@@ -25,7 +24,6 @@ from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import QrankError, TargetError
 from qrank.select.targets import Target
 from qrank.system import cache
-from qrank.system.extras import installed, need
 from qrank.system.subprocess_rpc import NoChildError
 
 CONVERTED_IN = "fp32"
@@ -102,8 +100,7 @@ def open_verified(
         TargetError: no arithmetic does, or the one asked for is not to be had; or it crashed or
             hung when it was tried.
     """
-    if target.backend in RUNTIMES and not installed(RUNTIMES[target.backend]):
-        need(RUNTIMES[target.backend])
+    spec(target.backend).require()
     case = _Case(bundle, target, options, least_kendall)
     proof = known or case.recalled()
     backend = None
@@ -136,8 +133,7 @@ def _verify(case: _Case) -> tuple[Proof, Backend | None]:
 
 
 def _verify_here(case: _Case) -> tuple[Proof, Backend]:
-    own = ":" in case.target.backend
-    choices = () if own else backends.compute_dtypes(case.target.backend, case.target.device)
+    choices = spec(case.target.backend).compute_dtypes(case.target.device)
     opened: list[Backend] = []
 
     def compute(compute_dtype: str | None, work: Sequences) -> Logits:
@@ -170,7 +166,8 @@ class _Case:
         """The target's backend in this process, computing in some arithmetic."""
         chosen = replace(self.options, compute_dtype=compute_dtype)
         target = self.target
-        return opener(target.backend)(self.bundle.folder, target.variant, target.device, chosen)
+        opened = spec(target.backend).open
+        return opened(self.bundle.folder, target.variant, target.device, chosen)
 
     def apart(self, worker: isolation.Worker) -> tuple[Sequence[str], Compute]:
         """What `settle` takes, of a process of its own."""
@@ -234,7 +231,8 @@ class _Case:
         # On the scale of all probes.
         spread = float(np.ptp(self.bundle.manifest.probes.logits))
         fidelity = replace(Fidelity.of(logits, probes.logits), spread=spread)
-        bar = here(self.target.variant.precision, exact=exact)
+        variant = self.target.variant
+        bar = here(tolerance(variant.format, variant.precision), exact=exact)
         if not exact:
             bar = replace(bar, kendall=max(bar.kendall, self.least_kendall or -1.0))
         if missed := bar.shortfall(fidelity):
@@ -274,13 +272,12 @@ class _Case:
         )
 
     def _runtime(self) -> str:
-        backend = self.target.backend
-        return backend if ":" in backend else str(backends.module(backend).version())
+        return spec(self.target.backend).version()
 
 
 def _digest(probes: Probes) -> str:
     total = hashlib.sha256(probes.logits.tobytes())
-    for sequence in (*probes.work.sequences, *(probes.work.segments or ())):
+    for sequence in (*probes.work.ids, *(probes.work.segments or ())):
         total.update(sequence.tobytes())
     return total.hexdigest()
 

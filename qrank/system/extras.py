@@ -16,13 +16,11 @@ EXTRA_OF = {
     "fastapi": "serve",
     "gguf": "convert",
     "ir_measures": "eval",
-    "llama_cpp": "gguf",
     "matplotlib": "plot",
     "nncf": "convert",
     "onnx": "convert",
-    "onnxruntime": "onnx",
     "onnxscript": "convert",
-    "openvino": "openvino",
+    "openvino": "convert",
     "prometheus_client": "serve",
     "safetensors": "convert",
     "scipy": "eval",
@@ -30,13 +28,7 @@ EXTRA_OF = {
     "transformers": "convert",
     "uvicorn": "serve",
 }
-"""Which extra of qrank brings a module."""
-
-DISTRIBUTION = {
-    "llama_cpp": "llama-cpp-python",
-    "prometheus_client": "prometheus-client",
-}
-"""What pip calls a module, where it is not the module's own name."""
+"""Which extra of qrank brings a module. What a backend runs on is said in its `BackendSpec`."""
 
 _SILENCE = {"onnxruntime": "ORT_DISABLE_TELEMETRY"}
 """The environment variable that, set before the import, keeps a module from calling home.

@@ -1,0 +1,79 @@
+"""Options that tell of formats and devices, by what backends say of themselves.
+
+To ask means to import the backends' files: it is done when help is shown or a format given, and
+not at every start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from qrank.backends import BACKENDS, formats, spec
+
+
+class LazyOption(click.Option):
+    """An option whose help is made when it is shown."""
+
+    def __init__(self, *arguments: Any, told: Callable[[], str], **settings: Any) -> None:
+        """See click.
+
+        Args:
+            arguments: as click has them.
+            told: makes the help.
+            settings: as click has them.
+        """
+        super().__init__(*arguments, **settings)
+        self._told = told
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """See click."""
+        self.help = self._told()
+        return super().get_help_record(ctx)
+
+
+class FormatName(click.types.StringParamType):
+    """A format that checkpoints are converted to, other packages' included."""
+
+    name = "format"
+
+    def convert(self, value: Any, *context: Any) -> Any:
+        """See click."""
+        return self._choice.convert(value, *context)
+
+    def get_metavar(self, *context: Any, **more: Any) -> str | None:
+        """See click."""
+        return self._choice.get_metavar(*context, **more)
+
+    def shell_complete(self, *context: Any) -> Any:
+        """See click."""
+        return self._choice.shell_complete(*context)
+
+    @property
+    def _choice(self) -> click.Choice[str]:
+        return click.Choice(list(formats()))
+
+
+def made_precisions() -> str:
+    """`onnx: int8, fp16, fp32; ...`, the default of each format first."""
+    return "; ".join(f"{name}: {', '.join(format.made)}" for name, format in formats().items())
+
+
+def device_option(default: str) -> Callable[[Any], Any]:
+    """The option `--device`.
+
+    Args:
+        default: what is taken where it is not given, for the help.
+    """
+    return click.option(
+        "--device",
+        cls=LazyOption,
+        told=lambda: f"{kinds()}.  [default: {default}]",
+    )
+
+
+def kinds() -> str:
+    """Every kind of device that a backend of qrank's may find."""
+    return ", ".join(dict.fromkeys(kind for name in BACKENDS for kind in spec(name).kinds))
