@@ -129,7 +129,7 @@ class Prebuilt:
 
 
 def importable() -> dict[str, Format]:
-    """The formats whose ready-made files can be taken over."""
+    """The formats whose prebuilt files can be taken over."""
     return {name: format for name, format in formats().items() if format.importer}
 
 

@@ -11,13 +11,12 @@ from qrank.system.version import __version__
 
 if TYPE_CHECKING:
     from qrank.measure.tuning import tune
-    from qrank.reranker import Reranker
-    from qrank.scoring.ranking import Ranking
+    from qrank.reranker import Ranking, Reranker
 
 __all__ = ["QrankError", "Ranking", "Reranker", "__version__", "tune"]
 
 _PLACES = {
-    "Ranking": "qrank.scoring.ranking",
+    "Ranking": "qrank.reranker",
     "Reranker": "qrank.reranker",
     "tune": "qrank.measure.tuning",
 }

@@ -21,7 +21,7 @@ from qrank.scoring import activation, arguments
 from qrank.scoring.deadline import doubling, score_within
 from qrank.scoring.inputs import LongDocuments, as_pairs, as_text, as_texts
 from qrank.scoring.pair_tokenizer import PairTokenizer
-from qrank.scoring.ranking import Rankings, ScoredPairs
+from qrank.scoring.ranking import Ranking, Rankings, ScoredPairs
 from qrank.select.measurements import PROFILES, Profile
 from qrank.select.selection import (
     POLICIES,
@@ -33,6 +33,8 @@ from qrank.select.selection import (
 )
 from qrank.select.targets import Target
 from qrank.system.machine import processors
+
+__all__ = ["Ranking", "Rankings", "Reranker"]
 
 
 class Reranker:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("qrank")
 
 WINDOWED = ("mistral", "qwen2", "qwen3")
-"""Causal models (`model_type`) whose windows `qrank.scoring.scoring_graph` builds."""
+"""Causal models (`model_type`) whose windows `checkpoint/scoring_graph.py` builds."""
 
 
 def window(settings: PretrainedConfig, max_length: int, source: str) -> int | None:

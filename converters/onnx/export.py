@@ -109,7 +109,7 @@ def export(
         optimize: fold constants, weights that are transposed or upcast among them. Takes memory.
     """
     torch = need("torch")
-    from qrank.scoring.scoring_graph import DecoderScorer, input_names, scorer
+    from qrank.converters.checkpoint.scoring_graph import DecoderScorer, input_names, scorer
 
     names, module = input_names(family), scorer(model, family)
     example = torch.ones(2, 8, dtype=torch.int64)

@@ -84,7 +84,7 @@ class Surgery:
         self._output(_old(logits), "logits", [None, 1])
 
     def cut(self, logits: str, labels: Sequence[int]) -> bool:
-        """Make `qrank.scoring.scoring_graph.DecoderScorer` of a causal model.
+        """Make `qrank.converters.checkpoint.scoring_graph.DecoderScorer` of a causal model.
 
         Returns:
             Whether it can go on from a prefix.

@@ -1,4 +1,4 @@
-"""A causal model's OpenVINO graph -> what `qrank.scoring.scoring_graph.DecoderScorer` is.
+"""A causal model's OpenVINO graph -> what `DecoderScorer` of `checkpoint/scoring_graph.py` is.
 
 The state, or the inputs and outputs that hold keys and values, give way to `prefix` and `present`;
 and of the vocabulary's logits the score's row at the last token remains.

@@ -88,12 +88,12 @@ class Precision:
     Attributes:
         name: the format's own: `int8`, `q4_k_m`.
         tolerance: what a conversion to it may lose.
-        made: whether checkpoints are converted to it. If not, only ready-made files have it.
+        made: whether checkpoints are converted to it. If not, only prebuilt files have it.
         bytes: that a number takes on disk, where it is made.
         cpu: place by the speed to be expected on a CPU, among all variants, 1 the fastest
             (docs/benchmarks.md).
         elsewhere: likewise on other devices, among all precisions.
-        stem: a regular expression that finds the precision in the name of a ready-made file, in
+        stem: a regular expression that finds the precision in the name of a prebuilt file, in
             lower case and without its suffix. Where several files are offered and nobody names a
             precision, only those with a `stem` are looked for. None: the name, at the end.
     """
@@ -115,10 +115,10 @@ class Format:
         precisions: the one that is made unless another is named comes first.
         converter: the module that makes it of checkpoints; see `qrank.converters.makers.Maker`.
             "": nothing does.
-        importer: the module that takes ready-made files over, with `precision`, `take` and
+        importer: the module that takes prebuilt files over, with `precision`, `import_file` and
             MODULES. "": nothing does.
-        suffix: of ready-made files.
-        weights: a pattern of the files that hold a ready-made file's weights, with `{name}` and
+        suffix: of prebuilt files.
+        weights: a pattern of the files that hold a prebuilt file's weights, with `{name}` and
             `{stem}` for the file's name and that without its suffix. "": the file itself alone.
     """
 

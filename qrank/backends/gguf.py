@@ -41,7 +41,7 @@ BATCH = 2048
 
 _LIKE_EIGHT_BITS = ("q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0")
 _LIKE_FOUR_BITS = ("q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs")
-"""What ready-made files may be in besides."""
+"""What prebuilt files may be in besides."""
 
 _GROWTH = 256
 """Contexts are made for a multiple of so many tokens."""

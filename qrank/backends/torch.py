@@ -118,8 +118,8 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Torch
             f"{version()} here has no device {device!r}; present are: {', '.join(present)}"
         )
     from qrank.converters.checkpoint.reference import run_reference
+    from qrank.converters.checkpoint.scoring_graph import input_names, scorer
     from qrank.converters.checkpoint.weights import load_model
-    from qrank.scoring.scoring_graph import scorer
 
     family = options.family
     assert family is not None  # `Reranker` gives it where it runs a checkpoint
@@ -130,7 +130,8 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Torch
         # In a thread of its own, see `TorchBackend`.
         with ThreadPoolExecutor(1) as once:
             once.submit(_check, scoring, theirs, family, variant.precision).result()
-    return TorchBackend(scoring.to(device), family, device, options)
+    names = input_names(family)
+    return TorchBackend(scoring.to(device), names, family, device, options)
 
 
 def _check(
@@ -167,8 +168,11 @@ def _check(
 class TorchBackend:
     """A model and the one thread that runs it, batch by batch."""
 
-    def __init__(self, scorer: Any, family: Family, device: str, options: Options) -> None:
+    def __init__(
+        self, scorer: Any, names: list[str], family: Family, device: str, options: Options
+    ) -> None:
         self._scorer = scorer
+        self._names = names
         self._family = family
         self._device = device
         self._memory = options.memory
@@ -217,9 +221,7 @@ class TorchBackend:
 
     def _call(self, batch: Sequences, more: dict[str, Any]) -> Any:
         torch = need("torch")
-        from qrank.scoring.scoring_graph import input_names
-
-        inputs = feed(input_names(self._family), batch, more=more)
+        inputs = feed(self._names, batch, more=more)
         try:
             with torch.inference_mode():
                 return self._scorer(
