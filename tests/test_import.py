@@ -117,7 +117,7 @@ def test_inspecting_needs_no_backend(bundle: Path) -> None:
 
 def test_the_module_variable_is_the_users(bundle: Path) -> None:
     """Who wants onnxruntime's reports may have them: what is set already is left alone."""
-    code = "import os\nfrom qrank.system.extras import need\nneed('onnxruntime')\n"
+    code = "import os\nfrom qrank.system.extras import need\nneed('onnxruntime', extra='onnx')\n"
     code += "assert os.environ['ORT_DISABLE_TELEMETRY'] == '0'"
     environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment)

@@ -13,6 +13,7 @@ import click
 
 from qrank.bundle.locate import locate
 from qrank.cli.common import FiniteRange, InputFile, debug_option, policy_options
+from qrank.cli.lazy import device_option
 from qrank.cli.plots import check_plot, plot_bench
 from qrank.cli.spinner import spinner
 from qrank.measure.bench import COUNTS, Row, chosen
@@ -36,7 +37,7 @@ from qrank.system.machine import cpu_name, processors
     multiple=True,
     help="onnx, openvino-int8, ...; repeat for more.  [default: every variant]",
 )
-@click.option("--device", help="cpu, cuda, gpu, npu, metal, ...  [default: every one present]")
+@device_option("every one present")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @click.option(
     "--seconds",

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import click
 
+from qrank.cli.lazy import device_option
 from qrank.cli.streams import see_to_output, standard_streams
 from qrank.errors import InputError, QrankError
 from qrank.scoring.arguments import size
@@ -226,9 +227,7 @@ def memory_option(command: Command) -> Command:
 
 
 _RUN = (
-    click.option(
-        "--device", help="cpu, cuda, gpu, npu, metal, ...  [default: as measured, or cpu]"
-    ),
+    device_option("as measured, or cpu"),
     click.option(
         "--compute-dtype", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]"
     ),
