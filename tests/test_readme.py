@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qrank.backends.openvino import saturates
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 BIN = Path(sys.executable).parent
@@ -27,6 +29,9 @@ NOT_RUN = {
     "qrank serve mini": "runs until it is stopped; tests/test_serve.py does",
     'CMAKE_ARGS="-DGGML_CUDA=on" pip install ".[gguf]"': "compiles for a GPU",
 }
+if saturates():
+    command = "qrank convert models/mini --to openvino --precision int8-w8a8"
+    NOT_RUN[f"{command} --calibration pairs.jsonl -o my-bundle"] = "this CPU has no VNNI"
 
 
 def blocks(language: str) -> list[str]:
