@@ -1,11 +1,13 @@
 """The import graph of the house: modules, the rooms they lie in, and the arrows between rooms.
 
-`python tests/rooms.py` prints it. A room is a package, or a module beside the packages.
+`python tests/rooms.py` prints it, with `--markdown` as docs/rooms.md. A room is a package, or a
+module beside the packages.
 """
 
 from __future__ import annotations
 
 import ast
+import sys
 from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -115,8 +117,36 @@ def circles() -> list[str]:
     return []
 
 
+def described() -> str:
+    """docs/rooms.md: every file by the first sentence of its docstring, the highest floor first."""
+    lines = [
+        "# Rooms and files",
+        "",
+        "Printed by `python tests/rooms.py --markdown`; a test compares. A room imports rooms of",
+        "lower floors only. `qrank.converters` lies in `converters/`.",
+    ]
+    for floor in reversed(range(len(FLOORS))):
+        for name in sorted(f"qrank.{room}".rstrip(".") for room in FLOORS[floor]):
+            lines += ["", f"## Floor {floor}: `{name}`", ""]
+            for module in sorted(module for module in MODULES if room(module) == name):
+                text = ast.get_docstring(parsed(module)) or ""
+                path = MODULES[module].relative_to(ROOT).as_posix()
+                if module == name and path.endswith("__init__.py"):
+                    lines[-1:] = ["", _first_line(text), ""]
+                else:
+                    lines.append(f"- `{path}`: {_first_line(text)}")
+    return "\n".join(lines) + "\n"
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
+
+
 def main() -> None:
-    """Print the graph."""
+    """Print the graph, or with --markdown docs/rooms.md."""
+    if "--markdown" in sys.argv:
+        print(described(), end="")  # noqa: T201
+        return
     found = arrows()
     rooms = sorted({room(name) for name in MODULES}, key=lambda name: (-FLOOR[name], name))
     for name in rooms:

@@ -3,7 +3,19 @@
 import ast
 
 import pytest
-from rooms import FLOOR, MODULES, arrows, circles, imports, own, parsed, room, upward
+from rooms import (
+    FLOOR,
+    MODULES,
+    ROOT,
+    arrows,
+    circles,
+    described,
+    imports,
+    own,
+    parsed,
+    room,
+    upward,
+)
 
 RUNTIME = [name for name in MODULES if not name.startswith("qrank.converters")]
 TORCH = {"torch", "transformers"}
@@ -24,6 +36,10 @@ def test_there_are_no_circles() -> None:
 def test_the_house_is_small() -> None:
     assert len(FLOOR) <= 18
     assert len(arrows()) <= 86
+
+
+def test_the_documentation_names_every_room_and_file() -> None:
+    assert (ROOT / "docs" / "rooms.md").read_text("utf-8") == described()
 
 
 # When called, and not before.
