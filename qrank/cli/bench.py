@@ -74,7 +74,7 @@ def bench(
     that is what qrank tune does.
 
     \b
-      qrank bench my-bundle --documents passages.jsonl -q "how do plants make food?"
+      qrank bench my-bundle --documents d.jsonl -q "how do plants make food?"
       qrank bench my-bundle --backend openvino --plot speed.svg
     """
     if plot is not None:
