@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -253,6 +254,7 @@ def test_a_precision_of_a_later_version_is_left_out_and_the_others_run(copy: Pat
         Reranker(copy, backend="onnx-int2")
 
 
+@tiny.needs_vnni
 def test_a_bundle_with_a_precision_by_its_former_name_runs_and_gains_variants(
     without_fp32: Path, bert: str, ready_graph: object
 ) -> None:

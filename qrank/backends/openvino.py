@@ -1,7 +1,4 @@
-"""OpenVINO graphs: CPUs, and Intel's GPUs and NPUs.
-
-Longer than other files: every way around a fault of OpenVINO's stands where it is taken.
-"""
+"""OpenVINO graphs: CPUs, and Intel's GPUs and NPUs."""
 
 from __future__ import annotations
 
@@ -9,26 +6,19 @@ import importlib
 import logging
 import os
 import platform
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qrank.backends import keys
 from qrank.backends.contract import GRAPH_STEMS, BackendSpec, Format, Options, Precision
 from qrank.backends.mapped import dropping_pages
+from qrank.backends.openvino_graph import OpenvinoBackend
 from qrank.bundle.fidelity import BFLOAT16, EIGHT_BITS, FLOAT16, FLOAT32, FOUR_BITS
 from qrank.bundle.manifest import Variant
-from qrank.bundle.sequences import Floats, Logits, Sequences, feed, no_prefix, read_prefix
+from qrank.bundle.sequences import Floats
 from qrank.errors import TargetError
-from qrank.scoring.batching import cut, in_order
-from qrank.scoring.memory import MemoryBudget
 from qrank.system import cache, machine
 from qrank.system.extras import need
 
@@ -41,16 +31,9 @@ CPU_BATCH = 160
 DEVICE_BATCH = 16_384
 """Padded tokens a batch on an accelerator, which wants large ones."""
 
-STEP = 16
-"""Lengths are rounded up to a multiple. OpenVINO makes kernels for each shape it meets: with fewer
-shapes, uneven documents ran a third faster, and the padding costs 3 %."""
-
 WRONG_LENGTHS: dict[tuple[str, str | None], tuple[int, ...]] = {("int8-w8a8", "bf16"): (32,)}
 """Padded lengths that OpenVINO's CPU computes wrongly, by precision and arithmetic: with 2026.4 on
 AMX by up to 4 logits of a spread of 3, all others rightly. They are rounded up once more."""
-
-SHORTEST_BUCKET = 64
-"""Where shapes are static: lengths are rounded up to this, or it doubled, and so on."""
 
 GROUP = 64
 """Activations in so many channels of one token share a scale, where int8 weights meet them: twice
@@ -59,7 +42,7 @@ as fast as fp32 activations, as fast as groups of 128, and closer than these."""
 DECODER_GROUP = 32
 """The same for causal language models, a few of whose channels are far larger than the rest."""
 
-EXECUTIONS = {"bf16": "BF16", "fp16": "FP16", "fp32": "FP32"}
+CAPABILITIES = {"bf16": "BF16", "fp16": "FP16", "fp32": "FP32"}
 """What arithmetic may be, fastest first -> OpenVINO's name of the capability."""
 
 _HINTS = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
@@ -89,7 +72,7 @@ def compute_dtypes(device: str) -> tuple[str, ...]:
     core = _core()
     _require(core, device)
     able = core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
-    found = tuple(name for name, capability in EXECUTIONS.items() if capability in able)
+    found = tuple(name for name, capability in CAPABILITIES.items() if capability in able)
     if device == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
         # x86 CPUs that compute in fp16 do so in bf16 too, five times as fast; and int8-w8a8 hangs
         # in fp16 there (2026.4, when shapes follow each other).
@@ -260,118 +243,6 @@ def _static(node: Any, length: int) -> list[int]:
     if node.any_name in ("prefix", "keep"):
         return [0 if d.is_dynamic else d.get_length() for d in node.partial_shape]
     return [1] if node.any_name == "last" else [1, length]
-
-
-class _Stream(threading.local):
-    """What one stream's thread has to itself: a request serves a single thread at a time."""
-
-    def __init__(self) -> None:
-        self.requests: dict[int | None, openvino.InferRequest] = {}
-
-
-class OpenvinoBackend:
-    """A compiled graph fed by parallel streams; with static shapes, one graph a length."""
-
-    def __init__(
-        self,
-        compiled: Callable[[int | None], openvino.CompiledModel],
-        limit: int,
-        batch: int | None,
-        weights: Path,
-        memory: MemoryBudget,
-        avoided: Sequence[int] = (),
-    ) -> None:
-        """Compile.
-
-        Args:
-            compiled: makes the graph for one pair of a length; given None, for every shape.
-            limit: tokens the model reads.
-            batch: padded tokens a batch. None: static shapes, one pair at a time.
-            weights: the file they lie in.
-            memory: for batches.
-            avoided: lengths that are not to be padded to.
-        """
-        self._compile = compiled
-        self._avoided = avoided
-        self._limit = limit
-        self._batch = batch
-        self._weights = weights
-        self._arranged: set[int | None] = set()
-        self._memory = memory
-        self._lock = threading.Lock()
-        self._models: dict[int | None, openvino.CompiledModel] = {}
-        model = self._model(None if batch else min(SHORTEST_BUCKET, limit))
-        shapes = {i.any_name: i.partial_shape for i in model.inputs}
-        self._inputs = list(shapes)
-        # Of graphs that have no such input, nothing.
-        self._bare: dict[str, NDArray[Any]] = {}
-        if "prefix" in shapes:
-            self._bare = no_prefix(
-                [0 if d.is_dynamic else d.get_length() for d in shapes["prefix"]]
-            )
-        streams: int = model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
-        self._streams = ThreadPoolExecutor(streams, "qrank-openvino")
-        self._stream = _Stream()
-
-    def logits(self, sequences: Sequences) -> Logits:
-        """See `qrank.backends.Backend.logits`."""
-        if not self._batch or not self._bare:
-            sequences = sequences.whole()
-        batches = cut(sequences, self._batch or 0, self._memory)
-        present = partial(self._call, "present")
-        prefix = self._streams.submit(read_prefix, sequences.prefix, self._bare, present).result()
-        results = self._streams.map(lambda batch: self._run(sequences.take(batch), prefix), batches)
-        return in_order(batches, results)
-
-    def close(self) -> None:
-        """See `qrank.backends.Backend.close`."""
-        self._streams.shutdown()
-        self._models.clear()
-
-    def _run(self, batch: Sequences, prefix: dict[str, NDArray[Any]]) -> Logits:
-        length = self._length(int(batch.lengths.max()))
-        with self._memory.reserve(len(batch), length, len(batch.prefix)):
-            logits = self._call("logits", batch, prefix)
-        return logits.astype(np.float32).reshape(len(batch))
-
-    def _call(self, output: str, batch: Sequences, more: dict[str, NDArray[Any]]) -> NDArray[Any]:
-        length = self._length(int(batch.lengths.max()))
-        inputs = feed(self._inputs, batch, length, more)
-        graph = None if self._batch else length
-        # A graph's weights are arranged for the device as it first runs.
-        once = nullcontext() if graph in self._arranged else dropping_pages(self._weights)
-        try:
-            with once:
-                request = self._request(graph)
-                # A copy: the request's own memory is the next batch's.
-                found = np.array(request.infer(inputs, share_inputs=True)[output])
-            self._arranged.add(graph)
-            return found
-        except RuntimeError as error:
-            raise TargetError(f"openvino failed: {error}") from error
-
-    def _length(self, longest: int) -> int:
-        """What a batch's length is rounded up to."""
-        if self._batch:
-            length = -(-longest // STEP) * STEP
-            return min(length + STEP if length in self._avoided else length, self._limit)
-        length = SHORTEST_BUCKET
-        while length < longest:
-            length *= 2
-        return min(length, self._limit)
-
-    def _request(self, length: int | None) -> openvino.InferRequest:
-        """This stream's own request to a graph."""
-        requests = self._stream.requests
-        if length not in requests:
-            requests[length] = self._model(length).create_infer_request()
-        return requests[length]
-
-    def _model(self, length: int | None) -> openvino.CompiledModel:
-        with self._lock:
-            if length not in self._models:
-                self._models[length] = self._compile(length)
-            return self._models[length]
 
 
 SPEC = BackendSpec(

@@ -1,4 +1,7 @@
-"""Files of records a line, as collections come in: texts by id, runs, relevance judgements."""
+"""Files of records a line, as collections come in: texts by id, runs, relevance judgements.
+
+Longer than other files: what is said of a bad line is the same for all three.
+"""
 
 from __future__ import annotations
 
