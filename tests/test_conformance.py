@@ -4,9 +4,9 @@
 
 | kinds | onnx | openvino | gguf | torch |
 |---|---|---|---|---|
-| bert, bert-one-segment, xlm-roberta, modernbert-mean, modernbert-cls (here) | all | all | all | fp32 |
-| the decoders of `tiny_decoders.CHECKPOINTS` (test_decoders.py) | all | but int8-w8a8 | all | fp32 |
-| nemotron (test_nemotron.py) | all | all | all | fp32 |
+| encoders: `tiny.CHECKPOINTS` (here) | all | all | all | fp32 |
+| decoders: `tiny_decoders.CHECKPOINTS` (there) | all | but int8-w8a8 | all | fp32 |
+| nemotron (its own file) | all | all | all | fp32 |
 
 "All" is what the backends declare (`qrank.backends.formats`); openvino's int8-w8a8 is left out on
 CPUs without VNNI, where it is refused. Held against transformers' own forward pass in fp32: pairs
