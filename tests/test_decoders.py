@@ -5,6 +5,7 @@ import random
 import shutil
 from collections.abc import Callable
 from functools import cache
+from importlib import resources
 from pathlib import Path
 
 import gguf
@@ -469,9 +470,9 @@ def test_a_chat_model_is_refused_with_the_families_it_could_be(
 def test_a_label_of_several_tokens_is_refused(
     checkpoint_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    card = Path(str(read_checkpoint.__code__.co_filename)).parents[1] / "models" / "zerank.toml"
+    card = resources.files("qrank.models").joinpath("zerank.toml").read_text("utf-8")
     changed = tmp_path / "mine.toml"
-    changed.write_text(card.read_text("utf-8").replace('["Yes"]', '["certainly so"]'), "utf-8")
+    changed.write_text(card.replace('["Yes"]', '["certainly so"]'), "utf-8")
     with pytest.raises(FamilyError, match=r"'certainly so' .* is no single token"):
         read_checkpoint(str(checkpoint_of("zerank")), family=str(changed))
 

@@ -194,7 +194,7 @@ def test_a_located_bundle_is_not_looked_for_again(
         with Reranker(located, backend=name) as reranker:
             assert reranker.target.variant.name == name
             with pickle.loads(pickle.dumps(reranker)) as again:
-                assert again.bundle.folder == located.folder
+                assert again.engine.bundle.folder == located.folder
 
 
 def test_a_bundle_is_shown_without_being_downloaded(server: Hub, bundle: Path) -> None:
