@@ -257,8 +257,9 @@ def _forget_backends() -> None:
     A runtime's threads do not survive a fork, and its destructor waits for them: so what was
     inherited is never freed, not even when the child exits.
     """
+    _held.clear()
     for engine in _living:
-        # A thread the child does not have may hold the old ones.
+        # The old ones are held by the thread that forked.
         engine._lock = threading.RLock()
         engine.latency = LatencyEstimate()
         engine._users = _Users()
@@ -267,5 +268,27 @@ def _forget_backends() -> None:
             engine._backend = None
 
 
+_held: list[Engine] = []
+"""Those whose locks the thread that forks has taken."""
+
+
+def _wait_for_openings() -> None:
+    """Before a fork: no thread is in the middle of loading a model, with a runtime's locks held.
+
+    A child would have these locks too, and nobody to free them.
+    """
+    _held[:] = _living
+    for engine in _held:
+        engine._lock.acquire()
+
+
+def _go_on() -> None:
+    """After a fork, in the parent."""
+    while _held:
+        _held.pop()._lock.release()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_backends)
+    os.register_at_fork(
+        before=_wait_for_openings, after_in_parent=_go_on, after_in_child=_forget_backends
+    )

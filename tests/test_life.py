@@ -235,7 +235,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_child_forked_while_the_model_loads_does_not_wait_for_it(bundle: Path) -> None:
+def test_a_fork_waits_until_a_model_is_loaded(bundle: Path) -> None:
     """The thread that loads holds a lock, and does not exist in the child."""
     done = subprocess.run(
         [sys.executable, "-c", FORK_WHILE_LOADING, str(bundle)],
