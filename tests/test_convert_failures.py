@@ -222,7 +222,7 @@ def failing(
             (folder / "half").write_bytes(b"half")
             raise error
 
-        monkeypatch.setattr(f"qrank.converters.{format}.convert", convert)
+        monkeypatch.setattr(f"qrank.converters.{format}.export.convert", convert)
 
     return fail
 

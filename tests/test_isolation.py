@@ -172,7 +172,7 @@ def test_onnxruntime_on_the_cpu_is_proven_in_this_process(
     monkeypatch.setattr(subprocess, "Popen", no_process)
     Reranker(bundle, backend="onnx-int8").close()
     assert not isolation.advised("onnx", "cpu")
-    assert not isolation.advised("own:backend", "cuda")
+    assert not isolation.advised("fakes:recording", "cuda")
     for backend, device in (("onnx", "cuda"), ("onnx", "coreml"), ("openvino", "npu")):
         assert isolation.advised(backend, device)
 
@@ -296,8 +296,8 @@ def test_a_child_that_hangs_ends_with_who_asked(monkeypatch: pytest.MonkeyPatch)
     """However that ends: by SIGKILL nothing can be tidied up."""
     code = (
         "import sys\n"
-        "from qrank import child\n"
-        f"child._BOOTSTRAP = 'import {__name__} as here; here.answers()'\n"
+        "from qrank.system import subprocess_rpc\n"
+        f"subprocess_rpc._BOOTSTRAP = 'import {__name__} as here; here.answers()'\n"
         "asked = subprocess_rpc.Child('x')\n"
         "print(asked.ask({'do': 'pid'}, 60)['pid'], flush=True)\n"
         "asked.ask({'do': 'hang'}, 60)\n"

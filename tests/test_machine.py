@@ -173,7 +173,7 @@ def test_without_limits_or_control_groups_there_is_what_the_machine_has(groups: 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
 def test_a_process_bound_to_one_cpu_sees_one() -> None:
     code = (
-        "import os\nfrom qrank import machine\n"
+        "import os\nfrom qrank.system import machine\n"
         "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "assert (machine.processors(), machine.cores()) == (1, 1)"
     )
