@@ -26,8 +26,9 @@ def resident(file: Path) -> int:
 
 
 def test_what_openvino_has_read_leaves_memory(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With a cache of its own: a graph that was compiled before maps no weights."""
     found = []
     for large in (mapped.LARGE, 0):
         monkeypatch.setattr(mapped, "LARGE", large)

@@ -67,8 +67,9 @@ def test_tune_bench_and_score_run_it(toys: Path, tmp_path: Path) -> None:
     names = {"toy-fp32@cpu", "toy-fp16@cpu"}
     found = json.loads(qrank_("tune", toys, "--json").stdout)
     assert {each["target"] for each in found if each["reason"] is None} == names
-    documents = tmp_path / "passages.txt"
-    documents.write_text(PASSAGES, "utf-8")
+    documents = tmp_path / "passages.jsonl"
+    records = [{"id": str(i), "text": text} for i, text in enumerate(PASSAGES.splitlines())]
+    documents.write_text("\n".join(map(json.dumps, records)), "utf-8")
     shown = qrank_("bench", toys, "--documents", documents, "--seconds", "0", "--json")
     assert {row["target"] for row in json.loads(shown.stdout)["targets"]} == names
     for backend in ("toy", "toy-fp16", "toy/toy-fp16"):
