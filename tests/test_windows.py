@@ -223,7 +223,7 @@ from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.bundle.locate import locate
 
 mini = locate("mini")
-encoder = PairTokenizer(mini.tokenizer, mini.manifest.family, threads=int(sys.argv[1]))
+tokenizer = PairTokenizer(mini.tokenizer, mini.manifest.family, threads=int(sys.argv[1]))
 texts = ["which planet is red and why " * 400] * 100
 done, running = threading.Event(), []
 
@@ -236,7 +236,8 @@ def watch():
                 states += (task / "stat").read_text().rpartition(")")[2].split()[0] == "R"
         running.append(states)
 
-watcher = threading.Thread(target=watch)
+# A daemon: an error below ends the process.
+watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 tokenizer.ids(texts)
 done.set()
