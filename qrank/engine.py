@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from qrank import backends
+from qrank.backends.forks import waited_for
 from qrank.bundle.manifest import Manifest
 from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits
@@ -67,7 +68,7 @@ class Engine:
         self.latency = LatencyEstimate()
         self._tokenizer = tokenizer
         self._max_memory = max_memory
-        self._lock = threading.RLock()
+        self._lock = waited_for(threading.RLock())
         self._backend: backends.Backend | None = None
         self._proof: Proof | None = None
         self._users = _Users()
@@ -257,10 +258,7 @@ def _forget_backends() -> None:
     A runtime's threads do not survive a fork, and its destructor waits for them: so what was
     inherited is never freed, not even when the child exits.
     """
-    _held.clear()
     for engine in _living:
-        # The old ones are held by the thread that forked.
-        engine._lock = threading.RLock()
         engine.latency = LatencyEstimate()
         engine._users = _Users()
         if engine._backend is not None:
@@ -268,27 +266,5 @@ def _forget_backends() -> None:
             engine._backend = None
 
 
-_held: list[Engine] = []
-"""Those whose locks the thread that forks has taken."""
-
-
-def _wait_for_openings() -> None:
-    """Before a fork: no thread is in the middle of loading a model, with a runtime's locks held.
-
-    A child would have these locks too, and nobody to free them.
-    """
-    _held[:] = _living
-    for engine in _held:
-        engine._lock.acquire()
-
-
-def _go_on() -> None:
-    """After a fork, in the parent."""
-    while _held:
-        _held.pop()._lock.release()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_wait_for_openings, after_in_parent=_go_on, after_in_child=_forget_backends
-    )
+    os.register_at_fork(after_in_child=_forget_backends)

@@ -217,6 +217,38 @@ def test_a_forked_child_gives_the_same_scores(
     assert max(differences) < 1e-6
 
 
+FORK_BESIDE_LOCKS = """
+import os, threading, time
+from qrank.backends.forks import waited_for
+
+outer, inner = waited_for(threading.RLock()), waited_for(threading.Lock())
+
+def hold():
+    with outer:
+        time.sleep(0.2)
+        with inner:
+            time.sleep(0.2)
+
+for _ in range(3):
+    holder = threading.Thread(target=hold)
+    holder.start()
+    time.sleep(0.1)
+    if os.fork() == 0:
+        free = inner.acquire(timeout=5) and outer.acquire(timeout=5)
+        os._exit(0 if free else 1)
+    holder.join()
+    assert os.wait()[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_waits_for_a_thread_that_holds_one_lock_and_takes_another() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORK_BESIDE_LOCKS], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+
+
 FORK_WHILE_LOADING = """
 import os, sys, threading, time
 from qrank import Reranker

@@ -115,10 +115,10 @@ class Worker:
         found = self._ask(question, what, limit(size, tokens, device))
         return [np.array(each, np.float32) for each in found["logits"]]
 
-    def close(self) -> None:
-        """End the process."""
+    def close(self, *, kill: bool = False) -> None:
+        """End the process, by force if need be."""
         if self._child is not None:
-            self._child.close()
+            self._child.close(kill=kill)
         self._child = None
 
     def __enter__(self) -> Worker:
@@ -130,9 +130,7 @@ class Worker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._child is not None:
-            self._child.close(kill=kind is not None)
-        self._child = None
+        self.close(kill=kind is not None)
 
     def _ask(self, question: dict[str, Any], what: str, seconds: float) -> dict[str, Any]:
         self._child = self._child or Child(__name__)

@@ -7,9 +7,7 @@ says, with the converters' own reading of it.
 from __future__ import annotations
 
 import json
-import os
 import threading
-import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from qrank.backends.contract import BackendSpec, Format, Options, Precision
+from qrank.backends.forks import waited_for
 from qrank.bundle.family import Family
 from qrank.bundle.fidelity import BFLOAT16, FLOAT16, FLOAT32, Fidelity
 from qrank.bundle.manifest import Manifest, Probes, Variant
@@ -168,32 +167,6 @@ def _check(
         )
 
 
-_living: weakref.WeakSet[TorchBackend] = weakref.WeakSet()
-
-_held: list[TorchBackend] = []
-"""Those that the thread that forks keeps from computing."""
-
-
-def _wait_for_products() -> None:
-    """Before a fork: no thread is within MKL, whose memory has a lock.
-
-    A child would have it too, with nobody to free it, and spin for ever at its first product.
-    """
-    _held[:] = _living
-    for backend in _held:
-        backend._computing.acquire()
-
-
-def _go_on() -> None:
-    """After a fork, in the parent and in the child."""
-    while _held:
-        _held.pop()._computing.release()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_wait_for_products, after_in_parent=_go_on, after_in_child=_go_on)
-
-
 class TorchBackend:
     """A model and the one thread that runs it, batch by batch."""
 
@@ -202,8 +175,8 @@ class TorchBackend:
     ) -> None:
         self._scorer = scorer
         self._names = names
-        self._computing = threading.Lock()
-        _living.add(self)
+        # A child that is forked within a product would spin for ever on MKL's lock.
+        self._computing = waited_for(threading.Lock())
         self._family = family
         self._device = device
         self._memory = options.memory
