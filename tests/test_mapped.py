@@ -2,6 +2,8 @@
 
 import ctypes
 import mmap
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +27,17 @@ def resident(file: Path) -> int:
     return held
 
 
+def own(bundle: Path, folder: Path) -> Path:
+    """A copy on disk: pages that other processes have mapped too, or not written yet, stay."""
+    copied = Path(shutil.copytree(bundle, folder))
+    os.sync()
+    return copied
+
+
 def test_what_openvino_has_read_leaves_memory(
-    bundle: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a cache of its own: a graph that was compiled before maps no weights."""
+    bundle = own(bundle, tmp_path / "bundle")
     found = []
     for large in (mapped.LARGE, 0):
         monkeypatch.setattr(mapped, "LARGE", large)
@@ -42,9 +51,9 @@ def test_what_openvino_has_read_leaves_memory(
 
 
 def test_what_llama_cpp_has_arranged_anew_leaves_memory(
-    bundle_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    bundle_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = bundle_of("qwen3")
+    bundle = own(bundle_of("qwen3"), tmp_path / "bundle")
     path = bundle / "gguf-q8_0" / "model.gguf"
     found = []
     for large in (mapped.LARGE, 0):

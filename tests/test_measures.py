@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -12,6 +12,7 @@ VALUES = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_s
 
 
 @given(VALUES)
+@example([(0.0, 0.0), (0.0, 5e-324)])
 def test_a_difference_is_scipys(pairs: list[tuple[float, float]]) -> None:
     ours, theirs = np.array(pairs).T
     found = Difference.of(ours, theirs)

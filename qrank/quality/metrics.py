@@ -83,8 +83,8 @@ class Difference:
         mean = float(gains.mean())
         if len(gains) < 2:
             return cls(mean, None, None)
-        if not np.ptp(gains):
-            # The same everywhere: no test is needed, and scipy's would divide by nothing.
+        if not np.ptp(gains) or not gains.var():
+            # The same everywhere, or too alike for squares: scipy's test would divide by nothing.
             return cls(mean, 0.0, 1.0 if mean == 0 else 0.0)
         test = stats.ttest_rel(ours, theirs)
         interval = test.confidence_interval(CONFIDENCE)
