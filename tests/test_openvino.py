@@ -461,3 +461,21 @@ def test_a_forked_child_is_told_to_load_its_own(bundle: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert len(lines := done.stdout.splitlines()) == 2
     assert all("make the Reranker after the fork" in line for line in lines)
+
+
+def test_weights_that_a_graph_computes_get_one_stream(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bundles hold none that we make; but what is opened may be of an earlier version."""
+    manifest = Manifest.load(bundle)
+    variant = manifest.variants["openvino-int8"]
+    monkeypatch.setattr(openvino, "computed_weights", lambda model: ["head"])
+    for threads in (1, 2):
+        backend = openvino.open(bundle, variant, "cpu", Options(threads, compute_dtype="fp32"))
+        assert backend._streams._max_workers == 1
+        backend.close()
+    monkeypatch.undo()
+    backend = openvino.open(bundle, variant, "cpu", Options(2, compute_dtype="fp32"))
+    assert backend._streams._max_workers == 2
+    assert not openvino.computed_weights(backend._model(None))
+    backend.close()

@@ -17,7 +17,7 @@ import tiny_decoders
 from click.testing import CliRunner
 
 from qrank import Reranker
-from qrank.backends import tolerance
+from qrank.backends import openvino, tolerance
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import TOKENIZER, Manifest
 from qrank.bundle.sequences import Logits
@@ -137,6 +137,18 @@ def test_it_scores_as_transformers_does(
     alone = [ours[i] for i, (q, _) in enumerate(pairs) if q == pairs[0][0]]
     together = [item.logit for item in sorted(ranked, key=lambda item: item.index)]
     np.testing.assert_allclose(together, alone, atol=bar.share / 5 * spread)
+
+
+def test_no_stream_computes_a_head_of_8_bits(layout_of: Folders, tmp_path: Path) -> None:
+    """OpenVINO's streams did so over each other's results: now and then all scores were wrong."""
+    theirs, core = layout_of("pooled"), ov.Core()
+    before = core.compile_model(theirs / "openvino_model.xml", "CPU", {"NUM_STREAMS": 2})
+    assert openvino.computed_weights(before)
+    source = str(theirs / "openvino_model.xml")
+    made = convert(source, None, tmp_path / "out", family=family_of("pooled"))
+    file = made.folder / "openvino-int8" / "model.xml"
+    after = core.compile_model(file, "CPU", {"NUM_STREAMS": 2})
+    assert not openvino.computed_weights(after)
 
 
 # What a causal model's graph is cut to

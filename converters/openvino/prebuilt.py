@@ -11,7 +11,14 @@ import numpy as np
 
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.openvino.export import bound, check
-from qrank.converters.openvino.prebuilt_decoder import Cache, Cut, positions, replace, shape_of
+from qrank.converters.openvino.prebuilt_decoder import (
+    Cache,
+    Cut,
+    matrix_rows,
+    positions,
+    replace,
+    shape_of,
+)
 from qrank.converters.prebuilt_graph import (
     IDS,
     LARGE,
@@ -134,4 +141,21 @@ def _renewed(inputs: dict[str, Any], logits: Any, checkpoint: Checkpoint) -> ope
     for name, node in inputs.items():
         replace(node.output(0), given[name])
     logits.get_tensor().set_names({"logits"})
-    return ov.Model([logits], list(fresh.values()), "qrank")
+    graph = ov.Model([logits], list(fresh.values()), "qrank")
+    _unpack_rows(graph)
+    return graph
+
+
+def _unpack_rows(graph: openvino.Model) -> None:
+    """Store matrices of one row, a head's, in fp32; why: `backends.openvino.computed_weights`."""
+    op = need("openvino").opset13
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() != "MatMul":
+            continue
+        weights = node.input_value(1).get_node()
+        axis = 0 if node.get_attributes()["transpose_b"] else 1
+        shape = shape_of(weights.output(0))
+        packed = weights.get_type_name() in ("Convert", "Multiply", "Transpose", "Reshape")
+        if packed and len(shape) == 2 and shape[axis] == 1 and None not in shape:
+            row = matrix_rows(weights, [0], axis)
+            replace(weights.output(0), op.constant(row if axis == 0 else row.T))

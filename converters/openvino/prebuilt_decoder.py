@@ -162,7 +162,7 @@ class Cut:
         if product.get_type_name() != "MatMul" or product.get_attributes()["transpose_a"]:
             raise not_understood(f"{product.get_type_name()} {product.get_friendly_name()}")
         turned = product.get_attributes()["transpose_b"]
-        rows = _rows(product.input_value(1).get_node(), labels, 0 if turned else 1)
+        rows = matrix_rows(product.input_value(1).get_node(), labels, 0 if turned else 1)
         row: Floats = label_row(rows)[None]
         place = op.unsqueeze(last, np.int64(1))
         state = op.gather(product.input_value(0), place, np.int64(1), batch_dims=1)
@@ -218,7 +218,7 @@ def _through(node: Any, kind: str) -> Any:
     return node
 
 
-def _rows(node: Any, labels: Sequence[int], axis: int) -> Floats:
+def matrix_rows(node: Any, labels: Sequence[int], axis: int) -> Floats:
     """Some rows of the output matrix in fp32, whatever it is stored as; shape [labels, hidden].
 
     Args:

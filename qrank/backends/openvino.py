@@ -47,6 +47,9 @@ CAPABILITIES = {"bf16": "BF16", "fp16": "FP16", "fp32": "FP32"}
 
 _HINTS = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 
+_NOT_IN_PLACE = ("Const", "Convert", "Reorder")
+"""What a compiled graph makes of constants elsewhere than where they are."""
+
 log = logging.getLogger("qrank")
 
 _opened_in: list[int] = []
@@ -144,14 +147,17 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
         more = {} if device != "cpu" else {"DYNAMIC_QUANTIZATION_GROUP_SIZE": _group(model)}
         with dropping_pages(weights):
             made = core.compile_model(model, device.upper(), settings | more)
-            if device != "cpu" or options.compute_dtype != "bf16" or not _has_fused_mlp(made):
+            if device != "cpu":
                 return made
-            if options.threads < 2:
+            fused = options.compute_dtype == "bf16" and _has_fused_mlp(made)
+            if fused and options.threads < 2:
                 raise TargetError(
                     f"openvino fuses feed-forward layers of {variant.name} in "
                     f"{options.compute_dtype}, which takes two threads: allow more threads"
                 )
-            return core.compile_model(model, "CPU", settings | more | {"NUM_STREAMS": 1})
+            if fused or (options.threads > 1 and computed_weights(made)):
+                made = core.compile_model(model, "CPU", settings | more | {"NUM_STREAMS": 1})
+            return made
 
     try:
         limit = core.read_model(path).input("input_ids").partial_shape[1].max_length
@@ -164,6 +170,25 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
         return OpenvinoBackend(compiled, limit, None, weights, options.memory)
     except RuntimeError as error:
         raise TargetError(f"openvino cannot load {path} on {device}: {error}") from error
+
+
+def computed_weights(model: openvino.CompiledModel) -> list[str]:
+    """Nodes that a CPU's graph computes of constants alone, in place: scaled weights of a head.
+
+    Streams share the result and compute it each for itself (2026.4): once in a hundred models one
+    began anew when another was done, and every score was wrong, by 1,300 logits. A matrix of one
+    row that is stored in 8 bits becomes such a node; most others are multiplied as they are.
+    """
+    constant: set[str] = set()
+    found = []
+    for node in model.get_runtime_model().get_ordered_ops():
+        sources = [value.get_node().friendly_name for value in node.input_values()]
+        layer = _layer(node)
+        if layer == "Const" or (sources and constant.issuperset(sources)):
+            constant.add(node.friendly_name)
+            if layer not in _NOT_IN_PLACE:
+                found.append(node.friendly_name)
+    return found
 
 
 def saturates() -> bool:
@@ -223,9 +248,12 @@ def _has_fused_mlp(model: openvino.CompiledModel) -> bool:
 
     It divides by half a stream's threads (node LLMMLP, 2026.4): streams of one thread die of it.
     """
-    return any(
-        node.get_rt_info()["layerType"] == "LLMMLP" for node in model.get_runtime_model().get_ops()
-    )
+    return any(_layer(node) == "LLMMLP" for node in model.get_runtime_model().get_ops())
+
+
+def _layer(node: openvino.Node) -> str:
+    """What a compiled graph's node is to OpenVINO's CPU."""
+    return str(node.get_rt_info()["layerType"].astype(str))
 
 
 def _group(model: openvino.Model) -> int:
