@@ -329,7 +329,7 @@ def test_a_fused_feed_forward_part_gets_one_stream_of_two_threads(
     """OpenVINO divides by half a stream's threads there (SIGFPE); AMX alone has such nodes."""
     manifest = Manifest.load(bundle)
     variant = manifest.variants["openvino-fp16"]
-    monkeypatch.setattr(openvino, "_has_fused_mlp", lambda model: True)
+    monkeypatch.setattr(openvino, "has_fused_mlp", lambda model: True)
     # OpenVINO has no more streams than the machine has cores.
     options = Options(2, compute_dtype="bf16")
     backend = openvino.open(bundle, variant, "cpu", options)
@@ -341,7 +341,7 @@ def test_a_fused_feed_forward_part_gets_one_stream_of_two_threads(
     monkeypatch.undo()
     backend = openvino.open(bundle, variant, "cpu", options)
     assert backend._streams._max_workers == 2
-    assert not openvino._has_fused_mlp(backend._model(None))
+    assert not openvino.has_fused_mlp(backend._model(None))
     backend.close()
 
 

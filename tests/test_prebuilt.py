@@ -17,7 +17,8 @@ import tiny_decoders
 from click.testing import CliRunner
 
 from qrank import Reranker
-from qrank.backends import openvino, tolerance
+from qrank.backends import tolerance
+from qrank.backends.openvino_nodes import computed_weights
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import TOKENIZER, Manifest
 from qrank.bundle.sequences import Logits
@@ -143,12 +144,12 @@ def test_no_stream_computes_a_head_of_8_bits(layout_of: Folders, tmp_path: Path)
     """OpenVINO's streams did so over each other's results: now and then all scores were wrong."""
     theirs, core = layout_of("pooled"), ov.Core()
     before = core.compile_model(theirs / "openvino_model.xml", "CPU", {"NUM_STREAMS": 2})
-    assert openvino.computed_weights(before)
+    assert computed_weights(before)
     source = str(theirs / "openvino_model.xml")
     made = convert(source, None, tmp_path / "out", family=family_of("pooled"))
     file = made.folder / "openvino-int8" / "model.xml"
     after = core.compile_model(file, "CPU", {"NUM_STREAMS": 2})
-    assert not openvino.computed_weights(after)
+    assert not computed_weights(after)
 
 
 # What a causal model's graph is cut to

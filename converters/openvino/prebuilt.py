@@ -147,7 +147,7 @@ def _renewed(inputs: dict[str, Any], logits: Any, checkpoint: Checkpoint) -> ope
 
 
 def _unpack_rows(graph: openvino.Model) -> None:
-    """Store matrices of one row, a head's, in fp32; why: `backends.openvino.computed_weights`."""
+    """Store matrices of one row, a head's, in fp32; why: `backends.openvino_nodes`."""
     op = need("openvino").opset13
     for node in graph.get_ordered_ops():
         if node.get_type_name() != "MatMul":

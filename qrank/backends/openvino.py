@@ -15,6 +15,7 @@ from qrank.backends import keys
 from qrank.backends.contract import GRAPH_STEMS, BackendSpec, Format, Options, Precision
 from qrank.backends.mapped import dropping_pages
 from qrank.backends.openvino_graph import OpenvinoBackend
+from qrank.backends.openvino_nodes import computed_weights, has_fused_mlp
 from qrank.bundle.fidelity import BFLOAT16, EIGHT_BITS, FLOAT16, FLOAT32, FOUR_BITS
 from qrank.bundle.manifest import Variant
 from qrank.bundle.sequences import Floats
@@ -46,9 +47,6 @@ CAPABILITIES = {"bf16": "BF16", "fp16": "FP16", "fp32": "FP32"}
 """What arithmetic may be, fastest first -> OpenVINO's name of the capability."""
 
 _HINTS = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
-
-_NOT_IN_PLACE = ("Const", "Convert", "Reorder")
-"""What a compiled graph makes of constants elsewhere than where they are."""
 
 log = logging.getLogger("qrank")
 
@@ -149,7 +147,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
             made = core.compile_model(model, device.upper(), settings | more)
             if device != "cpu":
                 return made
-            fused = options.compute_dtype == "bf16" and _has_fused_mlp(made)
+            fused = options.compute_dtype == "bf16" and has_fused_mlp(made)
             if fused and options.threads < 2:
                 raise TargetError(
                     f"openvino fuses feed-forward layers of {variant.name} in "
@@ -170,25 +168,6 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
         return OpenvinoBackend(compiled, limit, None, weights, options.memory)
     except RuntimeError as error:
         raise TargetError(f"openvino cannot load {path} on {device}: {error}") from error
-
-
-def computed_weights(model: openvino.CompiledModel) -> list[str]:
-    """Nodes that a CPU's graph computes of constants alone, in place: scaled weights of a head.
-
-    Streams share the result and compute it each for itself (2026.4): once in a hundred models one
-    began anew when another was done, and every score was wrong, by 1,300 logits. A matrix of one
-    row that is stored in 8 bits becomes such a node; most others are multiplied as they are.
-    """
-    constant: set[str] = set()
-    found = []
-    for node in model.get_runtime_model().get_ordered_ops():
-        sources = [value.get_node().friendly_name for value in node.input_values()]
-        layer = _layer(node)
-        if layer == "Const" or (sources and constant.issuperset(sources)):
-            constant.add(node.friendly_name)
-            if layer not in _NOT_IN_PLACE:
-                found.append(node.friendly_name)
-    return found
 
 
 def saturates() -> bool:
@@ -241,19 +220,6 @@ def _settings(device: str, options: Options) -> dict[str, Any]:
         # Pinned, the workers of a web server would all sit on the same cores.
         "ENABLE_CPU_PINNING": False,
     }
-
-
-def _has_fused_mlp(model: openvino.CompiledModel) -> bool:
-    """Whether a gated feed-forward part became one node, as in bf16 of 16-bit weights on AMX.
-
-    It divides by half a stream's threads (node LLMMLP, 2026.4): streams of one thread die of it.
-    """
-    return any(_layer(node) == "LLMMLP" for node in model.get_runtime_model().get_ops())
-
-
-def _layer(node: openvino.Node) -> str:
-    """What a compiled graph's node is to OpenVINO's CPU."""
-    return str(node.get_rt_info()["layerType"].astype(str))
 
 
 def _group(model: openvino.Model) -> int:
