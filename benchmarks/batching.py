@@ -1,9 +1,9 @@
-"""Which batch size and which use of the CPU's threads scores most pairs a second.
+"""Which batch size and which use of the CPU's threads scores the most pairs per second.
 
-First table: padded tokens a batch (`CPU_BATCH` in qrank/backends/onnx.py) for one and for several
-streams over one session that has all threads. Second: that design against one stream, and against
-sessions of one thread. "mixed" are whole documents, "short" their first 20 words; "one pair" is
-the latency of a single whole document.
+First table: padded tokens per batch (`CPU_BATCH` in qrank/backends/onnx.py) for one and for several
+streams over one session with all threads. Second table: that design compared with one stream, and
+with a session of one thread. "mixed" is whole documents, "short" is their first 20 words; "one
+pair" is the latency of a single whole document.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qrank.system.machine import processors
 
 
 def main() -> None:
-    """Run every cell in turns, and print medians."""
+    """Run all cells in turns, and print medians."""
     parser = arguments(__doc__, on_data=True)
     parser.add_argument("--model", default=DEFAULT, help="bundle  [default: %(default)s]")
     parser.add_argument("--precision", default="int8", help="[default: %(default)s]")
@@ -88,7 +88,7 @@ def main() -> None:
 def _speeds(
     measured: Mapping[Any, tuple[OnnxBackend, int]], works: Mapping[str, Sequences], rounds: int
 ) -> dict[Any, float]:
-    """Median pairs a second of every (backend, padded tokens a batch) with every work."""
+    """Median pairs per second of every (backend, padded tokens per batch) with every work."""
 
     def run(backend: OnnxBackend, batch: int, work: Sequences) -> None:
         backend._batch = batch
@@ -104,7 +104,7 @@ def _speeds(
 
 
 def _works(collection: Collection, tokenizer: PairTokenizer, pairs: int) -> dict[str, Sequences]:
-    """Pairs by the names of the table's columns."""
+    """The pairs for each column of the table."""
     queries = list(collection.queries)[:4]
     found = collection.bm25(max(pairs // len(queries), 1))
     texts = {q: [collection.documents[d] for d in found[q]] for q in queries}

@@ -1,8 +1,9 @@
 """Whether `rank(budget_ms=)` keeps to its budget, and uses it.
 
-The documents are BM25's best 100 of each query. The first requests, by which the speed is learnt,
-do not count. "kept" is the share of requests that took 110 % of the budget or less, "used" that of
-those which used 70 % or more while documents were left; "least" is the least that was used.
+The documents are BM25's best 100 for each query. The first requests, from which the speed is
+learnt, do not count. "kept" is the share of requests that took 110 % of the budget or less. Of the
+requests that left documents unscored, "used" is the share that used 70 % or more of the budget, and
+"least" is the smallest part of it that one used.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ WARM_UP = 10
 
 
 def main() -> None:
-    """Rank under every budget, with a new reranker each, and print what came of it."""
+    """Rank under every budget, with a new reranker for each, and print the results."""
     parser = arguments(__doc__, on_data=True)
     parser.add_argument("--model", default=DEFAULT, help="bundle  [default: %(default)s]")
     parser.add_argument("--backend", help="variant  [default: the best target]")

@@ -29,11 +29,11 @@ Row = Mapping[str, Any]
 
 
 def arguments(description: str | None, *, on_data: bool = False) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes; the first paragraph of a docstring describes it.
+    """A parser with the common arguments; the first paragraph of a docstring describes it.
 
     Args:
         description: the docstring.
-        on_data: without `--data` there is nothing to measure.
+        on_data: whether `--data` is required.
     """
     parser = argparse.ArgumentParser(description=(description or "").partition("\n\n")[0])
     parser.add_argument(
@@ -44,7 +44,7 @@ def arguments(description: str | None, *, on_data: bool = False) -> argparse.Arg
 
 
 def encode(tokenizer: PairTokenizer, query: str, documents: Sequence[str]) -> Sequences:
-    """One query's pairs as token ids, cut as `Reranker.rank` cuts them."""
+    """One query's pairs as token ids, truncated as by `Reranker.rank`."""
     pairs = [tokenizer.whole(query, document) for document in documents]
     return Sequences(
         [ids for ids, _ in pairs], [types for _, types in pairs if types is not None] or None
@@ -60,10 +60,10 @@ def join(works: Sequence[Sequences]) -> Sequences:
 def open_onnx(
     folder: Path, name: str, *, threads: int, streams: int | None = None
 ) -> onnx.OnnxBackend:
-    """FOLDER/onnx-NAME/model.onnx in qrank's own backend, with another number of streams.
+    """Open FOLDER/onnx-NAME/model.onnx in qrank's own backend, with a given number of streams.
 
-    A private attribute is set for it, here and for the batch size in the benchmarks, so that what
-    is measured is the code and the session settings that users run.
+    This sets a private attribute, and the benchmarks set one for the batch size, so that they
+    measure the code and the session settings that users run.
     """
     variant = Variant("onnx", name, {}, Fidelity(0.0, 0.0, 0.0, 0.0), {})
     backend = onnx.open(folder, variant, "cpu", Options(threads))
@@ -76,7 +76,7 @@ def open_onnx(
 def alternate(cases: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, list[float]]:
     """Seconds of each case in each round.
 
-    Cases take turns, in another order each round: what else the machine does then meets all of
+    Cases take turns, in another order each round, so that other load on the machine affects all of
     them alike. A first round warms up and does not count.
     """
     order = np.random.default_rng(0)
@@ -109,7 +109,7 @@ def report(title: str, formats: Mapping[str, str], rows: Sequence[Row], *, as_js
         for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    # The first column is text; numbers stand right.
+    # The first column is text; the others are numbers, aligned right.
     lines = [
         [
             c.ljust(w) if i == 0 else c.rjust(w)
@@ -123,7 +123,7 @@ def report(title: str, formats: Mapping[str, str], rows: Sequence[Row], *, as_js
 
 
 def machine() -> str:
-    """The CPU, how many of them this process may use, and the versions that matter."""
+    """The CPU model, the number of CPUs this process may use, and the relevant versions."""
     versions = [f"{p} {metadata.version(p)}" for p in ("onnxruntime", "numpy")]
     return ", ".join(
         [cpu_name(), f"{processors()} CPUs", f"Python {platform.python_version()}", *versions]
@@ -131,6 +131,6 @@ def machine() -> str:
 
 
 def tolerate_anything() -> None:
-    """Let conversions of random weights pass: here they are measured."""
+    """Accept every conversion of random weights: the benchmarks only measure them."""
     for module in (fidelity, verify):
         vars(module)["tolerance"] = lambda *name: Tolerance(math.inf)

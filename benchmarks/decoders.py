@@ -1,9 +1,10 @@
-"""Decoder rerankers at the size of Qwen3-Reranker-0.6B, beside what a user would pick instead.
+"""Decoder rerankers at the size of Qwen3-Reranker-0.6B, compared with their alternatives.
 
-Random weights, a prompt of 64 tokens before the document, documents of several lengths. Ours run
-with the prefix shared and without. sentence-transformers' CrossEncoder in torch bf16, a causal
-model of optimum-intel in int8 (full logits) where it is installed, and llama.cpp's embeddings, as
-which it reranks, read every pair whole. All take turns. Then each starts cold.
+The weights are random; a prompt of 64 tokens precedes documents of several lengths. qrank's targets
+run with and without a shared prefix. The others read every pair whole: sentence-transformers'
+CrossEncoder in torch bf16, a causal model of optimum-intel in int8 (full logits) if that is
+installed, and llama.cpp's embeddings, which is how it reranks. All take turns. Then each variant of
+qrank's is started cold.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SHAPE = "Qwen3-Reranker-0.6B"
 PREFIX = 64
 VARIANTS = ("openvino-int8", "onnx-int8", "gguf-q4_k_m", "gguf-q8_0")
 UBATCH = 512
-"""llama.cpp's own default for tokens computed at once."""
+"""llama.cpp's own default for the number of tokens computed at once."""
 
 Run = Callable[[], object]
 LOAD = {
@@ -47,11 +48,11 @@ LOAD = {
     "peak MB": ",.0f",
     "on disk MB": ",.0f",
 }
-"""To the first score. The first start of all checks the files' hashes and the probes."""
+"""Times are to the first score. The very first start checks the files' hashes and the probes."""
 
 
 def main() -> None:
-    """Make, convert, and time every target at every length."""
+    """Make and convert the model, and time every target at every length."""
     parser = arguments(__doc__)
     parser.add_argument("--work", type=Path, help="folder to keep checkpoint and bundle in")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
@@ -96,7 +97,7 @@ def main() -> None:
 
 
 def _pairs(length: int, count: int) -> Sequences:
-    """Documents of random ordinary tokens behind one prefix."""
+    """Documents of random ordinary tokens after one prefix."""
     chance = np.random.default_rng(length)
     ids = chance.integers(300, 1000, PREFIX + count * length).astype(np.int32)
     return Sequences(list(ids[PREFIX:].reshape(count, length)), prefix=ids[:PREFIX])
@@ -148,7 +149,7 @@ def _sentence_transformers(checkpoint: Path) -> Callable[[int, int], Run]:
     model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
     def prepare(length: int, count: int) -> Run:
-        # A token of the tiny tokenizer each.
+        # Each of these is one token of the tiny tokenizer.
         pairs = [(" a" * PREFIX, " b" * length)] * count
         found = model.tokenizer("".join(pairs[0]), add_special_tokens=False)["input_ids"]
         assert len(found) == PREFIX + length

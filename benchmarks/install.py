@@ -1,7 +1,7 @@
 """Size of a fresh installation of `qrank[cpu]` from its wheel, by package.
 
-pip stands outside the environment and installs into it, so it is not in the sum; compiled
-bytecode is. The wheel is built unless one is named.
+pip runs outside the environment and installs into it, so the sum does not include pip; it does
+include compiled bytecode. The wheel is built unless one is named.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COLUMNS = {"package": "", "version": "", "MB": ",.1f", "share": ".1%"}
 
 
 def main() -> None:
-    """Build, install and weigh."""
+    """Build, install, and measure sizes."""
     parser = arguments(__doc__)
     parser.add_argument("--wheel", type=Path, help="this wheel instead of building one")
     parser.add_argument("--top", type=int, default=8, help="packages named  [default: %(default)s]")

@@ -1,10 +1,10 @@
-"""qrank's int8 for ONNX against onnxruntime's own ways, from one fp32 graph, taking turns.
+"""qrank's int8 for ONNX against onnxruntime's own methods, from one fp32 graph, in turns.
 
-Rows: fp32; qrank's (converters/onnx/quantize.py); `quantize_dynamic` with a scale a weight column,
-but for causal models, whose fp32 graph may be too large for it; `MatMulNBits` with 8 and 4 bits in
-blocks of 32, activations in int8. All leave the score head in fp32, and run in qrank's
-backend. "max Δ" is the largest absolute difference of a logit to fp32; "batch" is how far a
-pair's logit moves between being alone and in a padded batch of 16 of mixed lengths, at most.
+Rows: fp32; qrank's int8 (converters/onnx/quantize.py); `quantize_dynamic` with one scale per weight
+column, except for causal models, whose fp32 graph may be too large for it; `MatMulNBits` with 8 and
+4 bits in blocks of 32, with int8 activations. All leave the score head in fp32 and run in qrank's
+backend. "max Δ" is the largest absolute difference of a logit from fp32. "batch" is the largest
+difference between a pair's logit alone and in a padded batch of 16 pairs of mixed lengths.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ BATCH = 16
 
 
 def main() -> None:
-    """Convert a checkpoint every way, then run all on the same pairs."""
+    """Convert a checkpoint with every method, then run all graphs on the same pairs."""
     parser = arguments(__doc__, on_data=True)
     parser.add_argument("checkpoint", help="folder or hub id")
     parser.add_argument("--family", help="of the checkpoint, where nothing in it says so")
@@ -62,7 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "bundle"
         variants = [("onnx", "fp32"), ("onnx", "int8")]
-        # Random weights of many layers may be refused; here they are measured.
+        # Random weights of many layers might be refused; this only measures them.
         tolerate_anything()
         made = convert(options.checkpoint, variants, folder, family=options.family)
         manifest = made.manifest
@@ -111,7 +111,7 @@ def main() -> None:
 def _dynamic(folder: Path) -> None:
     graph, head = _fp32(folder)
     path = _new(folder, "dynamic")
-    # It advises to preprocess, which changes neither speed nor result here.
+    # It recommends preprocessing, which changes neither speed nor results here.
     logging.disable(logging.WARNING)
     quantize_dynamic(
         graph,
@@ -138,7 +138,7 @@ def _blocks(folder: Path, bits: int) -> None:
 
 def _fp32(folder: Path) -> tuple[onnx.ModelProto, list[str]]:
     graph = onnx.load(folder / "onnx-fp32" / "model.onnx")
-    # The exporter's shapes contradict the quantizers' shape inference.
+    # The exporter's shapes conflict with the quantizers' shape inference.
     del graph.graph.value_info[:]
     return graph, sorted(head_nodes(graph))
 

@@ -1,7 +1,7 @@
-"""Latency, throughput and peak memory of `Reranker.rank` with a bundle, a fresh process each.
+"""Latency, throughput and peak memory of `Reranker.rank` with a bundle, in fresh processes.
 
-The documents are BM25's best of each query. Encoding (text to token ids) is timed by itself
-beside each call; its share is of the whole call.
+The documents are BM25's best for each query. Encoding (text to token ids) is also timed separately
+after each call; "encoding" is its share of the call's time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    """Start a process for every variant and number of documents, and print what they say."""
+    """Run a process for every variant and number of documents, and print their results."""
     parser = arguments(__doc__, on_data=True)
     parser.add_argument("--model", default=DEFAULT, help="bundle  [default: %(default)s]")
     parser.add_argument("--queries", type=int, default=60, help="queries  [default: %(default)s]")
@@ -54,7 +54,7 @@ def main() -> None:
     collection = Collection.read(options.data)
     rows = []
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as tasks:
-        # The child must not hold what finding the documents takes.
+        # The child's memory must not include that of the search for documents.
         found = collection.bm25(max(options.documents))
         names = list(collection.queries)[: options.queries]
         content = [
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def measure(model: str, variant: str, tasks: Path, count: int, threads: int) -> dict[str, object]:
-    """Rank every query's first `count` documents, after one that warms up."""
+    """Rank every query's first `count` documents, after one request that warms up."""
     content = json.loads(tasks.read_text("utf-8"))
     reranker = Reranker(model, backend=variant, threads=threads)
     bundle = reranker.engine.bundle

@@ -1,9 +1,9 @@
-"""llama.cpp with and without arranging weights anew (`use_extra_bufts`), by precision.
+"""llama.cpp with and without repacked weights (`use_extra_bufts`), by precision.
 
-Where a CPU has kernels for weights in another order (AMX, and of some types AVX2 or NEON),
-llama.cpp arranges them as it loads a file; on AMX that kernel crashes. So every case runs in a
-process of its own, which may die. The model is `mini`, and random weights of bge-reranker-v2-m3's
-width (rows of 1024, which K-quants fit) in four layers. Both ways take turns on the same pairs.
+If a CPU has kernels for weights in another order (AMX, and for some types AVX2 or NEON), llama.cpp
+repacks the weights when it loads a file; on AMX that kernel crashes. So every case runs in its
+own process, which may die. The models are `mini`, and four layers of random weights of the width of
+bge-reranker-v2-m3 (rows of 1024, which K-quants fit). Both ways take turns on the same pairs.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ COLUMNS = {
     "model": "",
     "precision": "",
     "plain pairs/s": ".1f",
-    "arranged pairs/s": ".1f",
+    "repacked pairs/s": ".1f",
     "plain max Δ": ".3f",
-    "arranged max Δ": ".3f",
+    "repacked max Δ": ".3f",
     "of spread": ".2f",
     "died": "",
 }
@@ -60,7 +60,7 @@ def measure() -> None:
                 _quantize(made.folder, precision)
                 row = _compare(name, made.folder, made.manifest, precision, options.rounds)
                 rows.append(row)
-    report("llama.cpp's rearranged weights", COLUMNS, rows, as_json=options.json)
+    report("llama.cpp's repacked weights", COLUMNS, rows, as_json=options.json)
 
 
 def _wide(folder: Path) -> Path:
@@ -96,16 +96,16 @@ def _quantize(bundle: Path, precision: str) -> None:
 def _compare(
     name: str, bundle: Path, manifest: Manifest, precision: str, rounds: int
 ) -> dict[str, object]:
-    """One row: both ways in turns."""
-    ways = {"plain": False, "arranged": True}
+    """One row: run both ways in turns."""
+    ways = {"plain": False, "repacked": True}
     children = {way: Child("llama_buffers") for way in ways}
     row: dict[str, object] = {"model": name, "precision": precision}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     died = []
     question = {"folder": str(bundle), "precision": precision}
-    for way, arranged in ways.items():
+    for way, repacked in ways.items():
         try:
-            found = children[way].ask({"do": "open", "arranged": arranged, **question}, 600)
+            found = children[way].ask({"do": "open", "repacked": repacked, **question}, 600)
             row[f"{way} max Δ"] = found["max"]
             row["of spread"] = float(np.ptp(manifest.probes.logits))
         except CrashError as error:
@@ -126,11 +126,11 @@ def _compare(
 
 
 class Case:
-    """In the child: a file, opened in one of the ways."""
+    """In the child process: a file, opened in one of the two ways."""
 
-    def open(self, folder: str, precision: str, arranged: bool) -> dict[str, float]:
-        """Open it and hold it against the probes."""
-        llama.rearranges = lambda: arranged
+    def open(self, folder: str, precision: str, repacked: bool) -> dict[str, float]:
+        """Open the file and compare its logits with those of the probes."""
+        llama.repacks = lambda: repacked
         variant = Variant("gguf", precision, {}, Fidelity(0, 0, 0, 0), {})
         self._backend = gguf.open(Path(folder), variant, "cpu", Options(processors()))
         probes = Manifest.load(Path(folder)).probes
@@ -150,7 +150,7 @@ class Case:
 
 
 def main() -> None:
-    """In the child."""
+    """Answer the parent, in the child process."""
     case = Case()
     answer({"open": case.open, "run": case.run})
 

@@ -1,9 +1,9 @@
-"""One reranker that users might pick, in a process of its own: run by `vs_peers.py`.
+"""One reranker that users might pick, in its own process: run by `vs_peers.py`.
 
     PYTHON peer.py SYSTEM MODEL WORK THREADS
 
-It answers lines of `{"query": ..., "documents": [...]}` by `{"scores": [...], "seconds": ...}`.
-The Python may be that of another environment, so only the systems that are qrank's own import it.
+It answers lines of `{"query": ..., "documents": [...]}` with `{"scores": [...], "seconds": ...}`.
+The Python may be that of another environment, so only the functions that need qrank import it.
 Every peer has the settings that its own documentation recommends for a CPU.
 """
 
@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Any
 
 Score = Callable[[str, list[str]], Sequence[float]]
-"""A query and its documents -> a score each, in their order."""
+"""A query and its documents -> one score per document, in their order."""
 
 NAME = "peers/model"
 FLASHRANK = ("ms-marco-MiniLM-L-12-v2", "flashrank-MiniLM-L-12-v2_Q.onnx")
-"""The model that FlashRank is to take ours for: it knows its own by name, and their file's name."""
+"""The model that FlashRank takes ours for: it knows only its own models' names and file names."""
 
 TOKENS = 512
-"""Tokens a pair may have; llama.cpp's default for what it computes at once, too."""
+"""Maximum tokens of a pair; also llama.cpp's default for the tokens computed at once."""
 
 
 def sentence_transformers(model: str, work: Path, threads: int, **settings: Any) -> Score:
-    """CrossEncoder in torch, in fp32 whatever the checkpoint is stored in; batches of 32."""
+    """CrossEncoder in torch, in fp32 whatever the checkpoint's data type; batches of 32."""
     import torch
     from sentence_transformers import CrossEncoder
 
@@ -47,14 +47,14 @@ def sentence_transformers(model: str, work: Path, threads: int, **settings: Any)
 
 
 def sentence_transformers_bf16(model: str, work: Path, threads: int) -> Score:
-    """The same in bf16."""
+    """CrossEncoder in torch, in bf16."""
     import torch
 
     return sentence_transformers(model, work, threads, model_kwargs={"torch_dtype": torch.bfloat16})
 
 
 def sentence_transformers_openvino(model: str, work: Path, threads: int) -> Score:
-    """Its OpenVINO backend, as its documentation recommends for CPUs."""
+    """CrossEncoder's OpenVINO backend, which its documentation recommends for CPUs."""
     return sentence_transformers(model, work, threads, backend="openvino")
 
 
@@ -71,14 +71,14 @@ def _exported(model: str, work: Path) -> Path:
 
 
 def sentence_transformers_onnx(model: str, work: Path, threads: int) -> Score:
-    """Its ONNX backend."""
+    """CrossEncoder's ONNX backend."""
     folder = str(_exported(model, work))
     options = {"file_name": "onnx/model.onnx", "provider": "CPUExecutionProvider"}
     return sentence_transformers(folder, work, threads, backend="onnx", model_kwargs=options)
 
 
 def sentence_transformers_onnx_int8(model: str, work: Path, threads: int) -> Score:
-    """The same, quantized by its own function for this instruction set."""
+    """CrossEncoder's ONNX backend, quantized by its own function for AVX-512 VNNI."""
     folder = str(_exported(model, work))
     options = {
         "file_name": "onnx/model_qint8_avx512_vnni.onnx",
@@ -88,7 +88,7 @@ def sentence_transformers_onnx_int8(model: str, work: Path, threads: int) -> Sco
 
 
 def fastembed(model: str, work: Path, threads: int) -> Score:
-    """fastembed's custom cross-encoder: fp32, as most of its own are; batches of 64."""
+    """fastembed's custom cross-encoder: fp32, like most of its own models; batches of 64."""
     from fastembed.common.model_description import ModelSource
     from fastembed.rerank.cross_encoder import TextCrossEncoder
 
@@ -101,7 +101,7 @@ def fastembed(model: str, work: Path, threads: int) -> Score:
 
 
 def flashrank(model: str, work: Path, threads: int) -> Score:
-    """FlashRank: int8, as its own models of this kind are; all documents in one batch."""
+    """FlashRank: int8, like its own models of this kind; all documents in one batch."""
     from flashrank import Ranker, RerankRequest
 
     name, file = FLASHRANK
@@ -157,9 +157,9 @@ def optimum_intel(model: str, work: Path, threads: int) -> Score:
 
 
 def llama_cpp(model: str, work: Path, threads: int) -> Score:
-    """llama.cpp's RANK pooling, batches of what it computes at once; every token of type 0.
+    """llama.cpp's RANK pooling, in batches of TOKENS tokens; all token types are 0.
 
-    The file is qrank's `gguf-q8_0`, as llama.cpp has no converter of its own in a package; ids are
+    The file is qrank's `gguf-q8_0`, because llama.cpp's own converter is in no package; the ids are
     those of the bundle's tokenizer.
     """
     import numpy as np
@@ -199,7 +199,7 @@ def llama_cpp(model: str, work: Path, threads: int) -> Score:
 
 
 def qrank(model: str, work: Path, threads: int, backend: str | None = None) -> Score:
-    """What `qrank score` does; with no backend named, on the target that `qrank tune` chose."""
+    """What `qrank score` runs; without a backend, the target that `qrank tune` chose."""
     from qrank import Reranker
 
     reranker = Reranker(model, backend=backend, threads=threads)
@@ -219,16 +219,16 @@ PEERS: dict[str, Callable[[str, Path, int], Score]] = {
     "optimum-intel, int8": optimum_intel,
     "llama.cpp RANK, q8_0": llama_cpp,
 }
-"""By the name they have in the table; all but the last take the checkpoint."""
+"""Name in the table -> function that opens it; all but the last take the checkpoint."""
 
 OURS = "qrank"
-"""Of a bundle: the chosen target; and with a variant behind it (`qrank onnx-int8`), that one."""
+"""The bundle's chosen target; with a variant after it (`qrank onnx-int8`), that variant."""
 
 
 def main() -> None:
-    """Open a system, and answer."""
+    """Open a system, and answer questions."""
     system, model, work, threads = sys.argv[1:]
-    # What libraries print to stdout as they like would be an answer there.
+    # Anything that a library prints to stdout would be read as an answer.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     if system in PEERS:

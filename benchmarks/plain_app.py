@@ -1,4 +1,4 @@
-"""sentence-transformers behind a FastAPI app as one writes it in a minute: `serve.py`'s peer.
+"""sentence-transformers behind a minimal FastAPI app: the peer of `serve.py`.
 
 python plain_app.py CHECKPOINT PORT
 """
@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from sentence_transformers import CrossEncoder
 
 app = FastAPI()
-# In fp32, its default, whatever the checkpoint is stored in.
+# fp32, its default, whatever the checkpoint's data type.
 dtype = {"torch_dtype": torch.float32}
 model = CrossEncoder(sys.argv[1], device="cpu", local_files_only=True, model_kwargs=dtype)
 
@@ -29,7 +29,7 @@ class Asked(BaseModel):
 
 @app.post("/v1/rerank")
 def rerank(asked: Asked) -> dict[str, Any]:
-    """FastAPI runs what is not async in a pool of threads: requests run beside each other."""
+    """Rerank; as it is not async, FastAPI runs it in a thread pool: requests run concurrently."""
     found = model.rank(asked.query, asked.documents, show_progress_bar=False)
     return {
         "results": [
@@ -40,7 +40,7 @@ def rerank(asked: Asked) -> dict[str, Any]:
 
 @app.get("/health")
 def health() -> dict[str, str]:
-    """It answers."""
+    """Answer once the app runs."""
     return {"status": "ok"}
 
 

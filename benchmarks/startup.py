@@ -1,9 +1,9 @@
-"""Time to import qrank, and from starting `qrank score` to its printed result.
+"""Time to import qrank, and from the start of `qrank score` to its printed result.
 
 Imports are compared with numpy's in pairs of fresh processes that take turns; the median of the
 differences counts. `qrank score` reads the 20 short documents of `make demo`; its first start
-finds an empty cache folder (hashes the model, runs probes), later ones a filled one. The
-model's files are in the system's own cache in both.
+finds an empty cache folder (it hashes the model and runs the probes), later starts a filled one. In
+both cases the model's files are in the operating system's page cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COLUMNS = {"what": "", "median s": ".3f", "fastest s": ".3f", "bar s": ".2f", "m
 
 
 def main() -> None:
-    """Time fresh processes and print what they took."""
+    """Time fresh processes and print the results."""
     parser = arguments(__doc__)
     parser.add_argument("--model", default=DEFAULT, help="bundle  [default: %(default)s]")
     parser.add_argument("--rounds", type=int, default=21, help="[default: %(default)s]")
@@ -73,7 +73,7 @@ def _row(what: str, seconds: list[float], bar: float | None = None) -> dict[str,
 
 def _run(command: list[str], cache: Path) -> None:
     environment = {**os.environ, "QRANK_CACHE": str(cache)}
-    # An installed package is compiled: the first round may write what others read.
+    # An installed package has bytecode: the first round may write it for the others.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
 

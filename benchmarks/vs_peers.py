@@ -1,12 +1,12 @@
-"""qrank beside what users would pick instead: the same checkpoint, the same pairs, all in turns.
+"""qrank compared with its alternatives: the same checkpoint, the same pairs, all in turns.
 
-Text goes in and scores come out, BM25's best documents of one query after the other; every system
-in a process of its own (`peer.py`), with the same number of threads. nDCG@10 of what each returns
-stands beside its speed, and so does its share of the machine's own limit: matrix products in the
-precision that the system computes in, measured in the same run.
+Each system turns text into scores, for BM25's best documents of one query after the other, in its
+own process (`peer.py`) and with the same number of threads. The table shows its speed, the nDCG@10
+of its scores, and its share of the machine's own limit: matrix products in the precision that the
+system computes in, measured in the same run.
 
-A peer is left out where no Python that has it is named. Their versions conflict: two environments
-hold all of them (benchmarks/README.md).
+A peer is left out if no Python that has it is named. Their versions conflict: two environments hold
+all of them (benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ONNX_PEERS = (
     "fastembed",
     "FlashRank, int8",
 )
-"""Those that want the environment of optimum-onnx; llama.cpp runs in this one."""
+"""Peers that need the environment of optimum-onnx; llama.cpp runs in this one."""
 
 COLUMNS = {
     "system": "",
@@ -54,13 +54,13 @@ COLUMNS = {
 }
 LIMITS = {"matrix products in": "", "GFLOP/s": ",.0f"}
 SIDE = 2048
-"""Of the square matrices whose products are the machine's limit."""
+"""Side of the square matrices whose products are the machine's limit."""
 
 Ask = Callable[[str, list[str]], dict[str, Any]]
 
 
 def main() -> None:
-    """Open every system, judge what it returns, and time all in turns."""
+    """Open every system, judge its scores, and time all in turns."""
     parser = arguments(__doc__, on_data=True)
     parser.add_argument("checkpoint", type=Path, help="folder of the original")
     parser.add_argument("bundle", type=Path, help="what qrank converted it to, and tuned")
@@ -136,7 +136,7 @@ def main() -> None:
 
 
 def _systems(options: Any, chosen: str) -> Iterator[tuple[str, str, Path, Path]]:
-    """Label, `peer.py`'s name, the Python that runs it, and the model it is given."""
+    """Label, name in `peer.py`, the Python that runs it, and its model."""
     mine = Path(sys.executable)
     for name in PEERS:
         if options.only and not name.startswith(tuple(options.only)):
@@ -156,7 +156,7 @@ def _systems(options: Any, chosen: str) -> Iterator[tuple[str, str, Path, Path]]
 
 @contextmanager
 def _opened(command: list[str], threads: int) -> Iterator[Ask]:
-    """A system that answers; it ends with the context."""
+    """Run a system in a process that ends with the context."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -190,7 +190,7 @@ def _through(ask: Ask, tasks: list[tuple[str, list[str]]]) -> None:
 
 
 def _operations(options: Any, tasks: list[tuple[str, list[str]]]) -> float:
-    """Floating-point operations of the matrix products that tasks take, unpadded."""
+    """Floating-point operations of the matrix products for the tasks, without padding."""
     config = json.loads((options.checkpoint / "config.json").read_text("utf-8"))
     width, inner = config["hidden_size"], config["intermediate_size"]
     tokenizer = PairTokenizer(options.bundle / TOKENIZER, Manifest.load(options.bundle).family)
@@ -202,10 +202,10 @@ def _operations(options: Any, tasks: list[tuple[str, list[str]]]) -> float:
 
 
 def _arithmetic(system: str) -> str:
-    """What a system's weights meet activations in: the limit it is held against."""
+    """The precision of a system's matrix products, and so of the limit it is compared with."""
     name = system.rpartition(":")[2]
     if "OpenVINO" in name or "optimum-intel" in name or "bf16" in name:
-        return "bf16"  # what OpenVINO takes on this CPU, unasked
+        return "bf16"  # OpenVINO's default on this CPU
     return "int8" if "int8" in name or "q8_0" in name or "q4_k" in name else "fp32"
 
 
@@ -213,7 +213,7 @@ _made: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
 
 def _product(precision: str, threads: int) -> None:
-    """One product of square matrices, by torch's own kernels."""
+    """Compute one product of square matrices, with torch's own kernels."""
     torch.set_num_threads(threads)
     if precision not in _made:
         made = torch.randn(2, SIDE, SIDE)

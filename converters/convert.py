@@ -1,4 +1,4 @@
-"""A model -> a bundle, or more variants of one: each by itself, proven or not written."""
+"""Convert a model to a bundle or add variants to one: each variant is proven or not written."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from qrank.system import disk
 
 @dataclass(frozen=True)
 class Converted:
-    """What came of a conversion.
+    """The result of a conversion.
 
     Attributes:
-        folder: the bundle's.
-        manifest: the bundle's, with what was there before.
-        failed: by a variant's name (a prebuilt file's, where it cannot be read): why it is not in
-            the bundle. What else was asked for is.
+        folder: the bundle's folder.
+        manifest: the bundle's manifest, including earlier variants.
+        failed: why a variant is not in the bundle, by variant name (by file name if a prebuilt file
+            cannot be read). Every other requested variant is in it.
     """
 
     folder: Path
@@ -49,30 +49,30 @@ def convert(
 ) -> Converted:
     """Convert a checkpoint, or import prebuilt files, and prove every variant.
 
-    Each variant is made by itself: what is proven is kept, whatever becomes of the others.
+    Variants are independent: each proven one is kept, even if others fail.
 
     Args:
-        source: a checkpoint's folder or hub id, or those of prebuilt files, or one such file;
-            see `qrank.bundle.locate.place`.
-        variants: (format, precision) pairs to make, a precision of None being the default; those
-            the bundle has already are kept. None: every format whose packages are installed and
-            that the family is for, or of which there is a prebuilt file.
-        output: the bundle's folder; None: `NAME-qrank` in the working directory. A bundle of the
-            same checkpoint gains the variants. While another conversion writes there, this one
-            waits.
-        reference: the checkpoint that prebuilt files were made of, to prove them against: the
-            bundle is then the checkpoint's. None: they are held against themselves.
+        source: folder or hub id of a checkpoint or of prebuilt files, or one prebuilt file; see
+            `qrank.bundle.locate.place`.
+        variants: (format, precision) pairs to make; a precision of None is the default. Variants
+            the bundle already has are kept. None: every format that the family supports and whose
+            packages are installed, or every format with a prebuilt file.
+        output: the bundle's folder; None: `NAME-qrank` in the working directory. The variants are
+            added to an existing bundle of the same checkpoint. Waits while another conversion
+            writes there.
+        reference: the checkpoint that prebuilt files were made from, to prove them against; the
+            bundle then belongs to that checkpoint. None: the most exact file is the reference.
         family: a card's name or file; None to match by config.json.
-        revision: of the hub's repository.
-        offline: do not ask the hub.
-        force: replace the bundle at `output`, whatever it was made of; no other file is touched.
-        calibration: JSON lines with "query" and "document", whose activations quantization looks
-            at beside those of the pairs that come with qrank; None: at those alone.
-        progress: told each step.
+        revision: revision of the hub repository.
+        offline: do not contact the hub.
+        force: replace the bundle at `output`, whatever it was made from; no other file is touched.
+        calibration: JSON lines with "query" and "document", used for calibration in addition to the
+            pairs that come with qrank; None: only those.
+        progress: called with each step.
 
     Raises:
-        QrankError: nothing that was asked for is in the bundle, or the source or the output cannot
-            be used; see `qrank.errors`. What was at `output` is then as it was.
+        QrankError: none of the requested variants is in the bundle, or the source or the output is
+            unusable; see `qrank.errors`. `output` is then unchanged.
     """
     if variants is not None and not variants:
         raise InputError("variants is empty; name some, or None for all")
@@ -87,7 +87,7 @@ def convert(
     if old is not None and not _lacked(model.makers, old):
         return Converted(target, old, model.failed)
     with _disks_explained(target), workshop(target) as shop:
-        # Another one, that it may have waited for, wrote here since.
+        # This run may have waited for another conversion, which wrote here in the meantime.
         there = _replaced(target) if force else _existing(target, model.checkpoint)
         old = None if force else there
         wanted = _lacked(model.makers, old)
@@ -103,13 +103,13 @@ def convert(
 
 
 def _lacked(wanted: Mapping[Name, Maker], old: Manifest | None) -> dict[Name, Maker]:
-    """What a bundle has not yet."""
+    """The wanted variants that a bundle does not have yet."""
     there = {} if old is None else old.variants
     return {name: maker for name, maker in wanted.items() if "-".join(name) not in there}
 
 
 def _with(made: Made, model: Model, folder: Path, old: Manifest | None) -> Manifest:
-    """The manifest of a bundle with new variants."""
+    """The bundle's manifest with the new variants added."""
     assert made.probes is not None  # variants were proven against them
     manifest = old or Manifest(
         name=model.checkpoint.name,
@@ -118,7 +118,7 @@ def _with(made: Made, model: Model, folder: Path, old: Manifest | None) -> Manif
         files={TOKENIZER: FileRecord.of(folder / TOKENIZER)},
         probes=made.probes,
     )
-    # Bundles of before did not say.
+    # Older bundles do not record the dimensions.
     manifest = replace(manifest, dimensions=model.checkpoint.dimensions)
     for variant in made.variants:
         manifest = manifest.with_variant(variant)
@@ -127,10 +127,10 @@ def _with(made: Made, model: Model, folder: Path, old: Manifest | None) -> Manif
 
 @contextmanager
 def _disks_explained(path: Path) -> Iterator[None]:
-    """Says of what the system refuses to write or read which disk it was, and that it was that.
+    """Turn read and write errors of the system into a ConversionError that names the disk.
 
     Raises:
-        ConversionError: a disk is full, or the system refused.
+        ConversionError: a disk is full, or the system denies access.
     """
     try:
         yield
@@ -144,11 +144,11 @@ def _disks_explained(path: Path) -> Iterator[None]:
 
 
 def _existing(target: Path, checkpoint: Checkpoint) -> Manifest | None:
-    """The bundle that gains variants; None where nothing is.
+    """The manifest of the bundle to add variants to; None if there is no bundle.
 
     Raises:
-        BundleError: it is damaged.
-        ConversionError: it is another checkpoint's.
+        BundleError: the bundle is damaged.
+        ConversionError: the bundle belongs to another checkpoint.
     """
     if not (target / MANIFEST).is_file():
         return None
@@ -163,7 +163,7 @@ def _existing(target: Path, checkpoint: Checkpoint) -> Manifest | None:
 
 
 def _replaced(target: Path) -> Manifest | None:
-    """The bundle that --force replaces, whatever it is; None where it cannot be read either."""
+    """The manifest of the bundle that --force replaces; None if there is none or it is damaged."""
     try:
         return Manifest.load(target)
     except BundleError:

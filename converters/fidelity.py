@@ -1,4 +1,4 @@
-"""Run the fp32 reference, and hold every variant against it."""
+"""Run the fp32 reference and compare every variant with it."""
 
 from __future__ import annotations
 
@@ -44,10 +44,12 @@ def own_probes(
     variant: Variant,
     worker: isolation.Worker,
 ) -> Probes:
-    """The probe pairs with a prebuilt model's own logits: of each pair alone, computed exactly.
+    """The probe pairs with a prebuilt model's own logits, in its most exact arithmetic.
+
+    Each pair is a batch of one.
 
     Raises:
-        ConversionError: it does not load or run, or gives no scores.
+        ConversionError: the model does not load or run, or its logits do not tell pairs apart.
     """
     pairs = probe_pairs(checkpoint.words)
     work = encode_pairs(pairs, tokenizer, checkpoint.family)
@@ -65,17 +67,17 @@ def own_probes(
 
 
 def measure(folder: Path, variant: Variant, probes: Probes, worker: isolation.Worker) -> Fidelity:
-    """Run a variant on the probes with the backend that will run it.
+    """Measure a variant's fidelity on the probes with the backend that will run it.
 
     Args:
-        folder: the bundle.
-        variant: of it.
-        probes: what it is held against.
-        worker: where a native library may crash.
+        folder: the bundle's folder.
+        variant: a variant of the bundle.
+        probes: the reference to compare with.
+        worker: the process for native libraries that may crash.
 
     Raises:
-        FidelityError: it is further from the reference than its precision may be.
-        ConversionError: it does not load or run at all.
+        FidelityError: the variant misses the tolerance of its precision.
+        ConversionError: the variant does not load or run.
     """
     (logits,) = _run(folder, variant, [probes.work], worker)
     fidelity = Fidelity.of(logits, probes.logits)
@@ -92,9 +94,9 @@ def measure(folder: Path, variant: Variant, probes: Probes, worker: isolation.Wo
 def _run(
     folder: Path, variant: Variant, works: list[Sequences], worker: isolation.Worker
 ) -> list[Logits]:
-    """Logits of each work by the backend of a variant, in its most exact arithmetic.
+    """Logits of each work from a variant's backend, in its most exact arithmetic.
 
-    In a process of its own where a native library could end this one.
+    Runs in a separate process if a native library could crash this one.
     """
     options = Options(processors())
     try:

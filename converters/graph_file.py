@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     import onnx
 
 _LARGEST_PROTO = 2**31 - 2**20
-"""Protocol buffers end at 2 GiB: larger weights go into a file beside the graph."""
+"""Protocol buffers are limited to 2 GiB: larger weights go into a file next to the graph."""
 
 
 def fits(size: int) -> bool:
-    """Whether weights of so many bytes go into a graph's own file."""
+    """Whether weights of `size` bytes fit into the graph's own file."""
     return size <= _LARGEST_PROTO
 
 
 def save_graph(model: onnx.ModelProto, path: Path) -> None:
-    """Write a graph, with `NAME.data` beside it where its weights are larger than 2 GB."""
+    """Write a graph; weights larger than 2 GB go into `NAME.data` next to it."""
     size = sum(len(i.raw_data) for i in model.graph.initializer)
     options: dict[str, Any] = {}
     if not fits(size):
@@ -31,19 +31,20 @@ def save_graph(model: onnx.ModelProto, path: Path) -> None:
 
 
 def load_graph(path: Path, *, weights: bool = True) -> onnx.ModelProto:
-    """Read a graph, with the weights that lie in other files beside it.
+    """Read a graph with its external weights.
 
-    The graph and these files may be symbolic links, as in huggingface_hub's cache and on big disks:
-    onnx itself refuses those, as a link may lead to a secret. Nothing of a bundle is given away by
-    who makes it, and a graph can name no files but those below its folder.
+    The graph and its weight files may be symbolic links, as in huggingface_hub's cache and on big
+    disks. onnx itself refuses links because one may lead to a secret. Here that is acceptable:
+    making a bundle discloses nothing, and a graph can name only files below its folder.
 
     Args:
-        path: the graph's.
-        weights: read what lies in other files.
+        path: the graph's file.
+        weights: also read the weights in other files.
 
     Raises:
-        ConversionError: it names a file outside its folder, or one that is missing or cut off.
-        Exception: what onnx and protobuf raise of a file that is no graph; they share no base.
+        ConversionError: the graph names a file outside its folder, or one that is missing or
+            truncated.
+        Exception: what onnx and protobuf raise if the file is not a graph; they share no base.
     """
     model: onnx.ModelProto = need("onnx").load(path, load_external_data=False)
     for tensor in _tensors(model) if weights else ():
@@ -55,14 +56,14 @@ def load_graph(path: Path, *, weights: bool = True) -> onnx.ModelProto:
 
 
 def _external(tensor: onnx.TensorProto, graph: Path) -> bytes:
-    """The bytes of a tensor that lie in a file beside its graph."""
+    """The bytes of a tensor stored in a file next to its graph."""
     entry = {item.key: item.value for item in tensor.external_data}
     location = PurePosixPath(entry.get("location", ""))
     if location.is_absolute() or ".." in location.parts or not location.name:
         raise ConversionError(
             f"{graph} has weights in {str(location)!r}; a file below its own folder was expected"
         )
-    # Where a link leads to the graph, they may lie beside either.
+    # If the graph is a link, the weights may lie next to the link or next to its target.
     places = [graph.parent / location, graph.resolve().parent / location]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
@@ -79,7 +80,7 @@ def _external(tensor: onnx.TensorProto, graph: Path) -> bytes:
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor of a graph and of the graphs and functions within it."""
+    """Every tensor of a model, including nested graphs and functions."""
     yield from _of_graph(model.graph)
     for function in model.functions:
         yield from _of_nodes(function.node)

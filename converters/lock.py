@@ -1,7 +1,7 @@
-"""A folder that one process at a time may write, held by a lock of the operating system.
+"""Lock a folder so that only one process writes to it, with a lock of the operating system.
 
-The system frees it when its holder ends, however that ends. The file's text, the holder's process,
-is for people: containers share volumes, and not process numbers.
+The system releases the lock when its holder ends, however it ends. The lock file holds the process
+id of the holder, for people only: containers can share a volume, but not process ids.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from qrank.errors import ConversionError
 LOCK = ".qrank-lock"
 
 _POLL = 0.2
-"""Seconds between two looks at a lock that another process holds."""
+"""Seconds between two attempts to take a lock that another process holds."""
 
 log = logging.getLogger("qrank")
 
 
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Hold the lock of a folder, made if need be; wait for the process that holds it."""
+    """Hold the lock of a folder, created if missing; wait while another process holds it."""
     file, path = _acquire(target)
     try:
         yield
     finally:
-        if sys.platform == "win32":  # which removes no file that is open
+        if sys.platform == "win32":  # Windows does not remove open files
             file.close()
-            with suppress(PermissionError):  # the next one has it
+            with suppress(PermissionError):  # the next process has it open
                 path.unlink(missing_ok=True)
         else:
             path.unlink(missing_ok=True)
@@ -43,11 +43,11 @@ def locked(target: Path) -> Iterator[None]:
 
 def _acquire(target: Path) -> tuple[IO[str], Path]:
     path, told = target / LOCK, False
-    if path.is_symlink():  # to a file of somebody's, which would be written to
+    if path.is_symlink():  # writing would change the file it points to
         raise ConversionError(f"{path} is a link: remove it")
     while True:
         target.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # its holder has just removed what it had made
+        with suppress(FileNotFoundError):  # the previous holder just removed the folder it created
             file = path.open("a+", encoding="utf-8")
             try:
                 if _try_lock(file) and _same(file, path):
@@ -68,7 +68,7 @@ def _acquire(target: Path) -> tuple[IO[str], Path]:
 
 
 def _same(file: IO[str], path: Path) -> bool:
-    """Whether a path still leads to an open file: the holder before may have removed it."""
+    """Whether a path is still this open file: the previous holder may have removed it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -80,7 +80,7 @@ def _try_lock(file: IO[str]) -> bool:
         import msvcrt
 
         try:
-            # Behind the text, so that others can read who holds it.
+            # Lock a byte beyond the text, so that others can read who holds it.
             file.seek(2**20)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError:

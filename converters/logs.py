@@ -1,4 +1,4 @@
-"""Other libraries' logs, of which a user can act on errors alone."""
+"""Silence other libraries' logs except errors, the only ones a user can act on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def errors_only(name: str) -> Iterator[None]:
-    """A logger tells errors and no more, for a while."""
+    """Limit a logger to errors for the duration of the context."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -20,33 +20,33 @@ Name = tuple[str, str]
 """A variant's format and precision."""
 
 Failed = dict[str, QrankError]
-"""By what a variant is called: why it was not made."""
+"""Why a variant was not made, by its name."""
 
 log = logging.getLogger("qrank")
 
 
 class Maker(Protocol):
-    """Fills a variant's folder: a converter, or the importer of a prebuilt file."""
+    """Fills a variant's folder: a converter or the importer of a prebuilt file."""
 
     @property
     def MODULES(self) -> Sequence[str]:  # noqa: N802 (a converter's constant)
-        """What making and running the variant takes."""
+        """Modules needed to make and run the variant."""
 
     @property
     def MEMORY(self) -> float:  # noqa: N802
-        """The least memory it takes, in times of the model's size in fp32."""
+        """The minimum memory needed, as a multiple of the model's size in fp32."""
 
     def convert(
         self, checkpoint: Checkpoint, precision: str, folder: Path, calibration: Sequences
     ) -> str:
-        """Write the variant's files; gives a note for the manifest, "" mostly."""
+        """Write the variant's files; return a note for the manifest, mostly ""."""
 
 
 def converter(format: str) -> ModuleType:
     """The converter module of a format.
 
     Raises:
-        ConversionError: it cannot be imported: another package's.
+        ConversionError: the module cannot be imported; it may belong to another package.
     """
     name = formats()[format].converter
     try:
@@ -56,13 +56,13 @@ def converter(format: str) -> ModuleType:
 
 
 def _extra_of(format: str, module: str) -> str:
-    """The extra that brings what making and running a format takes; "" if qrank has none."""
+    """The extra that installs a module needed to make or run a format; "" if there is none."""
     backend = spec(format)
     return backend.extra if module in backend.modules else EXTRA_OF.get(module, "")
 
 
 def _obstacle(format: str) -> str:
-    """What to do before a format can be made; "" if nothing."""
+    """What prevents making a format, with the fix; "" if nothing does."""
     try:
         missing = [module for module in converter(format).MODULES if not installed(module)]
     except ConversionError as error:
@@ -74,17 +74,18 @@ def _obstacle(format: str) -> str:
 
 
 def of_checkpoint(asked: Request | None) -> tuple[dict[Name, Maker], Failed]:
-    """What makes each variant of a checkpoint, and what cannot be made for want of packages.
+    """The maker of each variant of a checkpoint, and variants whose packages are missing.
 
     Args:
-        asked: formats and precisions; None: the default of each whose packages are installed.
+        asked: formats and precisions; None: the default precision of each format whose packages
+            are installed.
 
     Raises:
-        ConversionError: a format has no such precision.
+        ConversionError: there is no such format, or the format has no such precision.
     """
     if asked is None:
         obstacles = {format: _obstacle(format) for format in formats()}
-        # With none at hand, the first says what is missing.
+        # If no format can be made, keep all: their errors say what is missing.
         at_hand = [format for format, what in obstacles.items() if not what] or list(obstacles)
         for absent in sorted(set(obstacles) - set(at_hand)):
             log.warning("leaving out %s: %s", absent, obstacles[absent])
@@ -109,7 +110,7 @@ def of_checkpoint(asked: Request | None) -> tuple[dict[Name, Maker], Failed]:
 
 
 def of_files(found: Prebuilt) -> tuple[dict[Name, Maker], Failed]:
-    """What makes each variant of prebuilt files, the most exact one first; and what cannot."""
+    """The maker of each variant of prebuilt files, most exact first; and what cannot be made."""
     makers: dict[Name, Maker] = {}
     failed: Failed = dict(found.missing)
     for importer in found.importers:
@@ -131,7 +132,7 @@ def _require(format: str, maker: Maker) -> None:
 
 
 def nothing(failed: Failed) -> QrankError:
-    """What to raise where nothing can be made."""
+    """The error to raise if nothing can be made."""
     errors = list(failed.values())
     if len(errors) == 1 or all(isinstance(error, MissingExtraError) for error in errors):
         return errors[0]

@@ -1,8 +1,8 @@
-"""Files that somebody converted already -> variants of a bundle.
+"""Prebuilt files (already converted by someone) -> variants of a bundle.
 
-A folder, a file or a hub repository of OpenVINO, ONNX or GGUF files needs no checkpoint beside it:
-what the model is, its config.json and its tokenizer say. Without the checkpoint nobody knows how
-close it is to the original; see `qrank.bundle.manifest.Probes`.
+A folder, file or hub repository of OpenVINO, ONNX or GGUF files needs no checkpoint: config.json
+and the tokenizer describe the model. Without the checkpoint, the fidelity to the original is
+unknown; see `qrank.bundle.manifest.Probes`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from qrank.converters.checkpoint.read import Checkpoint, describe
 from qrank.errors import ConversionError, ModelNotFoundError, QrankError
 
 Request = Sequence[tuple[str, str | None]]
-"""Formats with a precision each, None being whatever there is."""
+"""(format, precision) pairs; None: any precision."""
 
 
 @dataclass(frozen=True)
 class Importer:
-    """Makes a variant of one file; to the conversion it is a converter like those of checkpoints.
+    """Makes a variant from one file; has the same interface as a checkpoint converter.
 
     Attributes:
         path: the file.
         format: its format.
-        asked: the precision it was asked to be; None: any.
+        asked: the requested precision; None: any.
     """
 
     path: Path
@@ -38,24 +38,24 @@ class Importer:
 
     @property
     def MODULES(self) -> Sequence[str]:  # noqa: N802 (as converters have it)
-        """Packages that importing it and running it need."""
+        """Packages needed to import and run the file."""
         modules: Sequence[str] = self._module.MODULES
         return modules
 
-    MEMORY = 0.0  # It is read as it lies on disk.
+    MEMORY = 0.0  # The file is taken over as stored.
 
     @property
     def bytes(self) -> int:
-        """Size of the file, and of those beside it that its weights lie in."""
+        """Total size of the file and the files that hold its weights."""
         return sum(path.stat().st_size for path in _parts(self.path))
 
     @property
     def precision(self) -> str:
-        """As its weights are stored.
+        """The precision that the weights are stored in.
 
         Raises:
-            ConversionError: the file cannot be read, or is of another precision than asked for, or
-                of one that has no tolerance.
+            ConversionError: the file cannot be read, or its precision is not the requested one or
+                has no tolerance.
         """
         found: str = self._module.precision(self.path)
         if self.asked not in (None, found):
@@ -88,14 +88,14 @@ class Importer:
 
 @dataclass(frozen=True)
 class Prebuilt:
-    """What a source holds.
+    """The prebuilt files of a source.
 
     Attributes:
-        folder: where config.json and the tokenizer are to be.
-        identity: hub id, or a name.
-        commit: the hub's; None of what is no hub's.
-        importers: one a file.
-        missing: what was asked for, and why it is not there.
+        folder: where config.json and the tokenizer are expected.
+        identity: hub id or a name.
+        commit: the hub's commit; None if not from the hub.
+        importers: one per file.
+        missing: the requested variants that are missing, and why.
     """
 
     folder: Path
@@ -105,11 +105,11 @@ class Prebuilt:
     missing: dict[str, QrankError] = field(default_factory=dict)
 
     def describe(self, family: str | None) -> Checkpoint:
-        """What the model is, without its weights.
+        """The model as a checkpoint without weights.
 
         Raises:
             ModelNotFoundError: there is no config.json.
-            QrankError: as of a checkpoint.
+            QrankError: as for a checkpoint.
         """
         if not (self.folder / "config.json").is_file():
             raise ModelNotFoundError(
@@ -120,7 +120,7 @@ class Prebuilt:
         return describe(self.folder, self.identity, self.commit, family, self._files)
 
     def _files(self) -> list[Path]:
-        """Everything that a variant is made of."""
+        """All files that the variants are made from."""
         return sorted(file for importer in self.importers for file in _parts(importer.path))
 
     @property
@@ -129,18 +129,18 @@ class Prebuilt:
 
 
 def importable() -> dict[str, Format]:
-    """The formats whose prebuilt files can be taken over."""
+    """The formats whose prebuilt files can be imported."""
     return {name: format for name, format in formats().items() if format.importer}
 
 
 def format_of(name: str) -> str | None:
-    """The format of a file by its name."""
+    """The format of a file by its suffix; None if unknown."""
     suffix = PurePosixPath(name).suffix
     return next((name for name, known in importable().items() if known.suffix == suffix), None)
 
 
 def patterns(name: str) -> list[str]:
-    """A file of a repository, and what its weights may lie in."""
+    """Name patterns of a file in a repository and the files that may hold its weights."""
     format = format_of(name)
     weights = "" if format is None else formats()[format].weights
     stem = name.removesuffix(PurePosixPath(name).suffix)
@@ -148,7 +148,7 @@ def patterns(name: str) -> list[str]:
 
 
 def _parts(path: Path) -> list[Path]:
-    """A file on disk, and what its weights lie in."""
+    """A file on disk and the files that hold its weights."""
     wanted = [path.name, *patterns(path.name)]
     found = {file for pattern in wanted for file in path.parent.glob(pattern)}
     return sorted(file for file in found if file.is_file())

@@ -1,13 +1,10 @@
-"""What a prebuilt graph takes and gives, by its names: alike in ONNX and OpenVINO."""
+"""Inputs and outputs of prebuilt graphs by name: the same in ONNX and OpenVINO."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from qrank.bundle.family import Family
 from qrank.converters.checkpoint.configuration import read_config
@@ -17,10 +14,10 @@ from qrank.errors import ConversionError
 IDS, MASK, TYPES, POSITIONS = "input_ids", "attention_mask", "token_type_ids", "position_ids"
 
 BEAMS = "beam_idx"
-"""Which row of the cache each sequence goes on from: of OpenVINO's graphs with a state."""
+"""The KV cache row that each sequence continues: an input of OpenVINO's stateful graphs."""
 
 SQUASHED = ("Sigmoid", "Softmax", "LogSoftmax")
-"""What may have been done to the logits already, by the operation's name in both formats."""
+"""Operations that may already have been applied to the logits; same names in both formats."""
 
 _CACHE = re.compile(r"(?:past_key_values?|past|present)\.(\d+)\.(key|value)")
 
@@ -30,22 +27,20 @@ _TYPES = {
     "fp16": ("f16", "FLOAT16"),
     "bf16": ("bf16", "BFLOAT16"),
 }
-"""What a precision's weights are stored as, the coarsest first."""
+"""Data types that a precision's weights are stored in, the coarsest first."""
 
 _SHARE = 0.1
-"""Of all weights, what makes a graph of a precision: a quantized one has others beside."""
+"""Minimum share of the weights in a precision's types: quantized graphs keep other types too."""
 
 LARGE = 2**10
-"""Numbers from which a constant is a weight."""
+"""Minimum number of elements for a constant to count as a weight."""
 
 WHOLE_PROMPTS = "the graph keeps no keys and values: a prompt is read anew with every document"
-"""The note of a causal model's graph that cannot share what stands first."""
-
-Floats = NDArray[np.float32]
+"""The note for a causal model's graph that cannot share a prefix."""
 
 
 def precision_of(numbers: Mapping[str, int]) -> str:
-    """A graph's precision by how many numbers of its weights are stored as which type."""
+    """A graph's precision, given the number of weight elements stored in each data type."""
     total = sum(numbers.values())
     for precision, types in _TYPES.items():
         if total and sum(numbers.get(t, 0) for t in types) >= _SHARE * total:
@@ -54,21 +49,21 @@ def precision_of(numbers: Mapping[str, int]) -> str:
 
 
 def cache_place(name: str) -> tuple[int, int] | None:
-    """The layer of a cache's tensor, and 0 for keys or 1 for values; None of other names."""
+    """The layer of a KV cache tensor and 0 for keys, 1 for values; None for other names."""
     found = _CACHE.match(name)
     return (int(found[1]), int(found[2] == "value")) if found else None
 
 
 def check_inputs(names: Iterable[str], family: Family) -> None:
-    """See that a graph's inputs are all understood, and that none is missing.
+    """Check that all inputs of a graph are known and none is missing.
 
     Raises:
-        ConversionError: they are not; with the names.
+        ConversionError: an input is unknown or missing; with the names.
     """
     found = set(names)
     known = {IDS, MASK, POSITIONS} | (set() if family.decoder else {TYPES})
     caches: set[str] = set()
-    # A graph that pools by itself has nothing to go on from.
+    # Graphs that include pooling have no KV cache to continue from.
     if family.labels:
         known |= {BEAMS}
         caches = {name for name in found if cache_place(name) is not None}
@@ -88,14 +83,14 @@ def check_inputs(names: Iterable[str], family: Family) -> None:
 
 
 def gives_vocabulary(shape: Sequence[int | None], family: Family) -> bool:
-    """Whether a graph's output is the whole vocabulary's logits, and not a pair's one.
+    """Whether a graph's output is the logits of the whole vocabulary, not one logit per pair.
 
     Args:
-        shape: of the output; None where a dimension is free.
-        family: of the model.
+        shape: shape of the output; None for a dynamic dimension.
+        family: the model's family.
 
     Raises:
-        ConversionError: the output is not what the family scores by.
+        ConversionError: the output does not match the family.
     """
     if family.labels:
         if len(shape) == 3 and shape[2] is not None and shape[2] > max(family.labels):
@@ -116,14 +111,14 @@ def gives_vocabulary(shape: Sequence[int | None], family: Family) -> bool:
 def cache_shape(
     past: Mapping[tuple[int, int], Any], present: Mapping[tuple[int, int], Any]
 ) -> tuple[int, int, int]:
-    """Layers, heads and width of a cache whose tensors are of shape [batch, heads, length, width].
+    """Layers, heads and width of a KV cache with tensors of shape [batch, heads, length, width].
 
     Args:
-        past: of `cache_place` -> the shape of what is read on; None where a dimension is free.
-        present: the same for what comes of it; shapes are not looked at.
+        past: `cache_place` -> shape of the cache tensor read; None for a dynamic dimension.
+        present: the same for the cache tensors returned; their shapes are not checked.
 
     Raises:
-        ConversionError: a tensor is missing, or of another shape than the others.
+        ConversionError: a tensor is missing, or its shape differs from the others.
     """
     layers = max(layer for layer, _ in past) + 1
     wanted = {(layer, kind) for layer in range(layers) for kind in (0, 1)}
@@ -141,22 +136,22 @@ def cache_shape(
 
 
 def shown(shape: Sequence[int | None]) -> str:
-    """A shape for people: `[?, ?, 1200]`."""
+    """A shape as readable text: `[?, ?, 1200]`."""
     return f"[{', '.join('?' if d is None else str(d) for d in shape)}]"
 
 
 def first_position(checkpoint: Checkpoint) -> int:
-    """The number of an encoder's first position."""
+    """The position id of an encoder's first token."""
     if not checkpoint.card.positions_after_pad:
         return 0
     return int(read_config(checkpoint.folder)["pad_token_id"]) + 1
 
 
 def padding(checkpoint: Checkpoint) -> int:
-    """The token id that a graph knows padding by.
+    """The token id that a graph recognizes as padding.
 
     Raises:
-        ConversionError: the configuration names none.
+        ConversionError: the configuration names no pad_token_id.
     """
     number = read_config(checkpoint.folder).get("pad_token_id")
     if number is None:
@@ -167,7 +162,7 @@ def padding(checkpoint: Checkpoint) -> int:
 
 
 def not_understood(what: str) -> ConversionError:
-    """The score head cannot be found: the error to raise, with what stands in its place."""
+    """The error to raise if the score head is not found; `what` is what was found instead."""
     return ConversionError(
         f"the graph's logits come out of {what}, where a product with the output matrix was "
         "expected: its head cannot be cut. Convert the checkpoint itself"

@@ -1,4 +1,4 @@
-"""Which prebuilt files a source holds, and which of several is imported."""
+"""Find the prebuilt files of a source and choose which of several to import."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qrank.converters.prebuilt import Importer, Prebuilt, Request, format_of, pa
 from qrank.errors import ConversionError, ModelNotFoundError, QrankError
 
 _FOLDERS = ("onnx", "openvino")
-"""Where in a repository such files lie, if not at its top."""
+"""Folders of a repository that may hold prebuilt files, besides its top level."""
 
 _NOT_MODELS = ("openvino_tokenizer", "openvino_detokenizer")
 
@@ -25,17 +25,17 @@ _NOT_MODELS = ("openvino_tokenizer", "openvino_detokenizer")
 def find(
     source: str, asked: Request | None, *, revision: str | None = None, offline: bool = False
 ) -> Prebuilt | Fetched:
-    """The prebuilt files of a source; or where it is, if it holds a checkpoint or nothing known.
+    """The prebuilt files of a source; its location if it holds a checkpoint or nothing known.
 
     Args:
-        source: what `qrank.bundle.locate.place` takes: a folder, a file, a name on the hub.
-        asked: what is wanted; None: every format there is.
-        revision: of the hub's repository.
-        offline: use what was downloaded before only.
+        source: a folder, a file or a name on the hub, as in `qrank.bundle.locate.place`.
+        asked: the requested variants; None: every format found.
+        revision: revision of the hub repository.
+        offline: use only what is already downloaded.
 
     Raises:
-        ConversionError: nothing that is wanted is there.
-        ModelNotFoundError: a hub's repository is not to be had; or it is a bundle already.
+        ConversionError: no requested variant is there.
+        ModelNotFoundError: the hub repository is unavailable, or the source is already a bundle.
     """
     where = place(source, revision)
     if isinstance(where, HubName):
@@ -63,7 +63,7 @@ def _in_folder(found: Fetched, asked: Request | None, source: str) -> Prebuilt |
 
 
 def _on_hub(name: HubName, asked: Request | None, source: str, offline: bool) -> Prebuilt | Fetched:
-    """Of a repository, or of a file or a known folder in it."""
+    """Handle a repository, or a file or known folder in it."""
     whole = replace(name, path="")
     format = format_of(name.path)
     if name.path and format is None and name.path not in _FOLDERS:
@@ -91,7 +91,7 @@ def _on_hub(name: HubName, asked: Request | None, source: str, offline: bool) ->
 
 
 def _home(*folders: Path) -> Path:
-    """Where config.json is: beside the files, or above their folder, also where links lead."""
+    """The folder with config.json: the files' folder or its parent, also after resolving links."""
     for folder in folders:
         for at in (folder.absolute(), folder.resolve()):
             for home in (at, at.parent) if at.name in _FOLDERS else (at,):
@@ -107,7 +107,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _candidates(names: Iterable[str]) -> dict[str, list[str]]:
-    """Format -> the files of it that may be a model."""
+    """Format -> its files that may be a model."""
     found: dict[str, list[str]] = {}
     for name in sorted(names):
         path, format = PurePosixPath(name), format_of(name)
@@ -120,16 +120,16 @@ def _candidates(names: Iterable[str]) -> dict[str, list[str]]:
 def _choose_all(
     candidates: dict[str, list[str]], folder: Path, asked: Request | None, source: str
 ) -> tuple[tuple[Importer, ...], dict[str, QrankError]]:
-    """The files to import, and what is wanted and not to be had, with the reason.
+    """The files to import, and the requested variants that are unavailable, with the reason.
 
     Args:
-        candidates: by format, the names of files.
-        folder: where they are.
-        asked: what is wanted; None: every format there is.
-        source: what the user called it.
+        candidates: format -> file names.
+        folder: the files' folder.
+        asked: the requested variants; None: every format found.
+        source: the source as the user gave it.
 
     Raises:
-        ConversionError: nothing is to be had.
+        ConversionError: no requested variant is available.
     """
     made: list[Importer] = []
     missing: dict[str, QrankError] = {}
@@ -150,10 +150,10 @@ def _choose_all(
 
 
 def _choose(format: str, names: list[str], precision: str | None, source: str) -> str:
-    """The file to import of several.
+    """The file to import, chosen by its name if there are several.
 
     Raises:
-        ConversionError: none is called as one would expect.
+        ConversionError: no name matches.
     """
     if len(names) == 1:
         return names[0]

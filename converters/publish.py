@@ -1,15 +1,15 @@
-"""A bundle's folder while it is written: one conversion at a time, and whole or not at all.
+"""Publish a bundle's folder atomically, one conversion at a time.
 
     NAME-qrank/
-      .qrank-lock       held by the conversion that writes here; names its process
-      .qrank-work/      only while it does, or where it was killed
+      .qrank-lock       held by the conversion that writes here; contains its process id
+      .qrank-work/      exists only during a conversion, or after one was killed
         new/            what is being made: a bundle of the new variants
         old/            files that it replaces
-        moves.json      written before anything is moved: what is going to be
+        moves.json      the planned moves, written before any file is moved
 
-Everything lies within the bundle's own folder, so that what is moved stays on one disk, and so that
-a mount point and the working directory can be bundles: a folder of theirs cannot be renamed.
-What makes the new files count is the manifest, replaced last in one step.
+Everything stays within the bundle's own folder, so that moves stay on one disk and a mount point or
+the working directory can be a bundle: such a folder cannot be renamed. The new files take effect
+when the manifest is replaced, last and in one step.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ WORK = ".qrank-work"
 _NEW, _OLD, _MOVES = "new", "old", "moves.json"
 
 _OF_NOBODY = (LOCK, WORK, "lost+found", ".DS_Store", ".gitkeep")
-"""What an empty folder may hold: ours, and what systems put into a volume."""
+"""What a folder may hold and still count as empty: qrank's own files and those of systems."""
 
 
 def check_output(target: Path, sources: Iterable[Path] = (), *, force: bool = False) -> None:
-    """See that a bundle may be written to a place, before any work.
+    """Check that a bundle may be written to a folder, before any work.
 
     Args:
         target: the bundle's folder.
         sources: files and folders that the conversion reads.
-        force: the bundle that is there shall be replaced.
+        force: whether to replace the existing bundle.
 
     Raises:
-        ConversionError: it is no folder, holds something else, cannot be written; or with `force`
-            is, holds or lies in what is converted.
+        ConversionError: `target` is a link, a file or not writable, or holds something else; with
+            `force`, it is, contains or lies in a source, or variant folders in it are links.
     """
     if target.is_symlink():
         raise ConversionError(
@@ -56,7 +56,7 @@ def check_output(target: Path, sources: Iterable[Path] = (), *, force: bool = Fa
     above = next(path for path in (target, *target.parents) if path.exists())
     if not above.is_dir():
         raise ConversionError(f"{above} is a file; name another folder with -o")
-    # Of a bundle that has all that is wanted already, nothing is written.
+    # A bundle that already has all requested variants is not written to.
     if not disk.writable(above) and (force or not bundle):
         raise ConversionError(f"{above} cannot be written; name another folder with -o")
     if target.is_dir() and not bundle and _foreign(target):
@@ -82,14 +82,14 @@ def check_output(target: Path, sources: Iterable[Path] = (), *, force: bool = Fa
 
 
 def _foreign(folder: Path) -> list[str]:
-    """Names in a folder that no conversion leaves there."""
+    """Names in a folder that are not left by a conversion."""
     if (folder / WORK / _OLD / MANIFEST).is_file():
-        return []  # a bundle, but for a run that was killed while it replaced it
+        return []  # a bundle, left by a run that was killed while replacing it
     return sorted(path.name for path in folder.iterdir() if path.name not in _OF_NOBODY)
 
 
 def _meet(target: Path, source: Path) -> bool:
-    """Whether one of two paths is the other or lies in it, through links and mounts too."""
+    """Whether two paths are the same or one contains the other, also through links and mounts."""
     target, source = target.resolve(), source.resolve()
     return any(_are_same(path, source) for path in (target, *target.parents)) or any(
         _are_same(path, target) for path in (source, *source.parents)
@@ -114,12 +114,12 @@ class Workshop:
         self.new = self._work / _NEW
 
     def publish(self, manifest: Manifest, replaced: Manifest | None, force: bool) -> None:
-        """Move what was made into the bundle.
+        """Move the new files into the bundle.
 
         Args:
-            manifest: of the bundle as it shall be.
-            replaced: of the bundle that is there; None where there is none, or a damaged one.
-            force: the files of that go; else they stay, and variants join them.
+            manifest: the new manifest.
+            replaced: the manifest of the existing bundle; None if there is none or it is damaged.
+            force: remove the existing bundle's files; otherwise they stay and variants are added.
         """
         names = [name for v in manifest.variants.values() for name in v.files]
         names = [n for n in (*manifest.files, *names) if (self.new / n).is_file()]
@@ -129,7 +129,7 @@ class Workshop:
         leaving += [n for n in names if (self.target / n).exists() and n not in leaving]
         moves = {"digest": manifest.digest, "new": names, "old": leaving}
         paths.write_atomically(self._work / _MOVES, json.dumps(moves))
-        # Where this is stopped, `_recover` puts back what was there.
+        # If this is interrupted, `_recover` restores the previous state.
         for name in leaving:
             _move(self.target, self._work / _OLD, name)
         for name in names:
@@ -139,11 +139,11 @@ class Workshop:
 
 
 def bundle_files(folder: Path, manifest: Manifest | None) -> list[str]:
-    """The files that are there of a bundle, its manifest first: these alone may be replaced.
+    """The existing files of a bundle, manifest first: only these may be replaced.
 
     Args:
-        folder: the bundle's.
-        manifest: its own; None where that cannot be read: then by the names that files have.
+        folder: the bundle's folder.
+        manifest: the bundle's manifest; None if it cannot be read: file names decide then.
     """
     if manifest is not None:
         variants = manifest.variants.values()
@@ -160,10 +160,10 @@ def bundle_files(folder: Path, manifest: Manifest | None) -> list[str]:
 
 @contextmanager
 def workshop(target: Path) -> Iterator[Workshop]:
-    """Hold a bundle's folder, made if need be; wait for the conversion that holds it.
+    """Hold a bundle's folder, created if missing; wait while another conversion holds it.
 
-    What a killed run left is cleared first, and what this one leaves last: of a folder that gets no
-    bundle, nothing stays.
+    Leftovers of a killed run are removed first, those of this run at the end. Folders created here
+    are removed if they stay empty.
     """
     made = [path for path in (target, *target.parents) if not path.exists()]
     try:
@@ -183,12 +183,12 @@ def workshop(target: Path) -> Iterator[Workshop]:
 
 
 def _recover(target: Path) -> None:
-    """Undo what a run did that was stopped before its manifest was in place; clear what it left."""
+    """Undo a run that was stopped before its manifest was in place, and remove its leftovers."""
     work = target / WORK
     if not work.is_dir():
         return
     moves: dict[str, Any] = {"digest": "", "new": [], "old": []}
-    if (path := work / _MOVES).exists():  # else it had moved nothing yet
+    if (path := work / _MOVES).exists():  # otherwise it had not moved anything yet
         moves = json.loads(path.read_text("utf-8"))
     if not all(is_plain(name) for name in (*moves["new"], *moves["old"])):
         raise ConversionError(f"{path} is none of qrank's: remove {work}")
@@ -197,7 +197,7 @@ def _recover(target: Path) -> None:
             if not (work / _NEW / name).exists():
                 (target / name).unlink(missing_ok=True)
         _remove_empty(target, moves["new"])
-        # The manifest last: until then it is no bundle.
+        # Restore the manifest last: until then the folder is not a bundle.
         for name in reversed(moves["old"]):
             if (work / _OLD / name).is_file() or (work / _OLD / name).is_symlink():
                 _move(work / _OLD, target, name)
@@ -218,7 +218,7 @@ def _move(source: Path, target: Path, name: str) -> None:
 
 
 def _remove_empty(folder: Path, names: Sequence[str]) -> None:
-    """Remove the folders of files that have gone, where nothing else is in them."""
+    """Remove the folders of removed files if they are empty."""
     for parent in sorted({(folder / name).parent for name in names} - {folder}):
         if parent.is_dir() and not any(parent.iterdir()):
             parent.rmdir()

@@ -1,4 +1,4 @@
-"""What a conversion takes of this machine, asked before it begins: packages, memory, disk."""
+"""Check before a conversion whether memory and disk suffice; record package versions."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from qrank.errors import ConversionError, QrankError
 from qrank.system import disk, machine
 
 _LEAST = 0.5
-"""The share of a model's numbers that is surely written: of an output matrix, which may be as large
-as the embeddings, only a row is kept."""
+"""The minimum share of a model's weights that is written: only one row is kept of an output matrix,
+which may be as large as the embeddings."""
 
 
 def lacking(
     checkpoint: Checkpoint, wanted: Mapping[Name, Maker], folder: Path
 ) -> dict[Name, QrankError]:
-    """Which variants this machine's memory or disk cannot suffice for, and the reasons.
+    """The variants that this machine lacks the memory or disk space for, with the reasons.
 
     Args:
-        checkpoint: what is converted.
-        wanted: in the order they are made in.
+        checkpoint: the checkpoint to convert.
+        wanted: the variants, in the order they are made.
         folder: where they are made.
 
     Raises:
@@ -46,18 +46,18 @@ def lacking(
 
 
 def space(checkpoint: Checkpoint, name: Name, maker: Maker, *, made: bool = False) -> int:
-    """Bytes of disk that a variant takes at least: while it is made, or once it is."""
+    """Minimum disk space of a variant in bytes: while it is made, or, with `made`, afterwards."""
     if isinstance(maker, Importer):
         return int(_LEAST * maker.bytes)
     format, precision = name
     known = formats()[format].precision(precision)
-    assert known is not None  # `of_checkpoint` saw to it
+    assert known is not None  # checked by `of_checkpoint`
     number = known.bytes if made else converter(format).disk(known.bytes)
     return int(_LEAST * number * checkpoint.parameters())
 
 
 def _no_memory(checkpoint: Checkpoint, what: str, maker: Maker) -> str | None:
-    """Why memory does not suffice: how much it takes, how much there is, what takes less."""
+    """Why memory is too small: the need, the size and formats that need less; None if it fits."""
     there = machine.memory()
     if there is None or not maker.MEMORY:
         return None
@@ -75,9 +75,9 @@ def _no_memory(checkpoint: Checkpoint, what: str, maker: Maker) -> str | None:
 
 
 def versions(modules: tuple[str, ...]) -> dict[str, str]:
-    """The versions of installed packages, by what pip calls them.
+    """The versions of installed packages, by their names in pip.
 
-    A module may be another distribution's than the usual: onnxruntime is onnxruntime-gpu's, too.
+    A module may come from another distribution: onnxruntime also comes with onnxruntime-gpu.
     """
     found: dict[str, str] = {}
     for module in modules:
@@ -86,6 +86,6 @@ def versions(modules: tuple[str, ...]) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             others = metadata.packages_distributions().get(module, [])
             found |= {name.replace("_", "-"): metadata.version(name) for name in others}
-            if not others:  # of no distribution: built by hand, or in a frozen application
+            if not others:  # no distribution: built by hand, or in a frozen application
                 found[module] = str(getattr(import_module(module), "__version__", "unknown"))
     return found

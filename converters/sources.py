@@ -1,4 +1,4 @@
-"""What is converted, and what can convert it: a checkpoint, or prebuilt files."""
+"""Find what is converted (a checkpoint or prebuilt files) and what can convert it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from qrank.errors import ConversionError
 
 @dataclass(frozen=True)
 class Model:
-    """What is converted, and by what.
+    """A model to convert and the makers of its variants.
 
     Attributes:
-        checkpoint: or what prebuilt files are of.
-        makers: of the variants asked for.
-        failed: what cannot even be tried.
-        pairs: that quantization looks at.
-        verified: variants are held against the original.
-        sources: what is read, and must not be written to.
+        checkpoint: the checkpoint, or the model that prebuilt files were made from.
+        makers: makers of the requested variants.
+        failed: variants that cannot even be tried.
+        pairs: pairs for calibration.
+        verified: whether variants are compared with the original.
+        sources: paths that are read and must not be written to.
     """
 
     checkpoint: Checkpoint
@@ -47,19 +47,19 @@ def read(
     offline: bool,
     calibration: Path | None,
 ) -> Model:
-    """Find what is to be converted, and what can convert it.
+    """Find what to convert and what can convert it.
 
     Args:
-        source: what the user calls it.
-        asked: formats and precisions; None: all that can be had.
+        source: the source as the user gave it.
+        asked: formats and precisions; None: all available.
         reference: as for `convert`, and so are the others.
         family: a card's name or file.
-        revision: of the hub's repository.
-        offline: do not ask the hub.
+        revision: revision of the hub repository.
+        offline: do not contact the hub.
         calibration: a file of pairs.
 
     Raises:
-        QrankError: nothing that is asked for can be made, or the source cannot be read.
+        QrankError: no requested variant can be made, or the source cannot be read.
     """
     found = find(source, asked, revision=revision, offline=offline)
     if isinstance(found, Prebuilt):
@@ -89,8 +89,8 @@ def _checkpoint(
     able, failed = makers.of_checkpoint(asked)
     if not able:
         raise makers.nothing(failed)
-    # Never the user's alone: activations are wrong beyond what was seen, and theirs may be all
-    # alike, none of them empty or long.
+    # Never only the user's pairs: they may be too similar, with no empty or long ones, and
+    # activations outside the calibrated range are wrong.
     pairs = calibration_pairs() + ([] if calibration is None else read_pairs(calibration))
     checkpoint = of_fetched(found, family)
     able, unfit = _suited(able, checkpoint.card)
@@ -113,7 +113,7 @@ def _prebuilt(found: Prebuilt, reference: str | None, family: str | None, offlin
 
 
 def _suited(able: Mapping[Name, Maker], card: Card) -> tuple[dict[Name, Maker], Failed]:
-    """What makes variants in formats that a family is for, and why the others are not made."""
+    """The makers whose formats the family supports, and errors for the others."""
     failed: Failed = {
         "-".join(name): ConversionError(f"models of family {card.name} cannot be run as {name[0]}")
         for name in able

@@ -1,4 +1,4 @@
-"""Variants, each made and proven by itself: what fails concerns no other."""
+"""Make and prove variants independently: a failure does not affect the others."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from qrank.errors import ConversionError, FidelityError, MissingExtraError, Qran
 from qrank.system import disk
 
 Progress = Callable[[str], object]
-"""Called with what is being done, each time that changes."""
+"""Called with the current step whenever it changes."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """Variants that were made and proven, what they are proven against, and what failed."""
+    """Variants that were made and proven, the probes they are proven against, and failures."""
 
     variants: list[Variant]
     probes: Probes | None
@@ -41,7 +41,7 @@ def make(
     old: Manifest | None,
     progress: Progress,
 ) -> Made:
-    """Fill a folder with variants, each proven by itself."""
+    """Fill a folder with variants, proving each of them."""
     checkpoint = model.checkpoint
     unfit = lacking(checkpoint, wanted, folder)
     failed: Failed = {"-".join(name): error for name, error in unfit.items()}
@@ -69,7 +69,7 @@ def make(
                 fidelity = measure(folder, variant, against, worker)
                 variants.append(replace(variant, fidelity=fidelity))
                 probes = against
-            # A library's errors share no base; whatever it is, it concerns this variant alone.
+            # Library errors share no base; whatever it is, it affects only this variant.
             except Exception as error:
                 needed = space(checkpoint, name, maker)
                 failed[variant.name] = _failure(error, variant, folder, needed)
@@ -83,7 +83,7 @@ def _converted(
     """Make a variant's files.
 
     Raises:
-        FidelityError: an empty one.
+        FidelityError: the converter wrote no file, or an empty one.
     """
     part = folder / variant.name
     part.mkdir()
@@ -99,7 +99,7 @@ def _converted(
 
 
 def _failure(error: Exception, variant: Variant, folder: Path, needed: int) -> QrankError:
-    """What to say of a variant that was not made."""
+    """The error to report for a variant that was not made."""
     if isinstance(error, FidelityError | MissingExtraError):
         return error
     if (full := disk.explain(error, folder, needed)) is not None:

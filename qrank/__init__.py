@@ -23,7 +23,7 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: `qrank.__main__` must be there before numpy is."""
+    """Import a name on first use: `qrank.__main__` must be running before numpy is imported."""
     if name not in _PLACES:
         raise AttributeError(f"module 'qrank' has no attribute {name!r}")
     from importlib import import_module

@@ -7,9 +7,9 @@ from qrank.system.signals import Ended, die_of
 
 
 def main() -> None:
-    """Run it."""
+    """Run the command line."""
     try:
-        from qrank.cli import main as command  # most of the time that it takes to start
+        from qrank.cli import main as command  # takes most of the startup time
     except KeyboardInterrupt:
         end = Ended(signal.SIGINT)
         if sys.stderr is not None:

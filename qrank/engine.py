@@ -1,4 +1,4 @@
-"""One target, opened: pairs of texts in, logits out. `Reranker` and the server stand on it."""
+"""One opened target: pairs of texts in, logits out; used by `Reranker` and the server."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from qrank.select.verify import Proof, open_verified
 
 
 class Engine:
-    """Scores pairs with one target of a bundle. Safe to use from several threads.
+    """Scores pairs with one target of a bundle. Thread-safe.
 
-    After a fork the model is loaded again in the child at its first use: a runtime's threads do
-    not survive a fork. Backend openvino refuses there.
+    After a fork, the child loads the model again on first use, because a runtime's threads do not
+    survive a fork. Backend openvino raises an error there.
 
     Attributes:
-        bundle: whose target it is.
+        bundle: the target's bundle.
         choice: the target, and how it runs.
-        latency: what scoring takes here, for time budgets.
+        latency: estimate of the scoring time, for time budgets.
     """
 
     def __init__(
@@ -50,18 +50,18 @@ class Engine:
         max_memory: int | None = None,
         calibrated: bool = False,
     ) -> None:
-        """Open a target, and hold it against the probes where it never ran before.
+        """Open a target, and check it against the probes if it has never run here.
 
         Args:
-            bundle: located.
+            bundle: the located bundle.
             tokenizer: the bundle's.
-            choice: the target, and how it shall run.
+            choice: the target, and how it runs.
             max_memory: as for `Reranker`, in bytes.
             calibrated: as for `Reranker`.
 
         Raises:
-            InputError: there is no calibration.
-            BundleError, TargetError, MissingExtraError: it does not work here.
+            InputError: `calibrated` is set, and there is no calibration.
+            BundleError, TargetError, MissingExtraError: the target does not work here.
         """
         self.bundle = bundle
         self.choice = choice
@@ -73,7 +73,7 @@ class Engine:
         self._proof: Proof | None = None
         self._users = _Users()
         variant = self.target.variant
-        # Of a later qrank's, nothing tells whether it computes rightly.
+        # Raises for a precision of a later qrank: its tolerance is unknown here.
         backends.tolerance(variant.format, variant.precision)
         bundle.provide(variant)
         self._calibration = calibration.load(self.manifest, variant) if calibrated else None
@@ -82,7 +82,7 @@ class Engine:
 
     @property
     def manifest(self) -> Manifest:
-        """The bundle's."""
+        """The bundle's manifest."""
         return self.bundle.manifest
 
     @property
@@ -102,18 +102,18 @@ class Engine:
 
     @property
     def compute_dtype(self) -> str | None:
-        """Arithmetic it computes in; None where the backend leaves no choice."""
+        """Data type it computes in; None if the backend has no choice."""
         return None if self._proof is None else self._proof.compute_dtype
 
     @property
     def kendall(self) -> float:
-        """Kendall's tau against the original on the probes, in the arithmetic it computes in."""
+        """Kendall's tau against the original on the probes, in its compute dtype."""
         proven = None if self._proof is None else self._proof.kendall
         return self.target.variant.fidelity.kendall if proven is None else proven
 
     @property
     def max_length(self) -> int:
-        """Tokens that a pair may have, the template's included."""
+        """Maximum number of tokens in a pair, including the template's."""
         return self._tokenizer.limit
 
     def prepare(
@@ -128,14 +128,15 @@ class Engine:
         Args:
             pairs: queries may differ.
             instruction: as for `Reranker.rank`.
-            long_documents: likewise.
-            document_tokens: most tokens that are read of a document. None: what fits.
+            long_documents: as for `Reranker.rank`.
+            document_tokens: maximum number of tokens to read of a document. None: what fits.
 
         Returns:
-            One input a pair, or with `chunk` one a part, in the pairs' order.
+            One input per pair, or with `chunk` one per part, in the pairs' order.
 
         Raises:
-            InputError: the family takes no instruction, or a document more memory than there is.
+            InputError: the family takes no instruction, or a document needs more memory than there
+                is.
         """
         stops = [len(pairs)]
         steps = self.preparing(pairs, stops, instruction, long_documents, document_tokens)
@@ -149,7 +150,7 @@ class Engine:
         long_documents: LongDocuments = "truncate",
         document_tokens: int | None = None,
     ) -> Iterator[list[ModelInput]]:
-        """As `prepare`, in steps that end at these places in `pairs`, rising."""
+        """As `prepare`, in steps that end at the ascending indices `stops` of `pairs`."""
         asked = (instruction, long_documents, document_tokens)
         for inputs in encode_in_steps(self._tokenizer, pairs, stops, *asked):
             if inputs:
@@ -158,11 +159,11 @@ class Engine:
             yield inputs
 
     def logits(self, inputs: Sequence[ModelInput]) -> Logits:
-        """One logit an input of `prepare`, shape [n]; inputs of several calls may be mixed.
+        """One logit per input from `prepare`, shape [n]; inputs of several calls may be mixed.
 
         Raises:
-            TargetError: the backend failed, or gave a number that is not finite; a document is
-                named by its place in its own call.
+            TargetError: the backend failed, or returned a logit that is not finite; the message
+                gives the document's index in its own call.
         """
         logits = np.empty(len(inputs), np.float32)
         with self._in_use() as backend:
@@ -183,17 +184,17 @@ class Engine:
         return logits
 
     def scores(self, logits: Logits) -> activation.Scores:
-        """Logits after the family's activation, or the calibration; shape [n]."""
+        """Apply the calibration, or else the family's activation, to logits; shape [n]."""
         if self._calibration is not None:
             return self._calibration.apply(logits)
         family = self.manifest.family
         return activation.activate(logits, family.activation, family.temperature)
 
     def close(self) -> None:
-        """Free the model; using it again loads it again.
+        """Free the model; the next use loads it again.
 
-        Calls that compute meanwhile, on other threads, end as they would: the last of them frees
-        it. Whatever is dropped without this is freed, too.
+        Calls running on other threads finish normally; the last of them frees the model. An engine
+        that is garbage-collected without `close` frees it too.
         """
         with self._lock:
             backend, self._backend = self._backend, None
@@ -204,7 +205,7 @@ class Engine:
             backend.close()
 
     def _ready(self) -> backends.Backend:
-        """The backend of this process, opened and proven if need be."""
+        """The backend of this process, opened and checked if necessary."""
         with self._lock:
             if self._backend is None:
                 files = self.target.variant.bytes
@@ -219,7 +220,7 @@ class Engine:
                     least_kendall=self.choice.least_kendall,
                     known=self._proof,
                 )
-                # Only now: to be asked, a device's driver is loaded.
+                # Only now, because this query loads the device's driver.
                 own = backends.memory(self.target.backend, self.target.device)
                 if own is not None:
                     self._memory.move(own, files)
@@ -227,7 +228,7 @@ class Engine:
 
     @contextmanager
     def _in_use(self) -> Iterator[backends.Backend]:
-        """The backend, which nobody closes meanwhile."""
+        """The backend, which is not closed while in use."""
         with self._lock:
             backend, users = self._ready(), self._users
             users.count += 1
@@ -242,7 +243,7 @@ class Engine:
 
 
 class _Users:
-    """The calls that compute with a backend, and whether the last of them is to close it."""
+    """The number of calls that use a backend, and whether the last of them must close it."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -253,10 +254,10 @@ _living: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 def _forget_backends() -> None:
-    """In a forked child: load again what the parent had loaded, when it is used.
+    """In a forked child, drop the parent's backends, so that the next use loads them again.
 
-    A runtime's threads do not survive a fork, and its destructor waits for them: so what was
-    inherited is never freed, not even when the child exits.
+    A runtime's threads do not survive a fork, but its destructor waits for them. So inherited
+    backends are never freed, not even when the child exits.
     """
     for engine in _living:
         engine.latency = LatencyEstimate()

@@ -1,6 +1,6 @@
-"""Every error qrank raises on purpose, and the exit code the command line gives it.
+"""Every error qrank raises on purpose, and its exit code on the command line.
 
-A signal that ends a command has an exit code too: 128 and its number (`qrank.system.signals`).
+A signal that ends a command has an exit code too: 128 + its number (`qrank.system.signals`).
 
 QrankError                 base: catch this to catch them all                  (exit 1)
  ├─ InputError             the caller's data or arguments cannot be used            (2)
@@ -27,7 +27,7 @@ __all__ = [
 
 
 class QrankError(Exception):
-    """Says what was found, what was expected and what to do, in one line where it fits."""
+    """Says what was found, what was expected and what to do, in one line if possible."""
 
     exit_code = 1
 
@@ -45,7 +45,7 @@ class MissingExtraError(QrankError, ImportError):
 
 
 class ModelNotFoundError(QrankError, LookupError):
-    """Neither a bundled name, nor a folder, nor a hub id."""
+    """The model is not a bundled name, a folder or a hub id."""
 
     exit_code = 4
 
@@ -69,7 +69,7 @@ class TargetError(QrankError):
 
 
 class ConversionError(QrankError):
-    """A variant, or all of a conversion, cannot be made; of that, nothing was written."""
+    """A variant or a whole conversion cannot be made; nothing of it was written."""
 
     exit_code = 8
 

@@ -1,4 +1,4 @@
-"""The public door: a query and documents in, a ranking out."""
+"""The public entry point: a query and documents in, a ranking out."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ __all__ = ["Ranking", "Rankings", "Reranker"]
 
 
 class Reranker:
-    """Scores (query, document) pairs with a bundle. Safe to use from several threads.
+    """Scores (query, document) pairs with a bundle. Thread-safe.
 
-    After a fork the model is loaded again in the child at its first use: a runtime's threads do
-    not survive a fork. Backend openvino refuses there: make the Reranker after the fork.
+    After a fork, the child loads the model again on first use, because a runtime's threads do not
+    survive a fork. Backend openvino raises an error there: create the Reranker after the fork.
 
-    Pickled or copied, it is its arguments, and opens again where it arrives: it can be handed to
-    processes, of this machine or of others that have the model.
+    Pickling or copying keeps only its arguments, and unpickling opens the model again. So it can be
+    passed to other processes, on this machine or on others that have the model.
 
     Attributes:
-        engine: the target that runs, opened.
+        engine: the opened target.
     """
 
     def __init__(
@@ -70,43 +70,44 @@ class Reranker:
     ) -> None:
         """Load a bundle.
 
-        With no backend named, the target is the best of those that `qrank.tune` measured on this
-        machine; before that, the one expected to be the fastest on the CPU. Nothing is measured
-        here. One that fails to open or to reproduce the probes is told by a warning (logger
-        "qrank"), and the next is taken; what is named is taken, or an error is raised.
+        If no backend is named, the target is the best of those that `qrank.tune` measured on this
+        machine; without measurements, the one expected to be fastest on the CPU. Nothing is
+        measured here. If a target fails to open or to reproduce the probes, a warning says so
+        (logger "qrank") and the next one is tried. If a backend is named, its target is used, or an
+        error is raised.
 
         Args:
             model: a bundled name, the folder `qrank convert` wrote, or a bundle's hub id
-                (`owner/name`, or `owner/name@revision`); with backend `torch` a checkpoint's
-                folder or hub id. Or what `qrank.bundle.locate` made of it: then nothing is looked
-                for again.
+                (`owner/name`, or `owner/name@revision`); with backend `torch`, a checkpoint's
+                folder or hub id. Or a `Bundle` from `qrank.bundle.locate`, which is not looked up
+                again.
             backend: a format (`onnx`), a variant (`openvino-int8`), `torch` (or `torch-fp16`, ...)
-                to run a checkpoint as it is, or "module:function" of your own (see
+                to run a checkpoint without converting it, or your own "module:function" (see
                 `qrank.backends`). None: the best target, by `policy`.
-            device: `cpu`, or another kind that the backend knows: `qrank doctor` shows them, and
-                which are here. None: as measured, or `cpu`.
-            threads: CPU threads in all. None: every CPU this process may use, by its affinity and
+            device: `cpu`, or another kind that the backend knows: `qrank doctor` lists them, and
+                which are present. None: as measured, or `cpu`.
+            threads: CPU threads in total. None: every CPU this process may use, by its affinity and
                 its container's quota.
-            compute_dtype: arithmetic to compute in where the backend leaves a choice (openvino):
-                `fp32`, `bf16` or `fp16`. None: the fastest that reproduces the probes here.
-            max_batch_tokens: padded tokens a batch, for onnx and openvino. None: as measured, or
-                their own.
-            max_memory: bytes that the model's files and what is computed at once may take, by an
-                estimate, or a size such as "2G": batches are cut and wait for each other
-                accordingly, and a document that takes more is an error. None: half of what the
-                machine, its container or the GPU has beside the model, and a document that takes
-                more is computed by itself.
-            max_length: tokens a pair may have. None: what the model reads.
-            family: with backend `torch`: the card that reads the checkpoint, by name or file, where
-                nothing in it tells. A bundle knows its own.
+            compute_dtype: data type to compute in, if the backend has a choice (openvino): `fp32`,
+                `bf16` or `fp16`. None: the fastest that reproduces the probes here.
+            max_batch_tokens: maximum padded tokens per batch, for onnx and openvino. None: as
+                measured, or the backend's default.
+            max_memory: bytes, or a size such as "2G", that the model's files and all running
+                batches may take, by an estimate. Batches are split, and wait for each other, to
+                stay within it; a document that needs more is an error. None: half of what the
+                machine, its container or the GPU has besides the model; a document that needs more
+                is computed while no other batch runs.
+            max_length: maximum tokens in a pair. None: the model's limit.
+            family: with backend `torch`: the card that reads the checkpoint, by name or file, if
+                the checkpoint does not identify it. A bundle has its own.
             policy: `fastest`, `smallest` or `most-faithful`.
-            min_kendall: least Kendall's tau against the original, by the bundle's manifest.
-            max_loss: most nDCG@10 that `qrank eval` may have found a variant to lose against fp32,
-                on your data; what it has not measured is not taken.
+            min_kendall: least Kendall's tau against the original, on the bundle's probes.
+            max_loss: largest nDCG@10 loss against fp32 that `qrank eval` may have measured on your
+                data; variants that it has not measured are not taken.
             profile: what the work is like, if it was measured: `short` (single short pairs),
                 `passages` (20 documents of 128 tokens) or `long` (100 of 512).
-            calibrated: scores are the probabilities that `qrank calibrate` fitted for the variant,
-                on this machine. Order and logits stay what they are.
+            calibrated: return the probabilities that `qrank calibrate` fitted for the variant on
+                this machine as scores. Order and logits do not change.
 
         Raises:
             QrankError: see `qrank.errors`; the message says what to do.
@@ -139,7 +140,7 @@ class Reranker:
             bundle = locate(model, whole=False)
             tokenizer_json = bundle.tokenizer
         if isinstance(model, Bundle) or bundle.folder == Path(model):
-            # Where a pickle of this arrives, the current folder may be another.
+            # A pickle may be loaded in a different current folder.
             self._arguments["model"] = bundle.folder.absolute()
         manifest = bundle.manifest
         bundle.check(manifest.files)
@@ -153,7 +154,7 @@ class Reranker:
         self.engine = first_that_works(choices(manifest, criteria, options), opened)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What `pickle` and `copy` keep: that it is opened with the same arguments."""
+        """For `pickle` and `copy`: open again with the same arguments."""
         return partial(type(self), **self._arguments), ()
 
     @property
@@ -176,25 +177,25 @@ class Reranker:
         long_documents: LongDocuments = "truncate",
         budget_ms: float | None = None,
     ) -> Rankings:
-        """Order documents by relevance, most relevant first; equal ones keep their order.
+        """Order documents by relevance, most relevant first; ties keep their order.
 
         Args:
-            query: cut with a warning (logger "qrank") where it alone exceeds the limit.
-            documents: any number, in an order: a list, a generator, an array, a column of a table.
-                Empty and blank ones are scored like any other.
-            top_k: keep only so many. None: all.
-            instruction: what "relevant" means here, for families that take one (Qwen3-Reranker,
-                zerank, mxbai-rerank-v2). None: the family's own, or none.
-            long_documents: what becomes of a document that does not fit: `truncate` reads its
+            query: truncated with a warning (logger "qrank") if it exceeds the limit on its own.
+            documents: any ordered collection: a list, a generator, an array, a column of a table.
+                Empty and blank documents are scored like any other.
+            top_k: maximum number of results. None: all.
+            instruction: what "relevant" means here, for families that take an instruction
+                (Qwen3-Reranker, zerank, mxbai-rerank-v2). None: the family's default, if any.
+            long_documents: what to do with a document that does not fit: `truncate` reads its
                 beginning, `tail` its end, `chunk` scores overlapping parts and keeps the best.
-            budget_ms: milliseconds this may take. As many of the first documents as fit are
-                scored, the first always; the others follow in their order, `scored` False. How
-                fast the model is is learnt from call to call, so the first few are less exact.
+            budget_ms: milliseconds this may take. Documents are scored in order while time is left,
+                always at least the first; the others follow in their order, with `scored` False.
+                The model's speed is learnt from call to call, so the first few are less exact.
 
         Raises:
-            InputError: an argument is not what it may be, a document is no string, one takes more
-                memory than there is, or the family takes no instruction.
-            TargetError: the backend failed, or gave a number that is not finite.
+            InputError: an argument is invalid, a document is not a string or needs more memory than
+                there is, or the family takes no instruction.
+            TargetError: the backend failed, or returned a logit that is not finite.
         """
         top_k = arguments.whole("top_k", top_k, 0)
         milliseconds = "milliseconds, more than 0"
@@ -249,8 +250,8 @@ class Reranker:
 
         Args:
             pairs: queries may differ. A list, a generator, an array of two columns, ...
-            more: nothing: what else there is has names.
-            raw: logits instead of scores.
+            more: must be empty: all other arguments are keyword-only.
+            raw: return logits instead of scores.
             instruction: as for `rank`.
             long_documents: as for `rank`.
 
@@ -274,10 +275,10 @@ class Reranker:
         return scored.logits if raw else scored.scores
 
     def close(self) -> None:
-        """Free the model; using the reranker again loads it again.
+        """Free the model; the next use loads it again.
 
-        Calls that compute meanwhile, on other threads, end as they would: the last of them frees
-        it. Whatever is dropped without this is freed, too.
+        Calls running on other threads finish normally; the last of them frees the model. A reranker
+        that is garbage-collected without `close` frees it too.
         """
         self.engine.close()
 
@@ -294,6 +295,6 @@ class Reranker:
 
 
 def _check(instruction: object, long_documents: object) -> None:
-    """Refuse what is no instruction, and no way to treat long documents."""
+    """Reject an invalid instruction or way to treat long documents."""
     arguments.text("instruction", instruction)
     arguments.one_of("long_documents", long_documents, get_args(LongDocuments))

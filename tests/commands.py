@@ -23,7 +23,7 @@ def qrank_(*arguments: str | Path, stdin: str | bytes = "") -> Result:
 def score(
     bundle: Path, *arguments: str | Path, stdin: str | bytes = "", backend: str = "fakes:length"
 ) -> Result:
-    """Score with a backend that says how many tokens a pair has: longer is better."""
+    """Score with a backend whose logit is the pair's token count: longer is better."""
     head = ("score", "-m", bundle, "--backend", backend, "-q", QUERY)
     return qrank_(*head, *arguments, stdin=stdin)
 
@@ -31,7 +31,7 @@ def score(
 def shell(
     command: str, bundle: Path, *, stdout: int = subprocess.PIPE
 ) -> subprocess.CompletedProcess[str]:
-    """Run a line of bash in which `qrank`, `$BUNDLE` and the fakes can be found."""
+    """Run a line of bash in which `qrank`, `$BUNDLE` and the fakes are available."""
     here = str(Path(__file__).parent)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
@@ -52,7 +52,7 @@ def shell(
 
 
 def on_a_terminal(command: str, bundle: Path) -> str:
-    """What a command writes to a terminal of 80 columns."""
+    """Run a command with its output on a terminal of 80 columns; return that output."""
     pty = pytest.importorskip("pty", reason="no pseudo-terminals here")
     ours, theirs = pty.openpty()
     try:
@@ -63,7 +63,7 @@ def on_a_terminal(command: str, bundle: Path) -> str:
     while True:
         try:
             block = os.read(ours, 65536)
-        except OSError:  # Linux says so that the other end is closed
+        except OSError:  # on Linux: the other end is closed
             break
         if not block:
             break

@@ -1,4 +1,4 @@
-"""What tests share: folders of their own, no network, and tiny models converted once a run."""
+"""Shared fixtures: temporary cache folders, no network, tiny models converted once per run."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports huggingface_hub or asks qrank for its cache: both read these once.
+# Set before huggingface_hub is imported and qrank looks up its cache: both read these only once.
 os.environ["HF_HUB_OFFLINE"] = "0" if os.environ.get("QRANK_TEST_HUB") == "1" else "1"
 os.environ["QRANK_CACHE"] = tempfile.mkdtemp(prefix="qrank-tests-")
 os.environ["QRANK_DATA"] = tempfile.mkdtemp(prefix="qrank-tests-")
@@ -28,7 +28,7 @@ from qrank.converters.convert import convert
 from qrank.converters.onnx import export as onnx_converter
 from qrank.system import paths
 
-# A busy machine is no failure.
+# A slow run on a busy machine is not a failure.
 settings.register_profile("qrank", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("qrank")
 
@@ -41,7 +41,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes a folder that all workers of a run share: by the first that asks, others wait."""
+    """Make a folder that all workers of a run share; the first to ask makes it, the others wait."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
@@ -60,7 +60,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def checkpoint_of(made_once: Callable[..., Path]) -> Callable[[str], Path]:
-    """Kind of checkpoint (a key of either `CHECKPOINTS`) -> its folder. Read only."""
+    """Return the read-only folder of a kind of checkpoint (a key of either `CHECKPOINTS`)."""
 
     def get(kind: str) -> Path:
         make = (tiny.CHECKPOINTS | tiny_decoders.CHECKPOINTS)[kind]
@@ -73,7 +73,7 @@ def checkpoint_of(made_once: Callable[..., Path]) -> Callable[[str], Path]:
 def bundle_of(
     checkpoint_of: Callable[[str], Path], made_once: Callable[..., Path]
 ) -> Callable[[str], Path]:
-    """Kind of checkpoint -> its bundle with every variant, made when first asked for. Read only."""
+    """Return the read-only bundle of a kind of checkpoint: every variant, made on first use."""
 
     def get(kind: str) -> Path:
         def make(folder: Path) -> None:
@@ -110,7 +110,7 @@ def checkpoint(kind: str, checkpoint_of: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def bundle(bundle_of: Callable[[str], Path]) -> Path:
-    """Tiny BERT as ONNX in int8, fp16 and fp32. Read only: copy it to change it."""
+    """Tiny BERT's bundle with every variant. Read only: copy it to change it."""
     return bundle_of("bert")
 
 
@@ -122,7 +122,7 @@ def reranker(bundle: Path) -> Iterator[Reranker]:
 
 
 def subset(bundle: Path, folder: Path, variants: list[str]) -> Path:
-    """A bundle of some variants of another."""
+    """Make a bundle with only some variants of another."""
     folder.mkdir()
     for path in bundle.iterdir():
         if path.name != "qrank.json":
@@ -134,7 +134,7 @@ def subset(bundle: Path, folder: Path, variants: list[str]) -> Path:
 
 @pytest.fixture
 def onnx_only(bundle: Path, tmp_path: Path) -> Path:
-    """A bundle of one variant: whatever else is a target is another package's."""
+    """A bundle with a single variant: any other target comes from another package."""
     return subset(bundle, tmp_path / "onnx-only", ["onnx-int8"])
 
 
@@ -155,7 +155,7 @@ def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Relative path -> content of every file below a folder."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
@@ -165,13 +165,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def copy(bundle: Path, tmp_path: Path) -> Path:
-    """Tiny BERT's bundle with all variants, to be changed."""
+    """A modifiable copy of tiny BERT's bundle with all variants."""
     return Path(shutil.copytree(bundle, tmp_path / "tiny-qrank"))
 
 
 @pytest.fixture
 def without_fp32(copy: Path) -> Path:
-    """The same without fp32: what a conversion to it adds to."""
+    """The same copy without fp32, for conversions that add it."""
     manifest = Manifest.load(copy)
     del manifest.variants["onnx-fp32"]
     manifest.save(copy)
@@ -181,13 +181,13 @@ def without_fp32(copy: Path) -> Path:
 
 @pytest.fixture
 def bert(checkpoint_of: Callable[[str], Path]) -> str:
-    """Tiny BERT, as a source is given."""
+    """Path of tiny BERT, as the source of a conversion."""
     return str(checkpoint_of("bert"))
 
 
 @pytest.fixture
 def ready_graph(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """Makes converting quick: the exporter's work is done already. Everything around it is real."""
+    """Speed up conversion: a ready graph replaces the exporter; everything around it is real."""
     graph = bundle / "onnx-fp32" / "model.onnx"
 
     def convert(
@@ -205,7 +205,7 @@ def ready_graph(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache of the test's own: what one finds out, no other recalls."""
+    """A cache used by this test only: it shares no results with other tests."""
     monkeypatch.setenv("QRANK_CACHE", str(tmp_path / "cache"))
     paths.cache_folder.cache_clear()
     yield tmp_path / "cache"

@@ -1,7 +1,7 @@
-"""Backends of another package, found by entry points: those that fail, each in its own way.
+"""Backends of another package, found through entry points, most of which fail in some way.
 
-Each is a `BackendSpec`, as a backend of qrank's own has it. All but the failures are `fakes`:
-quick, so that a choice by speed alone would take them.
+Each is a `BackendSpec`, like those of qrank's own backends. Apart from the failure, they behave
+like `fakes`: fast enough that a choice by speed only would select them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RIGHT = BackendSpec(
     devices=lambda: ["cpu"],
     reads=("onnx",),
 )
-"""Right and quick: reproduces the probes, and takes no time."""
+"""Correct and fast: reproduces the probes and takes no time."""
 
 
 class _Random:
@@ -42,7 +42,7 @@ def _wrong(folder: Path, variant: Variant, device: str, options: Options) -> Bac
 
 
 WRONG = replace(RIGHT, open=_wrong)
-"""Gives numbers that are none of the model's."""
+"""Returns random logits unrelated to the model."""
 
 
 def _hang(folder: Path, variant: Variant, device: str, options: Options) -> NoReturn:
@@ -51,7 +51,7 @@ def _hang(folder: Path, variant: Variant, device: str, options: Options) -> NoRe
 
 
 HANGS = replace(RIGHT, open=_hang)
-"""Opens for ever."""
+"""Never finishes opening."""
 
 
 def _crash(*arguments: object, **named: object) -> NoReturn:
@@ -60,7 +60,7 @@ def _crash(*arguments: object, **named: object) -> NoReturn:
 
 
 CRASHES = replace(RIGHT, open=_crash)
-"""Ends its process by a null pointer."""
+"""Crashes its process by dereferencing a null pointer."""
 
 
 class _Frail:
@@ -78,7 +78,7 @@ def _frail(folder: Path, variant: Variant, device: str, options: Options) -> Bac
 
 
 CRASHES_IN_THE_MIDDLE = replace(RIGHT, open=_frail)
-"""Opens, scores nine sequences, and dies of the tenth."""
+"""Opens and scores batches of up to nine sequences; crashes on ten or more."""
 
 
 def _exit(folder: Path, variant: Variant, device: str, options: Options) -> NoReturn:
@@ -86,10 +86,10 @@ def _exit(folder: Path, variant: Variant, device: str, options: Options) -> NoRe
 
 
 EXITS = replace(RIGHT, open=_exit)
-"""Ends its process as if all were well."""
+"""Ends its process with exit code 0."""
 
 CRASHES_WHEN_LOOKED_FOR = replace(RIGHT, devices=_crash)
-"""As `CRASHES`, and before anything is opened: as a driver does that lists its devices."""
+"""Crashes before anything is opened, like a driver that crashes while listing its devices."""
 
 
 def _print() -> list[str]:
@@ -98,7 +98,7 @@ def _print() -> list[str]:
 
 
 PRINTS = replace(RIGHT, devices=_print)
-"""Writes to stdout, as runtimes do: no answer of the child's must be taken from that."""
+"""Writes to stdout, as runtimes do; this must not be taken for the child process's answer."""
 
 
 class _Tired(fakes.Fake):
@@ -116,7 +116,7 @@ def _tire(folder: Path, variant: Variant, device: str, options: Options) -> Back
 
 
 TIRES = replace(RIGHT, open=_tire)
-"""Works at first, and raises once it is asked in earnest."""
+"""Works for the first four calls, then raises."""
 
 
 def _miscount(a: Floats, b: Floats, device: str) -> Floats:
@@ -125,7 +125,7 @@ def _miscount(a: Floats, b: Floats, device: str) -> Floats:
 
 
 MISCOUNTS = replace(RIGHT, product=_miscount)
-"""Multiplies matrices, and gets it wrong."""
+"""Multiplies matrices incorrectly."""
 
 NOTHING = "a text"
-"""No backend at all."""
+"""Not a backend."""

@@ -1,9 +1,9 @@
-"""Backends without a model, through the public seam `backend="package.module:function"`.
+"""Backends without a model, used through the public option `backend="package.module:function"`.
 
-This is also the example of the seam: a function with the signature of `qrank.backends.Opener`
-that returns an object with `logits` and `close`. A bundle's probes decide whether a backend
-computes rightly, for these too: so all but `shifted` give the probes their reference logits, and
-anything else a logit that a test can foresee.
+This is also the example for that option: a function with the signature of `qrank.backends.Opener`
+that returns an object with `logits` and `close`. A bundle's probes check the logits of every
+backend, including these, so all but `shifted` return the reference logits for the probes, and a
+predictable logit for any other sequence.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from qrank.bundle.manifest import Manifest, Variant
 from qrank.bundle.sequences import Ids, Logits, Sequences
 
 LONG = 40
-"""Tokens from which `nan_when_long` and `inf_when_long` fail."""
+"""`nan_when_long` and `inf_when_long` fail for pairs of more tokens than this."""
 
 recorded: list[Sequences] = []
-"""What `recording` was asked, oldest first."""
+"""The work that `recording` received, oldest first."""
 
 closed: list[str] = []
-"""A word for each backend of this module that was closed."""
+"""The kind of each backend of this module that was closed."""
 
 
 class Fake:
-    """Reproduces the probes; gives `rule(ids)` for every other sequence."""
+    """Reproduces the probes; returns `rule(ids)` for every other sequence."""
 
     def __init__(self, folder: Path, rule: Callable[[Ids], float]) -> None:
         probes = Manifest.load(folder).probes
@@ -57,17 +57,17 @@ def ties(folder: Path, variant: Variant, device: str, options: Options) -> Backe
 
 
 def length(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-    """As many as the pair has tokens: longer is better."""
+    """The pair's number of tokens: longer is better."""
     return Fake(folder, len)
 
 
 def shortness(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-    """Minus the tokens of the pair: shorter is better."""
+    """Minus the pair's number of tokens: shorter is better."""
     return Fake(folder, lambda ids: -len(ids))
 
 
 def saturated(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-    """So large that a sigmoid is 1.0 in float64, and still larger for longer pairs."""
+    """Logits so large that their sigmoid is 1.0 in float64; larger for longer pairs."""
     return Fake(folder, lambda ids: 40.0 + len(ids))
 
 
@@ -82,12 +82,12 @@ def inf_when_long(folder: Path, variant: Variant, device: str, options: Options)
 
 
 def hair(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-    """Longer is better, by what a float32 of this size can just tell apart."""
+    """Longer is better, by a difference that float32 can just resolve at this magnitude."""
     return Fake(folder, lambda ids: 0.123456 + 1e-8 * len(ids))
 
 
 def slow(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-    """As `length`; takes half a second to open."""
+    """Like `length`, but takes half a second to open."""
     time.sleep(0.5)
     return Fake(folder, len)
 
@@ -103,12 +103,12 @@ class _Sleepy(Fake):
 
 
 def sleepy(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-    """As `length`; takes NAP for each pair."""
+    """Like `length`, but takes NAP seconds for each pair."""
     return _Sleepy(folder, len)
 
 
 class _Strict(Fake):
-    """Notes what no backend may be asked: a call after it was closed, to close during a call."""
+    """Counts forbidden uses of a backend: a call after it was closed, or a close during a call."""
 
     def __init__(self, folder: Path, rule: Callable[[Ids], float]) -> None:
         super().__init__(folder, rule)
@@ -122,7 +122,7 @@ class _Strict(Fake):
             strict["used when closed"] += self._closed
             self._users += 1
         try:
-            time.sleep(0)  # another thread's turn
+            time.sleep(0)  # let another thread run
             return super().logits(work)
         finally:
             with self._lock:
@@ -137,11 +137,11 @@ class _Strict(Fake):
 
 
 strict: Counter[str] = Counter()
-"""What happened to every `strict` backend."""
+"""Counts of events over all `strict_length` backends."""
 
 
 def strict_length(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-    """As `length`; counts in `strict` what became of it."""
+    """Like `length`, but counts in `strict` how it was used."""
     return _Strict(folder, len)
 
 
@@ -152,7 +152,7 @@ class _Recording(Fake):
 
 
 def recording(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-    """As `length`; keeps what it was asked in `recorded`."""
+    """Like `length`, but appends the work it receives to `recorded`."""
     return _Recording(folder, len)
 
 
@@ -180,17 +180,17 @@ class _Shifted:
 
 
 def shifted(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-    """The true logits and 3 more: a backend that ranks rightly and computes wrongly."""
+    """The model's logits plus 3: a backend with the right ranking but wrong logits."""
     variant = Manifest.load(folder).variants["onnx-int8"]
     return _Shifted(onnx.open(folder, variant, device, options))
 
 
 SLOW_SECONDS = 0.02
-"""That `plodding` takes for a pair."""
+"""Seconds that `plodding` takes for each pair."""
 
 
 class _Plodding(Fake):
-    """As a processor: two calls at a time take as long as one after the other."""
+    """Behaves like a single processor: concurrent calls take as long as consecutive ones."""
 
     def __init__(self, folder: Path, rule: Callable[[Ids], float]) -> None:
         super().__init__(folder, rule)
@@ -203,7 +203,7 @@ class _Plodding(Fake):
 
 
 def plodding(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-    """As `length`; takes SLOW_SECONDS for a pair."""
+    """Like `length`, but takes SLOW_SECONDS for each pair, one call at a time."""
     return _Plodding(folder, len)
 
 
@@ -220,12 +220,12 @@ class _Failing(Fake):
 
 
 def failing(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-    """As `length`; every tenth call raises what is no QrankError."""
+    """Like `length`, but every tenth call raises an error that is not a QrankError."""
     return _Failing(folder, len)
 
 
 def queue_breaking(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-    """As `plodding`; and the server's queue has a bug from its fourth slice on."""
+    """Like `plodding`, but the server's queue raises from its fourth slice on."""
     from qrank.serve import batcher, slices
 
     asked = itertools.count(1)

@@ -1,4 +1,4 @@
-"""A hub on this machine: what huggingface_hub asks of one, as far as reading goes."""
+"""A local hub server that answers the read requests of huggingface_hub."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 @dataclass
 class Hub:
-    """Repositories, and what was asked.
+    """Repositories, and the requests that were made.
 
     Attributes:
-        commits: of a repository, by commit: name -> content.
-        refs: of a repository: branch or tag -> commit.
-        refused: repository -> status and error code that its files are refused with.
+        commits: repository -> commit -> file name -> content.
+        refs: repository -> branch or tag -> commit.
+        refused: repository -> HTTP status and error code to refuse its files with.
         asked: paths of files that were downloaded, oldest first.
-        url: where it answers.
+        url: address of the server.
     """
 
     commits: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Hub:
     url: str = ""
 
     def push(self, repository: str, folder: Path, *names: str) -> str:
-        """Add a folder's files as a commit, to the main branch and the refs named; its hash."""
+        """Commit a folder's files to main and the refs `names`; return the commit hash."""
         paths = [
             Path(place) / name
             for place, _, names in os.walk(folder, followlinks=True)
@@ -51,7 +51,7 @@ class Hub:
         return commit
 
     def commit(self, repository: str, revision: str) -> str | None:
-        """What a revision is."""
+        """The commit hash of a branch, tag or commit hash; None if unknown."""
         known = self.refs.get(repository, {})
         return known.get(revision, revision if revision in self.commits[repository] else None)
 
@@ -125,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: the tests ask for what was asked."""
+        """Log nothing: tests read `Hub.asked` instead."""
 
 
 def _etag(data: bytes) -> str:
@@ -134,7 +134,7 @@ def _etag(data: bytes) -> str:
 
 @contextmanager
 def serving() -> Iterator[Hub]:
-    """A hub that answers while this is open."""
+    """Run a hub server until the context exits."""
     hub = Hub()
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

@@ -1,4 +1,4 @@
-"""Small judged collections, written as users have them."""
+"""Small judged collections, written in the layouts that users have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORDS = ("mars", "bread", "planet", "river", "sugar", "light", "plant", "honey",
 
 @dataclass
 class Data:
-    """A collection to write: by default a dozen documents, four queries."""
+    """A collection to write; by default twelve documents and five queries, one of them unjudged."""
 
     documents: dict[str, str] = field(
         default_factory=lambda: {
@@ -35,14 +35,14 @@ class Data:
     )
 
     def write(self, folder: Path) -> Path:
-        """In the plain layout."""
+        """Write the plain layout."""
         self._texts(folder / "documents.jsonl", "id", self.documents)
         self._texts(folder / "queries.jsonl", "id", self.queries)
         (folder / "qrels.trec").write_text("".join(f"{x}\n" for x in self.qrels), "utf-8")
         return folder
 
     def write_beir(self, folder: Path) -> Path:
-        """As BEIR's archives have it, titles beside the texts."""
+        """Write the layout of BEIR's archives, with titles next to the texts."""
         split = {d: text.partition(" ") for d, text in self.documents.items()}
         lines = [
             {"_id": d, "title": title, "text": text, "metadata": {}}

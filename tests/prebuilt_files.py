@@ -1,7 +1,7 @@
-"""Tiny models in the layouts that other programs write: what a hub repository of them holds.
+"""Tiny models in the layouts that other programs write, as found in hub repositories.
 
-Graphs come from the libraries themselves (torch, openvino, nncf, onnxruntime), with the names that
-optimum gives inputs, outputs and states. Each function writes into a folder.
+The libraries themselves (torch, openvino, nncf, onnxruntime) make the graphs; inputs, outputs and
+states have the names that optimum uses. Each function writes into a folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def describe(checkpoint: Path, target: Path) -> Path:
-    """A folder with what stands beside prebuilt files: configuration and tokenizer."""
+    """Write the files that accompany prebuilt files (configuration and tokenizer) to `target`."""
     target.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         shutil.copy(checkpoint / name, target / name)
@@ -37,7 +37,7 @@ def describe(checkpoint: Path, target: Path) -> Path:
 
 
 class CausalLM(torch.nn.Module):
-    """The vocabulary's logits of every token, with or without keys and values to go on from."""
+    """A causal model that returns vocabulary logits for every token, with or without a KV cache."""
 
     def __init__(self, folder: Path, *, cache: bool) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class CausalLM(torch.nn.Module):
 
 
 class _Cache:
-    """What transformers' attention asks for keys and values, and puts its own into."""
+    """The KV cache object that transformers' attention reads from and writes to."""
 
     def __init__(self, past: Sequence[torch.Tensor]) -> None:
         self._past = past
@@ -83,7 +83,7 @@ class _Cache:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both of shape [batch, heads, length, width]."""
+        """Append keys and values, both of shape [batch, heads, length, width], to the past ones."""
         if self._past:
             keys = torch.cat((self._past[2 * layer], keys), 2)
             values = torch.cat((self._past[2 * layer + 1], values), 2)
@@ -91,12 +91,12 @@ class _Cache:
         return keys, values
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """Tokens that were read before."""
+        """Number of tokens in the cache."""
         return self._past[0].shape[2] if self._past else 0
 
 
 class Classifier(torch.nn.Module):
-    """A model with a score head: one logit a pair, or as many as it has labels."""
+    """A model with a score head: one logit per label for each pair."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def _load(kind: Any, folder: Path) -> PreTrainedModel:
 def openvino_causal(
     checkpoint: Path, target: Path, *, cache: bool = True, stateful: bool = True, int8: bool = False
 ) -> Path:
-    """As optimum-intel saves a causal model: keys and values as a state, unless told otherwise."""
+    """Save a causal model like optimum-intel: by default stateful, with the KV cache as a state."""
     model = CausalLM(checkpoint, cache=cache)
     graph = _traced(model, ["input_ids", "attention_mask", "position_ids", *model.past_names])
     if cache and stateful:
@@ -128,19 +128,19 @@ def openvino_causal(
 
 
 def openvino_from_onnx(folder: Path, *, int8: bool = False) -> None:
-    """Beside `onnx/model.onnx` the same graph as optimum-intel would save it."""
+    """Save the graph of `onnx/model.onnx` in the same repository as optimum-intel would."""
     _save(ov.convert_model(folder / "onnx" / "model.onnx"), folder, int8=int8)
 
 
 def onnx_causal(checkpoint: Path, target: Path, *, cache: bool = True) -> Path:
-    """As optimum-onnx saves a causal model."""
+    """Save a causal model like optimum-onnx."""
     model = CausalLM(checkpoint, cache=cache)
     names = ["input_ids", "attention_mask", "position_ids", *model.past_names]
     return _exported(model, names, checkpoint, target)
 
 
 def onnx_classifier(checkpoint: Path, target: Path, names: Sequence[str]) -> Path:
-    """As Xenova's repositories hold a cross-encoder."""
+    """Save a cross-encoder in the layout of Xenova's repositories."""
     return _exported(Classifier(checkpoint, names), names, checkpoint, target)
 
 
@@ -153,7 +153,7 @@ def _exported(model: Any, names: Sequence[str], checkpoint: Path, target: Path) 
     describe(checkpoint, target)
     (target / "onnx").mkdir(exist_ok=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its own dependencies
+        warnings.simplefilter("ignore")  # from torch's own dependencies
         torch.onnx.export(
             model,
             _example(model, names),
@@ -171,7 +171,7 @@ def _exported(model: Any, names: Sequence[str], checkpoint: Path, target: Path) 
 def _traced(model: Any, names: Sequence[str]) -> ov.Model:
     example = _example(model, names)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what torch deprecates
+        warnings.simplefilter("ignore")  # torch's deprecation warnings
         graph = ov.convert_model(model, example_input=example)
     for node, name, tensor in zip(graph.inputs, names, example, strict=True):
         node.get_tensor().set_names({name})
@@ -201,7 +201,7 @@ def _example(model: Any, names: Sequence[str]) -> tuple[torch.Tensor, ...]:
 
 
 def _make_stateful(graph: ov.Model, past: Sequence[str]) -> None:
-    """As optimum-intel does: what is read goes through the rows that beam_idx names."""
+    """Make the KV cache a state like optimum-intel: reads gather the batch rows in `beam_idx`."""
     from openvino._offline_transformations import apply_make_stateful_transformation
 
     op = ov.opset13
@@ -237,17 +237,17 @@ def _save(graph: ov.Model, folder: Path, *, int8: bool) -> Path:
 
 
 def onnx_int8(source: Path, target: Path) -> None:
-    """As onnxruntime quantizes dynamically."""
+    """Quantize dynamically with onnxruntime."""
     from onnxruntime.quantization import quantize_dynamic
 
     model = onnx.load(source)
-    # Or its shape inference fails on what torch noted.
+    # Otherwise onnxruntime's shape inference fails on the shapes that torch recorded.
     del model.graph.value_info[:]
     quantize_dynamic(model, target, per_channel=True)
 
 
 def onnx_int4(source: Path, target: Path) -> None:
-    """As onnxruntime packs weights of 4 bits."""
+    """Pack weights into 4 bits with onnxruntime."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     quantizer = MatMulNBitsQuantizer(onnx.load(source), block_size=32, is_symmetric=False)
@@ -256,7 +256,7 @@ def onnx_int4(source: Path, target: Path) -> None:
 
 
 def onnx_fp16(source: Path, target: Path) -> None:
-    """As onnxconverter-common and its like do: inputs and outputs too."""
+    """Convert to fp16, inputs and outputs included, like onnxconverter-common and similar tools."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     model = convert_float_to_float16(
@@ -272,14 +272,14 @@ def onnx_toy(
     width: Sequence[int] = (1,),
     end: str = "",
 ) -> Path:
-    """A graph that a program could have written, and that scores nothing.
+    """Write a graph that another program could have written but that is not a reranker.
 
     Args:
-        checkpoint: what to describe it with.
-        target: the folder.
-        inputs: their names.
-        width: what stands behind `batch` in the shape of its logits.
-        end: the operation that gives them.
+        checkpoint: source of the configuration and tokenizer.
+        target: the folder to write to.
+        inputs: names of the graph's inputs.
+        width: the dimensions after `batch` in the shape of the logits.
+        end: the operation that produces the logits; identity by default.
     """
     helper, kinds = onnx.helper, onnx.TensorProto
     described = describe(checkpoint, target)
@@ -313,7 +313,7 @@ def rewrite_gguf(
     tensors: Mapping[str, Any] | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> None:
-    """The same file with other tensors or metadata; None leaves one out."""
+    """Copy a GGUF file with other tensors or metadata; None leaves one out."""
     gguf = need("gguf")
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, str(reader.get_field("general.architecture").contents()))
@@ -336,7 +336,7 @@ def rewrite_gguf(
 
 
 def runner(path: Path) -> Callable[[NDArray[np.int64]], Logits]:
-    """A graph as its own runtime computes it for one sequence, in fp32, behind nothing."""
+    """A function that runs a graph in its own runtime, in fp32, on one sequence, with no past."""
     if path.suffix == ".xml":
         settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
         settings["KV_CACHE_PRECISION"] = "f32"

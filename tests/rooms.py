@@ -1,7 +1,7 @@
-"""The import graph of the house: modules, the rooms they lie in, and the arrows between rooms.
+"""The import graph of qrank: modules, the rooms that contain them, and imports between rooms.
 
-`python tests/rooms.py` prints it, with `--markdown` as docs/rooms.md. A room is a package, or a
-module beside the packages.
+`python tests/rooms.py` prints it; with `--markdown`, it prints docs/rooms.md. A room is a package
+or a module next to the packages.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ FLOORS: list[set[str]] = [
     {"cli"},
     {""},
 ]
-"""Rooms, the lowest floor first. A room imports lower floors only.
+"""Rooms, lowest floor first. A room imports lower floors only.
 
-"" is the package itself, the house's two doors: `import qrank`, and `qrank.__main__`, the process.
+"" is the package itself, with its two entry points: `import qrank` and `qrank.__main__`.
 """
 
 FLOOR = {
@@ -40,7 +40,7 @@ FLOOR = {
 
 
 def modules() -> dict[str, Path]:
-    """Every module's name and file, converters under their installed name."""
+    """Every module's name -> file, converters under their installed name."""
     found = {}
     for folder, package in (("qrank", "qrank"), ("converters", "qrank.converters")):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -55,7 +55,7 @@ MODULES = modules()
 
 
 def imports(tree: ast.AST) -> set[str]:
-    """Modules that a tree imports anywhere in it, also where only types are checked."""
+    """Modules that are imported anywhere in a tree, including in `TYPE_CHECKING` blocks."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -70,7 +70,7 @@ def imports(tree: ast.AST) -> set[str]:
 
 
 def parsed(name: str) -> ast.Module:
-    """A module's tree."""
+    """A module's syntax tree."""
     return ast.parse(MODULES[name].read_text("utf-8"), str(MODULES[name]))
 
 
@@ -80,7 +80,7 @@ def own(name: str) -> set[str]:
 
 
 def room(name: str) -> str:
-    """The room that a module lies in."""
+    """The room that a module belongs to."""
     if name == "qrank.__main__":
         return "qrank"
     package = name.rpartition(".")[0]
@@ -89,7 +89,7 @@ def room(name: str) -> str:
 
 
 def arrows() -> dict[tuple[str, str], set[str]]:
-    """(room, room that it imports) -> the modules that do so, as "importer imported"."""
+    """(room, room that it imports) -> the imports between them, each as "importer imported"."""
     found = defaultdict(set)
     for name in MODULES:
         for other in own(name):
@@ -99,7 +99,7 @@ def arrows() -> dict[tuple[str, str], set[str]]:
 
 
 def upward() -> list[str]:
-    """Imports of a floor that is not lower."""
+    """Imports between rooms whose target is not on a lower floor."""
     return sorted(
         line
         for (start, end), lines in arrows().items()
@@ -109,7 +109,7 @@ def upward() -> list[str]:
 
 
 def circles() -> list[str]:
-    """Modules that import each other, in a circle; [] if there is none."""
+    """The modules of an import cycle; [] if there is none."""
     try:
         list(TopologicalSorter({name: own(name) - {name} for name in MODULES}).static_order())
     except CycleError as error:
@@ -118,7 +118,7 @@ def circles() -> list[str]:
 
 
 def described() -> str:
-    """docs/rooms.md: every file by the first sentence of its docstring, the highest floor first."""
+    """docs/rooms.md: every file with the first line of its docstring, highest floor first."""
     lines = [
         "# Rooms and files",
         "",
@@ -143,7 +143,7 @@ def _first_line(text: str) -> str:
 
 
 def main() -> None:
-    """Print the graph, or with --markdown docs/rooms.md."""
+    """Print the graph, or docs/rooms.md with --markdown."""
     if "--markdown" in sys.argv:
         print(described(), end="")  # noqa: T201
         return

@@ -32,7 +32,7 @@ def serving(
     host: str = "127.0.0.1",
     **more: Any,
 ) -> Iterator[str]:
-    """Serve models from a thread, built with `more`; gives the URL."""
+    """Serve models from a thread, with `more` passed to `build`; yield the URL."""
     listening = listen(host, 0)
     (url, *_) = listening.addresses("http")
     started = threading.Event()
@@ -55,10 +55,10 @@ def serving(
 def process(
     *arguments: str | Path, said: list[str] | None = None
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Run `qrank serve` on a free port; gives its URL, once it serves, and the process.
+    """Run `qrank serve` on a free port; once it serves, yield its URL and the process.
 
-    What it says until then is added to `said`. What it logs is read and forgotten: a full pipe
-    would stop it.
+    Stderr lines up to then are appended to `said`. Later ones are read and discarded: a full pipe
+    would block the server.
     """
     command = [str(Path(sys.executable).parent / "qrank"), "serve", "--port", "0"]
     here = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)]))

@@ -1,6 +1,6 @@
-"""The documentation's tables that follow from what backends say of themselves.
+"""The tables in the documentation that are generated from what the backends declare.
 
-`python tests/tables.py` prints them; `test_tables.py` sees that they stand in the documentation.
+`python tests/tables.py` prints them; `test_tables.py` checks that the documentation has them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from qrank.bundle.fidelity import Tolerance
 
 
 def tolerances() -> dict[str, Tolerance]:
-    """Precision -> tolerance, of all formats."""
+    """Precision -> tolerance, over all formats."""
     found: dict[str, Tolerance] = {}
     for name in BACKENDS:
         format = format_of(name)
@@ -22,7 +22,7 @@ def tolerances() -> dict[str, Tolerance]:
 
 
 def formats_table() -> list[str]:
-    """README: what can be made, and where it runs."""
+    """README: the variants that can be made, and where they run."""
     heads = ["`--to`", "`--precision`, the default first", "`--device` besides `cpu`", "extra"]
     lines = [f"| {' | '.join(heads)} to run it |", "|---|---|---|---|"]
     for name, format in formats().items():
@@ -35,7 +35,7 @@ def formats_table() -> list[str]:
 
 
 def tolerance_table() -> list[str]:
-    """docs/bundle.md: what a conversion may lose."""
+    """docs/bundle.md: how far a conversion's logits may deviate."""
     lines = ["| precision | max_abs | Kendall's tau |", "|---|---|---|"]
     known = tolerances()
     for bar in sorted(set(known.values()), key=lambda bar: bar.share):

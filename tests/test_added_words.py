@@ -1,4 +1,4 @@
-"""Words that somebody added to a vocabulary are one token, as in the original; markers are text."""
+"""Words added to a vocabulary are one token, as in the original; special tokens are text."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ WORDS = [
 
 
 def add(folder: Path, tokens: Sequence[AddedToken], target: Path) -> Path:
-    """A copy of a checkpoint with more tokens; its embeddings have rows for them already."""
+    """Copy a checkpoint and add tokens; its embeddings already have rows for them."""
     shutil.copytree(folder, target)
     tokenizer = AutoTokenizer.from_pretrained(target)
     tokenizer.add_tokens(list(tokens))
@@ -57,7 +57,7 @@ def worded(
     checkpoint_of: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A checkpoint of each kind of tokenizer with words of every flag."""
+    """A checkpoint of each kind of tokenizer, with added words of every flag."""
     target = tmp_path_factory.mktemp("worded") / "tiny"
     return add(checkpoint_of(request.param), WORDS, target)
 
@@ -97,7 +97,7 @@ DOCUMENTS = ["a planetoid beyond mars", "a planet beyond mars", "GmbH alone, <e1
 
 
 def reference(folder: Path) -> Logits:
-    """By transformers alone."""
+    """Logits computed by transformers only."""
     checkpoint, _ = tokenizers(folder)
     causal = family(folder) is not None
     auto = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
@@ -220,7 +220,7 @@ def test_a_word_that_only_stands_alone_may_be_refused_and_never_misread(
 def test_a_word_without_an_embedding_is_refused(
     checkpoint_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """The author added it and forgot `resize_token_embeddings`: the original fails on it."""
+    """The author added it without `resize_token_embeddings`: the original fails on it too."""
     words = [AddedToken(f"word{number}") for number in range(tiny._VOCABULARY)]
     folder = add(checkpoint_of("bert"), words, tmp_path / "model")
     with pytest.raises(FamilyError, match=r"has the id \d+, and the model has 1200 embeddings"):

@@ -1,4 +1,4 @@
-"""What the public API takes: every argument by type and range, texts however they are held."""
+"""Arguments of the public API: types and ranges, and texts in any kind of container."""
 
 import copy
 import os
@@ -104,7 +104,7 @@ def refused(call: Callable[..., object], name: str, value: object) -> None:
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To look for a model is an error."""
+    """Fail if anything looks for a model."""
 
     def never(*_: object) -> None:
         raise AssertionError("something is loaded before the arguments are checked")
@@ -169,11 +169,11 @@ def test_memory_may_be_a_size(mini: Reranker) -> None:
         assert bounded.rank(QUERY, DOCUMENTS) == mini.rank(QUERY, DOCUMENTS)
 
 
-# Texts, however they are held
+# Texts in any container
 
 
 class Series:
-    """As pandas has it: items by label, of which none is 0."""
+    """Like pandas': items by label, none of which is 0."""
 
     def __init__(self, values: list[Any]) -> None:
         self._values = {f"row {i}": value for i, value in enumerate(values)}
@@ -189,7 +189,7 @@ class Series:
 
 
 class Scalar:
-    """As Arrow has it: no value, but one that can be asked for."""
+    """Like Arrow's: not a value itself, but `as_py` returns it."""
 
     def __init__(self, value: object) -> None:
         self._value = value
@@ -199,7 +199,7 @@ class Scalar:
 
 
 class Rows:
-    """What can be iterated by its numbers alone."""
+    """A container that can be iterated only by integer index."""
 
     def __init__(self, values: list[Any]) -> None:
         self._values = values
@@ -209,7 +209,7 @@ class Rows:
 
 
 class Frame:
-    """A table: iterated, it gives its columns' names."""
+    """A table: iterating over it yields its column names."""
 
     columns = ("query", "document")
 
@@ -218,7 +218,7 @@ class Frame:
 
 
 class Word(str):
-    """A string that shows itself in its own way."""
+    """A string with its own `__str__`."""
 
     def __str__(self) -> str:
         return f"a word: {super().__str__()}"
@@ -235,7 +235,7 @@ HELD: dict[str, Callable[[list[Any]], Any]] = {
     "rows": Rows,
     "column": lambda values: [Scalar(value) for value in values],
 }
-"""Ways to hold texts, or pairs of them."""
+"""Containers of texts, or of pairs of texts."""
 
 
 def _hashable(value: Any) -> Any:
@@ -296,7 +296,7 @@ def test_a_pair_is_not_what_only_happens_to_have_two_parts(mini: Reranker, pair:
         mini.score([("q", "d"), pair])
 
 
-# What comes back
+# Results
 
 
 def ranking(index: int = 0, **more: Any) -> Ranking:
@@ -332,7 +332,7 @@ def test_a_ranking_shows_what_matters_in_a_line() -> None:
     assert repr(Rankings([ranking()], 1)) == f"Rankings([{ranking()!r}], scored_count=1)"
 
 
-# Copies, here and in other processes
+# Copies, in this process and in others
 
 
 @pytest.mark.parametrize(
@@ -354,7 +354,7 @@ def test_a_copy_is_opened_with_the_same_arguments(copied: Callable[[Reranker], R
 def test_a_pool_of_processes_ranks_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mini: Reranker
 ) -> None:
-    """Spawned, in another folder: a relative path of the model's means what it meant here."""
+    """With spawn, in another folder: the model's relative path still resolves as it did here."""
     folder = qrank.bundle.locate.bundled()["mini"]
     monkeypatch.chdir(folder.parent)
     reranker = Reranker(folder.name)

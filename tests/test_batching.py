@@ -1,4 +1,4 @@
-"""Laws of cutting work into batches, and those again where memory does not suffice."""
+"""Properties of cutting work into batches, and of splitting batches if memory runs out."""
 
 import numpy as np
 import pytest
@@ -58,7 +58,7 @@ def test_lengths_may_be_an_array() -> None:
 def test_where_memory_does_not_suffice_the_same_comes_of_smaller_batches(
     lengths: list[int], room: int
 ) -> None:
-    """Room for so many padded tokens, and at least for one sequence."""
+    """With memory for `room` padded tokens and at least one sequence."""
     tried: list[int] = []
 
     def run(batch: Sequences) -> Logits:
@@ -90,7 +90,7 @@ def test_a_single_pair_that_is_too_large_is_told_with_its_tokens() -> None:
 @pytest.mark.parametrize(
     "message",
     [
-        # onnxruntime: on CUDA by its arena and without it, on DirectML, on the CPU.
+        # onnxruntime: on CUDA with and without its arena, on DirectML, on the CPU.
         "Non-zero status code returned while running MatMul node. Status Message: bfc_arena.cc:376 "
         "AllocateRawInternal Failed to allocate memory for requested buffer of size 1610612736",
         "BFCArena::Extend Available memory of 0 is smaller than requested bytes of 2048",

@@ -1,4 +1,4 @@
-"""A time budget: kept, used, and told; by laws on a clock of the test's own, and by the doors."""
+"""Time budgets: kept, used and reported; as properties on a fake clock and in the public API."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ WARM_UP = 8
 
 
 class Machine:
-    """Streams of a speed of their own, and a clock that stands still but for them."""
+    """Streams of a given speed, and a clock that only their work advances."""
 
     def __init__(self, streams: int, seconds_a_token: float, call: float) -> None:
         self.now = 0.0
@@ -43,7 +43,7 @@ class Machine:
     def request(
         self, latency: LatencyEstimate, tokens: list[int], budget: float
     ) -> tuple[int, float]:
-        """Documents scored, and seconds spent."""
+        """Return the number of documents scored, and the seconds spent."""
         begun, done = self.now, 0
         for some in score_within(budget, steps(tokens), latency, self.clock):
             self.now += self.cost([each.tokens for each in some])
@@ -52,7 +52,7 @@ class Machine:
 
 
 def steps(tokens: list[int]) -> Iterator[list[ModelInput]]:
-    """Documents of so many tokens, as `rank` encodes them."""
+    """Yield documents of the given token counts, in steps as `rank` encodes them."""
     nothing, start = np.empty(0, np.int32), 0
     for stop in doubling(len(tokens)):
         yield [
@@ -72,7 +72,7 @@ def steps(tokens: list[int]) -> Iterator[list[ModelInput]]:
 def test_with_documents_alike_it_is_kept_and_used(
     streams: int, rate: float, call: float, fits: float, length: int
 ) -> None:
-    """A budget of ten single documents or more: within 110 %, and 70 % used while some wait."""
+    """With room for ten documents or more, 110 % at most is spent, and 70 % if any are left."""
     machine = Machine(streams, rate, call * rate * length)
     tokens = [length] * 300
     budget = fits * machine.cost(tokens[:1])
@@ -135,7 +135,7 @@ def test_a_hiccup_is_forgotten() -> None:
     assert after >= 0.9 * before
 
 
-# By the doors
+# In the public API
 
 
 def test_rank_keeps_the_rest_in_their_order_and_says_how_many_were_scored(bundle: Path) -> None:

@@ -1,4 +1,4 @@
-"""A bundle is what its manifest says, or it is refused."""
+"""A bundle that does not match its manifest is refused."""
 
 import hashlib
 import json
@@ -27,12 +27,12 @@ MODEL = "onnx-int8/model.onnx"
 
 @pytest.fixture
 def copy(bundle: Path, tmp_path: Path) -> Path:
-    """A bundle that may be damaged."""
+    """A copy of a bundle that a test may damage."""
     return Path(shutil.copytree(bundle, tmp_path / "copy"))
 
 
 def flip(path: Path, place: float = 0.5) -> None:
-    """Change one bit of one byte, keeping size and time: as a failing disk does."""
+    """Flip one bit but keep size and modification time, like a failing disk."""
     state = path.stat()
     content = bytearray(path.read_bytes())
     content[int(place * (len(content) - 1))] ^= 1
@@ -50,7 +50,7 @@ def test_one_flipped_byte_is_refused(copy: Path, name: str, place: float) -> Non
 
 @pytest.mark.parametrize("name", [MODEL, TOKENIZER, MANIFEST])
 def test_a_flipped_byte_is_noticed_after_a_good_start_too(copy: Path, name: str) -> None:
-    """The second start trusts what the first one hashed, but not a file written since."""
+    """The second start trusts the hashes of the first, but not for a file written since."""
     Reranker(copy, backend="onnx-int8").close()
     Reranker(copy, backend="onnx-int8").close()
     flip(copy / name)
@@ -60,7 +60,7 @@ def test_a_flipped_byte_is_noticed_after_a_good_start_too(copy: Path, name: str)
 
 
 def test_verify_hashes_what_is_remembered_as_good(copy: Path) -> None:
-    """Same size, same time, same inode: only reading the file can tell."""
+    """With the same size, time and inode, only reading the file shows the damage."""
     Reranker(copy, backend="onnx-int8").close()
     runner = CliRunner()
     assert runner.invoke(main, ["inspect", str(copy), "--verify"]).exit_code == 0
@@ -111,7 +111,7 @@ def test_another_schema_version_is_told(copy: Path, schema: object) -> None:
     "values", [{"name": "other"}, {"files": {}}, {"note": "a key that nobody knows"}]
 )
 def test_an_edited_manifest_is_refused(copy: Path, values: dict[str, Any]) -> None:
-    """What qrank does not read counts too: the digest is of the whole file."""
+    """The digest covers the whole file, including keys that qrank does not read."""
     edit(copy, **values)
     with pytest.raises(BundleError, match="digest"):
         Manifest.load(copy)
@@ -140,13 +140,13 @@ def test_a_byte_anywhere_in_the_manifest_counts(copy: Path, bundle: Path, place:
         Manifest.load(copy)
     except BundleError:
         return
-    # The 17th digit of a number may say the same number.
+    # A change in a number's 17th digit may leave the same number.
     ours, theirs = (json.loads((f / MANIFEST).read_text("utf-8")) for f in (copy, bundle))
     assert ours == theirs
 
 
 def test_the_digest_is_of_canonical_json(bundle: Path) -> None:
-    """Anyone can work it out: keys sorted, no spaces, ASCII, without the digest itself."""
+    """Anyone can compute it: sorted keys, no spaces, ASCII, without the digest itself."""
     content = json.loads((bundle / MANIFEST).read_text("utf-8"))
     digest = content.pop("digest")
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -172,11 +172,11 @@ def test_a_manifest_survives_being_written_and_read(bundle: Path, tmp_path: Path
         assert ours.dtype == np.int32
 
 
-# What anybody may have written
+# Manifests from untrusted sources
 
 
 def resigned(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a manifest and give it the digest of what it has become."""
+    """Change a manifest and update its digest to match."""
     path = folder / MANIFEST
     content = json.loads(path.read_text("utf-8"))
     del content["digest"]
@@ -187,7 +187,7 @@ def resigned(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def rename(content: dict[str, Any], name: str, precision: str) -> None:
-    """Give a variant, and its files, another place."""
+    """Rename variant onnx-int8 and its file."""
     variant = content["variants"].pop("onnx-int8")
     variant["precision"] = precision
     variant["files"] = {f"{name}/model.onnx": variant["files"]["onnx-int8/model.onnx"]}
@@ -195,7 +195,7 @@ def rename(content: dict[str, Any], name: str, precision: str) -> None:
 
 
 def put(content: dict[str, Any], name: str, key: str = "onnx-int8") -> None:
-    """Name one more file."""
+    """Add a file to a variant's list, or to the bundle's if `key` is empty."""
     files = content["variants"][key]["files"] if key else content["files"]
     files[name] = {"sha256": "0" * 64, "bytes": 1}
 
@@ -235,7 +235,7 @@ FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
 def test_a_manifest_that_asks_for_what_no_bundle_does_is_refused(
     forged: str, bundle: Path, copy: Path
 ) -> None:
-    """Its digest is right: anybody can work it out."""
+    """Its digest is correct: anyone can compute one."""
     shutil.copytree(bundle / "onnx-int8", copy.parent / "out")
     resigned(copy, FORGED[forged])
     with pytest.raises(BundleError, match="is damaged"):
@@ -258,7 +258,7 @@ def test_a_precision_of_a_later_version_is_left_out_and_the_others_run(copy: Pat
 def test_a_bundle_with_a_precision_by_its_former_name_runs_and_gains_variants(
     without_fp32: Path, bert: str, ready_graph: object
 ) -> None:
-    """Written when int8-w8a8 was int8-full; its folder keeps that name."""
+    """A bundle written when int8-w8a8 was called int8-full; its folder keeps that name."""
     bundle, name, former = without_fp32, "openvino-int8-w8a8", "openvino-int8-full"
     pairs = [("red", "mars is red"), ("red", "bread"), ("a", "")]
     with Reranker(bundle, backend=name) as reranker:
@@ -293,7 +293,7 @@ def test_texts_that_look_like_lists_of_numbers_stay_as_they_are(bundle: Path, te
 
 
 def test_a_manifest_is_laid_out_for_people(bundle: Path) -> None:
-    """A list of numbers is a line; everything else has a line of its own."""
+    """A list of numbers is on one line; every other value has its own line."""
     lines = (bundle / MANIFEST).read_text("utf-8").splitlines()
     probes = Manifest.load(bundle).probes
     for sequence in probes.work.ids:
@@ -308,7 +308,7 @@ def test_json_that_is_nested_very_deeply_is_refused(copy: Path) -> None:
 
 
 def test_what_helps_is_said_and_helps(copy: Path, bert: str, ready_graph: object) -> None:
-    """Converting again into the same folder, without --force, would give the same error."""
+    """Converting again into the same folder without --force would raise the same error."""
     edit(copy, schema=SCHEMA + 1)
     command = ["convert", bert, "--to", "onnx", "--precision", "fp32", "-o", str(copy)]
     refused = CliRunner().invoke(main, command)
@@ -321,7 +321,7 @@ def test_what_helps_is_said_and_helps(copy: Path, bert: str, ready_graph: object
 def test_a_manifest_that_is_being_read_is_replaced_a_little_later(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on Windows, where no file that is open can be replaced."""
+    """As on Windows, where an open file cannot be replaced."""
     monkeypatch.setattr("qrank.bundle.manifest._WAITS", (0.0, 0.0, 0.0))
     change, left = Path.replace, 2
 

@@ -1,4 +1,4 @@
-"""`qrank calibrate` and what it makes of scores; fits held against scipy's own."""
+"""`qrank calibrate` and its effect on scores; fits are compared with scipy's."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ QUERIES = {f"q{i}": f"{WORDS[i % 6]} {WORDS[(i + 2) % 6]}" for i in range(8)}
 
 @pytest.fixture(scope="module")
 def logits_of(bundle: Path) -> dict[str, dict[str, float]]:
-    """What the bundle itself gives every pair."""
+    """The bundle's own logits for every pair."""
     with Reranker(bundle, backend=VARIANT) as reranker:
         return {
             query: dict(
@@ -47,7 +47,7 @@ def logits_of(bundle: Path) -> dict[str, dict[str, float]]:
 
 @pytest.fixture
 def data(tmp_path: Path, logits_of: dict[str, dict[str, float]]) -> Path:
-    """The quarter of pairs that the model likes best is relevant, but every fifth label wrong."""
+    """A collection: the top quarter of pairs by logit is relevant; every fifth label is wrong."""
     for name, texts in (("documents", DOCUMENTS), ("queries", QUERIES)):
         lines = [json.dumps({"id": key, "text": text}) + "\n" for key, text in texts.items()]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines), "utf-8")
@@ -60,7 +60,7 @@ def data(tmp_path: Path, logits_of: dict[str, dict[str, float]]) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Calibrations of this test alone."""
+    """A data folder for calibrations, used by this test only."""
     folder = tmp_path / "own"
     monkeypatch.setenv("QRANK_DATA", str(folder))
     return folder
@@ -128,7 +128,7 @@ def test_the_report_for_people(bundle: Path, data: Path, own_folder: Path) -> No
     assert result.exit_code == 0, result.stderr
     report = report_of(bundle, data)
     assert f"Brier score         {report['before']['brier']:6.4f}" in result.stdout
-    # Its last line is a path, which may be of any length.
+    # The last line is a path, which may have any length.
     *lines, last = result.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     file = Path(last.removeprefix("kept in "))
@@ -139,7 +139,7 @@ def test_the_report_for_people(bundle: Path, data: Path, own_folder: Path) -> No
 def test_held_out_figures_are_of_the_other_queries(
     bundle: Path, data: Path, logits_of: dict[str, dict[str, float]]
 ) -> None:
-    """Refitting on what the report says it was fitted on gives the same figures."""
+    """Recomputing the held-out figures from the kept fit gives the reported ones."""
     report = report_of(bundle, data)
     kept = json.loads(Path(report["file"]).read_text("utf-8"))
     qrels = [line.split() for line in (data / "qrels.trec").read_text("utf-8").splitlines()]
@@ -278,11 +278,11 @@ def test_order_is_kept_and_scores_are_probabilities(
     logits, labels = pairs
     try:
         calibration: Calibration = METHODS[method].fit(logits, labels)
-    except InputError:  # higher ones are no more often relevant
+    except InputError:  # higher logits are not relevant more often
         return
     scores = calibration.apply(np.sort(asked))
     assert ((scores >= 0) & (scores <= 1)).all()
-    # Lines between knots may end a rounding error above the next.
+    # A segment between knots may end slightly above the next one, by rounding.
     assert (np.diff(scores) >= -1e-12).all()
     same = calibration.apply(np.repeat(asked[:1], 3))
     assert same[0] == same[1] == same[2]
@@ -323,7 +323,7 @@ def test_isotonic_is_scipys(pairs: tuple[Logits, Labels]) -> None:
         return
     assert found.apply(x) == pytest.approx(expected)
     assert len(found.logits) <= 2 * len(np.unique(np.round(expected, 12)))
-    # On average, scores are as large as the share of relevant pairs.
+    # The mean score equals the share of relevant pairs.
     assert found.apply(logits[order]).mean() == pytest.approx(labels.mean())
 
 

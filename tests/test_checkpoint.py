@@ -1,4 +1,4 @@
-"""Whatever of a checkpoint changes its scores is read or refused, and none of its code runs."""
+"""Everything in a checkpoint that affects its scores is read or refused; its code never runs."""
 
 import ast
 import json
@@ -35,7 +35,7 @@ MISSING = "(missing)"
 
 @pytest.fixture
 def copy_of(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
-    """A checkpoint of a kind that may be changed."""
+    """Make a modifiable copy of a kind of checkpoint."""
 
     def copy(kind: str, name: str = "model") -> Path:
         return Path(shutil.copytree(checkpoint_of(kind), tmp_path / name))
@@ -44,7 +44,7 @@ def copy_of(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Callable[..
 
 
 def edit(path: Path, **values: Any) -> None:
-    """Set keys of a JSON file, or make it."""
+    """Set keys of a JSON file; create it if missing."""
     content = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     path.write_text(json.dumps({**content, **values}), "utf-8")
 
@@ -55,7 +55,7 @@ def logits(folder: Path, family: str | None = None) -> list[float]:
 
 
 def transformers_logits(folder: Path) -> list[float]:
-    """By transformers alone: its tokenizer feeds its model, as sentence-transformers does it."""
+    """Logits from transformers' own tokenizer and model, used as in sentence-transformers."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
@@ -140,7 +140,7 @@ def test_quantized_weights_are_refused(copy_of: Callable[..., Path]) -> None:
         read_checkpoint(str(folder))
 
 
-# Code of a checkpoint
+# Code in a checkpoint
 
 EVIL = "from pathlib import Path; Path(__file__).with_name('ran').write_text('')\n"
 CLASSES = {
@@ -152,7 +152,7 @@ CLASSES = {
 
 @pytest.fixture
 def evil(copy_of: Callable[..., Path], tmp_path: Path) -> Iterator[Path]:
-    """A checkpoint that brings code, which would leave a file behind."""
+    """A checkpoint with its own code, which would leave a file behind if it ran."""
     folder = copy_of("bert")
     (folder / "evil.py").write_text(EVIL, "utf-8")
     edit(folder / "config.json", auto_map=CLASSES)
@@ -164,7 +164,7 @@ def evil(copy_of: Callable[..., Path], tmp_path: Path) -> Iterator[Path]:
 def test_code_of_a_checkpoint_is_not_run_where_transformers_knows_better(
     evil: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing asks, and "y" is no answer. llama.cpp's converter reads the configuration anew."""
+    """No prompt asks, so "y" has no effect. llama.cpp's converter reads the config again."""
     target = str(tmp_path / "bundle")
     command = ["convert", str(evil), "--to", "gguf", "--precision", "f16", "-o", target]
     result = CliRunner().invoke(main, command, input="y\n" * 9)
@@ -211,7 +211,7 @@ def test_token_types_that_the_tokenizer_does_not_give_are_not_made_up(
 
 
 def with_template(folder: Path, pair: str) -> None:
-    """Give BERT's tokenizer another way to join a pair, which transformers keeps."""
+    """Give BERT's tokenizer another pair template, in a form that transformers keeps."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair=pair, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -251,7 +251,7 @@ def test_the_side_of_the_padding_changes_nothing(copy_of: Callable[..., Path]) -
 
 @pytest.mark.parametrize("lower", [True, False])
 def test_do_lower_case_is_the_tokenizer_configs(lower: bool, copy_of: Callable[..., Path]) -> None:
-    """tokenizer.json makes text lower case; every version of transformers asks the other file."""
+    """tokenizer.json lowercases text, but every version of transformers follows the config."""
     folder = copy_of("bert")
     edit(folder / "tokenizer_config.json", do_lower_case=lower)
     np.testing.assert_allclose(logits(folder), transformers_logits(folder), atol=1e-4)
@@ -260,7 +260,7 @@ def test_do_lower_case_is_the_tokenizer_configs(lower: bool, copy_of: Callable[.
 def test_tokenizer_json_counts_where_transformers_makes_another_of_it(
     copy_of: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """transformers 5 forgets the normalizer of XLM-RoBERTa's: its author and others do not."""
+    """transformers 5 drops XLM-RoBERTa's normalizer; the model's author and other tools keep it."""
     folder = copy_of("xlm-roberta")
     path = str(folder / "tokenizer.json")
     tokenizer = Tokenizer.from_file(path)
@@ -275,7 +275,7 @@ def test_tokenizer_json_counts_where_transformers_makes_another_of_it(
     assert AutoTokenizer.from_pretrained(folder)(*texts)["input_ids"] != written.encode(*texts).ids
 
 
-# Every key that is read
+# Each key that is read
 
 CARD = """
 name = "mine"
@@ -288,7 +288,7 @@ activation = "sigmoid"
 
 
 def test_a_class_with_names_of_its_own_for_the_same_keys(copy_of: Callable[..., Path]) -> None:
-    """DistilBERT says dim, n_heads, n_layers and hidden_dim."""
+    """DistilBERT calls them dim, n_heads, n_layers and hidden_dim."""
     folder = copy_of("bert")
     config = DistilBertConfig(
         vocab_size=1200, dim=64, n_heads=4, n_layers=2, hidden_dim=128, num_labels=1
@@ -307,7 +307,7 @@ VALUES: tuple[Any, ...] = (MISSING, None, [], 7, "text")
 
 
 def goes_through(folder: Path, file: str, *keys: str | int, family: str | None = None) -> None:
-    """Each value gives a score or one line, which names file and key where the type is wrong."""
+    """Each value gives a score or a one-line error; for a wrong type it names the file and key."""
     path = folder / file
     before = path.read_text("utf-8")
     place = json.loads(before)
@@ -328,7 +328,7 @@ def goes_through(folder: Path, file: str, *keys: str | int, family: str | None =
         except QrankError as error:
             message = str(error)
             assert "\n" not in message
-            # What is of the right type, or a default, may not fit the weights or the card.
+            # A value of the right type, or a default, may fail because of the weights or the card.
             if value not in (MISSING, None) and type(value) is not kind:
                 plain = message.replace("_", " ")
                 assert path.name in message, (value, message)

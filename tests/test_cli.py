@@ -1,4 +1,4 @@
-"""The command line, as people and pipes see it."""
+"""The command line, in terminals and pipes."""
 
 import json
 import shlex
@@ -163,7 +163,7 @@ def test_bytes_that_are_no_text_are_replaced(bundle: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("locale", ["LC_ALL=C", "LC_ALL=POSIX", "PYTHONIOENCODING=ascii"])
 def test_results_are_utf8_whatever_the_locale(bundle: Path, locale: str) -> None:
-    """PYTHONIOENCODING stands for a pipe on Windows, which has a code page."""
+    """PYTHONIOENCODING simulates a pipe on Windows, which has a code page."""
     done = shell(f"echo 'märs 🪐' | {locale} qrank score -m $BUNDLE -q ü -f jsonl", bundle)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["text"] == "märs 🪐"
@@ -262,7 +262,7 @@ def test_completion_completes(bundle: Path) -> None:
 
 
 def test_exit_codes_are_those_of_the_help(tmp_path: Path, bundle: Path) -> None:
-    """One command for each class that a test can provoke cheaply; the rest by their classes."""
+    """One command for each error class that is cheap to provoke; the others by class only."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/config.json").write_text('{"architectures": ["OddModel"]}', "utf-8")
@@ -317,7 +317,7 @@ def test_a_pipe_sees_results_and_nothing_else(bundle: Path) -> None:
 
 
 def test_a_closed_pipe_ends_quietly(bundle: Path) -> None:
-    """More output than a pipe holds, of which one line is read."""
+    """The output is larger than a pipe's buffer, and only one line of it is read."""
     line = "yes 'mars is a planet and it is red' | head -9000 |"
     done = shell(f"{line} qrank score -m $BUNDLE -q a --backend fakes:length | head -1", bundle)
     assert len(done.stdout.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Collections as they are read, held against the field's own readers; and what BM25 finds."""
+"""Reading of collections, compared with the readers of BEIR and ir_measures; and BM25."""
 
 import gzip
 import io
@@ -36,7 +36,7 @@ def test_equal_judgements_may_repeat(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("texts", [{}, {"d": ""}, {"d": "the of"}, {"d": "mars"}])
 def test_bm25_of_next_to_nothing(tmp_path: Path, texts: dict[str, str]) -> None:
-    """Documents without a word, or that share none with the query, are no candidates."""
+    """Documents that have no words, or share none with the query, are not candidates."""
     data = Data(documents={"d0": "!", **texts}, queries={"q0": "mars"}, qrels=["q0 0 d0 1"])
     with opened(data.write(tmp_path)) as collection:
         assert [list(found) for found in collection.bm25().values()] == [
@@ -50,7 +50,7 @@ def test_files_are_those_named(tmp_path: Path) -> None:
 
 
 def test_a_folders_files_may_be_compressed(tmp_path: Path) -> None:
-    """As some collections are published: corpus.jsonl.gz."""
+    """Some collections are published this way: corpus.jsonl.gz."""
     data = Data().write_beir(tmp_path)
     with opened(data) as collection:
         expected = collection.bm25()
@@ -84,7 +84,7 @@ def test_bm25_finds_words_in_every_script(tmp_path: Path, script: str) -> None:
         assert next(iter(collection.bm25()["q0"])) == "d1"
 
 
-# Marks are where we differ, on purpose; these letters are, or become, letters with marks.
+# Diacritics are handled differently on purpose: exclude letters that are or become marked ones.
 @given(st.text(st.characters(max_codepoint=0x2AF, exclude_characters="¨¯´¸˘˙˚˛˜˝İ")))
 def test_words_of_scripts_with_spaces_are_those_of_bm25s(text: str) -> None:
     text = unicodedata.normalize("NFKC", text)
@@ -119,7 +119,7 @@ def told(caplog: pytest.LogCaptureFixture) -> str:
 def test_judgements_of_what_is_not_there_are_counted_and_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A document that cannot be found still ought to be: the ideal gain is that of trec_eval."""
+    """A judged document that is missing still counts in the ideal gain, as in trec_eval."""
     data = Data().write(tmp_path)
     lines = [*Data().qrels, "q0 0 lost 2", "q1 0 lost 1", "q9 0 d1 1", "q8 0 d1 1"]
     (data / "qrels.trec").write_text("\n".join(lines), "utf-8")
@@ -156,7 +156,7 @@ def test_files_that_do_not_belong_together_are_refused(
 
 
 def in_beir(text: str) -> dict[str, dict[str, int]]:
-    """What BEIR's loader makes of a file; it skips the first line unseen."""
+    """Parse a file like BEIR's loader, which skips the first line without looking at it."""
     import csv
 
     found: dict[str, dict[str, int]] = {}
@@ -168,7 +168,7 @@ def in_beir(text: str) -> dict[str, dict[str, int]]:
 
 
 def in_trec(text: str) -> dict[str, dict[str, int]]:
-    """What ir_measures' reader makes of a file."""
+    """Parse a file with ir_measures' reader."""
     found: dict[str, dict[str, int]] = {}
     for item in ir_measures.read_trec_qrels(io.StringIO(text)):
         found.setdefault(item.query_id, {})[item.doc_id] = item.relevance
@@ -230,7 +230,7 @@ def test_a_line_that_is_no_judgement_is_never_taken_for_names(
 
 
 def argument(key: str = "_id") -> dict[str, Any]:
-    """Two arguments, one of which is the query."""
+    """Two arguments as documents, one of which is also the query."""
     return {
         "documents.jsonl": [
             {key: "1", "title": "space", "text": "Mars  is red"},
@@ -250,7 +250,7 @@ def write(folder: Path, files: dict[str, Any], qrels: str = "1 0 2 1\n") -> Path
 def test_a_query_that_is_a_document_is_no_candidate_for_itself(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In BM25's list and in a run; and the next one takes its place in a list of a depth."""
+    """Both in BM25's list and in a run; the next document takes its place within the depth."""
     folder = write(tmp_path, argument())
     (folder / "run").write_text("1 Q0 1 1 2 x\n1 Q0 2 2 1 x\n", "utf-8")
     with opened(folder) as collection:
@@ -262,7 +262,7 @@ def test_a_query_that_is_a_document_is_no_candidate_for_itself(
 def test_the_same_number_alone_makes_no_query_a_document(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Queries and documents that are only numbered, as Cranfield's."""
+    """With plain numbers as the ids of queries and documents, as in Cranfield."""
     files = argument()
     files["queries.jsonl"] = [{"_id": "1", "text": "is mars red"}]
     with opened(write(tmp_path, files)) as collection:
@@ -280,7 +280,7 @@ def test_lines_of_a_run_that_are_not_judged_are_told(
     assert f"in {data / 'run'}, not judged, left out: 2 of 3 queries" in told(caplog)
 
 
-# What tools write -> what is read of it.
+# Record as a tool writes it -> text that is read from it.
 RECORDS: dict[str, tuple[dict[str, Any], str]] = {
     "BEIR": ({"_id": "d", "title": "Mars", "text": "Mars is red"}, "Mars Mars is red"),
     "BEIR, no title": ({"_id": "d", "title": "", "text": "is red", "metadata": {}}, "is red"),
@@ -304,7 +304,7 @@ RECORDS: dict[str, tuple[dict[str, Any], str]] = {
 def test_records_of_usual_tools_are_read_with_their_titles(
     bundle: Path, tmp_path: Path, tool: str
 ) -> None:
-    """In every command that reads any."""
+    """In every command that reads records."""
     record, text = RECORDS[tool]
     folder = write(
         tmp_path, {"documents.jsonl": [record], "queries.jsonl": [{"qid": 1, "query": "q"}]}

@@ -1,4 +1,4 @@
-"""One body that every variant of every family passes: it scores as transformers does.
+"""One test body for every variant of every family: its scores match those of transformers.
 
 `conforms` is called for each kind of tiny checkpoint in each (format, precision):
 
@@ -9,8 +9,9 @@
 | nemotron (its own file) | all | all | all | fp32 |
 
 "All" is what the backends declare (`qrank.backends.formats`); openvino's int8-w8a8 is left out on
-CPUs without VNNI, where it is refused. Held against transformers' own forward pass in fp32: pairs
-scored together, alone, backwards, and by a crowd of threads. A new precision is a row of ALONE.
+CPUs without VNNI, where it is refused. Pairs scored together, alone, in reverse order and by many
+threads at once are compared with transformers' own forward pass in fp32. A new precision needs a
+row in ALONE.
 """
 
 import random
@@ -42,14 +43,14 @@ ALONE = {
     "q8_0": 1e-5,
     "q4_k_m": 1e-5,
 }
-"""How far a logit may move with its batch, by precision: a share of max(1, spread)."""
+"""Precision -> how much a logit may change with its batch, as a share of max(1, spread)."""
 
 FEW = ((3, 9, 17), (9,))
-"""Places of the pairs that a crowd asks for."""
+"""Indices of the pairs in the requests of the concurrent threads."""
 
 
 def ragged_pairs() -> list[tuple[str, str]]:
-    """Pairs from nothing at all to beyond the limit, most of them short enough to share a batch."""
+    """Pairs from empty to beyond the limit, most of them short enough to share a batch."""
     chance = random.Random(7)
     words = [word for pair in probe_pairs() for text in pair for word in text.split()]
     sizes = [0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 18, 20, 25, 30, 40, 50, 70, 300]
@@ -65,12 +66,12 @@ PAIRS = ragged_pairs()
 
 @cache
 def reference(folder: Path) -> tuple[Logits, tuple[int, ...]]:
-    """Logits and lengths of PAIRS by transformers alone: its tokenizer, its model, its fp32."""
+    """Logits and lengths of PAIRS from transformers' own tokenizer and model, in fp32."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     logits, lengths = [], []
     for query, document in PAIRS:
-        # As a batch of one: a single empty document would count as no document at all.
+        # Use a batch of one: without a batch, an empty document counts as no document.
         inputs = tokenizer(
             [query],
             [document],
@@ -85,7 +86,7 @@ def reference(folder: Path) -> tuple[Logits, tuple[int, ...]]:
 
 
 def shared(lengths: tuple[int, ...]) -> int:
-    """How many batches of the CPU hold sequences of several lengths: padding is tested there."""
+    """Number of CPU batches with sequences of different lengths, which test padding."""
     found = [{lengths[i] for i in batch} for batch in cut_padded(lengths, CPU_BATCH)]
     return sum(len(batch) > 1 for batch in found)
 
@@ -106,7 +107,7 @@ def test_conformance(
 
 
 def test_the_original_conforms(kind: str, checkpoint_of: Callable[[str], Path]) -> None:
-    """By backend torch, which no conversion made."""
+    """With backend torch, which needs no conversion."""
     theirs, _ = reference(checkpoint_of(kind))
     conforms(checkpoint_of(kind), "torch-fp32", PAIRS, theirs, ALONE)
 
@@ -119,7 +120,7 @@ def conforms(
     alone_bounds: dict[str, float],
     **options: str,
 ) -> None:
-    """The body: `model` on `backend` scores pairs as the reference does, in whatever company."""
+    """Assert that `model` on `backend` scores pairs like the reference, in any batch."""
     format, _, precision = backend.partition("-")
     scale = max(1.0, float(np.ptp(theirs)))
     assert np.ptp(theirs) > 1, "the reference's order means nothing"
@@ -128,7 +129,7 @@ def conforms(
         together = reranker.score(pairs, raw=True)
         alone = np.concatenate([reranker.score([pair], raw=True) for pair in pairs])
         backwards = reranker.score(pairs[::-1], raw=True)[::-1]
-        # Also a pair by itself, for which a backend may take every thread that is idle.
+        # Include a single pair, for which a backend may take every idle thread.
         few = [[pairs[i % len(pairs)] for i in places] for places in FEW]
         with ThreadPoolExecutor(64) as threads:
             crowd = list(threads.map(lambda some: reranker.score(some, raw=True), few * 32))

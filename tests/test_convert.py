@@ -1,4 +1,4 @@
-"""Conversion: what a bundle holds, what is added to one, and the command."""
+"""Conversion: the contents of a bundle, adding variants to one, and the command."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ FP32 = [("onnx", "fp32")]
 PAIRS = [("which planet is red?", "Mars is."), ("bread?", "Yeast ferments sugar in the dough.")]
 
 
-# What a bundle holds
+# Contents of a bundle
 
 
 def test_a_bundle_says_what_it_is_made_of(bundle: Path, bert: str) -> None:
@@ -68,7 +68,7 @@ def test_a_bundle_holds_its_proof(bundle: Path) -> None:
 def test_graphs_take_ids_and_give_logits_under_the_fields_names(
     kind: str, bundle_of: Callable[[str], Path]
 ) -> None:
-    """Other tools can run them then."""
+    """So other tools can run them."""
     expected = ["input_ids", "attention_mask"] + ["token_type_ids"] * (kind == "bert")
     for precision in formats()["onnx"].made:
         path = bundle_of(kind) / f"onnx-{precision}" / "model.onnx"
@@ -113,7 +113,7 @@ def test_int8_weights_have_a_scale_a_column_and_tables_one_a_row(
     graph = onnx.load(bundle_of(kind) / "onnx-int8" / "model.onnx").graph
     weights = {i.name: i for i in graph.initializer}
     products = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
-    # Queries, keys and values, their output, and two of the perceptron: 4 or 6 a layer.
+    # Queries, keys and values, their output, and two in the MLP: 4 or 6 per layer.
     assert len(products) >= 8
     for node in products:
         weight, scale = weights[node.input[1]], weights[node.input[3]]
@@ -128,7 +128,7 @@ def test_int8_weights_have_a_scale_a_column_and_tables_one_a_row(
     assert len(words) == 1
     rows = words[0].dims[0]
     assert any(list(table.dims) == [rows, 1] for table in tables)
-    # What is left in fp32 is the head, biases, norms and small tables: no matrix of a layer.
+    # Only the head, biases, norms and small tables stay in fp32, not a layer's matrices.
     for node in graph.node:
         if node.op_type == "MatMul":
             assert node.input[1] not in weights or any(
@@ -138,7 +138,7 @@ def test_int8_weights_have_a_scale_a_column_and_tables_one_a_row(
 
 
 def test_token_types_change_the_score(bundle: Path) -> None:
-    """Or a conversion that dropped them could pass every other test."""
+    """Otherwise a conversion that dropped them could pass every other test."""
     probes = Manifest.load(bundle).probes
     assert probes.work.segments is not None
     session = onnxruntime.InferenceSession(
@@ -160,7 +160,7 @@ def test_token_types_change_the_score(bundle: Path) -> None:
 
 
 def test_json_of_the_manifest_is_plain(bundle: Path) -> None:
-    """Anyone's JSON reader takes it: no NaN, no Infinity."""
+    """Any JSON parser can read it: no NaN, no Infinity."""
 
     def refuse(constant: str) -> Any:
         raise AssertionError(constant)
@@ -169,7 +169,7 @@ def test_json_of_the_manifest_is_plain(bundle: Path) -> None:
 
 
 def test_graphs_do_not_say_where_they_were_made(bundle: Path) -> None:
-    """The exporter notes the Python files each node comes from: paths of this machine."""
+    """The exporter records the Python file that each node comes from: paths on this machine."""
     here = str(Path(onnx.__file__).parent.parent).encode()
     for path in bundle.glob("*/model.onnx"):
         assert here not in path.read_bytes(), path
@@ -181,7 +181,7 @@ def test_graphs_do_not_say_where_they_were_made(bundle: Path) -> None:
 
 
 def test_a_variant_is_added_and_the_others_stay(without_fp32: Path, bert: str) -> None:
-    # As a run leaves it that was killed between moving the variant in and writing the manifest.
+    # As left by a run that was killed between moving the variant in and writing the manifest.
     leftover = without_fp32 / "onnx-fp32"
     leftover.mkdir()
     (leftover / "model.onnx").write_bytes(b"half")
@@ -216,7 +216,7 @@ def test_the_same_variant_again_changes_nothing(copy: Path, bert: str) -> None:
 
 
 def test_another_checkpoint_is_refused(copy: Path, checkpoint_of: Callable[[str], Path]) -> None:
-    """A folder of the same name too: what counts is the fingerprint."""
+    """Even if its folder has the same name: only the fingerprint counts."""
     before = contents(copy)
     with pytest.raises(ConversionError, match=r"another checkpoint.*--force"):
         convert(str(checkpoint_of("bert-one-segment")), FP32, copy)

@@ -1,4 +1,4 @@
-"""Conversion that fails: what is refused, by itself, and with which reason."""
+"""Failing conversions: each variant is refused individually, with its reason."""
 
 import shutil
 import sys
@@ -33,7 +33,7 @@ FP32 = [("onnx", "fp32")]
 PAIRS = [("which planet is red?", "Mars is."), ("bread?", "Yeast ferments sugar in the dough.")]
 
 
-# Proof
+# The proof
 
 
 @pytest.mark.usefixtures("ready_graph")
@@ -52,7 +52,7 @@ def test_a_variant_below_its_tolerance_is_refused(
 
 
 def wrong_head(graph: onnx.GraphProto) -> None:
-    """The first token's pooler left out, as llama.cpp's converter does it."""
+    """Make the pooler's matrix the identity, as if omitted like in llama.cpp's converter."""
     (weight,) = (i for i in graph.initializer if i.name.endswith("pooler.dense.weight"))
     array = numpy_helper.to_array(weight)
     weight.CopyFrom(numpy_helper.from_array(np.eye(len(array), dtype=np.float32), weight.name))
@@ -88,7 +88,7 @@ def test_a_graph_that_computes_wrongly_is_refused(
 
 
 def nothing(folder: Path) -> None:
-    """A converter that says it is done: exit code 0 and no file."""
+    """Write no file, like a converter that reports success (exit code 0)."""
 
 
 def empty(folder: Path) -> None:
@@ -180,7 +180,7 @@ def test_an_unknown_format_or_precision_is_refused(bert: str, tmp_path: Path) ->
 def test_weights_beside_the_graph(
     bert: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As for models above 2 GB, with a limit that a tiny one exceeds."""
+    """As for models above 2 GB, with the limit set so low that a tiny model exceeds it."""
     monkeypatch.setattr(graph_file, "_LARGEST_PROTO", 0)
     name = f"onnx-{precision}"
     made = convert(bert, [("onnx", precision)], tmp_path / "out")
@@ -195,12 +195,12 @@ def test_weights_beside_the_graph(
         Reranker(target)
 
 
-# Each by itself
+# Each variant individually
 
 
 @pytest.fixture
 def one_variant(copy: Path) -> Path:
-    """A bundle to add to: its probes are there already, and the reference need not run."""
+    """A bundle to add variants to: it has its probes, so the reference need not run."""
     manifest = Manifest.load(copy)
     kept = manifest.variants["onnx-fp16"]
     replace(manifest, variants={kept.name: kept}).save(copy)
@@ -213,7 +213,7 @@ def one_variant(copy: Path) -> Path:
 def failing(
     ready_graph: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str, Exception], None]:
-    """Makes a format's converter fail, once half of a file is written. onnx works."""
+    """Make a format's converter fail after writing half of a file; onnx still works."""
 
     def fail(format: str, error: Exception) -> None:
         def convert(
@@ -279,7 +279,7 @@ def test_where_nothing_can_be_made_every_reason_is_told(
         "  openvino-fp16: is too far from it",
         "  gguf-f16: knows no such operation",
     ]
-    # What the bundle has already counts as made.
+    # Variants that the bundle already has count as made.
     made = convert(bert, [("onnx", "fp16"), *variants], one_variant)
     assert list(made.failed) == ["openvino-fp16", "gguf-f16"]
     assert contents(one_variant) == before
@@ -327,7 +327,7 @@ def test_onnxruntime_may_be_another_build(
     bert: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """onnxruntime-gpu is the same module."""
+    """onnxruntime-gpu provides the same module."""
     version = metadata.version
 
     def of_other(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Causal models: they conform, read their prompts rightly, and share what stands first."""
+"""Causal models: conformance, correct prompts, and shared prefixes."""
 
 import logging
 import random
@@ -50,7 +50,7 @@ GEMMA_TASK = (
 
 
 def qwen3(query: str, document: str, instruction: str | None = None) -> list[str]:
-    """As the model card of Qwen3-Reranker has it: prefix, body, suffix."""
+    """The prompt in Qwen3-Reranker's model card: prefix, body, suffix."""
     instruction = instruction or (
         "Given a web search query, retrieve relevant passages that answer the query"
     )
@@ -64,7 +64,7 @@ def qwen3(query: str, document: str, instruction: str | None = None) -> list[str
 
 
 def zerank(query: str, document: str, instruction: str | None = None) -> list[str]:
-    """As zerank's chat template gives it: one string."""
+    """The prompt from zerank's chat template: one string."""
     if instruction:
         query = f"<query>{query}</query>\n<instruction>{instruction}</instruction>"
     return [
@@ -74,7 +74,7 @@ def zerank(query: str, document: str, instruction: str | None = None) -> list[st
 
 
 def mxbai(query: str, document: str, instruction: str | None = None) -> list[str]:
-    """As the package mxbai-rerank tokenizes it, piece by piece."""
+    """The prompt of the package mxbai-rerank, in the pieces that it tokenizes separately."""
     asked = f"instruction: {instruction}\n" if instruction else ""
     return [
         "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
@@ -89,13 +89,13 @@ def mxbai(query: str, document: str, instruction: str | None = None) -> list[str
 
 
 def gemma(query: str, document: str, instruction: str | None = None) -> list[str]:
-    """As the package FlagEmbedding tokenizes it, piece by piece."""
+    """The prompt of the package FlagEmbedding, in the pieces that it tokenizes separately."""
     assert instruction is None
     return ["<bos>", f"A: {query}", "\n", f"B: {document}", "\n", GEMMA_TASK]
 
 
 def own(query: str, document: str, instruction: str | None = None) -> list[str]:
-    """As `llama.toml` says."""
+    """The prompt in `llama.toml`."""
     assert instruction is None
     return [f"Query: {query}\nDocument:", f" {document}", "\nRelevant (yes or no):\n"]
 
@@ -108,7 +108,7 @@ PROMPTS = {
     "gemma": (gemma, ["Yes"]),
     "llama": (own, ["yes", "no"]),
 }
-"""What each original makes of a pair, and the tokens whose logits it compares."""
+"""Kind -> the original's prompt for a pair, and the tokens whose logits it compares."""
 
 INSTRUCTED = ["qwen3", "qwen3-seq-cls", "zerank", "mxbai"]
 
@@ -120,11 +120,11 @@ SHARED = {
     "q8_0": 0.05,
     "q4_k_m": 0.1,
 }
-"""How far a logit may move with its batch and with a shared prefix: a share of max(1, spread)."""
+"""How much batching and a shared prefix may change a logit, as a share of max(1, spread)."""
 
 
 def ragged_pairs() -> list[tuple[str, str]]:
-    """A few queries, each with documents of nothing at all to 2,000 tokens."""
+    """A few queries, each with documents of zero to 2,000 tokens."""
     chance = random.Random(5)
     words = [word for pair in probe_pairs() for text in pair for word in text.split()]
     queries = [" ".join(chance.choices(words, k=k)) for k in (2, 5, 11)]
@@ -151,7 +151,7 @@ def ids_of(
 
 @cache
 def reference(kind: str, folder: Path) -> Logits:
-    """Logits of PAIRS by transformers alone: its tokenizer, its model, its fp32."""
+    """Logits of PAIRS from transformers' own tokenizer and model, in fp32."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     labels = [tokenizer(x, add_special_tokens=False)["input_ids"] for x in PROMPTS[kind][1]]
     auto = AutoModelForCausalLM if labels else AutoModelForSequenceClassification
@@ -177,7 +177,7 @@ def test_conformance(
     bundle_of: Callable[[str], Path],
 ) -> None:
     theirs = reference(decoder, checkpoint_of(decoder))
-    # In bf16, OpenVINO's choice, a variant in fp16 is as exact as bf16 is, on 2,000 tokens.
+    # OpenVINO chooses bf16: on 2,000 tokens, the fp16 variant would only be as exact as bf16.
     exact = {"compute_dtype": "fp32"} if row == ("openvino", "fp16") else {}
     conforms(bundle_of(decoder), "-".join(row), PAIRS, theirs, SHARED, **exact)
 
@@ -218,7 +218,7 @@ def test_prompts_are_read_as_the_original_reads_them(
     document: str,
     asked: str | None,
 ) -> None:
-    """Cut where no tokenizer merges: in pieces or as a whole, the ids are the same."""
+    """Prompts are split where no tokenizer merges: in pieces or whole, the ids are the same."""
     ours, tokenizer = tokenizers_of(decoder, checkpoint_of(decoder), bundle_of(decoder))
     instruction = asked or None if decoder in INSTRUCTED else None
     theirs = ids_of(tokenizer, decoder, query, document, instruction)
@@ -268,7 +268,7 @@ def test_a_query_beyond_the_limit_is_cut(
 
 
 def test_chunks_stand_in_the_whole_prompt(decoder: str, bundle_of: Callable[[str], Path]) -> None:
-    """What leads to the document within its item leads to each of its parts."""
+    """The text before the document within its item also precedes each of its chunks."""
     family = Manifest.load(bundle_of(decoder)).family
     ours = PairTokenizer(bundle_of(decoder) / TOKENIZER, family, max_length=400)
     text = " ".join("red planet mars bread".split()[i * i % 4] for i in range(900))
@@ -334,7 +334,7 @@ def test_zerank_divides_by_its_temperature(bundle_of: Callable[[str], Path]) -> 
     assert item.score == pytest.approx(1 / (1 + np.exp(-item.logit / 5)), abs=1e-6)
 
 
-# Sharing
+# Shared prefixes
 
 
 def test_the_prefix_is_read_once_a_query(bundle_of: Callable[[str], Path]) -> None:
@@ -358,11 +358,11 @@ def test_the_prefix_is_read_once_a_query(bundle_of: Callable[[str], Path]) -> No
     assert len(shared.prefix) > 100
 
 
-# What other programs find
+# Use by other programs
 
 
 def test_plain_llama_cpp_serves_qwen3(bundle_of: Callable[[str], Path]) -> None:
-    """As `llama-server --rerank` does: its template, its tokenizer, its pooling."""
+    """Score like `llama-server --rerank`, with the file's template, tokenizer and pooling."""
     bundle, library = bundle_of("qwen3"), llama.library()
     pairs = [(q, d) for q, d in PAIRS if len(d) < 800][:12]
     with Reranker(bundle, backend="gguf-f16") as reranker:
@@ -396,12 +396,12 @@ def test_what_plain_llama_cpp_would_score_wrongly_has_no_vocabulary(
     assert "For qrank alone" in fields["general.description"].contents()
 
 
-# Checkpoints that say themselves how they score
+# Checkpoints that describe their own scoring
 
 
 @pytest.fixture
 def described(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Path:
-    """Tiny Qwen3 with sentence-transformers' LogitScore metadata, as that library saves it."""
+    """Tiny Qwen3 with LogitScore metadata as saved by sentence-transformers."""
     folder = Path(shutil.copytree(checkpoint_of("qwen3"), tmp_path / "described"))
     return tiny_decoders.describe(folder)
 
@@ -418,6 +418,15 @@ def test_logit_score_metadata_needs_no_card(
         np.testing.assert_allclose(
             ours.score(pairs, raw=True), theirs.score(pairs, raw=True), atol=1e-3
         )
+
+
+def test_a_chat_template_that_merges_with_the_document_is_refused(described: Path) -> None:
+    """sentence-transformers tokenizes the whole prompt: "." and a line break may be one token."""
+    merging = tiny_decoders.CHAT.replace("<|im_end|>\n{% if", "s<|im_end|>\n{% if")
+    assert merging != tiny_decoders.CHAT
+    (described / "chat_template.jinja").write_text(merging, "utf-8")
+    with pytest.raises(ConversionError, match=r"family logit-score reads .* as other token ids"):
+        Reranker(described, backend="torch")
 
 
 @pytest.mark.parametrize(
@@ -446,7 +455,7 @@ def test_llama_cpp_reads_many_documents_at_once(
     bundle_of: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As it does on a GPU; a batch here is larger than what it computes at once."""
+    """As on a GPU; a batch here is larger than llama.cpp computes at once."""
     monkeypatch.setitem(gguf_backend.MAX_SEQUENCES, "cpu", 255)
     theirs = reference("qwen3", checkpoint_of("qwen3"))
     with Reranker(bundle_of("qwen3"), backend="gguf-f16") as reranker:
@@ -454,7 +463,7 @@ def test_llama_cpp_reads_many_documents_at_once(
     assert tolerance("gguf", "f16").shortfall(Fidelity.of(ours, theirs)) is None
 
 
-# What is refused
+# Refusals
 
 
 def test_a_chat_model_is_refused_with_the_families_it_could_be(

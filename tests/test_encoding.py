@@ -1,4 +1,4 @@
-"""Text -> token ids: the template, what gives way to it, and chunks."""
+"""Text -> token ids: the template, truncation, and chunks."""
 
 import logging
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ from qrank.bundle.manifest import TOKENIZER, Manifest
 from qrank.errors import InputError
 from qrank.scoring.pair_tokenizer import PairTokenizer, Prompt
 
-# Anything a string can hold, surrogates included.
+# Any string, including surrogates.
 TEXT = st.text(st.characters(), max_size=60)
-# A token each, whatever the vocabulary: letters stand in it, or are its unknown token.
+# One token per letter in any vocabulary: the letter itself or the unknown token.
 LETTERS = st.lists(st.sampled_from("abcdefghij"), max_size=120).map(" ".join)
 
 
@@ -34,13 +34,13 @@ def tokenizer(bundle: Path, family: Family) -> PairTokenizer:
 
 @pytest.fixture(scope="module", params=[5, 9, 33, None])
 def recorder(bundle: Path, request: pytest.FixtureRequest) -> Iterator[Reranker]:
-    """A reranker whose inputs can be seen in `fakes.recorded`, at several length limits."""
+    """A reranker that records its inputs in `fakes.recorded`, with several length limits."""
     with Reranker(bundle, backend="fakes:recording", max_length=request.param) as reranker:
         yield reranker
 
 
 def with_capacity(tokenizer: PairTokenizer, capacity: int) -> Prompt:
-    """A prompt that leaves a document so many tokens."""
+    """A prompt that leaves `capacity` tokens for a document."""
     return replace(tokenizer.prompt("mars"), capacity=capacity)
 
 
@@ -83,7 +83,7 @@ def test_only_the_document_gives_way(
         kept = (limit - special) * 3 // 4
     room = limit - special - kept
     assert room >= 1
-    # A letter is a token.
+    # Each letter is one token.
     prompt = tokenizer.prompt(" ".join(query.split()[:kept]))
     assert ids.tolist() == tokenizer.pair(prompt, document_ids[:room])[0].tolist()
     assert len(ids) <= limit
@@ -178,7 +178,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("kind", STRANGE)
 def test_strange_text_has_a_score_of_its_own(reranker: Reranker, kind: str) -> None:
-    """As document, as query and in chunks: a finite number, and no neighbour changes."""
+    """As document, as query and in chunks: the score is finite, and other scores do not change."""
     text = STRANGE[kind]
     alone = reranker.score([("which planet is red?", "mars is red")], raw=True)
     ranking = reranker.rank("which planet is red?", [text, "mars is red"])

@@ -1,4 +1,4 @@
-"""`qrank eval`: files in, figures out, held against ir_measures and scipy themselves."""
+"""`qrank eval`: from files to figures, compared with ir_measures and scipy."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ from qrank.select.losses import Loss, losses, remember
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """The default collection in a folder."""
+    """A folder with the default collection."""
     return Data().write(tmp_path)
 
 
@@ -42,7 +42,7 @@ def evaluated(*arguments: str | Path) -> dict[str, Any]:
 
 
 def by_hand(folder: Path, bundle: Path, backend: str, candidates: Run) -> dict[str, dict[str, int]]:
-    """What `Reranker.rank` makes of candidates: minus each document's rank."""
+    """Rerank candidates with `Reranker.rank`; each document's score is minus its rank."""
     with opened(folder) as collection, Reranker(bundle, backend=backend) as reranker:
         return {
             query: {
@@ -88,7 +88,7 @@ def test_figures_are_those_of_ir_measures_and_scipy(data: Path, bundle: Path) ->
 
 
 def test_beirs_layout_is_the_same_data(bundle: Path, tmp_path: Path) -> None:
-    """A title is read before its text."""
+    """A title is read in front of its text."""
     for name in ("plain", "beir"):
         (tmp_path / name).mkdir()
     Data().write(tmp_path / "plain")
@@ -197,7 +197,7 @@ def test_queries_without_candidates_count_as_nothing_found(bundle: Path, tmp_pat
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, so many queries into the work."""
+    """Ctrl-C after a number of queries."""
 
 
 def all_of(bundle: Path, folder: Path, stop_after: int | None = None) -> Evaluation:
@@ -225,7 +225,7 @@ def test_interrupted_and_resumed_is_the_same(data: Path, bundle: Path, own_cache
         all_of(bundle, data, stop_after=6)
     resumed = all_of(bundle, data)
     assert [row.before for row in resumed.rows] == [0, 4, 2]
-    # As if the process had died while it wrote.
+    # As if the process had died while writing.
     for file in (own_cache / "logits").iterdir():
         file.write_text(file.read_text("utf-8")[:-5], "utf-8")
     torn = all_of(bundle, data)
@@ -270,7 +270,7 @@ def test_ctrl_c_says_how_to_go_on(
 def test_scores_that_cannot_be_kept_are_told_once(
     data: Path, bundle: Path, own_cache: Path
 ) -> None:
-    """A file in the folder's place stands for a disk that is full."""
+    """A file in place of the folder simulates a full disk."""
     own_cache.mkdir()
     (own_cache / "logits").write_text("", "utf-8")
     result = run(bundle, "--data", data, "--backend", "onnx-fp32")
@@ -298,7 +298,7 @@ def test_a_plot_that_cannot_be_written_costs_no_figure(
 
 @pytest.fixture
 def without_fp32(bundle: Path, tmp_path: Path) -> Path:
-    """A copy of the bundle that has onnx-int8 and onnx-fp16 only."""
+    """A copy of the bundle with only onnx-int8 and onnx-fp16."""
     copy = tmp_path / "copy"
     shutil.copytree(bundle, copy)
     manifest = Manifest.load(copy)
@@ -313,7 +313,7 @@ def test_without_a_reference_the_closest_is_one(
     content = evaluated(without_fp32, "--data", data)
     assert content["reference"] == "onnx-fp16"
     assert "no fp32 at hand" in content["why"]
-    # What is lost to fp32 is then not known.
+    # The loss compared with fp32 is then unknown.
     assert losses(Manifest.load(without_fp32)) == {}
 
 
@@ -332,7 +332,7 @@ def test_a_checkpoint_is_the_reference(
     assert losses(Manifest.load(bundle)) == {"onnx-fp32": Loss(0.0, 0.0, 4, data.name)}
     other = run(bundle, *options, checkpoint_of("xlm-roberta"))
     assert "is not what" in other.stderr
-    # Nothing is learnt from what is not the original.
+    # A reference that is not the original does not change the stored losses.
     assert losses(Manifest.load(bundle)) == {"onnx-fp32": Loss(0.0, 0.0, 4, data.name)}
 
 
@@ -347,7 +347,7 @@ def test_losses_are_remembered_for_whoever_chooses(
     assert found["onnx-fp32"] == Loss(0.0, 0.0, 4, data.name)
     difference = rows["onnx-int8"]["difference"]
     assert found["onnx-int8"] == Loss(-difference["mean"], difference["margin"], 4, data.name)
-    # A first look does not replace what more queries told.
+    # A result from fewer queries does not replace one from more.
     evaluated(bundle, "--data", data, "--backend", "onnx-int8", "--max-queries", "2")
     assert losses(manifest) == found
     remember(manifest, {"onnx-int8": Loss(1.0, 0.5, 4, "newer")})
@@ -400,7 +400,7 @@ def test_an_unknown_backend_lists_those_there_are(data: Path, bundle: Path) -> N
 def test_agreement_of_the_first_stage(
     without_fp32: Path, tmp_path: Path, backend: str, share: float
 ) -> None:
-    """Of 57 documents that the first stage orders shortest first."""
+    """With 57 documents that the first stage ranks shortest first."""
     documents = {f"d{i}": "a " * i for i in range(57)}
     folder = Data(documents=documents, queries={"q": "a"}, qrels=["q 0 d0 1"]).write(tmp_path)
     lines = [f"q Q0 {document} 1 {-i} x\n" for i, document in enumerate(documents)]
@@ -420,7 +420,7 @@ def test_the_table_has_80_columns(data: Path, bundle: Path) -> None:
     assert max(map(len, lines)) <= 80
     assert lines[0].split()[:5] == ["run", *MEASURES]
     assert [line.split()[0] for line in lines[1:3]] == ["BM25", "onnx-fp32"]
-    # Nothing is cut off where a name is longest.
+    # Even the longest name is not cut off.
     longest = max(Manifest.load(bundle).variants, key=len)
     assert any(line.startswith(f"{longest} ") for line in lines)
 

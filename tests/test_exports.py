@@ -1,4 +1,4 @@
-"""Names, numbers and drawings that must not drift apart."""
+"""Names, numbers and drawings that must stay consistent."""
 
 import importlib
 import inspect
@@ -63,7 +63,7 @@ def test_exit_codes_are_distinct_and_none_is_success() -> None:
 
 @pytest.mark.parametrize("name", errors.__all__)
 def test_an_error_says_what_it_was_given(name: str) -> None:
-    """Those that are also built-in errors, KeyError's kin among them, must not quote it."""
+    """Errors that are also built-in errors, such as KeyError, must not quote the message."""
     assert str(KINDS[name]("what to do")) == "what to do"
 
 
@@ -75,7 +75,7 @@ def test_extras_exist_and_bring_their_modules() -> None:
     optional = PROJECT["project"]["optional-dependencies"]
 
     def brought(extra: str) -> set[str]:
-        """Names of distributions, those of extras within the extra too."""
+        """Names of distributions in an extra, including those of nested extras."""
         names: set[str] = set()
         for line in optional[extra]:
             name, inner = re.match(r"([\w-]+)(?:\[([\w,-]+)\])?", line).groups()  # type: ignore[union-attr]

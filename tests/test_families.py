@@ -1,4 +1,4 @@
-"""Cards, and how a checkpoint's own configuration makes a family of one."""
+"""Cards, and how a card and a checkpoint's own configuration become a family."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ activation = "identity"
 
 @pytest.fixture
 def copy_of(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
-    """A checkpoint of a kind that may be changed, with keys of its config.json set."""
+    """Make a modifiable copy of a kind of checkpoint, with keys of its config.json set."""
 
     def copy(kind: str, name: str = "model", **config: Any) -> Path:
         folder = tmp_path / name
@@ -43,7 +43,7 @@ def copy_of(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Callable[..
 
 
 def refusal(folder: Path, family: str | None = None) -> str:
-    """The message a checkpoint is refused with, through the door users take."""
+    """The message that `convert` refuses a checkpoint with."""
     target = folder.parent / "bundle"
     with pytest.raises(FamilyError) as caught:
         convert(str(folder), [("onnx", "fp32")], target, family=family)
@@ -131,7 +131,7 @@ def test_template_and_segments_come_from_tokenizer_and_config(
 def test_modernbert_pools_as_its_config_says(copy_of: Callable[..., Path]) -> None:
     assert read_checkpoint(str(copy_of("modernbert-mean", "a"))).family.pooling == "mean"
     assert read_checkpoint(str(copy_of("modernbert-cls", "b"))).family.pooling == "cls"
-    # What transformers takes where nothing is said.
+    # The default of transformers.
     unsaid = copy_of("modernbert-mean", "c", classifier_pooling=None)
     assert read_checkpoint(str(unsaid)).family.pooling == "cls"
     other = copy_of("modernbert-cls", "d", classifier_pooling="max")
@@ -140,7 +140,7 @@ def test_modernbert_pools_as_its_config_says(copy_of: Callable[..., Path]) -> No
 
 
 def test_the_limit_is_what_positions_and_tokenizer_leave(copy_of: Callable[..., Path]) -> None:
-    """RoBERTa's positions start behind the padding's; the tokenizer may set a lower limit."""
+    """RoBERTa's positions start after the padding id; the tokenizer may set a lower limit."""
     roberta = copy_of("xlm-roberta", "a", max_position_embeddings=102, pad_token_id=1)
     assert read_checkpoint(str(roberta)).family.max_length == 100
     assert read_checkpoint(str(copy_of("bert", "b"))).family.max_length == tiny.MAX_LENGTH
@@ -149,7 +149,7 @@ def test_the_limit_is_what_positions_and_tokenizer_leave(copy_of: Callable[..., 
     content = {**json.loads(path.read_text("utf-8")), "model_max_length": 99}
     path.write_text(json.dumps(content), "utf-8")
     assert read_checkpoint(str(lower)).family.max_length == 99
-    # As transformers says that there is none.
+    # The value by which transformers means no limit.
     path.write_text(json.dumps({**content, "model_max_length": 10**30}), "utf-8")
     assert read_checkpoint(str(lower)).family.max_length == tiny.MAX_LENGTH
 
@@ -206,7 +206,7 @@ def test_an_unknown_architecture_is_refused_by_name(copy_of: Callable[..., Path]
 def test_more_labels_than_one_are_refused(
     config: dict[str, Any], labels: int, copy_of: Callable[..., Path]
 ) -> None:
-    """Without any word of labels too: transformers' own default is two."""
+    """Also if the config does not mention labels: transformers' default is two."""
     assert f"{labels} labels" in refusal(copy_of("bert", **config))
 
 
@@ -230,7 +230,7 @@ def test_pickles_are_refused(copy_of: Callable[..., Path]) -> None:
 def test_a_damaged_checkpoint_is_told(
     name: str, content: str, reason: str, copy_of: Callable[..., Path]
 ) -> None:
-    """Whatever its reader raises, which varies with what is damaged."""
+    """Whichever error the reader raises: it depends on what is damaged."""
     folder = copy_of("bert")
     (folder / name).write_text(content, "utf-8")
     with pytest.raises(ConversionError, match=reason):
@@ -241,7 +241,7 @@ def test_a_damaged_checkpoint_is_told(
 def test_a_tokenizer_is_read_without_a_class_that_takes_torch(
     checkpoint_of: Callable[[str], Path],
 ) -> None:
-    """Prebuilt models are converted where there is no torch."""
+    """Prebuilt models can be converted without torch."""
     code = (
         "import sys; from qrank.converters.checkpoint.read import read_checkpoint; "
         "read_checkpoint(sys.argv[1]).tokenizer; "
@@ -261,7 +261,7 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
 
 
 def test_a_family_by_name(copy_of: Callable[..., Path]) -> None:
-    """For an architecture of another name that a card reads all the same."""
+    """For an architecture with another name that fits a card nevertheless."""
     folder = copy_of("bert", architectures=["MyBertForSequenceClassification"])
     assert read_checkpoint(str(folder), family="bert").family.name == "bert"
     message = refusal(folder, family="berta")
@@ -281,7 +281,7 @@ def test_a_family_of_a_users_own(copy_of: Callable[..., Path], tmp_path: Path) -
 def test_a_checkpoint_without_a_tokenizer_is_refused(
     kind: str, checkpoint_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """transformers may make up one of special tokens alone: every word is unknown to it."""
+    """transformers may make up one with special tokens only, for which every word is unknown."""
     folder = Path(shutil.copytree(checkpoint_of(kind), tmp_path / "model"))
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ConversionError, match="tokenizer"):
@@ -291,7 +291,7 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(
 def test_a_vocabulary_will_do_for_bert(
     checkpoint_of: Callable[[str], Path], copy_of: Callable[..., Path]
 ) -> None:
-    """Checkpoints of old have a vocab.txt and no tokenizer.json."""
+    """Old checkpoints have a vocab.txt but no tokenizer.json."""
     folder = copy_of("bert")
     vocabulary = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
     words = sorted(vocabulary, key=lambda word: int(vocabulary[word]))
@@ -306,7 +306,7 @@ def test_a_vocabulary_will_do_for_bert(
 
 
 def test_a_model_without_a_trained_head_is_refused(copy_of: Callable[..., Path]) -> None:
-    """transformers would draw the head at random and say so in a log."""
+    """transformers would initialize the head at random and only log a warning."""
     folder = copy_of("bert")
     BertModel.from_pretrained(folder).save_pretrained(folder)
     tiny.edit_config(

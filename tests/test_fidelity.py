@@ -1,4 +1,4 @@
-"""The measures a conversion is judged by, against scipy's and by their laws."""
+"""The fidelity measures of a conversion, compared with scipy's and tested by properties."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tables import tolerances
 
 from qrank.bundle.fidelity import EIGHT_BITS, Fidelity, Tolerance
 
-# Few values and many of them: ties are the rule.
+# Few distinct values, so that ties are common.
 TIED = st.integers(-4, 4).map(float)
 ANY = st.floats(-1e3, 1e3, width=32)
 Floats = NDArray[np.float64]
@@ -29,7 +29,7 @@ def test_rank_correlations_are_scipys(lists: tuple[Floats, Floats]) -> None:
     a, b = lists
     found = Fidelity.of(a, b)
     if len(np.unique(a)) == 1 or len(np.unique(b)) == 1:
-        # scipy says NaN: nothing was ranked, so nothing was proven.
+        # scipy returns NaN: without a ranking, nothing is proven.
         assert (found.spearman, found.kendall) == (0.0, 0.0)
     else:
         assert found.spearman == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-9)
@@ -80,7 +80,7 @@ def test_both_bars_are_told_when_both_are_missed() -> None:
 
 @pytest.mark.parametrize("precision", tolerances())
 def test_nan_misses_the_bar(precision: str) -> None:
-    """Every comparison with NaN is false: a bar written the other way round would let it pass."""
+    """Every comparison with NaN is false, so an inverted comparison would let NaN pass."""
     reference = np.linspace(-3, 3, 30)
     logits = reference.copy()
     logits[4] = np.nan

@@ -1,4 +1,4 @@
-"""GGUF: what other programs find in the files, and what llama.cpp may not do to the process."""
+"""GGUF: use of the files by other programs, and what llama.cpp must not do to the process."""
 
 import ctypes
 import logging
@@ -47,7 +47,7 @@ def value(reader: Any, key: str) -> Any:
     return reader.get_field(key).contents()
 
 
-# What other programs find
+# Use by other programs
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -62,7 +62,7 @@ def test_the_head_stays_f32(
     for ours, theirs in HEADS[kind].items():
         assert tensors[f"{ours}.weight"].tensor_type.name == "F32"
         expected = weights[f"{theirs}.weight"].numpy()
-        # One row is a vector there.
+        # In GGUF, a matrix of one row is a vector.
         np.testing.assert_array_equal(tensors[f"{ours}.weight"].data.ravel(), expected.ravel())
     small = {"q4_k_m": "Q5_1", "q8_0": "Q8_0", "f16": "F16"}[precision]
     for name, tensor in tensors.items():
@@ -72,10 +72,10 @@ def test_the_head_stays_f32(
 
 
 class Plain:
-    """llama.cpp as others use it: a vocabulary of the file's, and its own ranking."""
+    """llama.cpp as other programs use it: with the file's vocabulary and its own rank pooling."""
 
     def __init__(self, path: Path) -> None:
-        llama.library()  # quiet, from here on
+        llama.library()  # silences llama.cpp's log
         self.model = llama_cpp.llama_model_load_from_file(
             os.fsencode(path), llama_cpp.llama_model_default_params()
         )
@@ -96,7 +96,7 @@ class Plain:
         return ids[:count]
 
     def pair(self, query: str, document: str) -> list[int]:
-        """As llama-server joins them (tools/server/server-common.cpp, format_prompt_rerank)."""
+        """Join a pair like llama-server (tools/server/server-common.cpp, format_prompt_rerank)."""
         eos = llama_cpp.llama_vocab_eos(self.vocabulary)
         ids = []
         if llama_cpp.llama_vocab_get_add_bos(self.vocabulary):
@@ -112,7 +112,7 @@ class Plain:
         return ids
 
     def rank(self, ids: list[int]) -> float:
-        """The score of the pooling the file asks for."""
+        """The score by the file's pooling type, which must be rank."""
         assert llama_cpp.llama_pooling_type(self.context) == llama_cpp.LLAMA_POOLING_TYPE_RANK
         batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
@@ -153,7 +153,7 @@ def test_plain_llama_cpp_gives_the_same_tokens_and_logits(
     assert theirs == [ours(*pair).tolist() for pair in fitting]
     with Reranker(bundle, backend="gguf-f16") as reranker:
         logits = reranker.score(fitting, raw=True)
-    # It chooses its kind of attention by itself.
+    # Plain llama.cpp chooses its own attention implementation.
     np.testing.assert_allclose([plain.rank(ids) for ids in theirs], logits, atol=0.02)
 
 
@@ -174,11 +174,11 @@ def test_a_file_says_who_may_run_it(
     description = value(reader, "general.description")
     assert ("For qrank alone" in description) == (kind == "bert")
     assert ("llama-server" in description) == (kind != "bert")
-    # Without a vocabulary other programs cannot score it wrongly.
+    # Without a vocabulary, other programs cannot compute wrong scores.
     assert (value(reader, "tokenizer.ggml.model") == "none") == (kind == "bert")
 
 
-# What stands in for K-quants
+# Substitutes for K-quants
 
 
 def test_stand_ins_are_told(bundle: Path) -> None:
@@ -201,7 +201,7 @@ def test_gguf_is_made_in_q4_k_m_unless_told(
 
 
 def test_where_rows_fit_nothing_stands_in(tmp_path: Path) -> None:
-    """A hidden size of 256, with an intermediate one of 288 that is none."""
+    """The hidden size, 256, fits K-quants; the intermediate size, 288, is not a multiple of 256."""
     folder = tiny.bert_one_segment(tmp_path / "wide")
     tiny.edit_config(folder, hidden_size=256, intermediate_size=288)
     torch.manual_seed(0)
@@ -219,7 +219,7 @@ def test_where_rows_fit_nothing_stands_in(tmp_path: Path) -> None:
     assert found["cls.weight"] == found["cls.output.weight"] == "F32"
 
 
-# What cannot be represented
+# Models that GGUF cannot represent
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_what_llama_cpp_cannot_compute_is_refused(
 
 
 def test_weights_without_a_place_are_refused(tmp_path: Path) -> None:
-    """ModernBERT with biases, which transformers knows and llama.cpp does not."""
+    """ModernBERT with biases, which transformers supports and llama.cpp does not."""
     folder = tiny.modernbert_cls(tmp_path / "biased")
     tiny.edit_config(folder, mlp_bias=True)
     torch.manual_seed(0)
@@ -288,7 +288,7 @@ def test_a_damaged_file_is_told_with_llama_cpps_reason(bundle: Path, tmp_path: P
 
 
 def test_ids_beyond_the_vocabulary_are_an_error(bundle: Path) -> None:
-    """llama.cpp would read beyond its table, or end the process."""
+    """llama.cpp would read beyond its embedding table or abort the process."""
     opened = backend.open(bundle, Manifest.load(bundle).variants["gguf-f16"], "cpu", Options(1))
     bad = np.array([2, 1_000_000, 3], np.int32)
     with pytest.raises(TargetError, match="invalid token"):

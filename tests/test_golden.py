@@ -1,6 +1,6 @@
 """Published scores of real checkpoints, converted to fp32 from the hub.
 
-Run by `QRANK_TEST_HUB=1 python -m pytest -m network`: they download up to 2 GB a model.
+Run with `QRANK_TEST_HUB=1 python -m pytest -m network`: downloads up to 2 GB per model.
 """
 
 import os
@@ -21,15 +21,15 @@ pytestmark = pytest.mark.network
 
 @dataclass(frozen=True)
 class Golden:
-    """What a project that others rely on states of a model.
+    """Scores of a model, published by a widely used project.
 
     Attributes:
         model: hub id.
-        query, documents: what was scored.
-        scores: as stated.
-        scale: `logit`, `sigmoid` where the source had applied one, or `score`: by the family's own
+        query, documents: the scored texts.
+        scores: the published scores.
+        scale: `logit`, `sigmoid` if the source applied one, or `score` for the family's own
             activation.
-        atol: what the source's own arithmetic (bf16, say) leaves certain.
+        atol: absolute tolerance, given the source's own precision (for example bf16).
     """
 
     model: str
@@ -56,7 +56,7 @@ FRANCE = (
 DEEP_LEARNING = ("What is Deep Learning?", ("Deep Learning is not...",))
 
 GOLDENS = [
-    # sentence-transformers, tests/cross_encoder/test_pretrained.py, in bf16. The smallest first.
+    # sentence-transformers, tests/cross_encoder/test_pretrained.py, in bf16. Smallest first.
     Golden(
         "cross-encoder-testing/reranker-bert-tiny-gooaq-bce",
         *RED_PLANET,
@@ -135,8 +135,8 @@ GOLDENS = [
         "logit",
         0.001,
     ),
-    # fastembed, tests/test_text_cross_encoder.py, ONNX in fp32. It states the scores of
-    # Xenova's ONNX copies; these are the checkpoints they were made of.
+    # fastembed, tests/test_text_cross_encoder.py, ONNX in fp32. Its scores are those of
+    # Xenova's ONNX copies; these are the checkpoints that the copies were made from.
     Golden("cross-encoder/ms-marco-MiniLM-L6-v2", *FRANCE, (8.500708, -2.541011), "logit", 0.01),
     Golden("cross-encoder/ms-marco-MiniLM-L12-v2", *FRANCE, (9.330912, -2.0380247), "logit", 0.01),
     Golden("BAAI/bge-reranker-base", *FRANCE, (6.15733337, -3.65939403), "logit", 0.01),
@@ -147,7 +147,7 @@ GOLDENS = [
 
 @pytest.fixture(scope="module")
 def hub() -> None:
-    """Skips where the hub is not wanted or cannot be reached."""
+    """Skip unless the hub is enabled and can be reached."""
     if os.environ.get("QRANK_TEST_HUB") != "1":
         pytest.skip("downloads models of up to 2 GB: set QRANK_TEST_HUB=1 to run")
     try:
@@ -163,7 +163,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def converted(model: str, folder: Path) -> Path:
-    """A model's bundle, made once."""
+    """A model's bundle, converted once."""
     return convert(model, [("onnx", "fp32")], folder / model.replace("/", "--")).folder
 
 

@@ -1,4 +1,4 @@
-"""Models on the hub: named in many ways, downloaded as far as they are needed, told when not."""
+"""Models on the hub: ways to name them, partial downloads, and errors."""
 
 import io
 import json
@@ -34,7 +34,7 @@ REPOSITORY = "they/their-bundle"
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that huggingface_hub asks, with an empty cache."""
+    """A hub that huggingface_hub connects to, with an empty cache."""
     with serving() as found:
         use(found.url, monkeypatch)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -43,7 +43,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def use(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let huggingface_hub, which reads the variable once, take another hub."""
+    """Point huggingface_hub, which reads the variable only once, to another hub."""
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
     template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -160,7 +160,7 @@ def test_only_what_runs_is_downloaded(
     with Reranker(REPOSITORY, backend="onnx-int8") as reranker:
         assert len(reranker.rank("red", ["mars", "bread"])) == 2
     assert sorted(server.asked) == ["onnx-int8/model.onnx", MANIFEST, TOKENIZER]
-    # What is there is not asked for again, and needs no network.
+    # Downloaded files are not requested again and need no network.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     Reranker(REPOSITORY, backend="onnx-int8").close()
     assert len(server.asked) == 3
@@ -279,7 +279,7 @@ def test_a_file_and_a_folder_of_a_repository_are_taken(
         convert("they/theirs/onnx/other.onnx", None, tmp_path / "out")
 
 
-# What the hub does not give
+# Files that the hub does not provide
 
 
 def refusal(name: str = "they/locked", **options: Any) -> str:
@@ -357,7 +357,7 @@ def test_bars_are_drawn_on_a_terminal_while_the_rest_stands_still(
 ) -> None:
     server.push(REPOSITORY, bundle)
     terminal, marks = Terminal(), []
-    enable_progress_bars()  # transformers, where it is quiet, stops them
+    enable_progress_bars()  # transformers disables them when it is quiet
     monkeypatch.setattr(sys, "stderr", terminal)
 
     @contextmanager
@@ -384,7 +384,7 @@ def test_elsewhere_nothing_is_drawn(
 
 
 def test_a_hub_bundle_runs_by_the_real_variable(server: Hub, bundle: Path, tmp_path: Path) -> None:
-    """HF_ENDPOINT, as a user sets it: nothing here is patched."""
+    """With HF_ENDPOINT set as a user would: nothing is patched here."""
     from test_surroundings import python
 
     server.push(REPOSITORY, bundle)

@@ -1,4 +1,4 @@
-"""What is loaded when, and what happens where a package is not installed."""
+"""Which modules are loaded when, and what happens if a package is not installed."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def python(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str
 
 
 def loaded(code: str, *arguments: str | Path) -> set[str]:
-    """Which of HEAVY are loaded after some code ran."""
+    """The modules of HEAVY that are loaded after running some code."""
     ending = f"\nimport json, sys\nprint(json.dumps([m for m in {HEAVY} if m in sys.modules]))"
     done = python(code + ending, *arguments)
     assert done.returncode == 0, done.stderr
@@ -49,7 +49,7 @@ def test_scoring_loads_the_runtime_of_its_backend_only(bundle: Path) -> None:
 
 
 def test_onnxruntime_is_kept_from_calling_home(bundle: Path) -> None:
-    """From 1.29 it reports its use from a thread that starts with the import."""
+    """Since 1.29, it reports usage from a thread that starts on import."""
     code = (
         "import os, sys\nfrom qrank import Reranker\nReranker(sys.argv[1], backend='onnx')\n"
         "assert os.environ['ORT_DISABLE_TELEMETRY'] == '1'"
@@ -57,7 +57,7 @@ def test_onnxruntime_is_kept_from_calling_home(bundle: Path) -> None:
     assert loaded(code, bundle) == {"onnxruntime"}
 
 
-# As if it were not installed: the import system's own way to say so.
+# None in sys.modules makes an import fail, as if the package were not installed.
 WITHOUT = """
 import sys
 sys.modules[sys.argv[1]] = None
@@ -95,7 +95,7 @@ except MissingExtraError as error:
 
 @pytest.mark.parametrize("missing", ["torch", "transformers", "onnxscript", "safetensors"])
 def test_converting_without_its_packages_says_what_to_install(tmp_path: Path, missing: str) -> None:
-    """Named by --to and not: the one is an error, the other leaves nothing to make."""
+    """With --to, a missing package is an error; without, no format is left to convert to."""
     (tmp_path / "config.json").write_text("{}", "utf-8")
     # Without onnxscript the other formats can still be made.
     for more in ([], ["--to", "onnx"]) if missing != "onnxscript" else (["--to", "onnx"],):
@@ -116,7 +116,7 @@ def test_inspecting_needs_no_backend(bundle: Path) -> None:
 
 
 def test_the_module_variable_is_the_users(bundle: Path) -> None:
-    """Who wants onnxruntime's reports may have them: what is set already is left alone."""
+    """A value that the user has set is kept, so onnxruntime's reports can be enabled."""
     code = "import os\nfrom qrank.system.extras import need\nneed('onnxruntime', extra='onnx')\n"
     code += "assert os.environ['ORT_DISABLE_TELEMETRY'] == '0'"
     environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "0"}

@@ -1,4 +1,4 @@
-"""Native libraries that crash, hang or exit: whoever asked lives on, and says why."""
+"""Native libraries that crash, hang or exit: the calling process survives and reports why."""
 
 import json
 import os
@@ -38,7 +38,7 @@ FAILURES = {
     "HANGS": "hung",
     "EXITS": "died (exit code 0)",
 }
-"""Of `doubles`, and how each is told."""
+"""Name in `doubles` -> how its failure is reported."""
 
 PATCH = """
 import sys
@@ -50,15 +50,15 @@ real.SPEC.open = doubles.{double}.open
 
 @pytest.fixture
 def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Makes the backend of a format a double, in every Python that is started from now on.
+    """Replace the backend of a format by a double in every Python process started from now on.
 
-    Not in this one: what a test sees has run elsewhere first, or not at all.
+    Not in this process: what a test sees has run in a child process first, or not at all.
     """
 
     def install(format: str, double: str) -> None:
         site = tmp_path / "patched"
         site.mkdir()
-        # Python imports a module of this name as it starts.
+        # Python imports a module with this name at startup.
         (site / "sitecustomize.py").write_text(PATCH.format(format=format, double=double), "utf-8")
         monkeypatch.syspath_prepend(str(site))
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), str(Path(__file__).parent)]))
@@ -68,7 +68,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What hangs is given up after some seconds."""
+    """Time out a hanging backend after 15 seconds."""
     monkeypatch.setattr(isolation, "limit", lambda size, tokens, device: 15.0)
 
 
@@ -91,7 +91,7 @@ def test_a_backend_that_fails_is_told_and_the_next_is_taken(
         Reranker(onnx_only, backend="frail")
     assert str(caught.value).startswith(reason)
     assert "RuntimeWarning" not in str(caught.value)
-    # Measured once, when it still worked.
+    # Measurements from a time when it still worked.
     measured = [
         Measurement(
             TargetKey("onnx-int8", "cpu", backend),
@@ -190,7 +190,7 @@ def test_a_frozen_application_goes_on_in_its_own_process(
 def test_where_no_python_can_be_started_it_is_said_and_done_here(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, python: str
 ) -> None:
-    """sys.executable is the server's own program in uWSGI, say."""
+    """In uWSGI, for example, sys.executable is the server's own program."""
     monkeypatch.setattr(sys, "executable", python)
     Reranker(bundle, backend="openvino-fp16").close()
     (record,) = caplog.records
@@ -200,7 +200,7 @@ def test_where_no_python_can_be_started_it_is_said_and_done_here(
 def test_llama_cpp_keeps_off_amx_and_the_doctor_says_so(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on Sapphire Rapids, by the flags that Linux shows of it."""
+    """As on Sapphire Rapids, with the CPU flags that Linux reports for it."""
     asked: list[bool] = []
     real = llama.library().llama_model_load_from_file
 
@@ -222,18 +222,18 @@ def test_llama_cpp_keeps_off_amx_and_the_doctor_says_so(
 
 
 def test_a_shape_a_kernel_cannot_do_is_found_at_the_longest_probe(bundle: Path) -> None:
-    """The longest is among those that are looked at here; kernels differ by length."""
+    """The probes checked at load include the longest one; kernels differ by length."""
     probes = Manifest.load(bundle).probes
     some = verify._some(probes)
     assert some.work.lengths.max() == probes.work.lengths.max()
     assert len(some.work) < len(probes.work)
 
 
-# The process itself
+# The child process
 
 
 def slow_to_read() -> None:
-    """A child that says hello, and reads nothing."""
+    """A child that says hello but reads nothing."""
     print(subprocess_rpc._HELLO, flush=True)  # noqa: T201
     time.sleep(60)
 
@@ -248,7 +248,7 @@ def talks_and_ends() -> None:
 
 
 def answers() -> None:
-    """A child as it should be."""
+    """A child that works properly."""
 
     def refuse(kind: str) -> dict[str, object]:
         raise {"input": InputError, "key": KeyError}[kind]("no")
@@ -269,7 +269,7 @@ def started(main: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> Child:
 
 
 def test_a_child_that_does_not_read_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A question larger than the pipe, which holds 64 KiB."""
+    """The request is larger than the pipe's buffer of 64 KiB."""
     asked = started(slow_to_read, monkeypatch)
     begun = time.perf_counter()
     with pytest.raises(HangError, match="no answer within 3 s"):
@@ -293,7 +293,7 @@ def test_a_childs_errors_are_raised_as_what_they_are(monkeypatch: pytest.MonkeyP
 
 
 def test_a_child_that_hangs_ends_with_who_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However that ends: by SIGKILL nothing can be tidied up."""
+    """Even if the parent is ended by SIGKILL and cannot clean up."""
     code = (
         "import sys\n"
         "from qrank.system import subprocess_rpc\n"

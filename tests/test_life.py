@@ -1,4 +1,4 @@
-"""The life of a reranker: closed, dropped, shared by threads, forked, and still the same scores."""
+"""Lifecycle of a reranker: closed, dropped, shared by threads or forked, with the same scores."""
 
 import gc
 import json
@@ -24,7 +24,7 @@ QUERY = "which planet is red?"
 
 
 def words(*counts: int) -> list[str]:
-    """Documents of so many one-letter words."""
+    """Documents with the given numbers of one-letter words."""
     return [" ".join("a" * count) for count in counts]
 
 
@@ -62,7 +62,7 @@ def test_several_threads_at_once(bundle: Path, threads: int) -> None:
 def test_a_crowd_with_a_pair_each_shares_what_is_idle(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On llama.cpp a call takes every idle context along: several reach for the last one."""
+    """A llama.cpp call takes all idle contexts, so several calls compete for the last one."""
     interval = sys.getswitchinterval()
     with Reranker(bundle, backend="gguf-f16", threads=3) as reranker:
         expected = reranker.score([(QUERY, "a")], raw=True)
@@ -77,7 +77,7 @@ def test_a_crowd_with_a_pair_each_shares_what_is_idle(
 
 
 def used_and_closed(reranker: Reranker, calls: int, pause: float) -> None:
-    """Score on two threads, so many calls in all, and close it meanwhile at random moments."""
+    """Make `calls` calls in total on two threads, and meanwhile close it at random moments."""
     chance = random.Random(7)
     pairs = [(QUERY, text) for text in words(1, 5)]
     expected = reranker.score(pairs, raw=True)
@@ -154,7 +154,7 @@ print(after_three, resident())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is told in other ways here")
 @pytest.mark.parametrize("backend", ["onnx-int8", "openvino-int8", "gguf-f16"])
 def test_one_that_is_dropped_frees_its_model(bundle: Path, backend: str) -> None:
-    """20 opened, none closed: within a tenth of the memory of three."""
+    """After opening 20 without closing any, memory is at most 10 % above that of three."""
     done = subprocess.run(
         [sys.executable, "-c", DROP, str(bundle), backend],
         capture_output=True,
@@ -202,13 +202,13 @@ assert abs(reranker.score(pairs) - before).max() < 1e-6
 def test_a_forked_child_gives_the_same_scores(
     bundle: Path, checkpoint_of: Callable[[str], Path], backend: str, arguments: str
 ) -> None:
-    """A web server's worker: forked after its parent scored, while threads do, or as it closes."""
+    """A web server's worker: forked after its parent scored, while threads score, or on close."""
     model = checkpoint_of("bert") if backend == "torch" else bundle
     done = subprocess.run(
         [sys.executable, "-c", FORK, str(model), backend, *arguments.split()],
         capture_output=True,
         text=True,
-        # For a hang: it takes two seconds.
+        # Only a hang takes this long: the run takes two seconds.
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
@@ -268,7 +268,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_fork_waits_until_a_model_is_loaded(bundle: Path) -> None:
-    """The thread that loads holds a lock, and does not exist in the child."""
+    """The loading thread holds a lock but does not exist in the child."""
     done = subprocess.run(
         [sys.executable, "-c", FORK_WHILE_LOADING, str(bundle)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},

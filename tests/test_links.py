@@ -1,4 +1,4 @@
-"""Models behind symbolic links, as caches and big disks lay them out: taken like any other."""
+"""Models behind symbolic links, as in caches and on large disks, work like any other."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def linked(folder: Path, blobs: Path) -> Path:
-    """Put every file of a folder elsewhere, under another name, and a link in its place."""
+    """Move every file of a folder elsewhere, under another name, and leave a link in its place."""
     blobs.mkdir(parents=True)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     for number, path in enumerate(files):
@@ -30,13 +30,13 @@ def linked(folder: Path, blobs: Path) -> Path:
 
 
 def beside(graph: Path) -> None:
-    """Move a graph's weights to a file beside it."""
+    """Move a graph's weights to a file next to it."""
     model = onnx.load(graph)
     onnx.save(model, graph, save_as_external_data=True, location="weights.bin")
 
 
 def theirs(bert: str, bundle: Path, folder: Path, variant: str) -> Path:
-    """A repository of a prebuilt file, linked."""
+    """A repository with a prebuilt file, behind links."""
     prebuilt_files.describe(Path(bert), folder)
     if variant == "onnx-fp32":
         shutil.copytree(bundle / variant, folder / "onnx")
@@ -102,7 +102,7 @@ def test_a_checkpoint_and_a_bundle_behind_links_are_taken(
 def test_a_large_bundle_runs_from_the_hubs_cache(
     bundle: Path, bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its weights lie beside the graph, both of them behind links."""
+    """Its weights are in a file next to the graph, both behind links."""
     monkeypatch.setattr(graph_file, "_LARGEST_PROTO", 0)
     source = prebuilt_files.describe(Path(bert), tmp_path / "theirs")
     shutil.copy(bundle / "onnx-fp32" / "model.onnx", source)

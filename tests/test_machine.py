@@ -1,4 +1,4 @@
-"""What this machine is, and what of it a container leaves, on faked files of Linux and macOS."""
+"""Detection of the machine and of container limits, with fake files of Linux and macOS."""
 
 import ctypes
 import os
@@ -16,14 +16,14 @@ from qrank.system import cgroups, machine
 
 GB = 2**30
 NONE_V1 = 9223372036854771712
-"""What version 1 says where memory has no limit."""
+"""The value in cgroups version 1 for unlimited memory."""
 
 Fake = Callable[..., None]
 
 
 @pytest.fixture
 def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine of 64 CPUs in 32 cores with 256 GB, of which 200 are free."""
+    """A machine with 64 CPUs on 32 cores and 256 GB of memory, 200 GB of it free."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     sizes = {"SC_PHYS_PAGES": 256 * GB // 4096, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
@@ -36,7 +36,7 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
-    """Control groups: lines of /proc/self/cgroup, mounts, and each file by its place."""
+    """Fake control groups: lines of /proc/self/cgroup, mounts, and files by path."""
 
     def fake(own: list[str], mounts: list[str], files: dict[str, object]) -> None:
         write(tmp_path, "proc/self/cgroup", "\n".join(own))
@@ -185,7 +185,7 @@ def test_a_process_bound_to_one_cpu_sees_one() -> None:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty root, in which a test puts another machine's files."""
+    """An empty root folder for another machine's files."""
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     for remembered in (machine._cpuinfo, machine.cpu):
         remembered.cache_clear()
@@ -195,7 +195,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def test_apples_chips_are_told_apart(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python calls every one of them "arm"."""
+    """Python calls all of them "arm"."""
 
     class Libc:
         chip = b""
@@ -218,7 +218,7 @@ def test_apples_chips_are_told_apart(elsewhere: Path, monkeypatch: pytest.Monkey
 
 
 def test_arms_chips_are_told_apart_on_linux(elsewhere: Path) -> None:
-    """Two that have the same instruction sets; no file there names them."""
+    """Two chips with the same instruction sets, and no file that names them."""
     names = set()
     for part in ("0xd40", "0xd4f"):
         text = f"processor : 0\nFeatures : fp asimd\nCPU implementer : 0x41\nCPU part : {part}\n\n"

@@ -1,4 +1,4 @@
-"""Files that a runtime has mapped and read: their pages leave memory, and nothing is lost."""
+"""Files that a runtime has mapped and read: their pages leave memory without losing data."""
 
 import ctypes
 import mmap
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothi
 
 
 def resident(file: Path) -> int:
-    """Kilobytes of a mapped file that are in memory."""
+    """Kilobytes of a mapped file that are resident in memory."""
     held, ours = 0, False
     for line in Path("/proc/self/smaps").read_text("utf-8").splitlines():
         if "-" in line.split()[0]:
@@ -28,7 +28,7 @@ def resident(file: Path) -> int:
 
 
 def own(bundle: Path, folder: Path) -> Path:
-    """A copy on disk: pages that other processes have mapped too, or not written yet, stay."""
+    """Copy to disk and sync: pages that are dirty or mapped by other processes would stay."""
     copied = Path(shutil.copytree(bundle, folder))
     os.sync()
     return copied
@@ -50,7 +50,7 @@ def test_what_openvino_has_read_leaves_memory(
     assert logits == expected
 
 
-def test_what_llama_cpp_has_arranged_anew_leaves_memory(
+def test_what_llama_cpp_has_repacked_leaves_memory(
     bundle_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = own(bundle_of("qwen3"), tmp_path / "bundle")
@@ -72,7 +72,7 @@ def test_what_llama_cpp_has_arranged_anew_leaves_memory(
 def test_memory_that_somebody_else_has_by_now_keeps_what_it_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A runtime may unmap a file between the look at its place and the call that gives it back."""
+    """A runtime may unmap a file between the lookup of its address and the call that frees it."""
     file = tmp_path / "unmapped"
     file.write_bytes(b"x")
     with mmap.mmap(-1, 2**20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as heap:

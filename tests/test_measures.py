@@ -1,4 +1,4 @@
-"""Measures and differences, held against scipy and by their laws."""
+"""Measures and differences, compared with scipy and tested by properties."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ ORDERS = st.lists(st.permutations([f"d{i}" for i in range(6)]), min_size=1, max_
 
 @given(ORDERS, st.data())
 def test_measures_of_any_order(orders: list[list[str]], draw: st.DataObject) -> None:
-    """Ids decide no tie, and the best order is 1."""
+    """Ids do not break ties, and the best order scores 1."""
     relevance = st.dictionaries(
         st.sampled_from(orders[0]), st.integers(0, 3), min_size=1, max_size=6
     )

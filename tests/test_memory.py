@@ -1,4 +1,4 @@
-"""Memory for batches: what they take, how they share it, and what does not fit."""
+"""Memory for batches: how much they take, how they share it, and what does not fit."""
 
 import threading
 import time
@@ -58,7 +58,7 @@ def test_more_tokens_take_more(length: int, before: int) -> None:
 
 
 def test_a_manifest_keeps_its_keys() -> None:
-    """Bundles of before say `held` for `live_layers`."""
+    """Earlier bundles call `live_layers` `held`."""
     content = QWEN3.to_json()
     assert content == {
         **{"held": 12, "hidden": 1024, "intermediate": 3072},
@@ -85,7 +85,7 @@ def test_batches_side_by_side_share_what_there_is() -> None:
             with lock:
                 running -= count
 
-    # Two of one find memory at once, or the barrier would break; of more, no two do.
+    # Two batches of one fit at once, or the barrier would break; a mix never exceeds two in all.
     for counts, meet in (([1, 1], True), ([2, 1, 2, 9, 2, 1], False)):
         threads = [threading.Thread(target=run, args=(min(c, 2), meet)) for c in counts]
         for thread in threads:
@@ -98,7 +98,7 @@ def test_batches_side_by_side_share_what_there_is() -> None:
 
 
 def test_first_come_first_served() -> None:
-    """A large one that waits is not overtaken by small ones, or it would wait for ever."""
+    """Small batches do not overtake a large one that waits, or it would wait forever."""
     one = QWEN3.estimate_bytes(100)
     memory = MemoryBudget(10 * one, QWEN3)
     entered: SimpleQueue[int] = SimpleQueue()
@@ -149,7 +149,7 @@ def test_one_that_needs_everything_gets_it_beside_a_stream_of_small_ones() -> No
 def test_one_that_is_interrupted_as_it_waits_holds_up_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By Ctrl-C, which Python raises in the main thread, wherever it is."""
+    """By Ctrl-C, which Python raises in the main thread at any point."""
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

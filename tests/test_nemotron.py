@@ -1,4 +1,4 @@
-"""llama-nemotron-rerank: Llama that sees in both directions, and reads a prompt as a whole."""
+"""llama-nemotron-rerank: Llama with bidirectional attention and a prompt tokenized as a whole."""
 
 import json
 import random
@@ -32,7 +32,7 @@ TEMPERATURE = 0.5
 
 @pytest.fixture(scope="module")
 def nemotron(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint as nvidia's is laid out: Llama's weights, a config with code of its own."""
+    """A tiny checkpoint laid out like NVIDIA's: Llama's weights, a config with its own code."""
     folder = tmp_path_factory.mktemp("nemotron") / "tiny"
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config = LlamaConfig(
@@ -71,7 +71,7 @@ def bundle(nemotron: Path) -> Path:
 
 
 def prompt(query: str, document: str) -> str:
-    """As its model card has it."""
+    """The prompt in its model card."""
     return f"question:{query} \n \n passage:{document}"
 
 
@@ -88,7 +88,7 @@ PAIRS = pairs()
 
 @cache
 def reference(folder: Path) -> Logits:
-    """By transformers' Llama, each pair alone: nothing is masked, the mean is of all tokens."""
+    """Logits from transformers' Llama, one pair at a time: no mask, and a mean over all tokens."""
     config = json.loads((folder / "config.json").read_text())
     known = LlamaConfig(**{k: v for k, v in config.items() if k != "model_type"})
     model = LlamaForSequenceClassification.from_pretrained(

@@ -1,4 +1,4 @@
-"""ONNX Runtime where it has little: memory, threads, and doubles of devices that are not here."""
+"""ONNX Runtime with limited memory and threads, and on fake devices."""
 
 import ctypes
 import os
@@ -27,7 +27,7 @@ run = onnxruntime.InferenceSession.run
 
 @pytest.fixture
 def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
-    """Memory for so many padded tokens; beyond, what onnxruntime raises on a GPU."""
+    """Limit batches to `tokens` padded tokens; beyond, raise like onnxruntime on a GPU."""
 
     def limit(tokens: int) -> list[int]:
         tried: list[int] = []
@@ -88,19 +88,19 @@ with Reranker("mini", backend="onnx", threads=int(sys.argv[1])) as reranker:
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no such folder here")
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_no_more_threads_compute_than_may(threads: int) -> None:
-    """Streams and the session's own together; the calling thread waits for them."""
+    """Streams and the session's own threads count together; the calling thread only waits."""
     done = subprocess.run(
         [sys.executable, "-c", THREADS, str(threads)], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) <= threads
 
 
-# Devices that are not here
+# Fake devices
 
 
 @pytest.fixture
 def coreml(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """A CPU that claims to be CoreML, and to compute so many of a graph's 74 matrix products."""
+    """A CPU that claims to be CoreML and to compute `products` of a graph's 74 matrix products."""
     mine, rest = "CoreMLExecutionProvider", "CPUExecutionProvider"
     real = onnxruntime.InferenceSession
 
@@ -124,7 +124,7 @@ def coreml(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def part(provider: str, **nodes: int) -> Any:
-    """A part of a graph, as onnxruntime tells who computes it."""
+    """A part of a graph, in onnxruntime's record of which provider computes it."""
     names = [name for name, count in nodes.items() for _ in range(count)]
     made = [SimpleNamespace(op_type=name) for name in names]
     return SimpleNamespace(ep_name=provider, get_nodes=lambda: made)
@@ -164,7 +164,7 @@ def test_an_onnxruntime_that_does_not_tell_who_computes_is_believed(
 
 
 class Driver:
-    """CUDA's, of a GPU of 8 GB; or without one."""
+    """CUDA's driver, with a GPU of 8 GB or without a GPU."""
 
     def __init__(self, there: bool) -> None:
         self._there = there
@@ -191,7 +191,7 @@ def test_a_gpus_memory_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_batches_are_cut_by_the_memory_of_the_device(
     room: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of what it has beside the model, however much the machine has."""
+    """Batches get half of the device's memory besides the model, whatever the machine has."""
     manifest = Manifest.load(bundled()["mini"])
     assert manifest.dimensions is not None
     pair = manifest.dimensions.estimate_bytes(40)
@@ -209,12 +209,12 @@ def test_batches_are_cut_by_the_memory_of_the_device(
 
 @pytest.mark.parametrize("backend", backends.BACKENDS)
 def test_a_device_that_is_absent_has_no_memory(backend: str) -> None:
-    """So that opening it says that it is absent."""
+    """So the error on opening it says that it is absent."""
     for device in ("cuda", "tensorrt", "gpu", "gpu.1", "npu", "metal", "mps", "nonsense"):
         if device not in backends.spec(backend).devices():
             assert backends.memory(backend, device) is None
 
 
 def test_llama_cpp_tells_what_a_device_has() -> None:
-    """Here of the CPU, whose memory is the machine's."""
+    """For the CPU, this is the machine's memory."""
     assert gguf.memory("cpu") == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""What is OpenVINO's own: whole files, fp32 heads, static shapes, arithmetic, devices, cache."""
+"""OpenVINO only: complete files, fp32 heads, static shapes, compute dtypes, devices, cache."""
 
 import json
 import os
@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 from qrank import Reranker
 from qrank.backends import Backend, Options, openvino, tolerance
+from qrank.backends.openvino_nodes import computed_weights, has_fused_mlp
 from qrank.bundle.family import Family
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import Manifest, Variant
@@ -49,7 +50,7 @@ def test_the_head_stays_fp32(
     checkpoint_of: Callable[[str], Path],
     bundle_of: Callable[[str], Path],
 ) -> None:
-    """Its weights are in the graph as the checkpoint has them; int8-w8a8 scales their columns."""
+    """The graph has the checkpoint's head weights; int8-w8a8 scales their columns."""
 
     def same(found: Any, weight: Any) -> bool:
         if found.shape != weight.shape:
@@ -95,7 +96,7 @@ def test_all_other_matrices_are_small(
     ]
     kept = [m for m in matrices if m.get_element_type().get_type_name() not in small]
     assert len(matrices) - len(kept) >= 9, "two layers and the words"
-    # What is left is the head's one square matrix.
+    # Only the head's square matrix is left.
     assert [m.data.shape for m in kept] == [(64, 64)]
 
 
@@ -103,7 +104,7 @@ def test_all_other_matrices_are_small(
 def test_graphs_take_ids_up_to_the_limit_and_give_logits(
     kind: str, precision: str, bundle_of: Callable[[str], Path]
 ) -> None:
-    """Under the field's names, so that other tools can run them too."""
+    """Under the usual names, so that other tools can run them too."""
     model = graph(bundle_of(kind), precision)
     expected = ["input_ids", "attention_mask"] + ["token_type_ids"] * (kind == "bert")
     assert [i.any_name for i in model.inputs] == expected
@@ -122,7 +123,7 @@ def test_graphs_do_not_say_where_they_were_made(bundle: Path) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
-    """Takes the exporter's work as done."""
+    """Replace the exporter's work by a ready graph."""
 
     def export(model: object, family: Family, path: Path, **options: bool) -> None:
         shutil.copy(bundle / "onnx-fp32" / "model.onnx", path)
@@ -148,7 +149,7 @@ def test_a_file_that_is_not_whole_is_caught(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As optimum's command writes them, and exits with 0."""
+    """optimum's command may write such files and still exit with code 0."""
     ov = need("openvino")
     save = ov.save_model
 
@@ -174,7 +175,7 @@ def test_quantization_looks_at_the_pairs_of_the_file_too(
         return quantize(graph, head, calibration)
 
     monkeypatch.setattr(converter, "_quantize", record)
-    # A special token's name is text in users' pairs: no reason to refuse the conversion.
+    # In users' pairs, a special token's name is text and does not refuse the conversion.
     pairs = [{"query": "red?", "document": "mars [SEP]"}, {"query": "why?", "document": ""}] * 9
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, pairs)), "utf-8")
@@ -204,13 +205,13 @@ def test_pairs_that_are_none_are_refused(
 
 
 def static(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-    """OpenVINO's fp16 as an NPU runs it."""
+    """OpenVINO's fp16 variant with static shapes, as on an NPU."""
     variant = Manifest.load(folder).variants["openvino-fp16"]
     return openvino.open(folder, variant, device, Options(options.threads, static_shapes=True))
 
 
 def test_static_shapes_score_as_dynamic_ones(kind: str, bundle_of: Callable[[str], Path]) -> None:
-    """Lengths below the first bucket, between two, and at the limit, which is no power of two."""
+    """Lengths below the first bucket, between two, and at the limit, not a power of two."""
     bundle = bundle_of(kind)
     with (
         Reranker(bundle, backend="openvino-fp16", compute_dtype="fp32") as dynamic,
@@ -263,7 +264,7 @@ def test_arithmetic_that_misses_the_probes_is_not_used(
 
     monkeypatch.setattr(openvino.SPEC, "open", wrong_in_bf16)
     monkeypatch.setattr(openvino.SPEC, "compute_dtypes", lambda device: ("bf16", "fp32"))
-    monkeypatch.setattr(sys, "frozen", True, raising=False)  # all of it in this process
+    monkeypatch.setattr(sys, "frozen", True, raising=False)  # run everything in this process
     caplog.set_level("INFO", "qrank")
     with Reranker(bundle, backend="openvino-int8") as reranker:
         found = reranker.score(PAIRS[:1], raw=True)
@@ -271,7 +272,7 @@ def test_arithmetic_that_misses_the_probes_is_not_used(
         np.testing.assert_allclose(found, exact.score(PAIRS[:1], raw=True), rtol=0, atol=1e-6)
     assert opened == ["bf16", "fp32", "fp32"]
     assert "does not compute in bf16" in caplog.text
-    # Asked for by name, it fails and nothing else is tried.
+    # If requested explicitly, it fails and nothing else is tried.
     with pytest.raises(TargetError, match="computes wrongly"):
         Reranker(bundle, backend="openvino-int8", compute_dtype="bf16")
     assert opened[3:] == ["bf16"]
@@ -280,7 +281,7 @@ def test_arithmetic_that_misses_the_probes_is_not_used(
 def test_bf16_is_as_good_of_fp16_as_of_int8_weights_where_it_ranks_as_well(
     own_cache: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is as far from the original of any weights; so is its tolerance, and tau is looked at."""
+    """bf16 has the same error and tolerance for any weights; Kendall's tau is checked too."""
     real, spread = openvino.open, float(np.ptp(Manifest.load(bundle).probes.logits))
     shifts = {"bf16": 0.06 * max(1.0, spread)}
 
@@ -308,7 +309,7 @@ def test_bf16_is_as_good_of_fp16_as_of_int8_weights_where_it_ranks_as_well(
 
 
 def test_x86_cpus_are_not_asked_to_compute_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """int8-w8a8 hangs there; and what has fp16 has bf16, which is five times as fast."""
+    """int8-w8a8 hangs in fp16, and CPUs with fp16 also have bf16, which is five times as fast."""
 
     class Core:
         available_devices = ("CPU", "GPU")
@@ -326,11 +327,11 @@ def test_x86_cpus_are_not_asked_to_compute_in_fp16(monkeypatch: pytest.MonkeyPat
 def test_a_fused_feed_forward_part_gets_one_stream_of_two_threads(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """OpenVINO divides by half a stream's threads there (SIGFPE); AMX alone has such nodes."""
+    """OpenVINO divides by half of a stream's threads there (SIGFPE); only AMX has such nodes."""
     manifest = Manifest.load(bundle)
     variant = manifest.variants["openvino-fp16"]
     monkeypatch.setattr(openvino, "has_fused_mlp", lambda model: True)
-    # OpenVINO has no more streams than the machine has cores.
+    # OpenVINO uses no more streams than the machine has cores.
     options = Options(2, compute_dtype="bf16")
     backend = openvino.open(bundle, variant, "cpu", options)
     assert backend._streams._max_workers == 1
@@ -341,7 +342,7 @@ def test_a_fused_feed_forward_part_gets_one_stream_of_two_threads(
     monkeypatch.undo()
     backend = openvino.open(bundle, variant, "cpu", options)
     assert backend._streams._max_workers == 2
-    assert not openvino.has_fused_mlp(backend._model(None))
+    assert not has_fused_mlp(backend._model(None))
     backend.close()
 
 
@@ -391,7 +392,7 @@ def score(bundle: Path, folder: Path, **variables: str | Path) -> subprocess.Com
 
 
 def test_compiled_graphs_are_kept_in_the_cache_folder(bundle: Path, tmp_path: Path) -> None:
-    """There alone; OpenVINO's telemetry would write to the home folder on its import."""
+    """And nowhere else: OpenVINO's telemetry would write to the home folder on import."""
     home, cache = tmp_path / "home", tmp_path / "cache"
     home.mkdir()
     first = score(bundle, home, HOME=home, QRANK_CACHE=cache)
@@ -400,7 +401,7 @@ def test_compiled_graphs_are_kept_in_the_cache_folder(bundle: Path, tmp_path: Pa
     blobs = list(cache.glob("openvino/*/*.blob"))
     assert blobs
     assert score(bundle, home, HOME=home, QRANK_CACHE=cache).stdout == first.stdout
-    # Cut short by a full disk, say: made anew.
+    # Truncated files, for example after a full disk, are made again.
     for blob in blobs:
         blob.chmod(0o644)
         os.truncate(blob, blob.stat().st_size // 2)
@@ -416,7 +417,7 @@ def test_works_where_nothing_can_be_kept(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_every_precision_holds_its_tolerance_in_what_users_get(bundle: Path) -> None:
-    """Users get the fastest arithmetic; the manifest says what fp32 gives."""
+    """Users get the fastest compute dtype; the manifest's fidelity is that of fp32."""
     manifest = Manifest.load(bundle)
     for precision in PRECISIONS:
         with Reranker(bundle, backend=f"openvino-{precision}") as reranker:
@@ -454,7 +455,7 @@ assert (reranker.score(pairs) == before).all()
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_is_told_to_load_its_own(bundle: Path) -> None:
-    """Not left to hang: now and then it would, when it frees a model."""
+    """Otherwise it would occasionally hang while freeing a model."""
     done = subprocess.run(
         [sys.executable, "-c", FORK, str(bundle)], capture_output=True, text=True, timeout=100
     )
@@ -466,7 +467,7 @@ def test_a_forked_child_is_told_to_load_its_own(bundle: Path) -> None:
 def test_weights_that_a_graph_computes_get_one_stream(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bundles hold none that we make; but what is opened may be of an earlier version."""
+    """Current bundles have no such weights, but one from an earlier version may have them."""
     manifest = Manifest.load(bundle)
     variant = manifest.variants["openvino-int8"]
     monkeypatch.setattr(openvino, "computed_weights", lambda model: ["head"])
@@ -477,5 +478,5 @@ def test_weights_that_a_graph_computes_get_one_stream(
     monkeypatch.undo()
     backend = openvino.open(bundle, variant, "cpu", Options(2, compute_dtype="fp32"))
     assert backend._streams._max_workers == 2
-    assert not openvino.computed_weights(backend._model(None))
+    assert not computed_weights(backend._model(None))
     backend.close()

@@ -1,4 +1,4 @@
-"""What is printed: texts as they are, numbers to their last digit, what was not read."""
+"""Output: unchanged texts, numbers to the last digit, and reports of what was not read."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from qrank.quality.rerank_run import LOGIT
 
 
 def characters() -> dict[str, list[str]]:
-    """Unicode's categories, and up to 40 characters of each; all that format or part."""
+    """Unicode category -> up to 40 of its characters; all controls, formats and separators."""
     found: dict[str, list[str]] = {}
     for code in range(sys.maxunicode + 1):
         found.setdefault(unicodedata.category(chr(code)), []).append(chr(code))
@@ -29,11 +29,11 @@ def characters() -> dict[str, list[str]]:
 
 
 STEERING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
-"""Classes of Unicode's bidirectional algorithm whose characters reach beyond themselves."""
+"""Classes of Unicode's bidirectional algorithm whose characters affect the text around them."""
 
 
 def goes(character: str) -> bool:
-    """Whether a character breaks a line or a column, or steers a terminal."""
+    """Whether a character breaks a line or a column, or controls a terminal."""
     return (
         unicodedata.category(character) in {"Cc", "Zl", "Zp"}
         or unicodedata.bidirectional(character) in STEERING
@@ -58,7 +58,7 @@ def test_every_character_is_printed_but_what_breaks_a_line_or_steers(
     for index, character in enumerate(every):
         name = f"U+{ord(character):04X}"
         if unicodedata.category(character) == "Cs":
-            # Half of a pair is no text: written as JSON has it.
+            # A lone surrogate is not text: it is printed as a JSON escape.
             assert shown[index] == f"x\\u{ord(character):x}y", name
         else:
             assert shown[index] == f"x{' ' if goes(character) else character}y", name
@@ -81,7 +81,7 @@ def test_two_logits_that_differ_are_written_differently(logit: float) -> None:
 
 
 def test_a_run_orders_what_six_decimals_would_tie(bundle: Path, tmp_path: Path) -> None:
-    """By scores alone, as an evaluator does: ids would order the other way."""
+    """By scores only, like an evaluator: ids would give the reverse order."""
     documents = "".join(
         json.dumps({"id": name, "text": "a " * count}) + "\n"
         for name, count in (("a", 1), ("b", 2), ("c", 3))

@@ -1,6 +1,6 @@
-"""What wheel and sdist hold, and that a copy made from the wheel works.
+"""The contents of wheel and sdist, and a working installation from the wheel.
 
-An unlisted package is left out silently, and so are data files; an editable install hides both.
+Unlisted packages and data files are left out silently; an editable install hides this.
 """
 
 import shutil
@@ -19,7 +19,7 @@ def git_files() -> list[str]:
     git = shutil.which("git")
     if git is None or not (ROOT / ".git").exists():
         pytest.skip("no git checkout: what belongs to the project cannot be told")
-    # With those that are yet to be added: a new module shall be missed before it is committed.
+    # Include untracked files, so that a missing new module is noticed before it is committed.
     command = [git, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
     return [name for name in listed.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
@@ -27,11 +27,11 @@ def git_files() -> list[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel and the sdist of a clean copy: without what git ignores."""
+    """A folder with the wheel and the sdist of a clean copy, without files that git ignores."""
     pytest.importorskip("build")
     source = tmp_path_factory.mktemp("source")
     for name in git_files():
-        # Large, and left out of both: named in the tests below.
+        # Large files that belong in neither; the tests below name them.
         if not name.endswith(".safetensors"):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, source / name)
@@ -64,7 +64,7 @@ def sdist_names(built: Path) -> set[str]:
 
 
 def belongs(name: str) -> bool:
-    """Whether a file of the repository is installed."""
+    """Whether a file of the repository should be installed."""
     folder = name.partition("/")[0]
     return (
         (folder in ("qrank", "converters", "models") and name.endswith(".py"))
@@ -130,7 +130,7 @@ def test_a_copy_installed_from_the_wheel_works(wheel: Path, tmp_path: Path) -> N
     command = [*pip, "--disable-pip-version-check", "--target", str(target), str(wheel)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # Isolated and without site's editable hook's precedence: the copy must stand on its own.
+    # Isolated, so that the editable install does not take precedence over the copy.
     used = subprocess.run(
         [sys.executable, "-I", "-c", USE, str(target)], cwd=tmp_path, capture_output=True, text=True
     )

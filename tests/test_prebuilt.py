@@ -1,4 +1,4 @@
-"""Files that somebody converted already: they become bundles that score as transformers does."""
+"""Prebuilt files: they become bundles whose scores match those of transformers."""
 
 import shutil
 from collections.abc import Callable
@@ -33,7 +33,7 @@ POSITIONS = ["input_ids", "attention_mask", "position_ids"]
 
 
 def quantized(checkpoint: Path, target: Path) -> None:
-    """One graph four times in one folder, as Xenova's repositories have it."""
+    """Write one graph in four precisions to one folder, as in Xenova's repositories."""
     source = prebuilt_files.onnx_causal(checkpoint, target) / "onnx" / "model.onnx"
     prebuilt_files.onnx_int8(source, source.with_name("model_quantized.onnx"))
     prebuilt_files.onnx_int4(source, source.with_name("model_q4.onnx"))
@@ -41,13 +41,13 @@ def quantized(checkpoint: Path, target: Path) -> None:
 
 
 def both(checkpoint: Path, target: Path, names: list[str]) -> None:
-    """One graph in two formats, in int8 where it is OpenVINO's."""
+    """Write one graph in two formats; OpenVINO's is int8."""
     prebuilt_files.onnx_classifier(checkpoint, target, names)
     prebuilt_files.openvino_from_onnx(target, int8=True)
 
 
 def whole(checkpoint: Path, target: Path) -> None:
-    """A causal model without a cache, in two formats."""
+    """Write a causal model without a KV cache, in two formats."""
     prebuilt_files.onnx_causal(checkpoint, target, cache=False)
     prebuilt_files.openvino_from_onnx(target)
 
@@ -61,7 +61,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path, Path], Any]]] = {
     "types": ("bert", lambda c, t: both(c, t, TYPES)),
     "positions": ("xlm-roberta", lambda c, t: both(c, t, POSITIONS)),
 }
-"""What stands in a folder: of which checkpoint, and who writes it."""
+"""Layout -> the kind of checkpoint, and the function that writes the folder."""
 
 ROWS = [
     ("state", "", "openvino-int8"),
@@ -79,14 +79,14 @@ ROWS = [
     ("positions", "openvino_model.xml", "openvino-int8"),
     ("positions", "onnx/model.onnx", "onnx-fp32"),
 ]
-"""A layout, the file in it that is the source (the folder where none is named), what it becomes."""
+"""A layout, its file to convert (the folder if empty), and the resulting variant."""
 
 
 @pytest.fixture(scope="session")
 def layout_of(
     checkpoint_of: Folders, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """A layout's folder, made when first asked for. Read only."""
+    """Return a layout's read-only folder, made on first use."""
     made: dict[str, Path] = {}
 
     def get(name: str) -> Path:
@@ -104,7 +104,7 @@ def family_of(layout: str) -> str | None:
 
 
 def expected(layout: str, checkpoint_of: Folders) -> tuple[list[tuple[str, str]], Logits]:
-    """Pairs, and what transformers gives them."""
+    """Pairs, and their logits from transformers."""
     kind = LAYOUTS[layout][0]
     if family_of(layout):
         return test_decoders.PAIRS, test_decoders.reference(kind, checkpoint_of(kind))
@@ -133,7 +133,7 @@ def test_it_scores_as_transformers_does(
         ranked = reranker.rank(pairs[0][0], [d for q, d in pairs if q == pairs[0][0]])
     bar = tolerance(*name.split("-", 1))
     assert bar.shortfall(Fidelity.of(ours, theirs)) is None
-    # With the prefix read once, and in whatever company: the same numbers.
+    # The logits are the same with a shared prefix and in any batch.
     spread = max(1.0, float(np.ptp(theirs)))
     alone = [ours[i] for i, (q, _) in enumerate(pairs) if q == pairs[0][0]]
     together = [item.logit for item in sorted(ranked, key=lambda item: item.index)]
@@ -141,7 +141,7 @@ def test_it_scores_as_transformers_does(
 
 
 def test_no_stream_computes_a_head_of_8_bits(layout_of: Folders, tmp_path: Path) -> None:
-    """OpenVINO's streams did so over each other's results: now and then all scores were wrong."""
+    """OpenVINO's streams overwrote each other's results for it: at times all scores were wrong."""
     theirs, core = layout_of("pooled"), ov.Core()
     before = core.compile_model(theirs / "openvino_model.xml", "CPU", {"NUM_STREAMS": 2})
     assert computed_weights(before)
@@ -152,7 +152,7 @@ def test_no_stream_computes_a_head_of_8_bits(layout_of: Folders, tmp_path: Path)
     assert not computed_weights(after)
 
 
-# What a causal model's graph is cut to
+# Cutting a causal model's graph
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_no_stream_computes_a_head_of_8_bits(layout_of: Folders, tmp_path: Path)
 def test_the_cut_changes_nothing(
     layout: str, file: str, variant: str, layout_of: Folders, tmp_path: Path
 ) -> None:
-    """The head is what the graph itself computes by, in whatever it is stored."""
+    """The head is computed with the graph's own weights, in whatever type they are stored."""
     source = layout_of(layout) / file
     made = convert(str(source), None, tmp_path / "out", family=family_of(layout))
     target, manifest = made.folder, made.manifest
@@ -179,7 +179,7 @@ def test_the_cut_changes_nothing(
         last = run_theirs(ids)[0, -1]
         theirs.append(float(last[labels[0]] - sum(last[i] for i in labels[1:])))
         ours.append(run_ours(ids).item())
-    # Of int8 activations, which the original meets its head with, no more than a rounding.
+    # The original quantizes its head's inputs to int8: allow for that rounding.
     share = 0.02 if "quantized" in file else 1e-5
     np.testing.assert_allclose(ours, theirs, atol=share * max(1.0, np.ptp(theirs)))
 
@@ -202,7 +202,7 @@ def test_a_graph_without_a_cache_says_so(layout_of: Folders, tmp_path: Path) -> 
     assert "a prompt is read anew with every document" in variant.note
 
 
-# What it says of itself
+# What the bundle reports
 
 
 def test_not_verified_is_told_and_verified_is_not(
@@ -225,7 +225,7 @@ def test_not_verified_is_told_and_verified_is_not(
     manifest = Manifest.load(tmp_path / "proven")
     assert "BertForSequenceClassification, fp32" in manifest.probes.reference
     assert manifest.variants["openvino-int8"].fidelity.max_abs > 0
-    # It is the checkpoint's bundle, and gains what the checkpoint is converted to.
+    # It is the checkpoint's bundle, so converting the checkpoint adds variants to it.
     grown = convert(str(checkpoint_of("bert")), [("onnx", "fp32")], tmp_path / "proven").manifest
     assert list(grown.variants) == ["openvino-int8", "onnx-fp32"]
 
@@ -280,7 +280,7 @@ def test_a_repository_of_the_hub_gives_what_is_needed_and_no_more(
     assert list(manifest.variants) == ["onnx-int4"]
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(

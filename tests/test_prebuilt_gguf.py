@@ -1,4 +1,4 @@
-"""Prebuilt GGUF files: with a head of any kind they score as transformers does, or never."""
+"""Prebuilt GGUF files: with any kind of head, they score like transformers or are refused."""
 
 import shutil
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Folders = Callable[[str], Path]
 def gguf_of(
     checkpoint_of: Folders, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """A GGUF file with its model's description beside it. Read only."""
+    """Return a read-only GGUF file with its model's configuration and tokenizer next to it."""
     made: dict[str, Path] = {}
 
     def get(kind: str) -> Path:
@@ -44,7 +44,7 @@ def gguf_of(
 
 
 def rewritten(path: Path, folder: Path, **changes: Any) -> Path:
-    """A changed copy of a GGUF file in a folder of its own."""
+    """Make a changed copy of a GGUF file in its own folder."""
     target = prebuilt_files.describe(path.parent, folder) / "changed.gguf"
     prebuilt_files.rewrite_gguf(path, target, **changes)
     return target
@@ -62,7 +62,7 @@ def test_qwen3_in_gguf_with_a_head_in_either_order_or_none(
         path = rewritten(path, tmp_path / "turned", tensors=tensors, fields=labels)
     elif head == "token_embd.weight":
         left_out = {"cls.output.weight": None}
-        # llama.cpp asks for the rows that the file announces.
+        # llama.cpp requires the rows that the file announces, so remove these fields too.
         fields = {"qwen3.classifier.output_labels": None, "qwen3.pooling_type": None}
         path = rewritten(path, tmp_path / "bare", tensors=left_out, fields=fields)
     made = convert(str(path), None, tmp_path / "out", family="qwen3-reranker")
@@ -120,7 +120,7 @@ def test_a_gguf_that_cannot_score_is_refused(
 def test_a_gguf_of_one_token_type_is_no_bert(
     checkpoint_of: Folders, gguf_of: Folders, tmp_path: Path
 ) -> None:
-    """What llama.cpp's own converter makes of a BERT of two types: it gives every token type 0."""
+    """llama.cpp's own converter gives every token type 0 in a BERT with two types."""
     folder = prebuilt_files.describe(checkpoint_of("bert"), tmp_path / "theirs")
     shutil.copy(gguf_of("xlm-roberta"), folder / "a.gguf")
     with pytest.raises(ConversionError, match=r"knows one token type.*family bert needs types 0"):

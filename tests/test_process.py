@@ -1,4 +1,4 @@
-"""The command line as a process: streams that are closed or full, signals, options given twice."""
+"""The command line as a process: closed or full streams, signals, options given twice."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def documents(tmp_path: Path) -> Path:
 
 
 def once(option: click.Option) -> list[str]:
-    """An option with a value; which value it is does not matter."""
+    """An option with an arbitrary value."""
     name = max(option.opts, key=len)
     if option.is_flag:
         return [name]
@@ -82,7 +82,7 @@ def test_a_number_is_finite(command: str, option: click.Option, value: str) -> N
 
 
 def test_whatever_is_read_as_text_is_read_by_the_same_reader() -> None:
-    """Certificates and keys are read by Python's ssl."""
+    """Except TLS files, which Python's ssl reads; `test_textfiles` covers the API key file."""
     others = {
         f"{name} {parameter.opts[0]}"
         for name in COMMANDS
@@ -100,7 +100,7 @@ def test_whatever_is_read_as_text_is_read_by_the_same_reader() -> None:
 
 @pytest.fixture
 def raising(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Makes `Reranker.rank` and `score` send this process a signal."""
+    """Make `Reranker.rank` and `score` send a signal to this process."""
 
     def arrange(name: str) -> None:
         def work(*arguments: object, **options: object) -> None:
@@ -114,7 +114,7 @@ def raising(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """Whatever a command does, it leaves the process's handlers as they were."""
+    """Check that a command leaves the process's signal handlers unchanged."""
     before = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
     yield
     assert before == {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
@@ -133,7 +133,7 @@ def test_a_signal_ends_a_command_in_one_line(
 
 @pytest.mark.usefixtures("handlers")
 def test_a_signal_that_is_ignored_stays_ignored(bundle: Path, documents: Path) -> None:
-    """As by nohup."""
+    """As with nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert score(bundle, documents).exit_code == 0
@@ -166,7 +166,7 @@ def test_a_conversion_that_is_stopped_leaves_nothing(
 
 
 def waiting(*command: str | Path) -> tuple[subprocess.Popen[str], list[int]]:
-    """A command that has begun, and its children once there is one."""
+    """Start a command, wait until it has child processes, and return all of them."""
     process = subprocess.Popen(
         [sys.executable, "-m", "qrank", *map(str, command)],
         stdin=subprocess.DEVNULL,
@@ -196,7 +196,7 @@ def test_a_command_that_is_stopped_leaves_no_child(onnx_only: Path, name: str) -
 
 
 def test_ctrl_c_ends_a_loop_of_the_shell() -> None:
-    """Bash goes on after an exit code of 130; only a process that died of the signal ends it."""
+    """Bash continues after exit code 130; the loop ends only if the signal killed the process."""
     pty = pytest.importorskip("pty", reason="no pseudo-terminals here")
     child, terminal = pty.fork()
     if child == 0:
@@ -217,7 +217,7 @@ def test_ctrl_c_ends_a_loop_of_the_shell() -> None:
 def _written(terminal: int) -> bytes:
     try:
         return os.read(terminal, 65536)
-    except OSError:  # Linux says so that the other end is closed
+    except OSError:  # on Linux: the other end is closed
         return b""
 
 
@@ -243,13 +243,13 @@ def test_it_runs_as_a_module() -> None:
 
 
 CLOSED = [
-    # The result has nowhere to go.
+    # The result cannot be written.
     ("qrank models >&-", 1, "standard output: it is closed"),
     ("qrank --help >&-", 1, "standard output: it is closed"),
     ("qrank --help > /dev/full", 1, "standard output: No space left"),
-    # The reader has gone.
+    # The reader has closed the pipe.
     ("qrank --help | true; exit ${PIPESTATUS[0]}", 141, ""),
-    # What is said beside the result is lost, and nothing else.
+    # Only messages are lost, not the result.
     ("qrank score -m $BUNDLE -q a --max-length 10 $DOCUMENTS 2>&-", 0, ""),
     ("qrank score -m $BUNDLE -q a --max-length 10 $DOCUMENTS 2> /dev/full", 0, ""),
     ("qrank score -m $BUNDLE -q a - <&-", 2, "standard input is closed"),
@@ -290,7 +290,7 @@ except SystemExit as end:
 def test_what_is_run_for_more_than_its_output_needs_none(
     bundle: Path, tmp_path: Path, command: str, code: int
 ) -> None:
-    """Under cron and supervisors; and no file gets the number of a closed stream."""
+    """As under cron and supervisors; no file may get the descriptor of a closed stream."""
     if not Path("/proc/self/fd").exists():
         pytest.skip("no /proc here")
     found = tmp_path / "found"
@@ -307,7 +307,7 @@ def test_the_exit_codes_of_signals_are_in_the_help() -> None:
 
 
 def test_messages_stand_above_the_bar(bundle: Path, tmp_path: Path) -> None:
-    """A bar is drawn on one line again and again; what else is said must not be put into it."""
+    """A progress bar is redrawn on one line; other messages must not end up in it."""
     pty = pytest.importorskip("pty", reason="no pseudo-terminals here")
     queries = [{"id": f"q{i}", "text": "a " * (400 if i == 5 else 1)} for i in range(9)]
     (tmp_path / "q").write_text("".join(json.dumps(q) + "\n" for q in queries), "utf-8")
@@ -329,5 +329,5 @@ def test_messages_stand_above_the_bar(bundle: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, shown
     assert len(done.stdout.splitlines()) == 9
     notice = shown.index("qrank: the query has 400 tokens")
-    # The line it stands on was cleared, and the cursor is at its beginning.
+    # Its line was cleared, and the cursor is at the start of the line.
     assert shown[:notice].endswith("\r\x1b[2K")

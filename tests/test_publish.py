@@ -1,4 +1,4 @@
-"""A bundle's folder while it is written: whole or not at all, by one conversion at a time."""
+"""Writing a bundle's folder: atomically, and by one conversion at a time."""
 
 import errno
 import logging
@@ -39,7 +39,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# Cut short
+# Interruptions
 
 CUT_SHORT = """
 import signal, sys
@@ -51,7 +51,7 @@ main(["convert", sys.argv[1], "--to", "onnx", "--precision", "fp32", "-o", sys.a
 
 
 def cut_short(source: str, target: Path, number: int) -> tuple[int, str]:
-    """Start a conversion, send it a signal once it writes; its exit code and stderr."""
+    """Start a conversion, send it a signal once it writes; return its exit code and stderr."""
     process = subprocess.Popen(
         [sys.executable, "-c", CUT_SHORT, source, str(target)],
         stdout=subprocess.PIPE,
@@ -82,7 +82,7 @@ def test_killed_in_the_middle(add: bool, without_fp32: Path, bert: str) -> None:
     else:
         with pytest.raises(QrankError):
             Reranker(target)
-    # The next run works as if nothing had been, and clears what was left.
+    # The next run works normally and removes leftovers.
     assert "onnx-fp32" in convert(bert, FP32, target).manifest.variants
     assert not {LOCK, WORK} & set(names(target))
     assert set(names(folder)) == {target.name, without_fp32.name}
@@ -100,11 +100,11 @@ def test_interrupted_in_the_middle(without_fp32: Path, bert: str) -> None:
 
 
 class KilledError(BaseException):
-    """Stands for the end of a process: nothing that comes after it is done."""
+    """Simulates a killed process: nothing after it runs."""
 
 
 def made_anew(target: Path, force: bool) -> None:
-    """Publish what a conversion would have made: a bundle of one variant, with other files."""
+    """Publish like a conversion: one variant with other files, in a new bundle if forced."""
     old = Manifest.load(target)
     with workshop(target) as shop:
         for name in (TOKENIZER, "onnx-fp32/model.onnx"):
@@ -121,7 +121,7 @@ def test_wherever_it_is_killed_the_old_bundle_or_the_new_one_is_there(
 ) -> None:
     target = without_fp32
     shutil.copytree(bundle, target.parent / "source")
-    # As a run of another version may have left it.
+    # As another version may have left it.
     (target / "onnx-fp32").mkdir()
     (target / "onnx-fp32" / "model.onnx").write_bytes(b"half")
     (target / "notes.txt").write_text("mine", "utf-8")
@@ -156,7 +156,7 @@ def test_wherever_it_is_killed_the_old_bundle_or_the_new_one_is_there(
             outcomes.append("done")
         monkeypatch.undo()
         with workshop(target):
-            pass  # what the next conversion clears
+            pass  # cleans up like the next conversion
         after = contents(target)
         if after != before:
             assert after["notes.txt"] == b"mine"
@@ -174,13 +174,13 @@ def test_wherever_it_is_killed_the_old_bundle_or_the_new_one_is_there(
     assert len(outcomes) > (10 if force else 3)
 
 
-# Two at once
+# Concurrent conversions
 
 
 def blocking(
     monkeypatch: pytest.MonkeyPatch, graph: Path
 ) -> tuple[threading.Event, threading.Event]:
-    """Make conversions wait: an event that one has begun, and one that lets them go on."""
+    """Block conversions; return the events "one has begun" and "continue"."""
     begun, go = threading.Event(), threading.Event()
 
     def convert(
@@ -225,7 +225,7 @@ def test_two_conversions_into_one_bundle_both_count(
 
 @pytest.mark.usefixtures("ready_graph")
 def test_a_lock_that_nobody_holds_is_no_hindrance(without_fp32: Path, bert: str) -> None:
-    """Its number may be another process's by now, or one of another container."""
+    """Its process id may by now belong to another process, or come from another container."""
     (without_fp32 / LOCK).write_text(str(os.getppid()), "utf-8")
     assert "onnx-fp32" in convert(bert, FP32, without_fp32).manifest.variants
     assert not (without_fp32 / LOCK).exists()
@@ -241,7 +241,7 @@ def test_a_lock_that_is_a_link_is_not_written_to(copy: Path, bert: str) -> None:
 
 
 def test_moves_that_lead_out_of_the_bundle_are_not_undone(copy: Path, bert: str) -> None:
-    """A bundle may come from anybody, and with it what a killed run seems to have left."""
+    """A bundle may come from anyone, including supposed leftovers of a killed run."""
     outside = copy.parent / "outside.txt"
     outside.write_text("mine", "utf-8")
     (copy / WORK).mkdir()
@@ -252,7 +252,7 @@ def test_moves_that_lead_out_of_the_bundle_are_not_undone(copy: Path, bert: str)
     assert outside.read_text("utf-8") == "mine"
 
 
-# Places
+# Locations
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ def checkpoint_copy(bert: str, tmp_path: Path) -> Path:
 def test_force_never_touches_what_is_converted(
     place: str, checkpoint_copy: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even where a bundle is: the output is, holds or lies in the source, also through links."""
+    """Even if it has a bundle: the output is, contains or is in the source, also through links."""
     (checkpoint_copy.parent / "link").symlink_to(checkpoint_copy)
     for folder in (checkpoint_copy, checkpoint_copy.parent, checkpoint_copy / "bundle"):
         folder.mkdir(exist_ok=True)
@@ -321,7 +321,7 @@ def test_a_link_is_not_written_through(force: bool, copy: Path, bert: str) -> No
 def test_a_mount_point_and_the_working_directory_can_be_bundles(
     case: str, without_fp32: Path, bert: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither can be renamed; in a volume stands what its file system put there."""
+    """Neither can be renamed, and a volume contains files of its file system."""
     target = without_fp32
     if case == "new":
         shutil.rmtree(target)
@@ -359,7 +359,7 @@ def test_what_cannot_be_written_is_found_out_before_any_work(
         with pytest.raises(ConversionError, match=r"cannot be written; name another folder"):
             convert(bert, FP32, target, force=force, progress=steps.append)
     assert steps == ["reading the model"] * 2
-    # Of a bundle that has all that is wanted, nothing is written.
+    # If the bundle already has every requested variant, nothing is written.
     assert not convert(bert, FP32, copy).failed
 
 

@@ -1,4 +1,4 @@
-"""The end of a ranking: the best part of each document, what was not scored, and the order."""
+"""The last step of a ranking: each document's best part, unscored documents, and the order."""
 
 import math
 
@@ -13,7 +13,7 @@ from qrank.serve.request import RerankOutcome
 NOTHING = np.empty(0, np.int32)
 
 PARTS = st.lists(st.lists(st.integers(-3, 3), min_size=1, max_size=4), min_size=1, max_size=12)
-"""The logits of each document's parts: few numbers, so that many are equal."""
+"""The logits of each document's parts: few distinct values, so that many are equal."""
 
 
 def inputs_of(parts: list[list[int]]) -> list[ModelInput]:
@@ -25,7 +25,7 @@ def inputs_of(parts: list[list[int]]) -> list[ModelInput]:
 
 
 def scored(parts: list[list[int]], count: int | None = None) -> ScoredPairs:
-    """Of the first so many inputs; None: of all."""
+    """Score the first `count` inputs, or all if None."""
     logits = np.array([logit for each in parts for logit in each], np.float32)[:count]
     return ScoredPairs.of(inputs_of(parts), logits, lambda x: 2 * x.astype(np.float64))
 
@@ -53,7 +53,7 @@ def test_a_document_with_a_part_that_was_not_scored_is_not_scored(
 
 
 def test_both_doors_put_what_was_not_scored_last() -> None:
-    """In Python without a number, over HTTP with the lowest of the others."""
+    """With NaN in Python, and over HTTP with the lowest score of the others."""
     parts = [[1], [3], [2], [9], [9]]
     found = scored(parts, 3)
     ranked = Rankings.of(found, ["a", "b", "c", "d", "e"])

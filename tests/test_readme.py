@@ -1,4 +1,4 @@
-"""Every command the README shows does what the README says."""
+"""Every command in the README does what the README says."""
 
 import json
 import os
@@ -35,14 +35,14 @@ if saturates():
 
 
 def blocks(language: str) -> list[str]:
-    """The code blocks of a language; "" for those without one."""
-    # All of them, or an end would count as a beginning.
+    """The code blocks in a language; "" for those without a language."""
+    # Match blocks in all languages, or an end would be taken for a start.
     found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     return [code for named, code in found if named == language]
 
 
 def run(command: str, folder: Path) -> str:
-    """What a command prints, run by a shell that finds this environment's qrank first."""
+    """Run a command in a shell that finds this environment's qrank first; return its output."""
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-c", command],
@@ -58,7 +58,7 @@ def run(command: str, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds the files the README's commands name."""
+    """A folder with the files that the README's commands name."""
     folder = tmp_path_factory.mktemp("readme")
     passages = (ROOT / "docs/sample/passages.txt").read_text("utf-8")
     (folder / "passages.txt").write_text(passages, "utf-8")
@@ -79,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _write_scifact(folder: Path, documents: list[str]) -> None:
-    """A collection in BEIR's layout: six questions that one passage each answers."""
+    """Write a collection in BEIR's layout: six questions, each answered by one passage."""
     asked = {
         "how do plants make food?": 1,
         "what colour is the planet Mars?": 8,
@@ -119,7 +119,7 @@ def test_python(folder: Path) -> None:
 
 
 def test_demo() -> None:
-    """`make demo` runs this command, and prints just what the README shows."""
+    """`make demo` runs this command and prints exactly what the README shows."""
     recipe = subprocess.run(
         ["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
@@ -128,12 +128,12 @@ def test_demo() -> None:
     assert "photosynthesis" in printed.splitlines()[1]
     shown, told = (_without_scores(text) for text in (printed, blocks("")[0]))
     assert shown[0] == told[0]
-    # Sums of int8 products differ a little from CPU to CPU.
+    # Sums of int8 products differ slightly between CPUs.
     np.testing.assert_allclose(shown[1], told[1], atol=0.01)
 
 
 def _without_scores(table: str) -> tuple[list[str], list[float]]:
-    """Lines of the table, and the numbers with a point that were in them."""
+    """Lines of the table with decimal numbers replaced by "#", and those numbers."""
     number = re.compile(r"\d+\.\d+")
     lines = [number.sub("#", line.rstrip()) for line in table.splitlines()]
     return lines, [float(found) for found in number.findall(table)]

@@ -1,4 +1,4 @@
-"""The public door: what comes back, in which order, and what is refused with which words."""
+"""The public API: results, their order, and error messages."""
 
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ DOCUMENTS = ["bread is baked in an oven", "mars is the red planet", "", "the sky
 
 
 def words(*counts: int) -> list[str]:
-    """Documents of so many one-letter words."""
+    """Documents with the given numbers of one-letter words."""
     return [" ".join("a" * count) for count in counts]
 
 
-# What comes back
+# Results
 
 
 def test_rank_sorts_and_keeps_what_was_given(reranker: Reranker) -> None:
@@ -114,7 +114,7 @@ def test_truncated_says_that_the_end_was_not_read(bundle: Path) -> None:
 def test_the_best_chunk_wins_and_says_where_it_is(
     bundle: Path, backend: str, expected: tuple[int, int]
 ) -> None:
-    """150 words in chunks of 26 that share 3: the last begins at word 138 and is shorter."""
+    """150 words in chunks of 26 that overlap by 3; the last is shorter and begins at word 138."""
     (document,) = words(150)
     with Reranker(bundle, backend=backend, max_length=30) as reranker:
         (item,) = reranker.rank("a", [document], long_documents="chunk")
@@ -144,7 +144,7 @@ def test_what_fits_is_not_cut_into_chunks(reranker: Reranker) -> None:
     assert [item.part for item in ranking] == [None] * len(DOCUMENTS)
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_a_backend_that_loses_documents_is_refused(bundle: Path) -> None:
 def test_a_backend_that_computes_wrongly_here_is_refused_at_load(
     bundle: Path, reranker: Reranker
 ) -> None:
-    """Although the bundle's own backend was proven before."""
+    """Even though the bundle's own backend was proven before."""
     fakes.closed.clear()
     with pytest.raises(TargetError, match=r"computes wrongly on this machine \(fakes:shifted\)"):
         Reranker(bundle, backend="fakes:shifted")
@@ -224,7 +224,7 @@ def test_a_backend_that_computes_wrongly_here_is_refused_at_load(
 
 
 def test_probes_decide_about_the_bundles_own_backend(tmp_path: Path, bundle: Path) -> None:
-    """A bundle whose probes say something else than its graph: what a bad kernel looks like."""
+    """A bundle whose probes contradict its graph, as if a kernel were wrong."""
     manifest = Manifest.load(bundle)
     probes = manifest.probes
     wrong = Probes(probes.work, probes.logits * -1 + 7, probes.reference)
@@ -240,7 +240,7 @@ def test_probes_decide_about_the_bundles_own_backend(tmp_path: Path, bundle: Pat
 
 
 def test_a_runtimes_own_error_is_a_target_error(bundle: Path) -> None:
-    """Here by a token id no vocabulary has; out of memory comes the same way."""
+    """Caused here by a token id outside the vocabulary; out of memory is raised the same way."""
     variant = next(iter(Manifest.load(bundle).variants.values()))
     backend = onnx.open(bundle, variant, "cpu", Options(1))
     work = Manifest.load(bundle).probes.work.take(np.array([0]))

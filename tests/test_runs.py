@@ -1,4 +1,4 @@
-"""`--run`: whole TREC runs, refused early or reranked a query at a time."""
+"""`--run`: whole TREC runs, refused early or reranked one query at a time."""
 
 import gc
 import json
@@ -26,7 +26,7 @@ def longest_first(bundle: Path) -> Iterator[Reranker]:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes a run, queries and documents; gives their paths."""
+    """Write a run, queries and documents; return their paths."""
 
     def write(
         run: list[str], queries: dict[str, str], documents: dict[str, str], key: str = "id"
@@ -182,7 +182,7 @@ def test_a_run_goes_with_its_texts(tmp_path: Path) -> None:
 
 
 def peak(files: Files, reranker: Reranker) -> int:
-    """Most Python memory held at once while a run is reranked, in bytes."""
+    """Peak Python memory while reranking a run, in bytes."""
     gc.collect()
     tracemalloc.start()
     try:
@@ -197,7 +197,7 @@ def peak(files: Files, reranker: Reranker) -> int:
 
 def test_memory_does_not_grow_with_the_queries(write: Write, longest_first: Reranker) -> None:
     peaks = []
-    # Python keeps 2,000 tuples of a length for later: the first run fills that.
+    # Python keeps 2,000 tuples of each length for reuse: the first run fills that pool.
     for count in (1000, 2000):
         queries = {f"query-{i}": f"{i} " + "a" * 1000 for i in range(count)}
         run = [f"{query} Q0 d{i} {i} {-i} x" for query in queries for i in (1, 2, 3)]
@@ -206,7 +206,7 @@ def test_memory_does_not_grow_with_the_queries(write: Write, longest_first: Rera
 
 
 def test_documents_are_only_indexed(write: Write, longest_first: Reranker) -> None:
-    """20 MB of documents of which the run needs one."""
+    """20 MB of documents, of which the run needs one."""
     documents = {f"d{i}": "a" * 100_000 for i in range(200)} | {"d1": "b"}
     files = write(["q1 Q0 d1 1 9 x"], QUERIES, documents)
     assert peak(files, longest_first) < 2_000_000

@@ -1,4 +1,4 @@
-"""`qrank doctor` and `qrank bench`: what they show, and that nothing they look at ends them."""
+"""`qrank doctor` and `qrank bench`: what they show, and that no failing backend ends them."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def qrank_(*arguments: str | Path) -> Result:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_multiplies_matrices(backend: str) -> None:
-    """What doctor calls a device that computes: of shapes that no transposed product has."""
+    """doctor's check that a device computes; with these shapes, a transposed product would fail."""
     numbers = np.random.default_rng(1)
     a = numbers.standard_normal((3, 64), np.float32)
     b = numbers.standard_normal((64, 5), np.float32)

@@ -1,4 +1,4 @@
-"""Which target runs: measured or guessed, with every failure told and survived."""
+"""Selection of a target: measured or guessed, with every failure reported and survived."""
 
 import json
 import math
@@ -39,7 +39,7 @@ THREADS = machine.processors()
 
 @pytest.fixture(autouse=True)
 def _own_cache(own_cache: Path) -> None:
-    """What one test measures, no other recalls."""
+    """Use a separate cache per test, so that tests share no measurements."""
 
 
 def qrank_(*arguments: str | Path, stdin: str = "") -> Result:
@@ -129,7 +129,7 @@ def test_where_nothing_works_every_target_and_its_reason_is_told(
         raise TargetError(f"the driver is out ({len(arguments)})")
 
     names = [t.name for t in guesses(Manifest.load(bundle), None, None)]
-    monkeypatch.setattr(sys, "frozen", True, raising=False)  # nothing is opened elsewhere first
+    monkeypatch.setattr(sys, "frozen", True, raising=False)  # opens nothing in a child process
     for format in formats():
         monkeypatch.setattr(spec(format), "open", fail)
     with pytest.raises(TargetError, match="no target works here") as caught:
@@ -215,7 +215,7 @@ def test_another_machine_driver_or_version_is_measured_anew(
 
 
 def broken(**changes: object) -> dict[str, object]:
-    """The record of a measurement with some fields changed."""
+    """A stored measurement with some fields changed."""
     return {"targets": [asdict(measurement("onnx-int8@cpu")) | changes]}
 
 
@@ -229,7 +229,7 @@ def broken(**changes: object) -> dict[str, object]:
         broken(speeds={"passages": 1.0}),
         broken(speeds=dict.fromkeys(PROFILES, "fast")),
         broken(target={"variant": "onnx-int2", "device": "cpu"}),
-        broken(target="onnx-int8@cpu", selector="onnx-int8", device="cpu"),  # of before
+        broken(target="onnx-int8@cpu", selector="onnx-int8", device="cpu"),  # an earlier layout
         broken(kendall=None),
         broken(threads=0),
         broken(invented_later=1),
@@ -249,7 +249,7 @@ def test_a_measurement_that_is_not_whole_is_ignored_and_told(
 def test_a_remembered_start_looks_for_nothing(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A few small files are read, no process started, no package asked for its version."""
+    """It reads a few small files, starts no process and looks up no package version."""
     manifest = Manifest.load(bundle)
     remember(manifest, THREADS, [measurement("onnx-int8@cpu")])
     Reranker(bundle).close()
@@ -277,7 +277,7 @@ def test_a_remembered_start_looks_for_nothing(
 
 
 def test_a_first_call_says_that_it_guesses_and_no_measure_keeps_quiet(bundle: Path) -> None:
-    """On a terminal: a pipeline's log has no use for it."""
+    """Only on a terminal: the message is of no use in a pipeline's log."""
 
     def said(*more: str, terminal: bool = True) -> str:
         command = [sys.executable, "-c", "from qrank.cli import main; main()", "score"]
@@ -329,7 +329,7 @@ def test_guesses_have_backends_that_know_the_device(bundle: Path, device: str | 
 
 
 def with_a_later_format(bundle: Path, folder: Path) -> Path:
-    """A bundle with a variant of a format that only a later qrank knows."""
+    """A bundle with a variant in a format that only a later qrank knows."""
     folder = subset(bundle, folder, ["onnx-int8"])
     manifest = Manifest.load(folder)
     files = {

@@ -1,4 +1,4 @@
-"""What sentence-transformers' files say of a checkpoint's scores is read, or refused by name."""
+"""sentence-transformers' settings that affect a checkpoint's scores are read or refused by name."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ MODEL = "config_sentence_transformers.json"
 
 @pytest.fixture
 def folder(checkpoint_of: Callable[[str], Path], tmp_path: Path) -> Path:
-    """Tiny BERT as sentence-transformers 6 saves a CrossEncoder."""
+    """Tiny BERT, saved like a CrossEncoder of sentence-transformers 6."""
     folder = Path(shutil.copytree(checkpoint_of("bert"), tmp_path / "model"))
     write(folder, "modules.json", [TRANSFORMER])
     write(
@@ -64,7 +64,7 @@ def said(activation: Any, **more: Any) -> dict[str, Any]:
         (said(None), {"sbert_ce_default_activation_function": IDENTITY}, "identity"),
         (said(None), {"sentence_transformers": {"activation_fn": IDENTITY}}, "identity"),
         (said(None), {}, "sigmoid"),
-        # An embedding model's, of which sentence-transformers makes a reranker without them.
+        # Settings of an embedding model; sentence-transformers ignores them for a reranker.
         ({"model_type": "SentenceTransformer", "activation_fn": IDENTITY}, {}, "sigmoid"),
     ],
 )
@@ -159,7 +159,7 @@ ETTIN = [
 def test_other_modules_are_refused_by_name(modules: list[Any], message: str, folder: Path) -> None:
     write(folder, MODEL, said(None))
     write(folder, "modules.json", modules)
-    # As Ettin's: what lies in the folder is not the whole model.
+    # As with Ettin: the folder does not contain the whole model.
     tiny.edit_config(folder, architectures=["ModernBertModel"])
     with pytest.raises(FamilyError, match=rf"modules\.json .*{message}"):
         read_checkpoint(str(folder))
@@ -168,7 +168,7 @@ def test_other_modules_are_refused_by_name(modules: list[Any], message: str, fol
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"do_lower_case": True}, None),  # as BERT's tokenizer does anyway
+        ({"do_lower_case": True}, None),  # BERT's tokenizer does so anyway
         ({"config_kwargs": {"num_labels": 3}}, "has config_kwargs"),
         ({"tokenizer_args": {"do_lower_case": True}}, "has tokenizer_args"),
         ({"config_args": {"trust_remote_code": True}}, None),

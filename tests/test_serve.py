@@ -1,4 +1,4 @@
-"""The server's dialects, limits and keys, over HTTP, with the model that comes with qrank."""
+"""The server's dialects, limits and keys, over HTTP, with the bundled model."""
 
 import json
 import logging
@@ -48,7 +48,7 @@ def post(client: httpx.Client, path: str, **body: Any) -> Any:
 
 
 def body(path: str, texts: list[str], query: str = QUERY) -> dict[str, Any]:
-    """The smallest request of a path's dialect."""
+    """The minimal request in a path's dialect."""
     if path.endswith("score"):
         return {"text_1": query, "text_2": texts}
     return {"query": query, "texts" if path == "/rerank" else "documents": texts}
@@ -177,7 +177,7 @@ def test_documents_may_be_objects(client: httpx.Client) -> None:
 
 
 def test_max_tokens_per_doc_counts_the_documents_tokens(client: httpx.Client) -> None:
-    """`length` gives as many as a pair has: [CLS] query [SEP] document [SEP]."""
+    """`length` returns a pair's number of tokens: [CLS] query [SEP] document [SEP]."""
 
     def length(**more: Any) -> float:
         asked = {"model": "length", "text_1": "mars", "text_2": LONG, "use_activation": False}
@@ -212,7 +212,7 @@ def test_models_are_chosen_by_name(client: httpx.Client) -> None:
 
 
 def message(path: str, content: dict[str, Any]) -> str:
-    """An error's message, where the path's dialect has it, and nothing else beside it."""
+    """An error's message, from the keys of the path's dialect; there must be no other keys."""
     if path.endswith("score"):
         assert set(content) == {"error"}
         assert set(content["error"]) == {"message", "type", "param", "code"}
@@ -249,7 +249,7 @@ def test_errors_are_in_the_dialects_shape(client: httpx.Client, path: str) -> No
         response = client.post(path, headers=headers, **request)
         assert response.status_code == status, (request, response.text)
         if path == "/rerank" and set(response.json()) == {"detail"}:
-            continue  # no `texts`, so the other dialect's
+            continue  # no `texts`, so an error of the other dialect
         assert text in message(path, response.json()), response.text
 
 
@@ -312,7 +312,7 @@ def test_state(client: httpx.Client) -> None:
 def test_answers_do_not_wait_for_acknowledgements(
     mini: Reranker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a body's head, on a connection that is kept: 40 ms where TCP_NODELAY is not set."""
+    """Without TCP_NODELAY, waiting for the headers' ACK takes 40 ms on a kept connection."""
     found = []
 
     class Seen(server.Protocol):
@@ -328,7 +328,7 @@ def test_answers_do_not_wait_for_acknowledgements(
 
 
 def sample(client: httpx.Client, name: str) -> float:
-    """A number of /metrics, by its name with labels."""
+    """A value in /metrics, by its name with labels; 0 if missing."""
     lines = client.get("/metrics").text.splitlines()
     found = [line.rpartition(" ")[2] for line in lines if line.startswith(name + " ")]
     return float(found[0]) if found else 0.0
@@ -355,7 +355,7 @@ def test_metrics_count(client: httpx.Client) -> None:
 
 @pytest.fixture(scope="module")
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with keys, small limits and CORS."""
+    """A server with API keys, small limits and CORS."""
     path = tmp_path_factory.mktemp("keys") / "keys"
     path.write_text("first-key\n\n  second-key \n", "utf-8")
     limits = Limits(documents=3, characters=100, body=2_000)

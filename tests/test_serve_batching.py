@@ -1,4 +1,4 @@
-"""The queue: fair slices, budgets, deadlines, back-pressure, and who pays for a failure."""
+"""The queue: fair slices, budgets, deadlines, back-pressure, and which requests fail."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_every_input_is_in_a_slice_once_and_slices_are_bounded(
         costs = [len(i.ids) for share in shares for i in share.inputs]
         read = sum(costs) + prefix * len(shares)
         assert read == sum(share.tokens for share in shares)
-        # More is read only to give every thread an item, or that a prefix be worth reading.
+        # More is read only to give every thread an item or to make reading a prefix worthwhile.
         least_share = (PREFIXES + 1) * prefix + max(costs)
         assert read <= max(tokens, least_share) or len(costs) <= least
         for share in shares:
@@ -97,7 +97,7 @@ def run(work: Coroutine[Any, Any, Result]) -> Result:
 
 
 def test_short_requests_do_not_wait_for_a_long_one(plodding: Reranker) -> None:
-    """100 pairs take 2 s; those of 5 short requests, sent after it, a tenth of a second each."""
+    """100 pairs take 2 s; 5 short requests, sent afterwards, take a tenth of a second each."""
 
     async def scene() -> tuple[float, list[float]]:
         async with queue(plodding) as batcher:
@@ -127,7 +127,7 @@ def test_the_oldest_moves_on_beside_a_stream_of_short_ones(plodding: Reranker) -
             outcome = await long
             return outcome.seconds
 
-    # 0.6 s alone, and half of the machine is its own.
+    # It takes 0.6 s alone, and half of the machine is reserved for it.
     assert run(scene()) < 10 * 0.6
 
 
@@ -147,7 +147,7 @@ def test_scores_of_mixed_requests_are_those_of_each() -> None:
             expected = recording.score(pairs, raw=True)
             assert outcome.logits == expected.tolist()
             assert all(outcome.scored)
-    # 12 requests of 1 to 12 pairs: some calls held several requests'.
+    # 12 requests of 1 to 12 pairs: some calls contained pairs of several requests.
     sizes = [len(work) for work in fakes.recorded[: -len(outcomes)]]
     assert max(sizes) > 12
 
@@ -155,7 +155,7 @@ def test_scores_of_mixed_requests_are_those_of_each() -> None:
 def test_a_budget_is_kept_and_the_rest_stays_in_order(plodding: Reranker) -> None:
     async def scene() -> RerankOutcome:
         async with queue(plodding) as batcher:
-            await batcher.score(asked(20), 30)  # the engine's speed is known then
+            await batcher.score(asked(20), 30)  # so that the engine's speed is known
             outcome = await batcher.score(asked(100, budget=0.4), 30)
             return outcome
 
@@ -170,7 +170,7 @@ def test_a_budget_is_kept_and_the_rest_stays_in_order(plodding: Reranker) -> Non
 
 @pytest.mark.parametrize("way", ["truncate", "chunk"])
 def test_a_budget_that_is_used_before_its_turn_scores_the_first(way: LongDocuments) -> None:
-    """As `Reranker.rank` does: a document is there to stand for the others."""
+    """Like `Reranker.rank`: one document is scored, and the others get its score."""
 
     async def scene(reranker: Reranker) -> RerankOutcome:
         async with queue(reranker) as batcher:
@@ -191,7 +191,7 @@ def test_a_budget_that_is_used_before_its_turn_scores_the_first(way: LongDocumen
 
 
 def test_a_budget_ends_the_reading_too() -> None:
-    """10 million characters in parts are not all turned into tokens for a budget of a moment."""
+    """With a tiny budget, not all of 10 million characters are tokenized."""
 
     async def scene(reranker: Reranker) -> RerankOutcome:
         async with queue(reranker) as batcher:
@@ -214,7 +214,7 @@ def test_a_budget_ends_the_reading_too() -> None:
 
 
 def test_short_requests_do_not_wait_for_the_reading_of_long_ones() -> None:
-    """Four requests of 5 million characters, of which all are read."""
+    """Four requests of 5 million characters, all of which must be read."""
 
     async def scene(reranker: Reranker) -> tuple[float, bool]:
         async with queue(reranker, 10**9) as batcher:
@@ -240,9 +240,9 @@ def test_short_requests_do_not_wait_for_the_reading_of_long_ones() -> None:
     with Reranker("mini", backend="fakes:length", threads=1) as reranker:
         started = time.perf_counter()
         reranker.engine.prepare(asked(2, text="mars " * 12_000).pairs, None, "tail")
-        little = time.perf_counter() - started  # of a hundredth of the long ones
+        little = time.perf_counter() - started  # for a hundredth of the long requests
         waited, reading = run(scene(reranker))
-    # They were still read; and once they were cancelled, no more.
+    # They were still being read; reading stopped once they were cancelled.
     assert reading
     assert waited < 20 * little
 
@@ -296,7 +296,7 @@ def test_what_takes_too_long_is_given_up(plodding: Reranker) -> None:
                 await batcher.score(asked(100), 0.2)
             assert refused.value.status == 503
             assert time.perf_counter() - start < 1.8
-            # Its items are gone with it: the next one is served at once.
+            # Its items are dropped with it: the next request is served at once.
             outcome = await batcher.score(asked(1), 30)
             assert outcome.seconds < 1.5
             assert batcher.queued == 0
@@ -307,7 +307,7 @@ def test_what_takes_too_long_is_given_up(plodding: Reranker) -> None:
 def test_a_full_queue_refuses_and_says_when(plodding: Reranker) -> None:
     async def scene() -> None:
         async with queue(plodding, tokens=200) as batcher:
-            # More than the limit, but it finds the queue empty.
+            # Above the limit, but accepted because the queue is empty.
             long = asyncio.create_task(batcher.score(asked(50), 30))
             await asyncio.sleep(0.2)
             with pytest.raises(RequestError, match="beyond its limit of 200") as refused:
@@ -330,13 +330,13 @@ def test_a_cancelled_request_leaves_the_queue(plodding: Reranker) -> None:
                 await gone
             assert batcher.queued == 0
             outcome = await batcher.score(asked(1), 30)
-            assert outcome.seconds < 2  # of the 4 s that it would have taken
+            assert outcome.seconds < 2  # instead of the 4 s that it would have taken
 
     run(scene())
 
 
 def test_one_bad_document_fails_its_own_request_alone() -> None:
-    """NaN for pairs of more than 40 tokens, in a call that holds several requests."""
+    """NaN for pairs of more than 40 tokens, in a call with pairs of several requests."""
 
     async def scene(reranker: Reranker) -> list[RerankOutcome | BaseException]:
         async with queue(reranker) as batcher:
@@ -358,7 +358,7 @@ def test_one_bad_document_fails_its_own_request_alone() -> None:
 def test_decoders_in_slices_score_as_they_do_at_once(
     checkpoint_of: Callable[[str], Path], kind: str
 ) -> None:
-    """Prefixes of several requests, each read again in every slice."""
+    """With prefixes of several requests, each read again in every slice."""
 
     async def scene(reranker: Reranker) -> list[RerankOutcome]:
         async with queue(reranker) as batcher:
@@ -376,7 +376,7 @@ def test_decoders_in_slices_score_as_they_do_at_once(
         (head,) = reranker.engine.prepare([("q", "one two " * 5000)], None, "truncate", 8)
         (tail,) = reranker.engine.prepare([("q", "one two " * 5000)], None, "tail", 8)
         whole = reranker.engine.prepare([("q", "one")])[0]
-    # What leads to the document stays in front of its end, and what follows it behind.
+    # The prompt's text before and after the document stays around the document's tail.
     assert len(head.ids) == len(tail.ids)
     assert head.truncated
     assert tail.truncated

@@ -1,7 +1,7 @@
-"""Clients as people have them, pointed at a running server: SDKs, and others' HTTP as they send it.
+"""Real clients against a running server: SDKs, and the HTTP requests of others.
 
-Where a client cannot be installed beside the rest (langchain-cohere wants an older cohere), its
-requests are written out here, with what it reads of the answer.
+If a client cannot be installed next to the others (langchain-cohere needs an older cohere), the
+test sends the client's requests and checks the fields that the client reads from the answer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from serving import serving
 
 from qrank import Ranking, Reranker
 
-# Before litellm is imported: it would look for prices on the net.
+# Set before litellm is imported: it would look up prices on the net.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 
 # Clients leave their sockets to the garbage collector.
@@ -85,7 +85,7 @@ def test_cohere_v1(url: str, expected: list[Ranking]) -> None:
 def test_a_hosted_services_model_names_stand_for_the_only_model(
     url: str, expected: list[Ranking]
 ) -> None:
-    """Clients insist on a name, and people leave what they had."""
+    """Clients require a model name, and people keep the one they had."""
     import cohere
 
     client = cohere.ClientV2(api_key=KEY, base_url=url)
@@ -154,14 +154,14 @@ def test_langchains_jina_rerank(url: str, expected: list[Ranking]) -> None:
 
 
 def test_langchains_cohere_rerank(url: str, expected: list[Ranking]) -> None:
-    """CohereRerank.rerank of langchain-cohere: nulls for what is unset."""
+    """CohereRerank.rerank of langchain-cohere: null for unset fields."""
     asked = {"query": QUERY, "documents": TEXTS, "model": "mini", "top_n": 3}
     answer = post(url, "/v2/rerank", {**asked, "max_tokens_per_doc": None})
     check([(x["index"], x["relevance_score"]) for x in answer["results"]], expected)
 
 
 def test_haystacks_tei_ranker(url: str, expected: list[Ranking]) -> None:
-    """HuggingFaceTEIRanker of haystack: a list, or a dict with an error in it."""
+    """HuggingFaceTEIRanker of haystack: it expects a list, or a dict with an error."""
     asked = {"query": QUERY, "texts": TEXTS, "raw_scores": False, "truncation_direction": "Right"}
     answer = post(url, "/rerank", asked)
     assert isinstance(answer, list)
@@ -169,7 +169,7 @@ def test_haystacks_tei_ranker(url: str, expected: list[Ranking]) -> None:
 
 
 def test_huggingface_hubs_client(url: str, expected: list[Ranking]) -> None:
-    """InferenceClient has no rerank; people post through its session, with its token."""
+    """InferenceClient has no rerank method; people post to its model URL with its token."""
     from huggingface_hub import InferenceClient
 
     client = InferenceClient(model=f"{url}/rerank", token=KEY)

@@ -1,4 +1,4 @@
-"""A new dialect is one object: it gets routes, errors in its shape, OpenAPI and metrics."""
+"""A new dialect is one object that gets routes, errors in its own form, OpenAPI and metrics."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ TOY = Dialect(
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """A server of two models that asks for a key; longer is better."""
+    """A server with two models that requires a key; longer is better."""
     with (
         Reranker("mini", backend="fakes:length") as reranker,
         serving(
@@ -101,7 +101,7 @@ def test_its_neighbours_at_a_path_answer_as_before(url: str) -> None:
     assert "results" in post(documents=["a"]).json()
     assert set(post(texts=[]).json()) == {"error", "error_type"}
     assert set(post(documents=[]).json()) == {"detail"}
-    # A request that no `field` claims belongs to the dialect without one.
+    # A request without any dialect's `field` goes to the dialect that has none.
     assert set(post().json()) == {"detail"}
 
 

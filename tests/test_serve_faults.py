@@ -1,4 +1,4 @@
-"""What goes wrong around a server: clients that hang up, dawdle or shout, and failing backends."""
+"""Faults around a server: clients that hang up, are slow or send too much; failing backends."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LIMITS = Limits(body=1_000_000, body_seconds=2.0, queue_tokens=2_000)
 
 @pytest.fixture(scope="module")
 def plodding() -> Iterator[str]:
-    """20 ms a pair."""
+    """A server that takes 20 ms per pair."""
     with (
         Reranker("mini", backend="fakes:plodding", threads=1) as reranker,
         serving({"mini": reranker}, limits=LIMITS) as url,
@@ -61,7 +61,7 @@ def request(count: int) -> bytes:
 
 
 def everything(client: socket.socket) -> bytes:
-    """What the server sends until it closes the connection."""
+    """Everything that the server sends until it closes the connection."""
     found = b""
     while block := client.recv(4096):
         found += block
@@ -74,7 +74,7 @@ def sample(url: str, name: str) -> float:
 
 
 def lives(url: str) -> None:
-    """A request is answered as ever."""
+    """Check that the server still answers a request."""
     answer = httpx.post(f"{url}/v1/rerank", json=body("/v1/rerank", ["a"]), timeout=60)
     assert answer.status_code == 200, answer.text
 
@@ -131,7 +131,7 @@ def test_many_large_bodies_at_a_time_are_refused(plodding: str) -> None:
     finally:
         for client in clients:
             client.close()
-    # The others' bodies do not end.
+    # The others' bodies never end.
     assert set(answers) == {b"429", b"408"}
     lives(plodding)
 
@@ -160,13 +160,13 @@ def test_a_head_that_dawdles_is_given_up(plodding: str, monkeypatch: pytest.Monk
         assert client.recv(100).startswith(b"HTTP/1.1 200")
         client.sendall(b"POST /rer")
         assert b"HTTP/1.1" not in everything(client)
-    # The time is for the head: what is asked may take longer.
+    # The time limit is for the request's head: scoring may take longer.
     answer = httpx.post(f"{plodding}/v1/rerank", json=body("/v1/rerank", ["a"] * 40), timeout=60)
     assert answer.status_code == 200
 
 
 def test_uvicorn_has_the_private_parts_that_are_built_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raise the bound in pyproject.toml once this and the tests around it pass."""
+    """Raise the upper bound in pyproject.toml once this and the tests around it pass."""
     seen: list[server.Protocol] = []
 
     class Seen(server.Protocol):
@@ -232,7 +232,7 @@ def test_nan_fails_the_request_and_says_so(path: str) -> None:
 
 
 def test_a_backend_that_raises_on_every_tenth_batch() -> None:
-    """Alone, every tenth request fails and says why; among others, no other fails with it."""
+    """Sent one by one, every tenth request fails and says why; sent together, no others fail."""
     with (
         Reranker("mini", backend="fakes:failing") as reranker,
         serving({"mini": reranker}) as url,
@@ -256,7 +256,7 @@ def test_a_backend_that_raises_on_every_tenth_batch() -> None:
 
 
 def load(url: str, stop: threading.Event, answers: list[int], lost: list[Exception]) -> None:
-    """Ask over one connection, again and again, until the server takes none any more."""
+    """Send requests over one connection until stopped or the server refuses connections."""
     with httpx.Client(base_url=url, timeout=60) as client:
         while not stop.is_set():
             try:
@@ -277,7 +277,7 @@ def test_sigterm_under_load_loses_nothing() -> None:
         for client in clients:
             client.start()
         with connect(url) as slow, connect(url) as idle:
-            slow.sendall(request(60))  # 1.2 s of work, and half of the machine
+            slow.sendall(request(60))  # 1.2 s of work, on half of the machine
             wait_for(lambda: len(answers) > 40)
             server_process.send_signal(signal.SIGTERM)
             wait_for(lambda: not all(client.is_alive() for client in clients))
@@ -307,7 +307,7 @@ def test_a_server_that_drains_says_so() -> None:
 
 
 def test_a_queue_that_fails_ends_the_server() -> None:
-    """Who waits gets an error at once, and a supervisor starts it again."""
+    """Waiting requests get an error at once; the server exits, so a supervisor can restart it."""
     with process("--backend", "fakes:queue_breaking", "--threads", "1") as (url, running):
         started = time.monotonic()
         answer = httpx.post(f"{url}/v1/rerank", json=body("/v1/rerank", ["a"] * 200), timeout=60)
@@ -344,7 +344,7 @@ def test_a_budget_scores_one_document_at_least(plodding: str, path: str) -> None
 
 
 def test_a_budget_is_kept(plodding: str) -> None:
-    """40 pairs take 0.8 s."""
+    """40 pairs would take 0.8 s."""
     asked = {**body("/v1/rerank", ["a"] * 40), "budget_ms": 200}
     results = httpx.post(f"{plodding}/v1/rerank", json=asked, timeout=60).json()["results"]
     left = [item for item in results if item.get("scored") is False]
@@ -355,7 +355,7 @@ def test_a_budget_is_kept(plodding: str) -> None:
 
 
 def resident(number: int) -> int:
-    """A process's memory, in bytes."""
+    """A process's resident memory, in bytes."""
     status = Path(f"/proc/{number}/status")
     if not status.exists():
         pytest.skip("no /proc here")
@@ -364,7 +364,7 @@ def resident(number: int) -> int:
 
 
 def test_500_requests_of_random_shapes() -> None:
-    """All are answered in order, and memory stays; benchmarks/serve.py --soak asks for 20,000."""
+    """All are answered in order, memory does not grow; benchmarks/serve.py --soak sends 20,000."""
     random = np.random.default_rng(0)
     words = "mars red planet bread wine venus stone light water field".split()
 

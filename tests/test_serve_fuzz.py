@@ -1,4 +1,4 @@
-"""Whatever the OpenAPI schema allows, and much that it does not: never a 5xx."""
+"""No request, allowed by the OpenAPI schema or not, may cause a 5xx."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qrank.serve.request import Limits
 
 @pytest.fixture(scope="module")
 def schema() -> Iterator[Any]:
-    """The API of a running server."""
+    """The OpenAPI schema of a running server."""
     with (
         Reranker("mini", backend="fakes:length") as reranker,
         serving({"mini": reranker}, limits=Limits(documents=50, body=100_000)) as url,
@@ -29,9 +29,9 @@ def schema() -> Iterator[Any]:
 @pytest.mark.filterwarnings("ignore")
 def test_no_input_makes_the_server_fail(schema: Any) -> None:
     statuses: set[int] = set()
-    # By hand: schemathesis' own plugin does not know this pytest yet.
+    # Without schemathesis' own plugin, which does not support this pytest version yet.
     for operation in (found.ok() for found in schema.get_all_operations()):
-        # A GET has no arguments that could be wrong.
+        # A GET has no arguments that could be invalid.
         for mode in list(GenerationMode)[: 1 if operation.method == "get" else None]:
 
             @settings(max_examples=25, suppress_health_check=list(HealthCheck), database=None)
@@ -41,5 +41,5 @@ def test_no_input_makes_the_server_fail(schema: Any) -> None:
                 statuses.add(response.status_code)
 
             fuzz()
-    # What is right gets through, and what is wrong is met.
+    # Valid requests succeed, and invalid ones are refused.
     assert {200, 422} <= statuses

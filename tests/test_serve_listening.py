@@ -1,4 +1,4 @@
-"""Where `qrank serve` listens, what it says of that, and how its options reach the models."""
+"""Where `qrank serve` listens, what it reports, and how its options reach the models."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def length() -> Iterator[Reranker]:
 
 @pytest.fixture
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder whose path is short: a socket's may have about a hundred bytes."""
+    """A folder with a short path: a socket's path is limited to about a hundred bytes."""
     path = tmp_path_factory.getbasetemp().parent / f"s{os.getpid()}"
     path.mkdir()
     yield path
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def asked_at(path: Path) -> int:
-    """The status of a request over a Unix socket."""
+    """Send a request over a Unix socket; return its status."""
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), timeout=60) as client:
         return client.post("http://a/v1/rerank", json=body("/v1/rerank", ["a"])).status_code
 
@@ -110,7 +110,7 @@ def test_an_address_that_cannot_be_had_names_the_option() -> None:
         done = CliRunner().invoke(main, ["serve", "--port", str(port)])
     assert done.exit_code == 1
     assert "--host 127.0.0.1" in done.stderr
-    # Of a block for documentation.
+    # An address from a block reserved for documentation.
     with pytest.raises(QrankError, match=r"--host 192\.0\.2\.1 --port 0: "):
         listen("192.0.2.1", 0)
 

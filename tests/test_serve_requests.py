@@ -1,4 +1,4 @@
-"""What a request may look like: paths, methods, encodings, and errors in words."""
+"""Forms of requests: paths, methods, encodings, and error messages."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_other_names_answer_as_the_routes_they_stand_for(client: httpx.Client) -
         else:
             assert client.get(alias).json() == client.get(path).json()
     assert client.get("/").json() == {"status": "ok"}
-    # llama.cpp's takes both forms at each of its names.
+    # llama.cpp's server takes both forms at each of its paths.
     found = client.post("/reranking", json={"query": QUERY, "documents": TEXTS})
     assert [set(x) for x in results(found)] == [{"index", "relevance_score", "document"}] * 5
 
@@ -105,14 +105,14 @@ def test_other_names_are_counted_as_their_routes_and_need_a_key(length: Reranker
     [("/rank", True), ("/rank", False), ("/a/b", True), ("/v1", False), ("/api", False)],
 )
 def test_behind_a_proxys_prefix(length: Reranker, root: str, stripped: bool) -> None:
-    """Every address in an answer is one that the proxy has, whether it strips the prefix or not."""
+    """Every address in an answer is valid at the proxy, whether it strips the prefix or not."""
     with (
         serving({"mini": length}, root=root) as url,
         httpx.Client(base_url=url, timeout=60) as client,
     ):
 
         def there(path: str) -> str:
-            """A path as the client asks the proxy for it -> as it comes here."""
+            """Path that the client requests from the proxy -> path that reaches the server."""
             assert path.startswith(root)
             return path.removeprefix(root) if stripped else path
 
@@ -134,7 +134,7 @@ def test_behind_a_proxys_prefix(length: Reranker, root: str, stripped: bool) -> 
 
 
 def bare(content: bytes) -> bytes:
-    """Deflate as some clients have it: without zlib's head."""
+    """Compress with raw deflate, like some clients: without zlib's header."""
     compressor = zlib.compressobj(wbits=-15)
     return compressor.compress(content) + compressor.flush()
 
@@ -179,7 +179,7 @@ def test_bodies_that_cannot_be_decompressed(client: httpx.Client, path: str) -> 
         assert answer.status_code == status, (coding, answer.text)
         assert text in message(path, answer.json())
         assert ("accept-encoding" in answer.headers) is (status == 415)
-    for _ in range(20):  # what was refused is not held
+    for _ in range(20):  # refused requests hold no memory
         test_bodies_may_be_compressed(client, path, "gzip")
 
 

@@ -1,4 +1,4 @@
-"""What changes beyond the longest probe: sliding windows, and positions scaled by the length."""
+"""Effects only beyond the longest probe: sliding windows and length-dependent position scaling."""
 
 import json
 import logging
@@ -49,7 +49,7 @@ PAIRS = [("why", document) for document in DOCUMENTS]
 
 
 def reference(folder: Path, family: str) -> Logits:
-    """By transformers' own forward pass, each pair alone and whole."""
+    """Logits from transformers' own forward pass, one whole pair at a time."""
     checkpoint = read_checkpoint(str(folder), family=family)
     tokenizer = PairTokenizer(json.dumps(checkpoint.text_tokenizer()), checkpoint.family)
     model = AutoModelForCausalLM.from_pretrained(
@@ -145,14 +145,14 @@ def test_other_models_see_their_window(
 
 @pytest.fixture(scope="module")
 def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With positions, too, whose scale transformers chooses as it runs."""
+    """Qwen3 with sliding windows and longrope, whose scale transformers chooses at run time."""
     longrope = {**ROPES["longrope"], "original_max_position_embeddings": LENGTH}
     folder = tmp_path_factory.mktemp("windowed") / "model"
     return qwen3(folder, **MIXED, rope_parameters=longrope)
 
 
 def test_an_exported_graph_sees_it_too(windowed: Path, tmp_path: Path) -> None:
-    """The one graph that ONNX Runtime and OpenVINO run."""
+    """The same graph is for ONNX Runtime and OpenVINO."""
     target = tmp_path / "bundle"
     bundle = convert(str(windowed), [("onnx", "fp32")], target, family="qwen3-reranker").folder
     theirs = reference(windowed, "qwen3-reranker")
@@ -167,7 +167,7 @@ def test_llama_cpp_has_none_and_says_so(windowed: Path, tmp_path: Path) -> None:
 
 
 def test_prebuilt_files_of_a_windowed_model_are_refused(windowed: Path, tmp_path: Path) -> None:
-    """Whoever made them may have forgotten it, and the probes are too short to tell."""
+    """The exporter may have dropped the window, and the probes are too short to notice."""
     out = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [1])
     node = onnx.helper.make_node("Constant", [], ["logits"], value_floats=[1.0])
     graph = onnx.helper.make_graph([node], "g", [], [out])
@@ -208,7 +208,7 @@ def card(folder: Path, max_length: int | None) -> str:
 
 
 def test_a_model_whose_window_is_not_built_is_read_up_to_it(tmp_path: Path) -> None:
-    """And its score, squeezed behind the output matrix, is no row times a hidden state."""
+    """Its soft-capped score is not a row of the output matrix times a hidden state: refused too."""
     config = Gemma2Config(**SIZES, head_dim=16, sliding_window=WINDOW, final_logit_softcapping=2.0)
     folder = tiny_decoders.save(tmp_path / "model", Gemma2ForCausalLM, config)
     with pytest.raises(FamilyError, match=f"sliding_window = {WINDOW}.*max_length = {WINDOW}"):
@@ -224,7 +224,7 @@ def test_scaled_positions_are_the_originals_at_every_length(
     folder = qwen3(tmp_path / "model", rope_parameters=ROPES[kind])
     with caplog.at_level(logging.WARNING, "qrank"):
         limit = read_checkpoint(str(folder), family="qwen3-reranker").family.max_length
-    # Beyond, longrope scales otherwise, for short pairs of a batch as well.
+    # Beyond this, longrope scales differently, also for shorter pairs in the same batch.
     assert limit == (SHORT if kind == "longrope" else LENGTH)
     assert ("longrope" in caplog.text) == (kind == "longrope")
     np.testing.assert_allclose(

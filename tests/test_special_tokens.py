@@ -1,4 +1,4 @@
-"""Special tokens inside a text are text; everything else is tokenized as transformers does."""
+"""Special tokens inside a text are text; everything else is tokenized as in transformers."""
 
 import json
 import unicodedata
@@ -30,14 +30,14 @@ REAL = Path(__file__).parents[2] / "shared" / "data" / "tokenizers"
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny checkpoint, qrank's tokenizer of it, and the ids no text may give."""
+    """A tiny checkpoint, qrank's tokenizer for it, and the ids that no text may produce."""
 
     checkpoint: Checkpoint
     tokenizer: PairTokenizer
     control: frozenset[int]
 
     def pair(self, query: str, document: str) -> list[int]:
-        """A pair as qrank reads it."""
+        """The ids of a pair by qrank's tokenizer."""
         return [int(number) for number in self.tokenizer.whole(query, document)[0]]
 
 
@@ -88,12 +88,12 @@ def test_each_special_token_is_read_and_not_dropped(case: Case, special: str) ->
 
 
 def ordinary(text: str) -> bool:
-    """Whether nothing in a text is a special token, after any normalization either."""
+    """Whether a text contains no special token, even after normalization."""
     forms = [text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFKC"))]
     return not any(special in form for special in SPECIAL for form in forms)
 
 
-# A limit of characters that leaves room for both: up to four tokens of bytes a character.
+# Short enough for both texts to fit: a character may take up to four byte tokens.
 ORDINARY = st.text(st.characters(exclude_categories=["Cs"]), max_size=16).filter(ordinary)
 PLAIN = st.lists(
     st.sampled_from(
@@ -107,7 +107,7 @@ PLAIN = st.lists(
 def test_ordinary_text_is_read_as_transformers_reads_it(
     case: Case, query: str, document: str
 ) -> None:
-    # As a batch of one: a single empty document would count as no document at all.
+    # Use a batch of one: without a batch, an empty document counts as no document.
     (theirs,) = case.checkpoint.tokenizer(
         [query], [document], truncation="only_second", max_length=tiny.MAX_LENGTH
     )["input_ids"]
@@ -117,7 +117,7 @@ def test_ordinary_text_is_read_as_transformers_reads_it(
 @pytest.mark.parametrize("kind", ["modernbert-mean"], scope="session")
 @pytest.mark.parametrize("spaces", [1, 2, 3, 12, 24, 25, 60])
 def test_runs_of_spaces_keep_their_tokens(case: Case, spaces: int) -> None:
-    """ModernBERT's tokenizer adds 2 to 24 spaces as tokens that are not special."""
+    """ModernBERT's tokenizer has added tokens for 2 to 24 spaces that are not special."""
     text = f"if mars:{' ' * spaces}return\n{' ' * spaces}x"
     original = case.checkpoint.tokenizer.backend_tokenizer
     theirs = original.encode(text, add_special_tokens=False).ids
@@ -143,7 +143,7 @@ TEXTS = [
 
 
 def real(name: str) -> tuple[Tokenizer, Tokenizer]:
-    """A real tokenizer, and the one made of it."""
+    """A real tokenizer, and the one made from it."""
     path = REAL / name / "tokenizer.json"
     if not path.is_file():
         pytest.skip(f"the real tokenizer of {name} is not at {path}")

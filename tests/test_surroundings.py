@@ -1,4 +1,4 @@
-"""qrank runs where it is put: no writable home, no network, one thread; and leaves no traces."""
+"""qrank runs without a writable home or network, or with one thread, and leaves no traces."""
 
 import json
 import os
@@ -33,7 +33,7 @@ with Reranker(sys.argv[1], backend="onnx", threads=int(sys.argv[2])) as reranker
 def python(
     code: str, *arguments: str | Path, folder: Path, **variables: str | Path
 ) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own: what surrounds it is read once."""
+    """Run code in a separate process, because the environment is read only once."""
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
@@ -46,11 +46,11 @@ def python(
 
 @pytest.fixture
 def copy(tmp_path: Path, bundle: Path) -> Path:
-    """A bundle that may be changed."""
+    """A modifiable copy of a bundle."""
     return Path(shutil.copytree(bundle, tmp_path / "bundle"))
 
 
-# /dev/null is a file: nothing can be written below it, not even by root.
+# /dev/null is not a folder: nothing can be written below it, not even by root.
 @pytest.mark.parametrize(
     "variables",
     [
@@ -100,7 +100,7 @@ def test_without_network_a_hub_id_is_told_at_once(tmp_path: Path) -> None:
 
 
 def test_hashes_are_remembered(own_cache: Path, copy: Path) -> None:
-    """Shown by a change that keeps size and time: only hashing can see it."""
+    """Tested with a change that keeps size and time, so only hashing can detect it."""
     Reranker(copy).close()
     tokenizer = copy / "tokenizer.json"
     before = tokenizer.stat()
@@ -131,7 +131,7 @@ def test_a_changed_file_is_hashed_again(own_cache: Path, copy: Path) -> None:
 
 
 def test_the_proof_is_remembered(own_cache: Path, copy: Path) -> None:
-    """Shown by wrong probes: refused when looked at, and not looked at when known as proven."""
+    """Tested with wrong probes: refused when checked, but not checked if the proof is stored."""
     with Reranker(copy, backend="onnx-int8") as reranker:
         options = reranker.choice.options
     (path,) = (own_cache / "proofs").iterdir()

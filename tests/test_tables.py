@@ -1,4 +1,4 @@
-"""The documentation says what backends say of themselves."""
+"""The documentation matches what the backends declare."""
 
 from pathlib import Path
 

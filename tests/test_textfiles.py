@@ -1,4 +1,4 @@
-"""Text files however they come: compressed, with a byte order mark, piped, not quite UTF-8."""
+"""Text files in many forms: compressed, with a byte order mark, piped, not quite UTF-8."""
 
 import bz2
 import gzip
@@ -35,7 +35,7 @@ ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32"]
 ENDS = ["\n", "\r\n", "\r"]
 LINES = ["mars is red", "", "  blank\tand tab ", "می\u200cخواهم", "👩\u200d🚀 火星", "last"]
 
-# What ends a line, and the mark at a text's beginning, are no part of one.
+# Line ends and a byte order mark are not part of a line.
 lines = st.lists(st.text(st.characters(exclude_characters="\r\n\0\ufeff", codec="utf-8")))
 
 
@@ -46,7 +46,7 @@ def written(path: Path, data: bytes) -> Path:
 
 @contextmanager
 def piped(tmp_path: Path, data: bytes) -> Iterator[Path]:
-    """A named pipe that gives data once."""
+    """A named pipe that provides data once."""
     if not hasattr(os, "mkfifo"):
         pytest.skip("no named pipes here")
     path = tmp_path / f"pipe{len(list(tmp_path.iterdir()))}"
@@ -84,7 +84,7 @@ def test_every_text_is_read_as_it_is_and_found_again(
     try:
         file = TextFile(path)
     except InputError as error:
-        # Nothing but control characters is no text, and some are another file's beginning.
+        # Control characters only are not text, and some bytes are another file type's signature.
         assert " is " in str(error)  # noqa: PT017
         return
     with file:
@@ -136,7 +136,7 @@ def test_bytes_that_are_no_text_are_counted_and_told_once(
 
 
 def zstd(data: bytes) -> bytes:
-    """One raw block behind a header that tells no size: RFC 8878."""
+    """One raw block after a header without a size: RFC 8878."""
     return b"\x28\xb5\x2f\xfd\x00\x58" + (len(data) << 3 | 1).to_bytes(3, "little") + data
 
 
@@ -183,7 +183,7 @@ def test_what_is_no_text_is_refused_in_one_line(bundle: Path, tmp_path: Path, ki
 
 
 class Options:
-    """Every option that takes a text file, with a file for it and what of it a command shows."""
+    """Every option that takes a text file, with a file for it and commands that use it."""
 
     def __init__(self, folder: Path, bundle: Path) -> None:
         def json_lines(*records: dict[str, Any]) -> str:
@@ -217,7 +217,7 @@ def options(tmp_path: Path, bundle: Path) -> Options:
 
 
 def result_of(printed: str) -> list[str]:
-    """What commands print, without eval's notes: names of folders, and what was known already."""
+    """A command's output, without eval's notes on folder names and cached results."""
     table = [line for line in printed.splitlines() if line.startswith("fakes:")]
     return table or printed.splitlines()
 
@@ -240,7 +240,7 @@ def test_every_option_that_takes_a_file_reads_it_rightly(
 
 
 def test_every_option_that_takes_a_file_takes_a_pipe(options: Options, bundle: Path) -> None:
-    """By process substitution, and one of them on standard input."""
+    """With process substitution, and one of them with standard input."""
     if not Path("/dev/fd").exists():
         pytest.skip("no process substitution here")
     for name in ("run", "eval"):
@@ -282,7 +282,7 @@ def test_a_file_may_be_called_a_dash(
 
 
 def test_small_files_are_read_by_the_same_reader(tmp_path: Path) -> None:
-    """A card of the user's own, and a server's keys."""
+    """A user's own card, and a server's keys."""
     from qrank.converters.checkpoint.card import find_card
     from qrank.serve.keys import read_keys
 
@@ -301,7 +301,7 @@ def test_small_files_are_read_by_the_same_reader(tmp_path: Path) -> None:
 def test_the_place_for_copies_is_named_when_it_is_full(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that cannot be written to stands for one on a full disk."""
+    """A file that cannot be written to simulates a full disk."""
 
     class Full(io.BytesIO):
         def __init__(self, size: int) -> None:

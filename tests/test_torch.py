@@ -1,4 +1,4 @@
-"""Checkpoints as they are: `backend="torch"`."""
+"""Unconverted checkpoints: `backend="torch"`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ def bert(checkpoint_of: Callable[[str], Path]) -> Path:
 
 
 def test_it_gives_the_probes_their_logits(bert: Path, bundle: Path) -> None:
-    """Those were computed pair by pair with another attention."""
+    """The probes' logits were computed pair by pair with another attention implementation."""
     probes = Manifest.load(bundle).probes
     original, _ = backend.as_bundle(str(bert))
     variant = original.manifest.variants["torch-fp32"]

@@ -1,4 +1,4 @@
-"""A format of another package (`toy`) takes part in everything, without a word of it in qrank."""
+"""A format of another package (`toy`) works everywhere, without any code for it in qrank."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ PASSAGES = "mars is the red planet\nbread is baked\nred wine\n"
 
 @pytest.fixture(autouse=True)
 def _toy(own_cache: Path, plug_in: Callable[..., None]) -> None:
-    """Install it, into a cache of its own."""
+    """Install the backend, with a separate cache per test."""
     plug_in(toy="toy:SPEC")
 
 
@@ -28,7 +28,7 @@ def qrank_(*arguments: str | Path, stdin: str = "") -> Result:
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the first test that converts leaves the bundle."""
+    """Path where the first test that converts writes the bundle."""
     return tmp_path_factory.mktemp("toy") / "bundle"
 
 

@@ -1,4 +1,4 @@
-"""Long texts: the same tokens as of the whole text, in memory and threads that are bounded."""
+"""Long texts: the same tokens as for the whole text, with bounded memory and threads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 
 
 def text_only(path: Path, normalizer: object = None, pre_tokenizer: object = None) -> Tokenizer:
-    """A checkpoint's tokenizer as a bundle has it, or a variation of it."""
+    """A checkpoint's tokenizer as in a bundle, or with other parts."""
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     tokenizer.normalizer = normalizer or tokenizer.normalizer
     tokenizer.pre_tokenizer = pre_tokenizer or tokenizer.pre_tokenizer
@@ -37,7 +37,7 @@ def text_only(path: Path, normalizer: object = None, pre_tokenizer: object = Non
 
 
 def gemma() -> Tokenizer:
-    """Of Gemma's kind: BPE over the whole text, whose spaces are characters like others."""
+    """A tokenizer like Gemma's: BPE over the whole text, with spaces like any other character."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -78,7 +78,7 @@ def encoded(tokenizer: Tokenizer, text: str) -> Tokens:
     return Tokens(np.array(found.ids, np.int32), spans)
 
 
-# What some tokenizer cuts, drops, joins, counts or puts in another order.
+# Text that some tokenizer splits, drops, joins, counts or reorders.
 PIECES = (
     *("mars is red ", "planet", "m", "ab", "aab", "zq", "don't ", "é", "ﬁ", "한", "का"),
     *(" ", "\n", "  \n", "\t", "\u00a0", "\u3000", "\u200b", "a\u200b", "\ufffd"),
@@ -118,7 +118,7 @@ def test_windows_have_the_tokens_of_the_whole_text(
     whole = encoded(tokenizer, text)
     found = windows.read(text)
     assert found.ids.tolist() == whole.ids.tolist()
-    # Of blanks that become one, which one the tokenizer names depends on how many it saw.
+    # If blanks are joined, the one in the token's offsets depends on how many were read.
     strays = 1 if "joined" in kind else 0
     assert (np.abs(found.spans - whole.spans) <= strays).all()
     some = windows.read(text, most).ids
@@ -136,7 +136,7 @@ def pieces(
     checkpoint_of: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[PairTokenizer, Tokenizer]:
-    """A pair tokenizer of each kind, and the tokenizer in it."""
+    """A pair tokenizer of each kind, and its inner tokenizer."""
     kind: str = request.param
     folder = checkpoint_of(kind)
     tokenizer = text_only(folder)
@@ -158,7 +158,7 @@ TEXTS = {
 def test_a_long_document_is_read_as_if_at_once(
     pieces: tuple[PairTokenizer, Tokenizer], name: str
 ) -> None:
-    """Its beginning, its end and its parts; another one beside it."""
+    """Its head, tail and chunks; also next to another document."""
     ours, tokenizer = pieces
     text = TEXTS[name]
     prompt = ours.prompt("which planet?")
@@ -199,7 +199,7 @@ with Reranker("mini", backend="fakes:length", max_memory=300 * 2**20, threads=2)
 
 
 def python(code: str, **variables: str) -> str:
-    """What code prints, in a process of its own."""
+    """Run code in a separate process; return its output."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(HERE), **variables},
@@ -211,7 +211,7 @@ def python(code: str, **variables: str) -> str:
 
 
 def test_a_text_of_7_mb_takes_a_few_times_its_size() -> None:
-    """As a document, beside others as long, as a query; a part of it at its end and in parts."""
+    """As a document next to other long ones, and as a query; a part of it with tail and chunk."""
     pytest.importorskip("resource")
     assert float(python(MEMORY)) < 5
 
@@ -249,6 +249,6 @@ print(sorted(running)[len(running) // 2])
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc here")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_no_more_threads_tokenize_than_there_may(threads: int) -> None:
-    """Of a pool of 16, as the library has on a machine of 16 cores."""
+    """With a pool of 16 threads, as the library has on a machine with 16 cores."""
     code = f"import sys; sys.argv.append('{threads}')\n{THREADS}"
     assert int(python(code, RAYON_NUM_THREADS="16")) <= threads

@@ -1,7 +1,7 @@
-"""Tiny random checkpoints with tokenizers of their own, as transformers saves them.
+"""Tiny random checkpoints with their own tokenizers, as saved by transformers.
 
-Each function fills a folder and returns it. Weights are drawn so widely that logits spread over
-several units: only then does an order of documents mean anything.
+Each function fills a folder and returns it. Weights have a spread wide enough for logits to
+spread over several units; otherwise an order of documents would be meaningless.
 """
 
 from __future__ import annotations
@@ -45,33 +45,33 @@ VARIANTS = tuple(
     for precision in format.made
     if not (precision == "int8-w8a8" and saturates())
 )
-"""Every (format, precision) that runs here: what bundles made of tiny checkpoints hold."""
+"""Every (format, precision) that runs on this machine: the variants of tiny bundles."""
 
 MAX_LENGTH = 160
-"""Tokens that every tiny model reads."""
+"""Maximum number of tokens of every tiny model."""
 
 disable_progress_bar()
 
 _WIDTH = 64
 _VOCABULARY = 1200
-"""With _WIDTH, enough for int8 to find the word embeddings worth quantizing."""
+"""With _WIDTH, large enough for int8 to quantize the word embeddings."""
 
 _POOLER_GAIN, _MODERN_GAIN = 10.0, 1.5
-"""What a random head is multiplied by, so that logits spread over about 5 units."""
+"""Factors for a random head, so that logits spread over about 5 units."""
 
 
 def bert(folder: Path) -> Path:
-    """BERT with two segments: WordPiece, lower case."""
+    """BERT with two segments: WordPiece, lowercase."""
     return _bert(folder, segments=2)
 
 
 def bert_one_segment(folder: Path) -> Path:
-    """BERT whose configuration knows one token type: it takes no `token_type_ids`."""
+    """BERT with one token type in its configuration: it takes no `token_type_ids`."""
     return _bert(folder, segments=1)
 
 
 def xlm_roberta(folder: Path) -> Path:
-    """XLM-RoBERTa: Unigram pieces that, like the real ones, hold `<s>`, `<pad>`, `<mask>`."""
+    """XLM-RoBERTa: Unigram pieces that include `<s>`, `<pad>` and `<mask>`, like the real ones."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -79,7 +79,7 @@ def xlm_roberta(folder: Path) -> Path:
     )
     characters, words = _pieces(tokenizer)
     pieces = dict.fromkeys(special, 0.0) | dict.fromkeys(characters, -9.0)
-    # Longer is likelier, and no two words are equally likely: one way to cut a text is the best.
+    # Words are likelier than characters, all differently, so that one segmentation is the best.
     pieces |= {word: -6.0 - i / 1000 for i, word in enumerate(words) if len(word) > 1}
     pieces["<mask>"] = 0.0
     tokenizer.model = models.Unigram(list(pieces.items()), unk_id=3)
@@ -134,7 +134,7 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "modernbert-mean": modernbert_mean,
     "modernbert-cls": modernbert_cls,
 }
-"""Every kind of tiny checkpoint, by a name that says nothing of its family's card."""
+"""Every kind of tiny checkpoint, by a name that does not reveal its family's card."""
 
 
 def edit_config(folder: Path, **values: Any) -> None:
@@ -150,8 +150,8 @@ def widen(model: PreTrainedModel, head: torch.nn.Linear, gain: float) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
-                # Wide enough for attention to choose and for biases to matter, and no wider:
-                # a chaotic network would magnify int8's rounding as no trained one does.
+                # Wide enough for attention to be selective and for biases to matter, but no wider:
+                # a chaotic network would amplify int8's rounding more than any trained one.
                 wide = 0.6 if "embedding" in name else 1.0 / parameter.shape[1] ** 0.5
                 torch.nn.init.normal_(parameter, std=wide)
             elif name.endswith("bias"):
@@ -206,8 +206,8 @@ def _modernbert(folder: Path, pooling: str) -> Path:
     )
     content = json.loads(tokenizer.to_str())
     content["added_tokens"][0]["special"] = False
-    # As in the real one: runs of 24 to 2 spaces, and the special tokens of BERT. The name in front
-    # of the runs lies behind them there; here it shows whether they keep their ids without it.
+    # As in the real one: runs of 24 to 2 spaces, and BERT's special tokens. The token before the
+    # runs comes after them there; here it tests whether the runs keep their ids without it.
     runs = [" " * count for count in range(24, 1, -1)]
     plain = ["|||EMAIL_ADDRESS|||", *runs]
     marks = ["<|endoftext|>", "[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "[unused0]"]
@@ -231,7 +231,7 @@ def _modernbert(folder: Path, pooling: str) -> Path:
         num_attention_heads=4,
         intermediate_size=2 * _WIDTH,
         max_position_embeddings=MAX_LENGTH,
-        # Layer 0 sees everything, layers 1 and 2 eight tokens to either side.
+        # Layer 0 attends to everything, layers 1 and 2 to eight tokens on either side.
         global_attn_every_n_layers=3,
         local_attention=16,
         classifier_pooling=pooling,
@@ -251,9 +251,9 @@ def _modernbert(folder: Path, pooling: str) -> Path:
 
 
 def _pieces(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
-    """Characters of the texts, and every second word: the others have to be put together.
+    """Characters of the texts, and every second word; the other words need several pieces.
 
-    The trainers of these two kinds of tokenizer give other pieces each time.
+    Used because the trainers of these two kinds of tokenizer return different pieces each time.
     """
     words: set[str] = set()
     for text in texts():
@@ -264,7 +264,7 @@ def _pieces(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
 
 
 def texts() -> list[str]:
-    # With the characters that special tokens are written in: none of them is unknown.
+    # Include all characters that special tokens are written with, so that none is unknown.
     letters = [" ".join(map(chr, range(33, 127)))] * 9
     return [text for pair in probe_pairs() for text in pair] + letters
 

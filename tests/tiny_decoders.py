@@ -1,4 +1,4 @@
-"""Tiny random causal models, as `tiny` has encoders, with a tokenizer of Qwen's kind."""
+"""Tiny random causal models, like the encoders in `tiny`, with a tokenizer like Qwen's."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from transformers import (
 from qrank.converters.checkpoint.card import cards
 
 VARIANTS = tuple(row for row in tiny.VARIANTS if row != ("openvino", "int8-w8a8"))
-"""Every (format, precision) that there is of decoders."""
+"""Every (format, precision) that is available for decoders."""
 
 MAX_LENGTH = 2304
-"""Tokens that every tiny decoder reads: its template, and a document of 2,000."""
+"""Maximum number of tokens of every tiny decoder: the template and a document of 2,000."""
 
 _WIDTH = 64
 _VOCABULARY = 1200
@@ -39,11 +39,11 @@ _WORDS = Regex(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""What Qwen's tokenizer cuts text into before anything merges."""
+"""The pieces that Qwen's tokenizer splits text into before merging."""
 
 GAIN = 1.5
-"""What attention adds is multiplied by, or logits hardly differ: the last token is always the
-same."""
+"""Factor for attention's output weights: without it, logits hardly differ, because the last
+token is always the same."""
 
 SIZES = {
     "vocab_size": _VOCABULARY,
@@ -57,38 +57,38 @@ SIZES = {
 
 
 def qwen3(folder: Path) -> Path:
-    """As Qwen3-Reranker: two labels, and a tied output matrix."""
+    """Like Qwen3-Reranker: two labels and a tied output matrix."""
     return save(
         folder, Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True)
     )
 
 
 def zerank(folder: Path) -> Path:
-    """As zerank: one label, and an output matrix of its own."""
+    """Like zerank: one label and an untied output matrix."""
     return save(
         folder, Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=False)
     )
 
 
 def qwen3_seq_cls(folder: Path) -> Path:
-    """As tomaarsen/Qwen3-Reranker-0.6B-seq-cls: a score head instead of labels."""
+    """Like tomaarsen/Qwen3-Reranker-0.6B-seq-cls: a score head instead of labels."""
     config = Qwen3Config(**SIZES, head_dim=16, num_labels=1, pad_token_id=0)
     return save(folder, Qwen3ForSequenceClassification, config)
 
 
 def mxbai(folder: Path) -> Path:
-    """As mxbai-rerank-v2: biases in attention."""
+    """Like mxbai-rerank-v2: biases in attention."""
     return save(folder, Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True))
 
 
 def gemma(folder: Path) -> Path:
-    """As bge-reranker-v2-gemma: one head of keys, and embeddings that are scaled."""
+    """Like bge-reranker-v2-gemma: one key-value head and scaled embeddings."""
     sizes = {**SIZES, "num_key_value_heads": 1}
     return save(folder, GemmaForCausalLM, GemmaConfig(**sizes, head_dim=32))
 
 
 def llama(folder: Path) -> Path:
-    """As a user's own: Llama, with a card of theirs."""
+    """Like a user's own model: Llama with the user's own card."""
     return save(folder, LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=False))
 
 
@@ -110,14 +110,14 @@ FAMILIES = {
     "gemma": "bge-reranker-gemma",
     "llama": str(Path(__file__).with_name("llama.toml")),
 }
-"""The card of each kind: nothing in a checkpoint names it."""
+"""The card of each kind; the checkpoints do not name it."""
 
 
 def widen(model: PreTrainedModel) -> None:
     """Draw random weights so that logits differ, as `tiny.widen` does."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
-            # A tied output matrix is the embeddings.
+            # A tied output matrix is the embedding matrix.
             wide = 0.6 if "embed" in name else 1.0 / parameter.shape[1] ** 0.5
             torch.nn.init.normal_(parameter, std=wide * (GAIN if "o_proj" in name else 1))
         elif name.endswith("bias"):
@@ -127,7 +127,7 @@ def widen(model: PreTrainedModel) -> None:
     if hasattr(model, "score"):
         model.score.weight.data.mul_(3)
     if isinstance(model.config, GemmaConfig):
-        # Its norms multiply by 1 + weight.
+        # Gemma's norms multiply by 1 + weight.
         model.model.norm.weight.data.add_(4)
 
 
@@ -170,7 +170,7 @@ def _tokenizer() -> Tokenizer:
         ),
     )
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    # As in the real one: added, and not special.
+    # As in the real one: added tokens that are not special.
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<think>", "</think>")])
     return tokenizer
 
@@ -220,7 +220,7 @@ METADATA: dict[str, Any] = {
 
 
 def describe(folder: Path) -> Path:
-    """Add sentence-transformers' LogitScore metadata to a checkpoint, as that library saves it."""
+    """Add LogitScore metadata to a checkpoint, as saved by sentence-transformers."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     yes, no = (tokenizer.encode(word).ids[0] for word in ("yes", "no"))
     (folder / "1_LogitScore").mkdir()

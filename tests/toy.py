@@ -1,7 +1,7 @@
-"""A backend with a format of its own in one file: BERT by numpy alone.
+"""A backend with its own format in one file: BERT in plain numpy.
 
-This is all that another package needs: SPEC, named by an entry point of the group
-"qrank.backends", and a converter, which is this module too. See `test_toy.py`.
+This is all that another package needs: SPEC, named by an entry point in the group
+"qrank.backends", and a converter, which is also this module. See `test_toy.py`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 MODULES = ("torch", "transformers", "safetensors")
-"""What converting takes."""
+"""Modules that converting needs."""
 
 MEMORY = 0.0
-"""The least memory it takes, in times of the model's size: nobody measured it."""
+"""Minimum memory for converting, as a multiple of the model's size; not measured."""
 
 
 def disk(number: float) -> float:
-    """Bytes that a weight takes while it is made, if it takes `number` once it is."""
+    """Disk space per weight during conversion, given its `number` of bytes afterwards."""
     return number
 
 
@@ -51,7 +51,7 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
 
 
 class Bert:
-    """A sequence at a time, as numpy multiplies."""
+    """BERT, one sequence at a time."""
 
     def __init__(self, path: Path) -> None:
         with np.load(path) as file:
@@ -112,7 +112,7 @@ class Bert:
 
 
 def _gelu(x: Floats) -> Floats:
-    # erf as in Abramowitz and Stegun, 7.1.26: right to 1.5e-7, and numpy has none.
+    # erf from Abramowitz and Stegun, 7.1.26, accurate to 1.5e-7: numpy has no erf.
     z = np.abs(x) / np.float32(math.sqrt(2))
     t = 1 / (1 + np.float32(0.3275911) * z)
     series = np.polyval([1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592, 0], t)

@@ -1,4 +1,4 @@
-"""The bi-encoder all-MiniLM-L6-v2: the teacher's ear, and the backbone `mini` starts from."""
+"""The bi-encoder all-MiniLM-L6-v2: the main part of the teacher, and `mini`'s backbone."""
 
 from collections.abc import Sequence
 from importlib.resources import files
@@ -19,7 +19,7 @@ def backbone() -> Path:
 def embed(texts: Sequence[str], tokens_a_batch: int = 2048) -> NDArray[np.float32]:
     """Unit-length mean-pooled embeddings [n, 384], at most 256 tokens of each text.
 
-    bf16, in small batches of texts of like length: what fits the processor's caches runs fastest.
+    In bf16, in small batches of texts of similar length: what fits the CPU's caches runs fastest.
     """
     tokenizer = AutoTokenizer.from_pretrained(backbone())
     model = AutoModel.from_pretrained(backbone(), dtype=torch.bfloat16).eval()

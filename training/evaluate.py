@@ -41,7 +41,7 @@ class CrossEncoder:
 
     @torch.inference_mode()
     def logits(self, query: str, documents: list[str], at_once: int = 16) -> Scores:
-        """One logit a document, in the order given; documents are cut at 512 tokens."""
+        """One logit per document, in the order given; documents are cut to pairs of 512 tokens."""
         order = sorted(range(len(documents)), key=lambda i: len(documents[i]))
         found = np.empty(len(documents), np.float32)
         for begin in range(0, len(order), at_once):
@@ -64,7 +64,7 @@ _shared: list[CrossEncoder] = []
 
 
 def _scores(query: str, documents: list[str]) -> Scores:
-    """A worker's job: one query."""
+    """Score one query, in a worker."""
     return _shared[0].logits(query, documents)
 
 
@@ -81,7 +81,7 @@ def first_stage(
 
 
 def sanity(model: CrossEncoder) -> tuple[int, int]:
-    """How many plain questions have their right document first, of how many."""
+    """The number of plain questions that rank their right document first, and of all of them."""
     groups = read(SANITY)
     right = 0
     for group in groups:

@@ -1,4 +1,4 @@
-"""Step 4: a training state becomes a checkpoint folder: calibrated, in fp16, self-describing."""
+"""Step 4: turn a training state into a checkpoint folder: calibrated, in fp16, self-describing."""
 
 import json
 import tempfile
@@ -15,7 +15,7 @@ from sources import cache_folder
 from train import HELD_OUT, Lists, forward
 from transformers import BertForSequenceClassification
 
-# The backbone's settings as an embedder: its own short limit, and where it was loaded from.
+# The backbone's tokenizer settings as an embedder: its short limit, and its source.
 NOT_OURS = (
     "is_local",
     "max_length",
@@ -27,9 +27,9 @@ NOT_OURS = (
 
 
 def calibration(own: NDArray[np.float64], others: NDArray[np.float64]) -> tuple[float, float]:
-    """Scale and offset after which a sigmoid tells queries' own passages from the others.
+    """Scale and offset with which a sigmoid separates queries' own passages from the others.
 
-    Platt's logistic fit with both sides weighing the same, so that zero lies between them.
+    Platt's logistic fit with equal weights for both sides, so that zero lies between them.
     """
 
     def cost(pair: NDArray[np.float64]) -> float:

@@ -1,20 +1,21 @@
-"""How `mini` starts: a cross-encoder that computes its bi-encoder's similarity from the first step.
+"""Initial weights of `mini`: a cross-encoder that computes its bi-encoder's similarity untrained.
 
-A fresh head on a bi-encoder has to learn from scored pairs, slowly, to compare two texts. Here the
-comparison is put into the weights of an ordinary BERT before any training:
+A fresh head on a bi-encoder learns only slowly, from scored pairs, to compare two texts. Here the
+comparison is written into the weights of an ordinary BERT before any training:
 
-1. The backbone's six layers run as they did on one text: each segment sees itself and `[CLS]`, and
-   no more of the other than `exp(-LEAK)` a token. `[CLS]` sees itself alone, and stays the anchor
-   that the layers expect at position 0.
+1. The backbone's six layers run as they did on one text: each segment attends to itself and
+   `[CLS]`, and to a token of the other segment with at most `exp(-LEAK)` of the weight. `[CLS]`
+   attends only to itself, and stays the anchor that the layers expect at position 0.
 2. A seventh layer pools: every token becomes the mean of its segment, and `[CLS]` that of the
-   query. The layer norm makes all means equally long.
-3. An eighth compares: `[CLS]` adds the passage's mean to its own. How long the sum of two unit
-   vectors is tells their cosine: |a + b|^2 = 2 + 2ab. A constant beside the sum keeps the layer
-   norm from hiding the length, the feed-forward squares the sum, direction by direction, and the
-   pooler reads the total.
+   query. The layer norm gives all means the same length.
+3. An eighth layer compares: `[CLS]` adds the passage's mean to its own. The length of the sum of
+   two unit vectors gives their cosine: |a + b|^2 = 2 + 2ab. A constant next to the sum keeps the
+   layer norm from hiding the length, the feed-forward squares the sum dimension by dimension, and
+   the pooler reads the total.
 
-What tells the segments apart lies in four dimensions of the 384 (flags), the least used ones, and
-in two of each head's 32, whose products' smallest directions give way (SIGNS).
+The segments are distinguished by flags in four of the 384 dimensions, the least used ones (SIGNS).
+Two of each head's 32 dimensions read the flags; the weakest directions of its query-key product
+make room for them.
 """
 
 import copy
@@ -30,35 +31,36 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 LEAK = 7.0
-"""How much less, in logits of attention, a token counts for the other side, if both are faint.
+"""How much lower a token's attention logits are for the other side, if the flags of both are faint.
 
-More keeps the texts better apart, and makes more of what int8 and Q5 leave in the flags.
+A higher value separates the texts better, but amplifies the rounding errors of the flags in int8
+and Q5.
 """
 LOUD = 1.0
-"""A flag's size, twice that of a typical state's figure: above what int8 rounds away."""
+"""A flag's size, twice that of a typical value in a state: more than int8 rounds away."""
 POOL = 64.0
-"""How much louder a text's mean is than the token that it takes the place of."""
+"""How much larger a text's mean is than the token state that it replaces."""
 FAINT = 0.15
-"""The share of tokens with fainter flags than what readers are made for, and call faint."""
+"""The share of tokens with flags below the size that readers are scaled to, called faint."""
 SHAPES = ((8.0, 4.0), (8.0, 4.0), (11.0, 6.0))
-"""For each flag, how steeply the units that restore it read it, and where the first bends."""
+"""For each flag: the slope with which its restoring units read it, and where the first bends."""
 MARK = 0.1
-"""How loud the flags stay beside the means."""
+"""Factor for the flags in the pooled states, relative to the means."""
 WIDTH, HEADS, HEAD = 384, 12, 32
 SIGNS = torch.tensor([[1.0, -1, 0, 0], [0, 0, 1, -1], [1, 1, -1, -1]])
-"""The flags of the passage, of the query and of `[CLS]`, as four dimensions hold them.
+"""The flags of the passage, of the query and of `[CLS]`, in the four dimensions.
 
-Each adds up to nothing, so that no layer norm moves the other dimensions, and to nothing by the
-signs of the others, by which they are read.
+Each sums to zero, so that no layer norm shifts the other dimensions, and each is orthogonal to the
+others, because they are read by their signs.
 """
 SQUARED = 0.5
-"""How far into gelu a sum's figure reaches: gelu(x) + gelu(-x) is nearly 0.8 x^2 for small x."""
+"""Scale of a sum's values for gelu: gelu(x) + gelu(-x) is nearly 0.8 x^2 for small x."""
 BESIDE = 48.0
-"""The constant beside a sum whose figures are about 1.7."""
+"""The constant next to a sum whose values are about 1.7."""
 
 
 class Case(NamedTuple):
-    """A pair on its way through the layers.
+    """A pair between two layers.
 
     states: [tokens, 384], `[CLS]` first.
     second: whether a token is the passage's.
@@ -69,20 +71,20 @@ class Case(NamedTuple):
 
     @property
     def first(self) -> Tensor:
-        """Whether a token is the query's, as `[CLS]` is too."""
+        """Whether a token is the query's, which includes `[CLS]`."""
         return ~self.second
 
 
 def flags(model: nn.Module) -> list[int]:
-    """The dimensions that were given to flags: no position has anything there."""
+    """The dimensions of the flags: all position embeddings are zero there."""
     rows = model.bert.embeddings.position_embeddings.weight
     return torch.nonzero(rows.abs().sum(0) == 0).flatten().tolist()
 
 
 def hold(model: nn.Module) -> None:
-    """Keep training off what was put in: the flags, their readers, and the comparison.
+    """Exclude the written weights from training: the flags, their readers, and the comparison.
 
-    These weights work by being exactly what they are; noise from a step breaks them at once.
+    These weights work only with their exact values; the noise of one step breaks them.
     """
     dims = flags(model)
     readers = [head * HEAD + at for head in range(HEADS) for at in (HEAD - 2, HEAD - 1)]
@@ -103,7 +105,7 @@ def hold(model: nn.Module) -> None:
 
 
 def _fix(rows: list[int], *weights: nn.Parameter) -> None:
-    """Let no gradient reach rows of weights."""
+    """Zero the gradients of rows of weights."""
     for weight in weights:
         keep = torch.ones(len(weight), *[1] * (weight.ndim - 1))
         keep[rows] = 0
@@ -111,7 +113,7 @@ def _fix(rows: list[int], *weights: nn.Parameter) -> None:
 
 
 def _examples() -> list[tuple[list[int], ...]]:
-    """60 questions with passages (token ids), every other one with its own."""
+    """60 questions with passages (token ids); every other passage is the question's own."""
     folder = cache_folder()
     texts = [json.loads(line)["text"] for line in (folder / "passages.jsonl").open()]
     asked = [json.loads(line) for line in (folder / "questions.jsonl").open()][:4200:70]
@@ -124,7 +126,7 @@ def _examples() -> list[tuple[list[int], ...]]:
 
 
 def _moments(model: BertModel, texts: Sequence[list[int]]) -> tuple[dict[str, Tensor], Tensor]:
-    """What single texts meet in the backbone.
+    """Statistics of single texts in the backbone.
 
     Second moments [385, 385] (the last row and column belong to a constant 1) of the inputs of
     attention, feed-forward and layer norm, by module name; the texts' mean-pooled states [n, 384].
@@ -161,11 +163,11 @@ def _with_one(x: Tensor) -> Tensor:
 def _least_used(
     model: BertModel, moments: dict[str, Tensor], texts: Sequence[list[int]]
 ) -> list[int]:
-    """Four dimensions without which the embeddings move least.
+    """The four dimensions whose removal changes the embeddings least.
 
-    All of one block of 128, since a quantized runtime may scale a state's figures by blocks, and
-    flags are compared; each of another 32, since a format may scale weights by those, and a flag's
-    reader has nothing else to weigh.
+    All are in one block of 128, because a quantized runtime may scale a state's values by blocks,
+    and flags are compared. Each is in another block of 32, because a format may scale weights by
+    these, and a flag's reader then has only one weight in each.
     """
     batch = tokenizer().pad({"input_ids": [ids[:64] for ids in texts]}, return_tensors="pt")
     exact = _pooled(model, batch)
@@ -188,7 +190,7 @@ def _pooled(model: BertModel, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _spare(layer: nn.Module, number: int, moments: dict[str, Tensor], dims: list[int]) -> None:
-    """Let a layer of the backbone neither read nor write dimensions."""
+    """Make a layer of the backbone neither read nor write some dimensions."""
     name, part = f"encoder.layer.{number}.", layer.attention.self
     for reader in (part.query, part.key, part.value):
         _deaf(reader, dims, moments[name + "attention.self"])
@@ -199,7 +201,7 @@ def _spare(layer: nn.Module, number: int, moments: dict[str, Tensor], dims: list
 
 
 def _blank(embeddings: nn.Module, dims: list[int]) -> None:
-    """Leave nothing in dimensions of the embeddings."""
+    """Set dimensions of the embeddings to zero."""
     for name in ("word", "position", "token_type"):
         getattr(embeddings, f"{name}_embeddings").weight[:, dims] = 0
 
@@ -224,7 +226,7 @@ def _clear(*parts: nn.Linear) -> None:
 
 
 def _deaf(reader: nn.Linear, dims: list[int], moment: Tensor) -> None:
-    """Stop reading dimensions, and read off the others what they say of these (least squares)."""
+    """Stop reading dimensions, and predict them from the others instead (least squares)."""
     rest = [i for i in range(WIDTH + 1) if i not in dims]  # the last is the constant 1
     gram = moment[rest][:, rest].clone()
     gram.diagonal()[:-1].add_(1e-4 * gram.diagonal()[:-1].mean())
@@ -236,7 +238,7 @@ def _deaf(reader: nn.Linear, dims: list[int], moment: Tensor) -> None:
 
 
 def _make_room(layer: nn.Module, moment: Tensor) -> None:
-    """Take each head's two weakest directions out of its query-key product."""
+    """Remove the two weakest directions from each head's query-key product."""
     part = layer.attention.self
     centred = moment[:-1, :-1] - torch.outer(moment[:-1, -1], moment[:-1, -1])
     (left, unleft), (right, unright) = _root(moment), _root(centred)
@@ -245,7 +247,7 @@ def _make_room(layer: nn.Module, moment: Tensor) -> None:
             slice(head * HEAD, (head + 1) * HEAD),
             slice(head * HEAD, (head + 1) * HEAD - 2),
         )
-        # A key's bias adds the same to a whole row of the softmax: it can go.
+        # A key's bias adds the same to a whole row of the softmax, so it can be dropped.
         queries = torch.cat([part.query.weight[rows], part.query.bias[rows, None]], 1).double()
         keys = part.key.weight[rows].double()
         u, s, v = torch.linalg.svd(left @ (queries.T @ keys) @ right, full_matrices=False)
@@ -262,9 +264,9 @@ def _make_room(layer: nn.Module, moment: Tensor) -> None:
 
 
 def _unseen(cases: list[Case], dims: list[int]) -> Tensor:
-    """Rows [2, 384] by which keys show -1 to the side that must not see them, and 0 to the other.
+    """Rows [2, 384] that make keys -1 for the side that must not attend to them, else 0.
 
-    Differences of dimensions, which a layer norm moves and divides alike.
+    They are differences of dimensions, all of which a layer norm shifts and divides equally.
     """
     weight = torch.zeros(2, WIDTH)
     for row, sees in enumerate(("second", "first")):
@@ -274,10 +276,10 @@ def _unseen(cases: list[Case], dims: list[int]) -> Tensor:
 
 
 def _asking(unseen: Tensor, dims: list[int], hidden: tuple[int, ...]) -> Tensor:
-    """Rows [2, 384] by which queries ask to see their own side, as keys show it.
+    """Rows [2, 384] that make queries attend to their own side, to match the rows of `_unseen`.
 
-    `[CLS]`, which is seen by both, asks not to see the hidden ones of (passage, query); louder than
-    the others, since whole multiples of one weight survive rounding.
+    `[CLS]`, to which both sides attend, must not attend to the `hidden` ones of (passage, query).
+    Its weights are larger, because integer multiples of one weight survive rounding.
     """
     asking = -unseen.flip(0)
     for row in hidden:
@@ -298,7 +300,7 @@ def _put(reader: nn.Linear, offset: int, rows: Tensor) -> None:
 
 
 def _forward(layer: nn.Module, case: Case) -> Case:
-    """A layer under the exact mask that the flags stand for."""
+    """Run a layer with the exact mask that the flags approximate."""
     allowed = case.second[:, None] == case.second[None, :]
     allowed[0] = False
     allowed[:, 0] = True
@@ -313,7 +315,7 @@ def _run(layer: nn.Module, states: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def config() -> BertConfig:
-    """The backbone's sizes, the kept tokens, two layers more, and one label."""
+    """The backbone's sizes, with the kept tokens, two more layers, one label and no dropout."""
     sizes = BertConfig.from_pretrained(backbone())
     sizes.update(
         dict(
@@ -330,7 +332,7 @@ def config() -> BertConfig:
 
 @torch.no_grad()
 def start() -> BertForSequenceClassification:
-    """The grafted cross-encoder, fp32."""
+    """The grafted cross-encoder, in fp32."""
     torch.manual_seed(0)
     source = BertModel.from_pretrained(backbone(), dtype=torch.float32).eval()
     source.set_input_embeddings(
@@ -363,10 +365,10 @@ def start() -> BertForSequenceClassification:
 def _embeddings(
     model: nn.Module, source: BertModel, moments: dict[str, Tensor], dims: list[int]
 ) -> None:
-    """The backbone's embeddings, with the flags."""
+    """Set the embeddings to the backbone's, with the flags."""
     new, old = model.bert.embeddings, source.embeddings
     new.load_state_dict(old.state_dict())
-    # The backbone never saw type 1.
+    # The backbone was never trained on type 1.
     new.token_type_embeddings.weight[1] = new.token_type_embeddings.weight[0]
     _blank(new, dims)
     spread = _spread(moments["embeddings.LayerNorm"])
@@ -379,26 +381,26 @@ def _embeddings(
 def _keep(
     layer: nn.Module, source: BertModel, number: int, moments: dict[str, Tensor], dims: list[int]
 ) -> None:
-    """A layer of the backbone that leaves the flags alone, with room for their readers."""
+    """Set a layer to the backbone's, without access to the flags, with room for their readers."""
     layer.load_state_dict(source.encoder.layer[number].state_dict())
     _spare(layer, number, moments, dims)
     _make_room(layer, moments[f"encoder.layer.{number}.attention.self"])
 
 
 def _level(layer: nn.Module, cases: list[Case], dims: list[int]) -> None:
-    """Let the layer return the flags as loud as they came, and clean.
+    """Make the layer return the flags clean, and as large as they were.
 
-    A layer norm divides a token's flags with the rest, so that some would go faint, `[CLS]`'s most,
-    whose state is by far the largest. Two units of the feed-forward a flag, the least needed ones,
-    bring what is there, v times the usual, to the usual, where v is well above a half. Below, gelu
-    is none: what rounding leaves at a token without the flag does not grow.
+    A layer norm divides a token's flags along with the rest, so some would become faint, most of
+    all those of `[CLS]`, whose state is by far the largest. Per flag, two of the least needed units
+    of the feed-forward bring the value, v times the usual one, to the usual one if v is well above
+    a half. Below that gelu is zero, so rounding errors at a token without the flag do not grow.
     """
     norm, feed, into = layer.attention.output.LayerNorm, layer.output, layer.intermediate.dense
     norm.weight[dims] = _met(norm, layer, cases).std(1).median()
     norm.bias[dims] = 0
     within = _met(feed.dense, layer, cases)
     cost = within.var(0) * feed.dense.weight.square().sum(0)
-    # Of a block of 32, whose weights a format may scale together, one.
+    # One per block of 32, whose weights a format may scale together.
     least, at = cost.view(-1, 32).min(1)
     blocks = least.argsort()[: 2 * len(SIGNS)]
     spare = 32 * blocks + at[blocks]
@@ -426,7 +428,7 @@ def _level(layer: nn.Module, cases: list[Case], dims: list[int]) -> None:
 
 
 def _met(part: nn.Module, layer: nn.Module, cases: list[Case]) -> Tensor:
-    """What comes into a part of a layer [tokens of all cases, width]."""
+    """The inputs of a part of a layer [tokens of all cases, width]."""
     met: list[Tensor] = []
     hook = part.register_forward_pre_hook(lambda _, inputs: met.append(inputs[0][0]))
     for case in cases:
@@ -443,7 +445,7 @@ def _case(model: nn.Module, query: list[int], passage: list[int]) -> Case:
 
 
 def _pool(layer: nn.Module, cases: list[Case], dims: list[int]) -> None:
-    """Make every token its segment's mean, of length sqrt(384), and `[CLS]` the query's."""
+    """Turn each token into its segment's mean, of length sqrt(384), `[CLS]` into the query's."""
     part, mixer = layer.attention.self, layer.attention.output
     _clear(part.query, part.key, part.value, mixer.dense, layer.output.dense)
     part.value.weight.copy_(torch.eye(WIDTH))
@@ -455,11 +457,11 @@ def _pool(layer: nn.Module, cases: list[Case], dims: list[int]) -> None:
 
 
 def _compare(layer: nn.Module, cases: list[Case], dims: list[int]) -> None:
-    """Make the first flag at `[CLS]` the two means' sum's squared length, less the usual one."""
+    """Set the first flag at `[CLS]` to the squared length of the means' sum, minus the median."""
     part, mixer, (found, _, beside, against) = layer.attention.self, layer.attention.output, dims
     _clear(part.query, part.key, part.value, mixer.dense, layer.intermediate.dense)
     _clear(layer.output.dense)
-    # `[CLS]` sees the passage alone, and keeps the query's mean, which it is.
+    # `[CLS]` attends only to the passage, and keeps its own state, the query's mean.
     part.query.bias[::HEAD] = 1
     part.key.weight[::HEAD] = LEAK * HEAD**0.5 * _unseen(cases, dims)[1]
     part.value.weight.copy_(torch.eye(WIDTH))
@@ -480,7 +482,7 @@ def _compare(layer: nn.Module, cases: list[Case], dims: list[int]) -> None:
 
 
 def _read(model: nn.Module, states: list[Tensor], pooled: Tensor, dims: list[int]) -> None:
-    """The pooler and the classifier, which give the logits that the teacher gives the cosines."""
+    """Set the pooler and the classifier to return the teacher's logits for the cosines."""
     pooler, head = model.bert.pooler.dense, model.classifier
     pooler.weight.normal_(0, 0.02)
     head.weight.zero_()

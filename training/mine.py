@@ -1,7 +1,7 @@
 """Step 2: queries, hard negatives and teacher scores.
 
 For each query, candidates come from the top of BM25 and of the bi-encoder over the whole pool,
-and a list of them is scored by the teacher. Writes `lists.jsonl`, in the order of training:
+and the teacher scores a list of them. Writes `lists.jsonl`, in the order of training:
 {"query", "passages": [index...], "first": text read instead of the first passage or null,
 "labelled": whether the first is the query's own passage, "scores": [teacher logit...]}.
 """
@@ -20,14 +20,14 @@ from queries import Query, made
 from sources import cache_folder
 
 LIST = 8
-BLOCK = 128  # queries whose cosines with the whole pool are held at once
-# Ranks that a list's negatives are drawn from, and how many from each: the nearest are the
-# hardest, the rest keep the whole scale of relevance in view. The last comes from anywhere.
+BLOCK = 128  # queries whose cosines with the whole pool are computed at once
+# Ranges of ranks to draw a list's negatives from, and how many from each: the nearest are the
+# hardest, the others cover the whole scale of relevance. The last negative comes from anywhere.
 RANKS = ((0, 6, 2), (6, 25, 2), (25, 100, 2))
 
 
 def embedded(path: Path, texts: list[str]) -> NDArray[np.float32]:
-    """Embeddings of texts, kept in a file: the one slow part of this step."""
+    """Embeddings of texts, cached in a file: computing them is the only slow part of this step."""
     if not path.exists():
         np.save(path, embed(texts))
     vectors: NDArray[np.float32] = np.load(path)
@@ -41,9 +41,9 @@ def teacher(
 ) -> NDArray[np.float32]:
     """Teacher logits of a list: mostly the cosine, a little BM25, and the label.
 
-    The cosine's slope and zero are those at which a sigmoid reads sensibly for this bi-encoder
-    (unrelated texts near 0, related ones above 0.45); `lexical` is BM25 over its highest in the
-    pool. The label outweighs a hard negative that the bi-encoder likes better.
+    The cosine's slope and zero make the sigmoid sensible for this bi-encoder (unrelated texts are
+    near 0, related ones above 0.45); `lexical` is BM25 divided by its maximum in the pool. The
+    label outweighs any hard negative that the bi-encoder prefers.
     """
     logits = 14 * (cosine - 0.45) + 2 * (lexical - 0.5)
     if labelled:
@@ -52,7 +52,7 @@ def teacher(
 
 
 def pick(query: Query, tops: list[list[int]], pool: int, rng: random.Random) -> list[int]:
-    """The indices of one list: the query's own passage first where it is read, then negatives."""
+    """The indices of one list: the query's own passage first if it is read, then negatives."""
     taken = [query.passage]
     for low, high, count in RANKS:
         near = {i for top in tops for i in top[low:high]} - set(taken)

@@ -13,17 +13,17 @@ from sources import cache_folder
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 VOCABULARY = 22_000
-"""Tokens kept of the backbone's 30,522: what two layers more leave of 46 MB of fp16."""
+"""Tokens kept of the backbone's 30,522: what fits into 46 MB of fp16 with two more layers."""
 FOREIGN = re.compile(r"\[unused\d+\]|.*[^\x00-\u024f\u2000-\u21ff]")
-"""Tokens that no text uses, or that hold a character of no Latin script: mini reads English."""
+"""Tokens that no text uses, or that contain a non-Latin character: mini reads English."""
 
 
 @cache
 def kept_tokens() -> list[int]:
-    """The backbone's ids of the tokens that are kept, ascending: an id here is a place there.
+    """The backbone's ids of the kept tokens, ascending: a token's new id is its index in this list.
 
-    Those that our passages use most, then those that stand first in the backbone's list. Special
-    tokens, single characters and their `##` forms stay in any case.
+    These are the tokens that the passages use most, with ties in the order of the backbone's ids.
+    Special tokens, single characters and their `##` forms are always kept.
     """
     made = _file()
     ours = {t: at for t, at in made["model"]["vocab"].items() if not FOREIGN.fullmatch(t)}
@@ -35,7 +35,7 @@ def kept_tokens() -> list[int]:
 
 
 def _uses() -> dict[int, int]:
-    """How often our passages use each of the backbone's tokens; counted once, kept in a file."""
+    """How often the passages use each of the backbone's tokens; counted once, cached in a file."""
     path = cache_folder() / "tokens.json"
     if not path.exists():
         whole, count = AutoTokenizer.from_pretrained(backbone()), Counter[int]()
@@ -53,7 +53,7 @@ def _file() -> dict:  # type: ignore[type-arg]
 
 @cache
 def tokenizer() -> PreTrainedTokenizerBase:
-    """The backbone's tokenizer with the kept tokens, without truncation and padding."""
+    """The backbone's tokenizer with only the kept tokens, without truncation or padding."""
     made, ids = _file(), {old: new for new, old in enumerate(kept_tokens())}
     made["truncation"] = made["padding"] = None
     vocabulary = made["model"]["vocab"]
@@ -71,6 +71,6 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def pair_ids(query: Sequence[int], document: Sequence[int], limit: int) -> list[int]:
-    """`[CLS] query [SEP] document [SEP]`, the document cut to fit."""
+    """`[CLS] query [SEP] document [SEP]`, with the document cut to fit."""
     start, end = tokenizer().cls_token_id, tokenizer().sep_token_id
     return [start, *query, end, *document[: max(0, limit - len(query) - 3)], end]

@@ -1,6 +1,6 @@
 """Queries made from passages: headings, sentences cut out of them, and questions shaped from both.
 
-A quarter to a half of the headings and sentences are dressed as questions, so that neither a
+A quarter to a half of the headings and sentences are phrased as questions, so that neither a
 question word nor its absence tells the model anything.
 """
 
@@ -13,8 +13,8 @@ from typing import NamedTuple
 class Query(NamedTuple):
     """A query, the passage (an index) it is from, and what the model reads of that passage.
 
-    `reads` differs from the passage where the query is a sentence that was cut out of it. It is
-    empty where the passage is kept out of the list, which the teacher alone then ranks.
+    `reads` differs from the passage if the query is from a sentence that was cut out of it. It is
+    empty if the passage is left out of the list, which then only the teacher ranks.
     """
 
     text: str
@@ -77,7 +77,7 @@ def _trim(words: Sequence[str]) -> list[str]:
 
 
 def _from_sentence(sentence: str, rng: random.Random) -> str:
-    """A query of a sentence: itself, a claim asked about, a span asked about, or keywords."""
+    """A query from a sentence: itself, a question about it or about a span of it, or keywords."""
     words = sentence.rstrip(".?!").split()
     kind = rng.random()
     if kind < 0.35:
@@ -103,8 +103,9 @@ def _from_title(title: str, rng: random.Random) -> str:
 def made(passages: Sequence[Mapping[str, str]], count: int, seed: int) -> Iterator[Query]:
     """About `count` queries: a quarter from headings, the rest from sentences.
 
-    One sentence in six is put to the pool without its passage: the rest of the list is then all
-    the teacher's, which is the everyday case of a reranker whose first stage missed the best one.
+    One sentence in six, and each that leaves fewer than 15 words of its passage, is used without
+    the passage, so that only the teacher ranks the list. A reranker often meets this case: its
+    first stage missed the best passage.
     """
     rng = random.Random(seed)
     chosen = [i for i, passage in enumerate(passages) if passage["source"] != "squad"]

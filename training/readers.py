@@ -92,7 +92,7 @@ def from_mallard(path: Path) -> Iterator[Section]:
 
 
 def from_pdf(path: Path) -> Iterator[Section]:
-    """Paragraphs of a PDF by `pdftotext`; headings are not told apart, so titles stay empty."""
+    """Paragraphs of a PDF by `pdftotext`; headings are not recognized, so titles stay empty."""
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     done = subprocess.run(
         ["pdftotext", "-enc", "UTF-8", "-", "-"], input=raw, capture_output=True, check=True
@@ -113,7 +113,7 @@ def _dictd_number(text: str) -> int:
 
 
 def from_dictd(index: Path) -> Iterator[Section]:
-    """Entries of a dictd dictionary: an `.index` of base-64 offsets beside a `.dict.dz`."""
+    """Entries of a dictd dictionary: an `.index` of base-64 offsets next to a `.dict.dz`."""
     data = gzip.decompress(index.with_suffix(".dict.dz").read_bytes())
     seen = set[int]()
     for line in index.read_text("utf-8").splitlines():
@@ -144,7 +144,7 @@ def from_wordnet(path: Path) -> Iterator[Section]:
 
 
 def from_descriptions(dump: str) -> Iterator[Section]:
-    """Package descriptions of an apt translation list: the synopsis heads the long text."""
+    """Package descriptions of an apt translation list: the synopsis is the long text's heading."""
     seen = set[str]()
     for stanza in dump.split("\n\n"):
         match = re.search(r"^Description(?:-en)?: (.+)\n((?: .*\n?)+)", stanza, re.M)

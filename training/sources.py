@@ -1,7 +1,7 @@
 """Step 1: fetch openly licensed texts and cut them into passages.
 
-Every text is a Debian package (or the list of package descriptions itself), so a Debian or Ubuntu
-system repeats it without an account; SQuAD comes from the folder given by `--data`. Writes
+Every text is from a Debian package (or the list of package descriptions itself), so a Debian or
+Ubuntu system can repeat this without an account; SQuAD is from the folder given by `--data`. Writes
 `passages.jsonl` ({"source", "title", "text"}) and `questions.jsonl` ({"text", "passage"}, the
 passage being a line number) into the cache folder.
 """
@@ -114,7 +114,7 @@ def fetch(package: str, folder: Path) -> Path:
 
 
 def descriptions(folder: Path) -> str:
-    """All package descriptions, which apt keeps apart from the package lists, by language."""
+    """All package descriptions, which apt stores by language, separately from the package lists."""
     lists = folder / "lists"
     (lists / "partial").mkdir(parents=True, exist_ok=True)
     options = ["-o", "Acquire::Languages=en", "-o", f"Dir::State::Lists={lists}"]
@@ -129,7 +129,7 @@ def cut(
 ) -> Iterator[tuple[str, str]]:
     """Passages (title, text) of varied length, from one sentence to about 200 words, half under 50.
 
-    With `merge`, a section that leaves a passage less than half full is joined by the next one,
+    With `merge`, a section that leaves a passage less than half full is joined with the next one,
     under the first one's title: manuals have many sections of two lines.
     """
     words, taken, heading = 0, list[str](), ""
@@ -154,7 +154,7 @@ def cut(
 
 
 def passages_of(source: Source, root: Path, rng: random.Random) -> list[tuple[str, str]]:
-    """A source's passages, in random files' order, up to its cap."""
+    """A source's passages, from its files in random order, up to its cap."""
     files = sorted(path for path in root.glob(source.files) if path.is_file())
     rng.shuffle(files)
     entries = source.reader in ("wordnet", "dictd")

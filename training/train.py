@@ -1,7 +1,7 @@
 """Step 3: train the cross-encoder on the lists; can be stopped and started again at any time.
 
 The learning rate follows the share of `--minutes` that is used up, not a number of steps: on a
-machine shared with other work nobody knows how many steps an hour holds.
+machine with other load, the number of steps per hour is unknown.
 """
 
 import json
@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from sources import cache_folder
 from torch import Tensor, nn
 
-# Forked, so that the lists are in memory once.
+# Forked, so that the lists are in memory only once.
 mp = torch_mp.get_context("fork")
 HELD_OUT = 128  # the first lists, never trained on
-HOLD = 6.0  # weight of the pooled states' distance to the bi-encoder's, at the start
+HOLD = 6.0  # initial weight of the pooled states' distance to the bi-encoder's embeddings
 
 
 class Batch(NamedTuple):
-    """Lists of one step.
+    """The lists of one step.
 
     Token ids of every pair, and how many of them are the query's side; the teacher's logits
     [lists, candidates]; whether the first of a list is labelled; the bi-encoder's embeddings of
@@ -84,7 +84,7 @@ class Lists:
 
 
 def forward(model: nn.Module, batch: Batch, pairs_at_once: int = 8) -> tuple[Tensor, Tensor]:
-    """The model's logits [lists, candidates] and means [pairs, 2, width], in groups of like length.
+    """The model's logits [lists, candidates] and means [pairs, 2, width], run in groups by length.
 
     The means are those of the two sides' states before the last two layers, which compare them.
     """
@@ -109,7 +109,7 @@ def forward(model: nn.Module, batch: Batch, pairs_at_once: int = 8) -> tuple[Ten
         second = types.unsqueeze(-1)
         sides = [states * (1 - second), states * second]
         found.append(out.logits.float().squeeze(1))
-        # Lengths do not matter: the means are compared by cosine.
+        # Sums serve as means, because they are compared by cosine.
         means.append(torch.stack([side.sum(1) for side in sides], 1))
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))
@@ -117,10 +117,10 @@ def forward(model: nn.Module, batch: Batch, pairs_at_once: int = 8) -> tuple[Ten
 
 
 def loss_of(got: Tensor, scores: Tensor) -> Tensor:
-    """The teacher's distribution over the list, and a weaker pull of each logit to the teacher's.
+    """KL divergence from the teacher's distribution over a list, and a weak pull to its logits.
 
-    The first makes the ranking; the second makes logits of different queries comparable, so that
-    zero means the same everywhere, and gives every single pair something to say.
+    The first trains the ranking. The second makes logits of different queries comparable, so that
+    zero means the same everywhere, and gives every single pair a training signal.
     """
     log_p = torch.log_softmax(got, dim=1)
     divergence = (torch.softmax(scores, dim=1) * (torch.log_softmax(scores, 1) - log_p)).sum(1)
@@ -128,9 +128,9 @@ def loss_of(got: Tensor, scores: Tensor) -> Tensor:
 
 
 def strayed(means: Tensor, wanted: Tensor, dims: list[int]) -> Tensor:
-    """How far the pooled states are from the bi-encoder's embeddings: 1 - cosine, without flags.
+    """Distance of the pooled states from the bi-encoder's embeddings: 1 - cosine, without flags.
 
-    It heals what the graft cut off: 384 figures a text say more than one a pair.
+    This loss repairs what the graft removed: 384 numbers per text teach more than one per pair.
     """
     kept = torch.ones(means.shape[-1])
     kept[dims] = 0
@@ -138,7 +138,7 @@ def strayed(means: Tensor, wanted: Tensor, dims: list[int]) -> Tensor:
 
 
 def rate(share: float, peak: float) -> float:
-    """The learning rate at a share of the time: up during the first 4 %, then down to zero."""
+    """The learning rate at a share of the time: it rises for the first 4 %, then falls to zero."""
     return peak * min(share / 0.04, (1 - share) / 0.96)
 
 
@@ -159,7 +159,7 @@ def held_out(model: nn.Module, lists: Lists) -> str:
 
 
 class Progress:
-    """What the workers share: the weights, the lists handed out so far, and the time used."""
+    """State shared by the workers: the weights, the number of lists handed out, the time used."""
 
     def __init__(self, model: nn.Module, lists: int, used: float) -> None:
         self.model = model.share_memory()
@@ -174,7 +174,7 @@ class Progress:
 
 
 def save(target: Path, progress: Progress, optimizer: torch.optim.Optimizer) -> None:
-    """Write the state in one move: a stop never leaves half a file."""
+    """Write the state atomically: an interruption never leaves half a file."""
     target.mkdir(exist_ok=True)
     state = dict(
         model=progress.model.state_dict(),
@@ -196,7 +196,7 @@ def work(
     peak: float,
     a_step: int,
 ) -> None:
-    """One worker: take lists, step, until the time is used up. The first keeps time and state."""
+    """Take lists and step until the time is used up; the first worker keeps time and state."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     usable, mean, steps = len(lists.rows) - HELD_OUT, 0.0, 0
     dims = flags(progress.model)
@@ -209,7 +209,7 @@ def work(
         rows = [lists.rows[HELD_OUT + (place + i) % usable] for i in range(a_step)]
         batch = lists.batch(rows)
         got, means = forward(progress.model, batch)
-        # The bi-encoder's hold loosens, so that the pair can be read as one text in the end.
+        # The pull to the bi-encoder fades, so that the pair can be read as one text in the end.
         held = HOLD * (1 - share) ** 2
         loss = loss_of(got, batch.scores) + held * strayed(means, batch.means, dims)
         loss.backward()

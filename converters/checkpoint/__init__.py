@@ -1,1 +1,1 @@
-"""A checkpoint read: configuration, tokenizer, head, weights, and the family they make."""
+"""Read a checkpoint: configuration, tokenizer, head, weights, and the resulting family."""

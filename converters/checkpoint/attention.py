@@ -1,4 +1,4 @@
-"""What a model does beyond some length that no probe shows: windows, and scaled positions."""
+"""Behaviour at lengths that no probe reaches: attention windows and scaled positions."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ WINDOWED = ("mistral", "qwen2", "qwen3")
 
 
 def window(settings: PretrainedConfig, max_length: int, source: str) -> int | None:
-    """Tokens that some layer of a causal model sees at most; None where that changes nothing.
+    """The size of a causal model's sliding window; None if no layer has one below `max_length`.
 
     Args:
         settings: the checkpoint's configuration.
-        max_length: tokens that a pair has at most.
-        source: what to call it in an error.
+        max_length: maximum number of tokens of a pair.
+        source: the checkpoint's name in errors.
 
     Raises:
-        FamilyError: a layer attends in a way that qrank does not build.
+        FamilyError: a layer's kind of attention is not supported.
     """
     if getattr(settings, "use_bidirectional_attention", None) or not getattr(
         settings, "is_causal", True
@@ -63,13 +63,13 @@ def window(settings: PretrainedConfig, max_length: int, source: str) -> int | No
 
 
 def rotary_limit(settings: PretrainedConfig, source: str) -> int | None:
-    """Tokens up to which rotary positions are scaled alike; None where they always are.
+    """Tokens up to which rotary positions are scaled alike; None if scaling never changes.
 
     Raises:
-        FamilyError: the configuration does not say.
+        FamilyError: the configuration's RoPE parameters are invalid.
     """
     parameters: dict[str, Any] = getattr(settings, "rope_parameters", None) or {}
-    # Of models with layers of several kinds, a dictionary a kind.
+    # Models with several kinds of layers have one dictionary per kind.
     kinds = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
     for kind in kinds:
         if not isinstance(kind.get("rope_type", "default"), str):

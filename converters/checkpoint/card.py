@@ -1,7 +1,7 @@
-"""Cards: what `models/*.toml` declare about every checkpoint of a kind, and which card reads one.
+"""Cards: what `models/*.toml` declare about a kind of checkpoint, and which card reads one.
 
-`concrete.py` makes a `qrank.bundle.family.Family` of a card and a checkpoint's configuration: token
-ids instead of names, numbers instead of "as the config says".
+`concrete.py` turns a card and a checkpoint's configuration into a `qrank.bundle.family.Family`:
+token ids instead of names, numbers instead of "as the config says".
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ class Card:
     Attributes:
         name: the family's name, as `--family` takes it.
         about: which models it reads, for people.
-        architectures: values of `architectures` in the checkpoint's config.json it reads.
-        template: the prompt as a list of items, each tokenized by itself: special tokens, as roles
+        architectures: supported values of `architectures` in the checkpoint's config.json.
+        template: the prompt as a list of items, each tokenized separately: special tokens, as roles
             (`{cls}`, `{sep}`, `{bos}`) or spelled out, and text, with `{query}` and `{document}`
-            each once, and `{instruction}`. `{document}` ends its item: it is what is cut. Where
-            there are segments, items are roles and slots alone.
-        segments: the token type of each template item where the config has two or more types
+            each once, and `{instruction}`. `{document}` must end its item because it is what is
+            truncated. With segments, items are only roles and slots.
+        segments: the token type of each template item if the config has two or more types
             (`type_vocab_size`); empty for families without token types.
-        pooling: `pooler` (first token, dense, tanh), `cls` (first token), `last` (last token, of a
-            causal model), or the name of the config's key that says `cls` or `mean`.
-        positions_after_pad: whether positions are counted from `pad_token_id + 1` (RoBERTa), so
-            that the longest input is that much shorter than `max_position_embeddings`.
-        activation: what the published scores went through, unless the checkpoint names another.
-        temperature: what logits are divided by before that.
-        instruction: what stands at `{instruction}` where the caller gives none.
-        instructed: the template with an instruction, where it is another.
-        labels: of a causal language model: the token that says "relevant", and the one that says
-            "not", if the score is the difference of the two.
-        max_length: tokens the model was made for, where its config knows a larger number.
-        models: hub ids. A decoder family has architectures that chat models have too: it reads
-            these, and what `--family` says.
-        unsupported: formats that models of this family cannot be run as: `gguf`.
+        pooling: `pooler` (first token, dense, tanh), `cls` (first token), `last` (last token of a
+            causal model), or the name of the config key that says `cls` or `mean`.
+        positions_after_pad: whether positions start at `pad_token_id + 1` (RoBERTa), which makes
+            the longest input that much shorter than `max_position_embeddings`.
+        activation: the activation of the published scores, unless the checkpoint names another.
+        temperature: logits are divided by this before the activation.
+        instruction: the text for `{instruction}` if the caller gives none.
+        instructed: the template with an instruction, if it differs.
+        labels: for causal language models: the token that means "relevant" and, if the score is the
+            difference of the two, the one that means "not".
+        max_length: tokens the model was made for, if its config has a larger number.
+        models: hub ids. Decoder families share architectures with chat models, so they match only
+            these; other models need `--family`.
+        unsupported: formats that cannot run models of this family: `gguf`.
     """
 
     name: str
@@ -72,10 +72,10 @@ class Card:
 
         Args:
             text: TOML.
-            where: the file's name, for messages.
+            where: the file's name, for error messages.
 
         Raises:
-            FamilyError: not TOML, an unknown or missing key, or a value out of its range.
+            FamilyError: not TOML, an unknown or missing key, or a value out of range.
         """
         try:
             content = tomllib.loads(text)
@@ -104,10 +104,10 @@ class Card:
         return card
 
     def check(self, where: str) -> None:
-        """See that the keys fit together.
+        """Check that the keys are consistent.
 
         Raises:
-            FamilyError: they do not; it begins with `where`.
+            FamilyError: they are not; the message begins with `where`.
         """
         for template in filter(None, (self.template, self.instructed)):
             self._check_template(template, where)
@@ -182,22 +182,22 @@ _SINGLES: dict[str, tuple[type, ...]] = {
 
 
 def cards() -> list[Card]:
-    """The cards that come with qrank, by name."""
+    """The cards that come with qrank, sorted by name."""
     files = [f for f in resources.files("qrank.models").iterdir() if f.name.endswith(".toml")]
     return sorted((Card.read(f.read_text("utf-8"), f.name) for f in files), key=lambda c: c.name)
 
 
 def find_card(family: str | None, config: dict[str, Any], hub_id: str | None = None) -> Card:
-    """The card that reads a checkpoint: the one named, or the one its config.json matches.
+    """The card that reads a checkpoint: the one named, or the one that matches its config.json.
 
     Args:
         family: a card's name, or the path of a user's own card (`*.toml`); None to match.
         config: the checkpoint's config.json.
-        hub_id: where it was downloaded from.
+        hub_id: the hub id it was downloaded from.
 
     Raises:
-        FamilyError: no such card, no card reads this architecture, or it may as well be a chat
-            model's.
+        FamilyError: no such card, no card reads this architecture, or the model may also be a chat
+            model.
     """
     found = config.get("architectures") or []
     if family is not None and family.endswith(".toml"):

@@ -1,4 +1,4 @@
-"""A card and what a checkpoint says of itself -> the family that scores it."""
+"""A card and a checkpoint's own files -> the family that scores it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Said:
-    """All that a checkpoint says of itself.
+    """What a checkpoint's files say about it.
 
     Attributes:
-        source: what to call it in an error.
+        source: the checkpoint's name in errors.
         config: its config.json.
-        settings: the same, with transformers' defaults.
-        metadata: of sentence-transformers' files.
-        tokenizer: transformers' own.
+        settings: the same with transformers' defaults.
+        metadata: from sentence-transformers' files.
+        tokenizer: transformers' tokenizer.
         control: its control tokens and their ids.
     """
 
@@ -46,11 +46,11 @@ class Said:
 
 
 def concrete(card: Card, said: Said) -> Family:
-    """Fill in a card with what a checkpoint says.
+    """Fill in a card from what a checkpoint says.
 
     Raises:
-        FamilyError: the two do not fit, or what it says cannot be done.
-        ConversionError: a key of config.json is missing or of another type.
+        FamilyError: the two do not match, or the checkpoint needs something unsupported.
+        ConversionError: a key of config.json is missing or of the wrong type.
     """
     architectures = said.config.get("architectures")
     if not architectures:
@@ -98,9 +98,9 @@ def concrete(card: Card, said: Said) -> Family:
 
 
 def _prompted(card: Card, said: Said) -> tuple[str, ...]:
-    """A card's template, with the prompt that sentence-transformers puts before every query.
+    """A card's template with the prompt that sentence-transformers puts before every query.
 
-    A causal model's is in its chat template, or the card's own.
+    The prompt of a causal model is in its chat template or in the card's template.
     """
     prompt = said.metadata.prompt
     if card.pooling == "last":
@@ -121,9 +121,9 @@ def _prompted(card: Card, said: Said) -> tuple[str, ...]:
 
 
 def _segments(card: Card, said: Said) -> tuple[int, ...] | None:
-    """The token types of the template's items, as the checkpoint's own tokenizer gives them.
+    """The token types of the template's items, as in the checkpoint's own tokenizer.
 
-    Where it gives none, or type 0 alone, the model is run without: that is the same.
+    If that returns no token types or only type 0, the model runs without them: this is equivalent.
     """
     if (getattr(said.settings, "type_vocab_size", 0) or 0) < 2:
         return None
@@ -152,7 +152,7 @@ def _max_length(card: Card, said: Said) -> int:
         if card.positions_after_pad:
             positions -= whole_number(said.settings, "pad_token_id", said.source, 0) + 1
         limits.append(positions)
-    # transformers says "no limit" by a very large number.
+    # transformers expresses "no limit" as a very large number.
     known = [limit for limit in limits if limit is not None]
     most = min([*known, int(said.tokenizer.model_max_length)])
     if not known and most > _NO_LIMIT:
@@ -171,7 +171,7 @@ def _max_length(card: Card, said: Said) -> int:
 
 _NO_LIMIT = 10**9
 _LEAST = 32
-"""Tokens for a query and a document; a smaller number is a mistake."""
+"""Minimum number of tokens for a query and a document; a smaller limit is a mistake."""
 
 
 def _pooling(card: Card, said: Said) -> str:
@@ -187,9 +187,9 @@ def _pooling(card: Card, said: Said) -> str:
 
 
 def _activation(card: Card, said: Said) -> str:
-    """What the checkpoint says its scores go through, or else the card.
+    """The activation that the checkpoint names, or else the card's.
 
-    sentence-transformers from 5.4 on writes a file of its own, before that keys of config.json.
+    sentence-transformers writes its own file since 5.4, and keys of config.json before.
     """
     legacy = "sbert_ce_default_activation_function"
     own = said.config.get("sentence_transformers") or {}
@@ -211,10 +211,10 @@ def _activation(card: Card, said: Said) -> str:
 
 
 def check_case(said: Said) -> None:
-    """See that text is made lower case where sentence-transformers does.
+    """Check that the tokenizer lowercases text if sentence-transformers does.
 
     Raises:
-        FamilyError: it asks for that, and the tokenizer tells cases apart.
+        FamilyError: sentence-transformers lowercases text, but the tokenizer is case-sensitive.
     """
     if not said.metadata.lower_case:
         return

@@ -1,4 +1,4 @@
-"""What a checkpoint's JSON files say, as transformers takes it; or an error that names the key."""
+"""Read a checkpoint's JSON files as transformers does; errors name the key."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 NEMOTRON = "llama_bidirec"
-"""What `model_type` is where the class is `qrank.converters.checkpoint.nemotron`'s."""
+"""The `model_type` of the class in `qrank.converters.checkpoint.nemotron`."""
 
 log = logging.getLogger("qrank")
 
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turns whatever transformers raises on a damaged checkpoint into a ConversionError."""
+    """Turn whatever transformers raises on a damaged checkpoint into a ConversionError."""
     try:
         yield
     except Exception as error:  # OSError, TypeError, SafetensorError, ...: they share no base
@@ -36,14 +36,14 @@ def read_json(path: Path, kind: type, source: str, name: str = "") -> Any:
     """A JSON file of a checkpoint.
 
     Args:
-        path: of the file.
-        kind: what it must hold: dict or list.
-        source: what to call the checkpoint in an error.
-        name: what to call the file; "" for its own name.
+        path: the file's path.
+        kind: the expected type: dict or list.
+        source: the checkpoint's name in errors.
+        name: the file's name in errors; "" for its own name.
 
     Raises:
-        FileNotFoundError: there is none.
-        ConversionError: it is no JSON of that kind.
+        FileNotFoundError: there is no such file.
+        ConversionError: the file is not JSON of that type.
     """
     name = name or path.name
     try:
@@ -59,10 +59,10 @@ def read_json(path: Path, kind: type, source: str, name: str = "") -> Any:
 def check_kinds(
     content: dict[str, Any], kinds: Mapping[str, tuple[type, ...]], file: str, source: str
 ) -> None:
-    """See that keys of a JSON file are of the types that transformers takes, where they are there.
+    """Check that keys of a JSON file, if present, have the types that transformers expects.
 
     Raises:
-        ConversionError: one is not.
+        ConversionError: a key has another type.
     """
     for key, kind in kinds.items():
         if key in content and type(content[key]) not in kind:
@@ -87,12 +87,12 @@ def read_config(folder: Path, source: str | None = None) -> dict[str, Any]:
     """The config.json of a folder.
 
     Args:
-        folder: a checkpoint's.
-        source: what to call it in an error; None: as the folder.
+        folder: a checkpoint's folder.
+        source: the checkpoint's name in errors; None: the folder's path.
 
     Raises:
-        ModelNotFoundError: there is none.
-        ConversionError: it is no JSON object, or its `architectures` are not a list of names.
+        ModelNotFoundError: there is no config.json.
+        ConversionError: it is not a JSON object, or its `architectures` is not a list of names.
     """
     source = source or str(folder)
     try:
@@ -110,16 +110,16 @@ def read_config(folder: Path, source: str | None = None) -> dict[str, Any]:
 
 
 def read_settings(folder: Path, config: dict[str, Any], source: str) -> PretrainedConfig:
-    """A config.json with transformers' defaults for what it leaves out.
+    """A config.json with transformers' defaults for missing keys.
 
     Args:
-        folder: the checkpoint's.
+        folder: the checkpoint's folder.
         config: its config.json.
-        source: what to call it in an error.
+        source: the checkpoint's name in errors.
 
     Raises:
         FamilyError: transformers has no class for it, or its weights are quantized.
-        ConversionError: a value is not what transformers takes.
+        ConversionError: transformers does not accept a value.
     """
     kinds = {"auto_map": (dict,), "num_labels": (int,), "sentence_transformers": (dict, NoneType)}
     check_kinds(config, kinds, "config.json", source)
@@ -155,10 +155,10 @@ def read_settings(folder: Path, config: dict[str, Any], source: str) -> Pretrain
 
 
 def whole_number(settings: PretrainedConfig, key: str, source: str, least: int = 1) -> int:
-    """A number of a configuration, by the name that transformers has for it in every class.
+    """A number of a configuration, by the name that all transformers classes share.
 
     Raises:
-        ConversionError: there is none, or it is too small.
+        ConversionError: it is missing, not a whole number or too small.
     """
     value = getattr(settings, key, None)
     if type(value) is not int or value < least:
@@ -169,24 +169,24 @@ def whole_number(settings: PretrainedConfig, key: str, source: str, least: int =
 
 
 def is_causal(config: dict[str, Any]) -> bool:
-    """Whether a config.json is a causal language model's."""
+    """Whether a config.json describes a causal language model."""
     return str((config.get("architectures") or [""])[0]).endswith("ForCausalLM")
 
 
 def transformers_for(config: dict[str, Any]) -> Any:
-    """transformers, made to know the class of a config.json where that is ours.
+    """The transformers module, with qrank's own class registered if a config.json needs it.
 
-    Only there: that takes torch, which a prebuilt model does not.
+    Only then: the class needs torch, which prebuilt models do not.
     """
     transformers = need("transformers")
     if config.get("model_type") == NEMOTRON:
         need("torch")
-        import qrank.converters.checkpoint.nemotron  # noqa: F401 (by being imported)
+        import qrank.converters.checkpoint.nemotron  # noqa: F401 (the import registers the class)
     return transformers
 
 
 def auto_class(config: dict[str, Any]) -> Any:
-    """transformers' class that makes a model of a config.json."""
+    """The transformers class that builds a model from a config.json."""
     transformers = transformers_for(config)
     if is_causal(config):
         return transformers.AutoModelForCausalLM
@@ -194,7 +194,7 @@ def auto_class(config: dict[str, Any]) -> Any:
 
 
 def _code(config: dict[str, Any]) -> str:
-    """What an error says of code that a checkpoint brings; "" where it brings none."""
+    """The part of an error about code that a checkpoint brings; "" if it brings none."""
     if not (named := config.get("auto_map")):
         return ""
     names = sorted(map(str, named.values()))

@@ -1,4 +1,4 @@
-"""Pairs as token ids: qrank's, held against what the checkpoint's own tokenizer gives."""
+"""Encode pairs as token ids and compare them with those of the checkpoint's own tokenizer."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from pathlib import Path
 from qrank.bundle.family import Family, fill
 from qrank.bundle.sequences import Sequences
 from qrank.converters.checkpoint.configuration import explained
+from qrank.converters.checkpoint.logit_score import LOGIT_SCORE
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.errors import ConversionError
 from qrank.scoring.pair_tokenizer import PairTokenizer
 
 PROBE_TOKENS = 512
-"""Longest probe: every length behaves alike beyond, and the reference is slow."""
+"""Length limit of probes: longer ones behave the same, and the reference is slow."""
 
 
 def encode_pairs(pairs: list[tuple[str, str]], tokenizer: Path | str, family: Family) -> Sequences:
-    """Pairs as token ids, made by qrank's own tokenizer; long ones are cut."""
+    """Pairs as token ids from qrank's own tokenizer; long ones are truncated."""
     ours = PairTokenizer(tokenizer, family, max_length=min(family.max_length, PROBE_TOKENS))
     sequences, segments = [], []
     for query, document in pairs:
@@ -28,10 +29,10 @@ def encode_pairs(pairs: list[tuple[str, str]], tokenizer: Path | str, family: Fa
 
 
 def check_ids(pairs: list[tuple[str, str]], work: Sequences, checkpoint: Checkpoint) -> None:
-    """Hold encoded pairs against transformers' tokenizer.
+    """Compare encoded pairs with transformers' tokenizer.
 
     Raises:
-        ConversionError: the two differ: the card's template is not this checkpoint's.
+        ConversionError: the two differ: the card's template does not match the checkpoint.
     """
     family = checkpoint.family
     limit = min(family.max_length, PROBE_TOKENS)
@@ -46,10 +47,11 @@ def check_ids(pairs: list[tuple[str, str]], work: Sequences, checkpoint: Checkpo
 
 
 def checkpoint_ids(checkpoint: Checkpoint, query: str, document: str, limit: int) -> list[int]:
-    """A pair as the checkpoint's own tokenizer reads it, cut to a limit.
+    """A pair as the checkpoint's own tokenizer reads it, truncated to a limit.
 
-    For a decoder family, the items of its template each by itself, as the original code does; a
-    prompt that an encoder family reads as a whole.
+    For a decoder family, the items of the template are tokenized separately, as in the original
+    code; sentence-transformers tokenizes the whole prompt of a LogitScore model. An encoder family
+    reads two texts, or one if no token separates query and document.
     """
     family, tokenizer = checkpoint.family, checkpoint.tokenizer
     template, text = family.asked(None)
@@ -60,13 +62,23 @@ def checkpoint_ids(checkpoint: Checkpoint, query: str, document: str, limit: int
         whole = "".join(prompt)
         return list(tokenizer(whole, truncation=True, max_length=limit)["input_ids"])
     if not family.decoder:
-        # As a batch of one: a single empty document would count as no document at all.
+        # As a batch of one: otherwise an empty document would count as no document.
         query, document = prompt
         with explained(f"{checkpoint.name}: its tokenizer cannot cut a pair to {limit} tokens"):
             (pair,) = tokenizer([query], [document], truncation="only_second", max_length=limit)[
                 "input_ids"
             ]
         return list(pair)
+    if family.name == LOGIT_SCORE:
+        parts = [
+            str(tokenizer.convert_ids_to_tokens(item))
+            if isinstance(item, int)
+            else fill(item, **texts)
+            for item in template
+        ]
+        ids: list[int] = tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
+        if len(ids) <= limit:
+            return ids
     items = [
         [item]
         if isinstance(item, int)

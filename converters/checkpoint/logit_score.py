@@ -1,8 +1,8 @@
-"""Checkpoints that say themselves how they score: sentence-transformers' LogitScore metadata.
+"""Checkpoints that describe their own scoring: sentence-transformers' LogitScore metadata.
 
-Beside the weights such a checkpoint has a `modules.json` with a LogitScore module, whose config
-names the token ids that are compared, and a chat template with the roles "query" and "document".
-Source: cross_encoder/modules/logit_score.py and base/modules/transformer.py of its version 6.2.
+Such a checkpoint also has a `modules.json` with a LogitScore module, whose config names the token
+ids that are compared, and a chat template with the roles "query" and "document". Source:
+cross_encoder/modules/logit_score.py and base/modules/transformer.py of sentence-transformers 6.2.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+LOGIT_SCORE = "logit-score"
+"""The name of the family that the metadata describes."""
+
 CONFIG = "*LogitScore/config.json"
-"""Where the module says which tokens it compares."""
+"""The file that names the tokens compared."""
 
 
 def logit_score_card(
@@ -32,21 +35,21 @@ def logit_score_card(
     metadata: Metadata,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Card:
-    """The card that a checkpoint's own metadata comes to.
+    """The card that results from a checkpoint's own metadata.
 
     Args:
-        folder: the checkpoint's.
-        source: what to call it in an error.
+        folder: the checkpoint's folder.
+        source: the checkpoint's name in errors.
         config: its config.json.
-        metadata: what its files say; `logit_score` is there.
-        tokenizer: the checkpoint's.
+        metadata: its sentence-transformers metadata; `logit_score` is set.
+        tokenizer: the checkpoint's tokenizer.
 
     Raises:
-        FamilyError: the metadata names no tokens, or has no chat template for a pair.
-        ConversionError: a file is no JSON, or the chat template fails.
+        FamilyError: the metadata names no tokens, or there is no chat template for a pair.
+        ConversionError: a file is not JSON, or the chat template fails.
     """
     card = Card(
-        name="logit-score",
+        name=LOGIT_SCORE,
         about="a checkpoint with sentence-transformers' LogitScore metadata",
         architectures=tuple(config["architectures"]),
         template=_items(_rendered(tokenizer, metadata, source), tokenizer),
@@ -96,7 +99,7 @@ def _labels(
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, metadata: Metadata, source: str) -> str:
-    """The chat template with slots for query and document."""
+    """The rendered chat template with slots for query and document."""
     if tokenizer.chat_template is None:
         raise FamilyError(f"{source} scores by LogitScore, and has no chat template to ask with")
     if metadata.chat is None:
@@ -123,10 +126,11 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, metadata: Metadata, source: st
 
 
 def _items(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Cut a rendered template at control tokens, and where the document begins.
+    """Split a rendered template at control tokens, before the document and after it.
 
-    There only in front of a space or a line's end behind other text, where tokenizers cut as well;
-    the conversion compares the outcome with the whole.
+    Before the document, the split is in front of a space or line break that follows other text:
+    tokenizers split there too. `ids.check_ids` compares with the whole prompt: a template whose
+    text merges with the end of the document is refused.
     """
     added = sorted(control_tokens(tokenizer), key=len, reverse=True)
     special = "|".join(re.escape(token) for token in added)

@@ -1,7 +1,7 @@
-"""nvidia's llama-nemotron-rerank: Llama made bidirectional, of which transformers has no class.
+"""nvidia's llama-nemotron-rerank: a bidirectional Llama that transformers has no class for.
 
-The checkpoint brings code of its own, which is not run: this is what that computes, with
-transformers' layers. Importing it makes the class known to transformers, and takes torch.
+The checkpoint's own code is not run: this module computes the same with transformers' layers.
+Importing it registers the class with transformers and needs torch.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from qrank.errors import FamilyError
 
 
 class LlamaBidirectionalConfig(LlamaConfig):  # type: ignore[misc]
-    """Llama's, and what becomes of the final hidden states.
+    """Llama's configuration, plus pooling and temperature.
 
     Attributes:
-        pooling: how they become one vector; `avg` is known.
-        temperature: what the logit is divided by.
+        pooling: how the final hidden states become one vector; only `avg` is supported.
+        temperature: the logit is divided by this.
     """
 
     model_type = "llama_bidirec"  # `configuration.NEMOTRON`, which imports this file
@@ -28,10 +28,10 @@ class LlamaBidirectionalConfig(LlamaConfig):  # type: ignore[misc]
 
 
 class LlamaBidirectionalForSequenceClassification(LlamaPreTrainedModel):  # type: ignore[misc]
-    """Every token sees every other; the score is a row times the mean of the final hidden states.
+    """Every token sees all others; the score is a row times the mean of the final hidden states.
 
     Raises:
-        FamilyError: the configuration asks for another pooling.
+        FamilyError: the configuration asks for another pooling or for causal attention.
     """
 
     config_class = LlamaBidirectionalConfig
@@ -49,7 +49,7 @@ class LlamaBidirectionalForSequenceClassification(LlamaPreTrainedModel):  # type
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> SequenceClassifierOutput:
-        """Logits, shape [batch, labels]; both inputs int64 of shape [batch, length]."""
+        """Logits of shape [batch, labels]; both inputs are int64 of shape [batch, length]."""
         batch, length = input_ids.shape
         dtype = self.model.embed_tokens.weight.dtype
         seen = attention_mask[:, None, None].bool()
@@ -59,7 +59,7 @@ class LlamaBidirectionalForSequenceClassification(LlamaPreTrainedModel):  # type
             attention_mask=mask.expand(batch, 1, length, length),
             use_cache=False,
         ).last_hidden_state
-        # Each token's share first: a sum over thousands of them is beyond fp16's range.
+        # Scale each token first: a sum over thousands of them exceeds fp16's range.
         shares = attention_mask.float() / attention_mask.sum(1, keepdim=True)
         pooled = (hidden.float() * shares[..., None]).sum(1)
         logits = self.score(pooled.to(self.score.weight.dtype)) / self.config.temperature

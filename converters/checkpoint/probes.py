@@ -1,4 +1,4 @@
-"""The pairs every conversion is proven with, and the ones it may look at beforehand."""
+"""The pairs that every conversion is proven with, and the pairs for calibration."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from qrank.system.safejson import parse_object
 from qrank.system.textfiles import TextFile
 
 _LONGEST = 900
-"""Characters of a long probe times a growing factor: with the models' limits, 3 to 512 tokens."""
+"""Characters of a long probe, times 1 to 4: within the models' limits, 3 to 512 tokens."""
 
 
 _WORDS = 4
-"""Words added to a vocabulary that are looked at."""
+"""Number of words added to a vocabulary that probes contain."""
 
 
 def probe_pairs(words: Sequence[str] = ()) -> list[tuple[str, str]]:
     """Pairs of varied length, language and relevance: 44, from an empty document to a long one.
 
     Args:
-        words: added to the model's vocabulary; two pairs more for each of a few of them.
+        words: words added to the model's vocabulary; up to 4 of them get two more pairs each.
     """
     topics = _topics()
     documents = [text for topic in topics for text in (topic["answer"], topic["related"])]
@@ -38,16 +38,16 @@ def probe_pairs(words: Sequence[str] = ()) -> list[tuple[str, str]]:
     pairs += [(query, ""), (query, "Mars"), (query, "🪐 mars!!"), ("?", topics[2]["answer"])]
     for i, word in enumerate(words[:: max(len(words) // _WORDS, 1)][:_WORDS]):
         topic = topics[i % len(topics)]
-        # As a word, at both ends, within another, and in capitals: by its flags, it is one or not.
+        # Alone, at both ends, inside a word and in capitals: the token's flags decide what matches.
         text = f"{word} {topic['related']} ({word}) x{word}y {word.upper()} {word.title()} {word}"
         pairs += [(topic["query"], text), (f"{topic['query']} {word}", topic["answer"])]
     return pairs
 
 
 def calibration_pairs() -> list[tuple[str, str]]:
-    """Other pairings of the same topics: what is looked at must not be what proves.
+    """Other pairings of the same topics: calibration must not use the probes.
 
-    With empty and long ones among them: quantized activations are wrong beyond what was seen.
+    They include empty and long texts: quantized activations are wrong outside the calibrated range.
     """
     topics = _topics()
     documents = [text for topic in topics for text in (topic["related"], topic["answer"])]
@@ -65,10 +65,10 @@ def calibration_pairs() -> list[tuple[str, str]]:
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
-    """Pairs of a user's own: JSON lines with "query" and "document".
+    """The user's own pairs: JSON lines with "query" and "document".
 
     Raises:
-        InputError: a line is something else, or there is none.
+        InputError: a line is something else, or there are no lines.
     """
     pairs = []
     with TextFile(path) as file:

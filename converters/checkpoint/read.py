@@ -1,4 +1,4 @@
-"""Find or download a checkpoint, match it to a card, and say what the two come to."""
+"""Find or download a checkpoint, match it to a card and combine the two."""
 
 from __future__ import annotations
 
@@ -61,26 +61,26 @@ DESCRIPTION = [
     "vocab.json",
     "vocab.txt",
 ]
-"""What a model says of itself in: all but its weights. By name, as repositories hold other formats
-in folders beside."""
+"""The files that describe a model: all but its weights. Listed by name because repositories also
+hold other formats in subfolders."""
 
 WEIGHTS = ["model*.safetensors", INDEX]
-"""What weights lie in."""
+"""The files that hold weights."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk and what it says of itself.
+    """A checkpoint on disk and what its files say about it.
 
     Attributes:
         folder: holds config.json, safetensors files and the tokenizer.
         source: where it comes from.
         family: the card that reads it, made concrete.
-        tokenizer: its own, in transformers' class.
-        control: added tokens of it that no text may become.
-        card: what the family was made of.
-        dimensions: what decides the memory that batches take.
-        window: tokens that some layer of a causal model sees at most; None where each sees all.
+        tokenizer: its own tokenizer, in transformers' class.
+        control: its added tokens that no text may become.
+        card: the card that the family was made from.
+        dimensions: the sizes that determine the memory of batches.
+        window: the sliding window of a causal model's layers in tokens; None if all see everything.
     """
 
     folder: Path
@@ -99,22 +99,22 @@ class Checkpoint:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Words added to its vocabulary, in the order of their ids; not white space."""
+        """Words added to its vocabulary, in the order of their ids; without white space."""
         added = sorted(self.tokenizer.added_tokens_decoder.items())
         contents = [token.content for _, token in added]
         return tuple(text for text in contents if text.strip() and text not in self.control)
 
     def text_tokenizer(self) -> dict[str, Any]:
-        """Its tokenizer.json with everything but text taken out.
+        """Its tokenizer.json with everything but text removed.
 
         Raises:
-            ConversionError: a kind of tokenizer that is not known.
+            ConversionError: the kind of tokenizer is unknown, or ids cannot be kept.
         """
         original = json.loads(self.tokenizer.backend_tokenizer.to_str())
         return strip_special_tokens(original, self.control)
 
     def parameters(self) -> int:
-        """How many numbers its weights are, by the headers of their files.
+        """The number of parameters, read from the headers of the weight files.
 
         Raises:
             ConversionError: a file is damaged.
@@ -129,16 +129,16 @@ class Checkpoint:
         return total
 
     def load(self, *, lean: bool = False) -> PreTrainedModel:
-        """transformers' own model: the fp32 reference, and what is exported.
+        """transformers' own model: the fp32 reference and the source of exports.
 
         Args:
-            lean: keep a decoder's matrices as they are stored, and convert each to fp32 as it is
-                used: identical results in half the memory.
+            lean: keep a decoder's matrices in their stored data type and upcast each to fp32 when
+                it is used: identical results in half the memory.
 
         Raises:
             ConversionError: the weights do not fit the architecture.
         """
-        # Plain matrix products and a softmax: exact, and every runtime knows them.
+        # Eager attention is plain matrix products and a softmax: exact, and every runtime has them.
         if lean and self.family.decoder:
             return upcast_lazily(load_model(self.folder, dtype="auto", attention="eager"))
         return load_model(self.folder, dtype="float32", attention="eager")
@@ -150,21 +150,21 @@ def read_checkpoint(
     """Find a checkpoint and make its family concrete. No weights are loaded yet.
 
     Args:
-        source: a folder, or a name on the hub; see `qrank.bundle.locate.place`.
+        source: a folder or a name on the hub; see `qrank.bundle.locate.place`.
         family: a card's name or file; None to match by config.json.
-        revision: of the hub's repository.
-        offline: use what was downloaded before only.
+        revision: revision of the hub repository.
+        offline: use only what is already downloaded.
 
     Raises:
-        ModelNotFoundError: nothing of that name is there, or a bundle.
-        FamilyError: no card reads it; or not one label; or no safetensors.
+        ModelNotFoundError: nothing of that name exists, or it is a bundle.
+        FamilyError: no card reads it, it has not exactly one label, or there are no safetensors.
     """
     where = place(source, revision)
     return of_fetched(fetch(where, source, [*DESCRIPTION, *WEIGHTS], offline=offline), family)
 
 
 def of_fetched(found: Fetched, family: str | None) -> Checkpoint:
-    """The same of a checkpoint that was found, or downloaded, already."""
+    """The same as `read_checkpoint` for a checkpoint that is already found or downloaded."""
     source = found.id if found.commit else str(found.folder)
     return describe(
         found.folder, found.id, found.commit, family, lambda: weight_files(found.folder, source)
@@ -178,17 +178,18 @@ def describe(
     family: str | None,
     weights: Callable[[], list[Path]],
 ) -> Checkpoint:
-    """What a folder's configuration and tokenizer come to.
+    """The checkpoint that a folder's configuration and tokenizer describe.
 
     Args:
         folder: holds config.json and the tokenizer.
-        identity: hub id, or the name it shall go by.
-        commit: the hub's; None of what is no hub's.
+        identity: hub id, or the name to use.
+        commit: the hub's commit; None if not from the hub.
         family: a card's name or file; None to match by config.json.
-        weights: finds the files that the model is in; asked when all else is understood.
+        weights: finds the files that hold the model; called after the configuration is read and
+            matched to a card.
 
     Raises:
-        FamilyError: no card reads it; or not one label; or there are no weights.
+        FamilyError: no card reads it, it has not exactly one label, or there are no weights.
     """
     source = identity if commit else str(folder)
     refuse_adapter(folder, source)
@@ -230,10 +231,10 @@ def _check_labels(settings: PretrainedConfig, source: str) -> None:
 
 
 def _check_embeddings(said: Said, family: Family) -> None:
-    """See that the model has an embedding for every token that a text or the template may give.
+    """Check that the model has an embedding for every token of a text or the template.
 
     Raises:
-        FamilyError: tokens were added to the tokenizer alone; the original fails on them.
+        FamilyError: tokens were added only to the tokenizer; the original fails on them.
     """
     rows = whole_number(said.settings, "vocab_size", said.source)
     beyond = {
@@ -251,11 +252,11 @@ def _check_embeddings(said: Said, family: Family) -> None:
 
 
 def _dimensions(settings: PretrainedConfig, causal: bool, source: str) -> Dimensions:
-    """What decides the memory that batches take, by transformers' common names."""
+    """The sizes that determine the memory of batches, by transformers' common names."""
     keys = ("hidden_size", "num_attention_heads", "num_hidden_layers")
     found = {key: whole_number(settings, key, source) for key in keys}
-    # Four times as wide between the two halves of a layer is the rule. DistilBERT has a name of
-    # its own for it.
+    # The feed-forward width is usually four times the hidden size. DistilBERT has its own name for
+    # it.
     wide = getattr(settings, "hidden_dim", None) or 4 * found["hidden_size"]
     found["intermediate_size"] = getattr(settings, "intermediate_size", None) or wide
     for key in ("num_key_value_heads", "head_dim"):

@@ -1,4 +1,4 @@
-"""A checkpoint's own tokenizer: as transformers reads it, or as its tokenizer.json has it."""
+"""Read a checkpoint's own tokenizer: as transformers does, or as its tokenizer.json says."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "tokenizer_class": (str, NoneType),
     "truncation_side": (str,),
 }
-"""What transformers takes at keys of tokenizer_config.json that change ids."""
+"""Types that transformers accepts for keys of tokenizer_config.json that change ids."""
 
 _ODD = (
     "ＦＵＬＬ　ｗｉｄｔｈ ﬁne ①② ™ ½",
@@ -48,7 +48,7 @@ _ODD = (
     "中文字,日本語の文 한국어 किताब مرحبا",
     "don't 3.14 a_b x-y <b>#1</b> $5 🪐👩‍🚀 \u200b\u00a0end",
 )
-"""Texts that normalizers and pre-tokenizers treat in different ways."""
+"""Texts that normalizers and pre-tokenizers treat differently."""
 
 
 def read_tokenizer(
@@ -56,32 +56,32 @@ def read_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that a checkpoint's author used, in transformers' class.
 
-    transformers 5 makes most tokenizers anew of the vocabulary in tokenizer.json, with its class's
-    normalizer and pre-tokenizer; earlier versions and other programs take the file as it is. Where
-    the two read some text differently, the file counts.
+    transformers 5 rebuilds most tokenizers from the vocabulary in tokenizer.json, with the
+    normalizer and pre-tokenizer of its class; earlier versions and other programs use the file
+    unchanged. If the two read some text differently, the file counts.
 
     Args:
-        folder: the checkpoint's.
-        source: what to call it in an error.
+        folder: the checkpoint's folder.
+        source: the checkpoint's name in errors.
         config: its config.json.
         settings: the same with transformers' defaults.
 
     Raises:
-        ConversionError: there is none, or it is damaged.
-        FamilyError: it reads text in a way that qrank does not.
+        ConversionError: there is no tokenizer, or it is damaged.
+        FamilyError: it reads text in a way that qrank does not support.
     """
     transformers = transformers_for(config)
     _check_config(folder, source)
     files = "its tokenizer (tokenizer.json, tokenizer_config.json)"
     with explained(f"transformers cannot read {source}, {files}"), warnings.catch_warnings():
-        # Reading a vocab.txt, it warns of its own way to do so.
+        # When it reads a vocab.txt, it warns about its own method.
         warnings.simplefilter("ignore", DeprecationWarning)
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, config=settings, local_files_only=True, trust_remote_code=False
         )
-        # A hieroglyph: where it is unknown, there must be a token for that.
+        # A hieroglyph: if it is unknown, there must be an unknown token.
         tokenizer("\U00013000")
-    # Without files, transformers makes up a tokenizer of special tokens alone.
+    # Without files, transformers makes up a tokenizer of special tokens only.
     if not tokenizer.is_fast or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ConversionError(f"{source} has no tokenizer.json, and none can be made from it")
     tokenizer = _as_written(folder, source, tokenizer, pairs=not is_causal(config))
@@ -91,10 +91,10 @@ def read_tokenizer(
 
 
 def _check_config(folder: Path, source: str) -> None:
-    """See that what qrank takes of tokenizer_config.json is of its type.
+    """Check the types of the keys in tokenizer_config.json that qrank uses.
 
     Raises:
-        ConversionError: a key is not.
+        ConversionError: a key has another type, or truncation_side another value.
     """
     if not (path := folder / "tokenizer_config.json").is_file():
         return
@@ -108,11 +108,11 @@ def _check_config(folder: Path, source: str) -> None:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase, items: Iterable[str] = ()) -> dict[str, int]:
-    """Added tokens that steer the model, with their ids: see `tokenizer.is_control`.
+    """Added tokens that steer the model, with their ids; see `tokenizer.is_control`.
 
     Args:
         tokenizer: the checkpoint's own.
-        items: of the card's template.
+        items: items of the card's templates.
     """
     templates = [*items, *_chat_templates(tokenizer)]
     named = set(tokenizer.all_special_tokens)
@@ -131,7 +131,7 @@ def _chat_templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _check(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    """See that nothing of tokenizer_config.json is unread that changes ids."""
+    """Check that tokenizer_config.json has no value that changes ids and that qrank ignores."""
     name = f"{source}: tokenizer_config.json has"
     if tokenizer.truncation_side != "right":
         raise FamilyError(
@@ -146,25 +146,25 @@ def _check(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
 def _as_written(
     folder: Path, source: str, rebuilt: PreTrainedTokenizerBase, *, pairs: bool
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a tokenizer.json, where transformers' reads text as other ids.
+    """The tokenizer of tokenizer.json if transformers' gives other ids, else transformers'.
 
     Args:
-        folder: the checkpoint's.
-        source: what to call it in a warning.
-        rebuilt: transformers'.
+        folder: the checkpoint's folder.
+        source: the checkpoint's name in a warning.
+        rebuilt: transformers' tokenizer.
         pairs: whether it joins queries and documents with special tokens.
     """
     import transformers
 
     path = folder / "tokenizer.json"
-    # This class takes the file as it is.
+    # This class uses the file unchanged.
     if not path.is_file() or type(rebuilt) is transformers.TokenizersBackend:
         return rebuilt
     backend = rebuilt.backend_tokenizer
     with explained(f"tokenizers cannot read {path}"):
         written = Tokenizer.from_file(str(path))
         if {type(t.normalizer) for t in (backend, written)} == {normalizers.BertNormalizer}:
-            # Every version of transformers sets its options by tokenizer_config.json.
+            # Every version of transformers sets its options from tokenizer_config.json.
             content = json.loads(path.read_text("utf-8"))
             content["normalizer"] = json.loads(backend.normalizer.__getstate__())
             written = Tokenizer.from_str(json.dumps(content))

@@ -19,9 +19,9 @@ def run_reference(model: PreTrainedModel, work: Sequences, labels: tuple[int, ..
     """Logits of transformers' own forward pass in fp32, one pair at a time, shape [n].
 
     Args:
-        model: transformers' own.
+        model: transformers' own model.
         work: whole sequences.
-        labels: of a causal language model, see `qrank.bundle.family.Family`.
+        labels: the labels of a causal language model; see `qrank.bundle.family.Family`.
     """
     torch = need("torch")
     logits = []

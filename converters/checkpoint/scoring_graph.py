@@ -1,6 +1,6 @@
-"""The torch modules that are exported: token ids in, one logit a sequence out.
+"""The torch modules that are exported: token ids in, one logit per sequence out.
 
-Imported by converters and the torch backend alone: it needs torch.
+Only converters and the torch backend import this module, because it needs torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def scorer(model: PreTrainedModel, family: Family) -> EncoderScorer | DecoderSco
     """The scoring graph of transformers' own model."""
     for module in model.modules():
         if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
-            # Both scale positions anew beyond a length, which is beyond the family's limit.
+            # Both rescale positions above a length that exceeds the family's limit.
             module.rope_type = "default"
     if not family.decoder:
         return EncoderScorer(model)
@@ -27,7 +27,7 @@ def scorer(model: PreTrainedModel, family: Family) -> EncoderScorer | DecoderSco
 
 
 def input_names(family: Family) -> list[str]:
-    """What a family's scoring graph takes, in its order."""
+    """The inputs of a family's scoring graph, in order."""
     if family.decoder:
         return ["input_ids", "last", "prefix", "keep"]
     types = [] if family.segments is None else ["token_type_ids"]
@@ -35,7 +35,7 @@ def input_names(family: Family) -> list[str]:
 
 
 def head_row(model: PreTrainedModel, family: Family) -> torch.Tensor:
-    """A decoder's whole score head, fp32 of shape [hidden]: no other token's logits matter."""
+    """A decoder's whole score head, fp32 of shape [hidden]; no other token's logits are needed."""
     if not family.labels:
         rows = model.score.weight.float()
     else:
@@ -47,9 +47,9 @@ def head_row(model: PreTrainedModel, family: Family) -> torch.Tensor:
 class EncoderScorer(torch.nn.Module):
     """A cross-encoder with one label, as transformers computes it.
 
-    Inputs, int64 of shape [batch, length], under the field's usual names so that other tools can
-    run the exported graph too: `input_ids`, `attention_mask`, and with token types
-    `token_type_ids`. Output: `logits`, float32 of shape [batch, 1].
+    Inputs, int64 of shape [batch, length], have the field's usual names so that other tools can run
+    the exported graph too: `input_ids`, `attention_mask`, and with token types `token_type_ids`.
+    Output: `logits`, float32 of shape [batch, 1].
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -71,17 +71,17 @@ class EncoderScorer(torch.nn.Module):
 
 
 class DecoderScorer(torch.nn.Module):
-    """A causal model that scores at its last token, behind a prefix that was read before.
+    """A causal model that scores at its last token, after a prefix that was read before.
 
-    No padding mask is wanted: what is filled up on the right is seen by nobody to its left. There
-    is one graph for both uses: a prefix is read as a batch of one, `keep` naming all of its places;
-    then every batch is given what that returned, and keeps nothing.
+    It needs no padding mask: tokens do not see the padding on their right. One graph serves both
+    uses: first the prefix is read as a batch of one, with all its positions in `keep`; then every
+    batch gets the returned keys and values as its prefix and keeps nothing.
 
     Inputs:
         input_ids: int64 [batch, length].
-        last: int64 [batch], the place of each sequence's last token.
+        last: int64 [batch], the position of each sequence's last token.
         prefix: [layers, 2, heads, before, width], its keys and values; `before` may be 0.
-        keep: int64 [kept], places of the first sequence whose keys and values to return, if any.
+        keep: int64 [kept], positions of the first sequence whose keys and values to return, if any.
 
     Outputs:
         logits: float32 [batch, 1].
@@ -89,16 +89,16 @@ class DecoderScorer(torch.nn.Module):
     """
 
     def __init__(self, model: PreTrainedModel, head: torch.Tensor, max_length: int) -> None:
-        """Take over a model.
+        """Wrap a model.
 
         Args:
-            model: transformers' own.
+            model: transformers' own model.
             head: the score's row, float32 [hidden].
-            max_length: tokens that it is given at most, the prefix's included.
+            max_length: maximum number of tokens, including the prefix.
         """
         super().__init__()
         self.model = model.base_model
-        # Which layers have a window: all where the configuration does not tell kinds apart.
+        # The layers with a window: all if the configuration does not distinguish kinds.
         self._kinds = getattr(model.config, "layer_types", None)
         window = getattr(model.config, "sliding_window", None)
         slides = self._kinds is None or "sliding_attention" in self._kinds
@@ -108,7 +108,7 @@ class DecoderScorer(torch.nn.Module):
 
     @property
     def prefix_shape(self) -> tuple[int, ...]:
-        """Of no prefix at all."""
+        """The shape of an empty prefix."""
         config = self.model.config
         width = getattr(config, "head_dim", None) or (
             config.hidden_size // config.num_attention_heads
@@ -137,7 +137,7 @@ class DecoderScorer(torch.nn.Module):
         full = mask(seen)
         masks: torch.Tensor | dict[str, torch.Tensor] = full
         if self._window is not None:
-            # As transformers' `sliding_window_overlay`: a token and those before it.
+            # As transformers' `sliding_window_overlay`: the window ends with the token itself.
             near = mask(seen & (others > places[:, None] - self._window))
             kinds = {"full_attention": full, "sliding_attention": near}
             masks = near if self._kinds is None else kinds
@@ -151,12 +151,12 @@ class DecoderScorer(torch.nn.Module):
         ).last_hidden_state
         index = last[:, None, None].expand(batch, 1, hidden.shape[2])
         final = hidden.gather(1, index)[:, 0].float()
-        # No matrix product: what quantizes those leaves this one row alone.
+        # Not a matrix product, so that quantization of matrix products leaves this row alone.
         return (final * self.head).sum(1, keepdim=True), torch.stack(cache.kept)
 
 
 class _Cache:
-    """What transformers' attention asks for keys and values: the prefix's, then its own."""
+    """The KV cache for transformers' attention: the prefix's keys and values, then the batch's."""
 
     def __init__(self, prefix: torch.Tensor, keep: torch.Tensor) -> None:
         self._prefix = prefix
@@ -166,12 +166,12 @@ class _Cache:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both of shape [batch, heads, length, width]; the prefix's come in front."""
+        """Return both, of shape [batch, heads, length, width], with the prefix's in front."""
         kept = [x[0].index_select(1, self._keep) for x in (keys, values)]
         self.kept.append(torch.stack(kept))
         before = self._prefix[layer][:, None].expand(2, keys.shape[0], -1, -1, -1)
         return torch.cat((before[0], keys), 2), torch.cat((before[1], values), 2)
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """Tokens of the prefix."""
+        """Number of tokens of the prefix."""
         return self._prefix.shape[3]

@@ -1,9 +1,9 @@
-"""What sentence-transformers' files beside a checkpoint say of its scores.
+"""Read what sentence-transformers' files in a checkpoint say about its scores.
 
-`modules.json` lists what computes them, `config_sentence_transformers.json` the activation and what
-stands before a query, `sentence_bert_config.json` how text is read. Each key is read, or refused if
-it would change a score. Source: base/model.py, base/modules/transformer.py and
-cross_encoder/model.py of its version 6.2.
+`modules.json` lists the modules that compute them, `config_sentence_transformers.json` has the
+activation and the prompt before a query, `sentence_bert_config.json` says how text is read. Each
+key is read, or refused if it would change a score. Source: base/model.py,
+base/modules/transformer.py and cross_encoder/model.py of sentence-transformers 6.2.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ TRANSFORMER = "sentence_bert_config.json"
 FILES = (MODULES, MODEL, TRANSFORMER)
 
 _OTHERS = ("model_kwargs", "model_args")
-"""How weights are held: their type, their device. The reference is computed in fp32 anyway."""
+"""How weights are loaded: data type and device. The reference is computed in fp32 anyway."""
 
 _OVERRIDES = ("config_kwargs", "config_args", "processor_kwargs", "tokenizer_args")
-"""What would replace keys of config.json and tokenizer_config.json."""
+"""Options that would override keys of config.json and tokenizer_config.json."""
 
 _HARMLESS = ("padding", "truncation", "return_tensors", "pad_to_multiple_of", "logits_to_keep")
-"""Options of reading a text that change no score: qrank pads, and says itself what is cut."""
+"""Tokenizer options that do not change scores: qrank does its own padding and truncation."""
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What the files come to; the defaults are those of a checkpoint without them.
+    """The content of the files; the defaults are for a checkpoint without them.
 
     Attributes:
-        activation: the name of the class that scores go through; None: they do not say.
-        prompt: what stands before a query, or the system message of a chat template; "": nothing.
-        logit_score: the folder of the LogitScore module; None: a score head.
-        max_length: tokens a pair may have; None: they do not say.
-        chat: options of the chat template; None: prompts are not made with it.
-        structured: whether a message's content is a list of parts, and not a text.
-        lower_case: whether text is made lower case, whatever the tokenizer does.
+        activation: class name of the activation of scores; None: not specified.
+        prompt: text before a query, or the system message of a chat template; "": none.
+        logit_score: folder of the LogitScore module; None: a score head.
+        max_length: maximum number of tokens of a pair; None: not specified.
+        chat: options of the chat template; None: prompts are made without it.
+        structured: whether a message's content is a list of parts instead of a text.
+        lower_case: whether text is lowercased, whatever the tokenizer does.
     """
 
     activation: str | None = None
@@ -56,14 +56,14 @@ class Metadata:
 
 @dataclass
 class _Reader:
-    """One file: its keys are taken one by one, each of its type."""
+    """Reads the keys of one file and checks their types."""
 
     source: str
     name: str
     content: dict[str, Any] = field(default_factory=dict)
 
     def take(self, key: str, kinds: tuple[type, ...], expected: str, inside: str = "") -> Any:
-        """A key's value; None where it is missing or null."""
+        """A key's value; None if it is missing or null."""
         place = self.content
         for part in filter(None, inside.split(".")):
             place = place.get(part) or {}
@@ -81,17 +81,17 @@ def read_metadata(folder: Path, source: str) -> Metadata:
     """Read the files of a folder.
 
     Args:
-        folder: the checkpoint's.
-        source: what to call it in an error.
+        folder: the checkpoint's folder.
+        source: the checkpoint's name in errors.
 
     Raises:
-        FamilyError: they say something that qrank cannot do, or nothing that can be understood.
-        ConversionError: one is no JSON.
+        FamilyError: they ask for something unsupported or cannot be understood.
+        ConversionError: a file is not JSON of the expected type.
     """
     model = _Reader(source, MODEL, _optional(folder / MODEL, dict, source) or {})
     named = model.take("model_type", (str,), "a text such as 'CrossEncoder'")
     if named not in (None, "CrossEncoder"):
-        # Of an embedding model: sentence-transformers itself then makes a reranker without them.
+        # An embedding model's files: sentence-transformers itself ignores them for a reranker.
         return Metadata()
     activation = model.take("activation_fn", (str,), "the name of a class")
     prompt = _prompt(model)
@@ -125,7 +125,7 @@ def _optional(path: Path, kind: type, source: str) -> Any:
 
 
 def _prompt(model: _Reader) -> str:
-    """What is asked with where the caller names no prompt."""
+    """The default prompt, used if the caller names none."""
     prompts = model.take("prompts", (dict,), "texts by name") or {}
     name = model.take("default_prompt_name", (str,), "the name of a prompt")
     if name is None:
@@ -139,10 +139,10 @@ def _prompt(model: _Reader) -> str:
 
 
 def _logit_score(reader: _Reader, modules: list[Any]) -> str | None:
-    """The folder of a LogitScore module, where that is what makes the score.
+    """The folder of the LogitScore module if it computes the score, else None.
 
     Raises:
-        FamilyError: other modules do.
+        FamilyError: other modules compute the score, or a folder is not where it is expected.
     """
     for module in modules:
         if not isinstance(module, dict) or not all(
@@ -169,10 +169,10 @@ def _logit_score(reader: _Reader, modules: list[Any]) -> str | None:
 
 
 def _check_options(reader: _Reader) -> None:
-    """See that a Transformer's options change nothing that is not read.
+    """Check that a Transformer's options change nothing that qrank does not read.
 
     Raises:
-        FamilyError: one does.
+        FamilyError: an option does.
     """
     for key in _OVERRIDES:
         given = dict(reader.take(key, (dict,), "an object") or {})
@@ -202,7 +202,7 @@ def _check_options(reader: _Reader) -> None:
 
 
 def _chat(reader: _Reader) -> tuple[dict[str, Any] | None, bool]:
-    """Options of the chat template, and whether messages are lists of parts."""
+    """The chat template's options, and whether messages are lists of parts."""
     reader.take("modality_config", (dict,), "an object")
     message = reader.take("message", (dict,), "an object", inside="modality_config")
     if message is None:
@@ -215,7 +215,7 @@ def _chat(reader: _Reader) -> tuple[dict[str, Any] | None, bool]:
 
 
 def _max_length(reader: _Reader) -> int | None:
-    """The least of the limits that the file names."""
+    """The smallest of the limits that the file names; None if it names none."""
     places = [("", "max_seq_length")]
     places += [
         (f"processing_kwargs.{k}", "max_length") for k in ("text", "common", "chat_template")

@@ -1,13 +1,13 @@
 """A checkpoint's tokenizer -> one that knows text only.
 
-Text is never control: a special token inside a query or document is read as the characters it is
-spelled with. A tokenizer offers several doors to its special tokens, and `encode_special_tokens` of
-`tokenizers` shuts only one: added tokens that are not marked special (Qwen's `<think>`) still come
-out as one id, and so do pieces of a Unigram vocabulary (XLM-RoBERTa's `<s>`, `<pad>`, `<mask>`)
-even with the added tokens removed. Here all are shut.
+Text never becomes control: a special token inside a query or document is read as the characters it
+is spelled with. A tokenizer can produce special tokens in several ways, and `encode_special_tokens`
+of `tokenizers` prevents only one: added tokens that are not marked special (Qwen's `<think>`) still
+become one id, and so do pieces of a Unigram vocabulary (XLM-RoBERTa's `<s>`, `<pad>`, `<mask>`)
+even with the added tokens removed. This module prevents all of them.
 
-Other added tokens are words: somebody gave the model a token for a name, an HTML tag (Gemma) or a
-run of spaces (ModernBERT). Text must reach those, or it is read in other pieces than in training.
+Other added tokens are words: the model was given a token for a name, an HTML tag (Gemma) or a run
+of spaces (ModernBERT). Text must reach those, or it is split differently than in training.
 `is_control` tells the two apart.
 """
 
@@ -23,26 +23,26 @@ from tokenizers import Tokenizer
 from qrank.errors import ConversionError
 
 _MARKER = re.compile(r"<[|\uff5c]\S+[|\uff5c]>")
-"""`<|im_start|>`, and DeepSeek's with wide bars: the form of control tokens in chat models."""
+"""`<|im_start|>`, or DeepSeek's with wide bars: the form of control tokens in chat models."""
 
 _CHAT_MARKUP = re.compile(r"</?(?:think|tool_call|tool_response)>")
-"""Qwen's. Not marked special, so that answers show it; not every checkpoint has a chat template."""
+"""Qwen's. Not marked special, so that answers show it; some checkpoints lack a chat template."""
 
 _BRACKETED = re.compile(r"[<\[{|]\S+[>\]}|]")
-"""What may be control. Words of a language that a template happens to hold are not."""
+"""The form of tokens that may be control: natural-language words in a template are not."""
 
 
 def is_control(text: str, special: bool, templates: Iterable[str] = ()) -> bool:
     """Whether an added token steers the model, so that no text may become it.
 
-    It is control if it is marked special, if it has the form `<|...|>`, if it is chat markup of
-    Qwen's, or if it stands in brackets of any kind and a prompt is made with it. Every other added
-    token is a word. White space always is.
+    It is control if it is marked special, has the form `<|...|>`, is Qwen's chat markup, or is in
+    brackets of any kind and part of a prompt. Every other added token is a word. White space is
+    always a word.
 
     Args:
-        text: how the token is spelled.
-        special: whether it is marked so.
-        templates: the prompts: items of the card's template, and the tokenizer's chat templates.
+        text: the token's spelling.
+        special: whether the token is marked special.
+        templates: the prompts: items of the card's template and the tokenizer's chat templates.
     """
     if not text.strip():
         return False
@@ -54,20 +54,20 @@ def is_control(text: str, special: bool, templates: Iterable[str] = ()) -> bool:
 def strip_special_tokens(
     original: dict[str, Any], control: Collection[str] | None = None
 ) -> dict[str, Any]:
-    """Take everything but text out of a `tokenizer.json`.
+    """Remove everything but text from a `tokenizer.json`.
 
-    - Control tokens go. Their pieces in the vocabulary are renamed to begin with a space. No text
-      reaches them: every supported pre-tokenizer drops, splits at or replaces spaces.
+    - Control tokens are removed. Their pieces in the vocabulary are renamed to begin with a space.
+      No text reaches them: every supported pre-tokenizer drops, splits at or replaces spaces.
     - Words stay, with their flags (`lstrip`, `rstrip`, `single_word`, `normalized`).
-    - Ids stay as they are.
-    - Template, truncation and padding go: they are the family's and qrank's.
+    - Ids do not change.
+    - Template, truncation and padding are removed: the family and qrank handle them.
 
     Args:
-        original: the checkpoint's.
-        control: added tokens that are control; None: by `is_control`, without templates.
+        original: the checkpoint's `tokenizer.json`.
+        control: added tokens that are control; None: decide with `is_control`, without templates.
 
     Raises:
-        ConversionError: a model type whose vocabulary is not known here, or ids cannot stay.
+        ConversionError: the model type is not supported, or ids cannot be kept.
     """
     added = original["added_tokens"]
     if control is None:
@@ -77,7 +77,7 @@ def strip_special_tokens(
         raise ConversionError(
             f"the tokenizer is a {model['type']} model; supported are: WordPiece, BPE, Unigram"
         )
-    # WordPiece and BPE find their unknown token by its name; Unigram by its number.
+    # WordPiece and BPE find their unknown token by its name, Unigram by its id.
     unreachable = set(control) - {model.get("unk_token")}
     words = [token for token in added if token["content"] not in control]
     made = {
@@ -104,16 +104,16 @@ def _guarded(piece: str, unreachable: Collection[str]) -> str:
 
 
 def _keep_ids(made: dict[str, Any], behind: list[dict[str, Any]], control: Collection[str]) -> None:
-    """See that words behind the vocabulary keep their ids without the control tokens among them.
+    """Keep the ids of words after the vocabulary when control tokens among them are removed.
 
-    tokenizers counts such words from the vocabulary's size on, whatever id a file gives them. So
-    the control tokens before the first word get a place in the vocabulary. Where control tokens lie
-    between words, the words themselves do, if the model cannot come upon them there.
+    tokenizers numbers such words from the vocabulary's size on, whatever ids a file gives them. So
+    the control tokens before the first word are put into the vocabulary. If control tokens lie
+    between words, the words are put there instead, unless the model could then produce them itself.
 
     Args:
         made: the text tokenizer; its vocabulary is changed.
-        behind: added tokens that the original's vocabulary does not hold.
-        control: contents of those that are control.
+        behind: added tokens that are not in the original's vocabulary.
+        control: contents of the control tokens.
 
     Raises:
         ConversionError: neither keeps the ids.
@@ -143,9 +143,9 @@ def _keep_ids(made: dict[str, Any], behind: list[dict[str, Any]], control: Colle
 def _unreachable(token: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
     """Whether the model finds a word in its vocabulary only where it is an added token anyway."""
     if model["type"] == "BPE":
-        # Nothing merges to it, and it is no character to begin with.
+        # No merge produces it, and it is not a single character.
         return not model.get("ignore_merges") and len(token["content"]) > 1
-    # Longest match first would find it in any word that begins so.
+    # Longest match first finds it at the start of any word: the added token must match there too.
     return model["type"] == "WordPiece" and token["normalized"] and not token["single_word"]
 
 

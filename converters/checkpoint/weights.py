@@ -1,4 +1,4 @@
-"""A checkpoint's weights: which files transformers reads them from, and its model of them."""
+"""A checkpoint's weights: the files that transformers reads and the model it makes from them."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 
 _ADAPTERS = ("adapter_config.json", "adapter_model.*", "pytorch_adapter.*")
-"""Files of an adapter beside its base model, or alone: of the packages peft and adapters."""
+"""Files of an adapter, with or without its base model, from the packages peft and adapters."""
 
 _ADAPTED = (".lora_", ".base_layer.", ".modules_to_save.", ".original_module.")
-"""Parts of names that peft gives to weights."""
+"""Parts of the names that peft gives to weights."""
 
 
 def refuse_adapter(folder: Path, source: str) -> None:
-    """See that nothing is to be added to the weights.
+    """Refuse a checkpoint with an adapter.
 
-    transformers adds an adapter by itself where peft is installed, and elsewhere says nothing.
+    transformers adds an adapter automatically if peft is installed, and otherwise ignores it
+    silently.
 
     Raises:
-        FamilyError: an adapter lies in the folder.
+        FamilyError: there is an adapter in the folder.
     """
     found = sorted({path.name for pattern in _ADAPTERS for path in folder.glob(pattern)})
     if not found:
@@ -54,7 +55,7 @@ def weight_files(folder: Path, source: str) -> list[Path]:
 
     Raises:
         FamilyError: there are none.
-        ConversionError: the index of several is damaged, or a file of it is missing.
+        ConversionError: the index file is damaged, or a file that it names is missing.
     """
     if (single := folder / "model.safetensors").is_file():
         return [single]
@@ -83,9 +84,9 @@ def load_model(folder: Path, *, dtype: str, attention: str) -> PreTrainedModel:
     """transformers' own model of a checkpoint.
 
     Args:
-        folder: the checkpoint's.
-        dtype: torch's name of it.
-        attention: transformers' name of the implementation.
+        folder: the checkpoint's folder.
+        dtype: torch's name of the data type.
+        attention: transformers' name of the attention implementation.
 
     Raises:
         ConversionError: the weights do not fit the architecture.
@@ -100,7 +101,7 @@ def load_model(folder: Path, *, dtype: str, attention: str) -> PreTrainedModel:
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # they are told here
+            ignore_mismatched_sizes=True,  # reported below
             output_loading_info=True,
         )
     unread = sorted(info["unexpected_keys"])
@@ -125,9 +126,9 @@ def load_model(folder: Path, *, dtype: str, attention: str) -> PreTrainedModel:
 
 
 def upcast_lazily(model: PreTrainedModel) -> PreTrainedModel:
-    """A model that computes in fp32: each linear layer's weights are converted as it runs.
+    """A model that computes in fp32, upcasting each linear layer's weights as it runs.
 
-    The weights stay as they are stored, so that they take half the memory; results are identical.
+    The weights keep their stored data type and take half the memory; results are identical.
     """
     torch = need("torch")
 

@@ -1,10 +1,10 @@
 """A checkpoint -> a GGUF file that llama.cpp scores as transformers does.
 
-The file is written tensor by tensor from the checkpoint's safetensors, and quantized by llama.cpp
-itself. llama.cpp's own converter drops BERT's pooler, and its graph gives every token type 0. Here
-the pooler is the head's first layer, and a model of two token types gets its vocabulary twice: the
-second time every row is shifted by (type 1 - type 0), and the backend takes ids of type 1 from
-there. (Shifted positions would be smaller, but llama.cpp takes consecutive ones only.)
+The file is written tensor by tensor from the checkpoint's safetensors and quantized by llama.cpp
+itself. llama.cpp's own converter drops BERT's pooler, and its graph gives all tokens type 0. Here
+the pooler is the head's first layer, and a model with two token types gets its vocabulary twice:
+rows of the second copy are shifted by (type 1 - type 0), and the backend takes ids of type 1 from
+it. (Shifted positions would be smaller, but llama.cpp accepts only consecutive ones.)
 """
 
 from __future__ import annotations
@@ -44,32 +44,32 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 MODULES = ("torch", "transformers", "safetensors", "gguf", "llama_cpp")
-"""What converting and verifying takes."""
+"""Modules needed to convert and verify."""
 
 MEMORY = 0.5
-"""The least memory converting takes, in times of the model's size in fp32 (docs/benchmarks.md)."""
+"""The minimum memory for converting, as a multiple of the size in fp32 (docs/benchmarks.md)."""
 
 _FTYPES = {"f16": 1, "q8_0": 7, "q4_k_m": 15}
 """llama.cpp's enum llama_ftype."""
 
 _BLOCKS = {"q8_0": 32, "q4_k_m": 256}
-"""Numbers of a row that share a scale: a row must be a multiple of them."""
+"""Elements per quantization block: a row's length must be a multiple of it."""
 
 _STAND_IN, _STAND_IN_BLOCK = "Q5_1", 32
-"""For rows no K-quant fits: nearer to the original than Q5_0, which llama.cpp would take."""
+"""For rows that K-quants do not fit: closer to the original than llama.cpp's choice, Q5_0."""
 
 _WORDS, _WORDS_STAND_IN = "token_embd.weight", "Q8_0"
-"""The vocabulary then stays at 8 bits, as llama.cpp has it: it holds the token types as well, and a
-look-up costs no time. The Kendall tau of `mini` to its original is 0.96, and 0.73 at Q5_1."""
+"""The vocabulary then stays at 8 bits, as in llama.cpp: it also holds the token types, and a lookup
+costs no time. The Kendall tau of `mini` to its original is 0.96; at Q5_1 it is 0.73."""
 
 _BUFFER = 2**27
-"""Bytes of weights that the quantizer holds at once."""
+"""Bytes of weights that the quantizer holds in memory at once."""
 
 
 def disk(number: float) -> float:
-    """Bytes of disk that a weight takes while it is made, if it takes `number` once it is.
+    """Disk bytes per weight during conversion, given `number` bytes afterwards.
 
-    A file in f16 comes first.
+    A file in f16 is written first.
     """
     return max(2.0, number)
 
@@ -78,13 +78,13 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
     """Write `model.gguf` into a folder, and a decoder's head as `head.npy`.
 
     Args:
-        checkpoint: read from its folder, a tensor at a time.
-        precision: one of those that are `made`. The score head stays f32 in each.
+        checkpoint: read from its folder, one tensor at a time.
+        precision: one of the format's `made` precisions. The score head is always f32.
         folder: exists and is empty.
-        calibration: not looked at.
+        calibration: not used.
 
     Returns:
-        What is not as the precision's name says: the types that stand in for it; or "".
+        A note on the fallback types that replace the precision in some matrices; or "".
 
     Raises:
         ConversionError: llama.cpp cannot represent the model, or its quantizer fails.
@@ -108,10 +108,10 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
 
 
 def _fallback_types(matrices: Sequence[Tensor], block: int) -> dict[str, str]:
-    """The types of the matrices that cannot be, or had better not be, what the precision says.
+    """The fallback types of matrices that cannot or should not have the precision's type.
 
-    Where the vocabulary's rows do not fit, hardly any do, and the few that would come to 4 % of the
-    file. They keep the others company: left at Q4_K, `mini` has a Kendall tau of 0.64, not 0.96.
+    If the vocabulary's rows do not fit the block, hardly any do, and the few that do are 4 % of the
+    file. They get a fallback type too: left at Q4_K, `mini` has a Kendall tau of 0.64, not 0.96.
     """
     unfit = [t for t in matrices if t.shape[-1] % block]
     if block > _STAND_IN_BLOCK and any(t.name == _WORDS for t in unfit):
@@ -124,7 +124,7 @@ def _fallback_types(matrices: Sequence[Tensor], block: int) -> dict[str, str]:
 
 
 def _write(checkpoint: Checkpoint, path: Path) -> list[Tensor]:
-    """Write the whole file in f16, and tell what is: the rest is f32."""
+    """Write the whole file in f16 and return the tensors in f16: the rest are f32."""
     gguf, transformers = need("gguf"), transformers_for(read_config(checkpoint.folder))
     layout = Layout.of(checkpoint.family.architecture)
     config = transformers.AutoConfig.from_pretrained(
@@ -155,7 +155,7 @@ def _write(checkpoint: Checkpoint, path: Path) -> list[Tensor]:
 def _describe_vocabulary(
     writer: gguf.GGUFWriter, config: PretrainedConfig, layout: Layout, checkpoint: Checkpoint
 ) -> None:
-    """Write the tokenizer where llama.cpp scores rightly by itself, and say so if not."""
+    """Write the tokenizer if llama.cpp alone scores correctly, otherwise the reason why not."""
     family, pairs = checkpoint.family, probe_pairs(checkpoint.words)
     made = f"Made by qrank from {checkpoint.source.id}. "
     if layout.head and not llama_scores(family):
@@ -185,10 +185,10 @@ def _quantize(source: Path, target: Path, precision: str, kinds: dict[str, str])
     """Let llama.cpp quantize a file.
 
     Args:
-        source: in f16.
-        target: to write.
-        precision: what llama.cpp calls a file type.
-        kinds: tensor -> its type, where that is not for llama.cpp to choose.
+        source: the file in f16.
+        target: the file to write.
+        precision: a file type of llama.cpp.
+        kinds: tensor -> its type, for tensors whose type llama.cpp must not choose.
     """
     llama, types = library(), need("gguf").GGMLQuantizationType
     settings = llama.llama_model_quantize_default_params()

@@ -1,4 +1,4 @@
-"""How llama.cpp names and describes what transformers' classes hold."""
+"""How llama.cpp names and describes the contents of transformers' classes."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """What llama.cpp makes of one transformers class.
+    """How llama.cpp represents one transformers class.
 
     Attributes:
         arch: llama.cpp's name of the architecture.
         cls: an encoder's score head: module in the checkpoint -> tensor in the file.
-        act: the config's key of the activation.
-        known_act: what it must be: llama.cpp has no other for this architecture.
-        eps: the config's key of the norms' epsilon.
-        after_pad: whether the position table begins with pad_token_id + 1 rows nobody reads.
+        act: the config key of the activation.
+        known_act: the required activation: llama.cpp has no other for this architecture.
+        eps: the config key of the norms' epsilon.
+        after_pad: whether the position table begins with pad_token_id + 1 unused rows.
         norms_minus_one: whether the checkpoint stores norm weights minus 1 (Gemma); llama.cpp
-            takes them whole.
+            expects them without the offset.
         interleaved_rope: whether llama.cpp's rotary positions rotate neighbouring dimensions of a
             head together (Llama); transformers rotates those that are half a head apart.
-        head: modules that are no part of the file: a causal model's head is kept beside it, and of
-            a model that was one.
+        head: modules that are not part of the file: the head of a model that is or was causal is
+            stored next to it.
     """
 
     arch: str
@@ -52,7 +52,7 @@ class Layout:
         """The layout of a transformers class.
 
         Raises:
-            ConversionError: none is known.
+            ConversionError: no layout is known.
         """
         if architecture not in _LAYOUTS:
             raise ConversionError(
@@ -61,10 +61,10 @@ class Layout:
         return _LAYOUTS[architecture]
 
     def check(self, config: PretrainedConfig, window: int | None) -> None:
-        """See that llama.cpp computes what a configuration says.
+        """Check that llama.cpp computes what a configuration says.
 
         Args:
-            config: the checkpoint's.
+            config: the checkpoint's configuration.
             window: see `qrank.converters.checkpoint.read.Checkpoint`.
 
         Raises:
@@ -82,11 +82,11 @@ class Layout:
             )
 
     def tensor_names(self, layers: int) -> Callable[[str], str | None]:
-        """What gives the tensor in the file for a module of the checkpoint, None if there is none.
+        """A function from a checkpoint module to its tensor in the file, None if there is none.
 
-        By the names of the package gguf, which llama.cpp's own converter takes. It knows modules of
-        some classes without the first part of their name: `encoder.layer.0...` of BERT. Of score
-        heads it drops BERT's pooler and takes `classifier` for another layer.
+        It uses the names of the package gguf, like llama.cpp's own converter. For some classes,
+        gguf knows modules without the first part of their name: `encoder.layer.0...` for BERT. Of
+        score heads, it drops BERT's pooler and mistakes `classifier` for another layer.
         """
         gguf = need("gguf")
         (arch,) = (key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch)
@@ -101,7 +101,7 @@ class Layout:
         return name
 
     def unread(self, config: PretrainedConfig) -> int:
-        """Rows of the position table before the first token's."""
+        """Number of rows of the position table before the first token's row."""
         return config.pad_token_id + 1 if self.after_pad else 0
 
 
@@ -137,7 +137,7 @@ _LAYOUTS = {
         norms_minus_one=True,
     ),
 }
-"""By the name of transformers' class."""
+"""Layouts by the name of the transformers class."""
 
 
 def describe(
@@ -173,7 +173,7 @@ def _describe_decoder(writer: gguf.GGUFWriter, config: PretrainedConfig, layout:
 
 
 def rotary_factors(config: PretrainedConfig) -> NDArray[np.float32] | None:
-    """What rotary frequencies are divided by, float32 [width / 2]; None where by nothing."""
+    """The divisors of rotary frequencies, float32 [width / 2]; None if they are not scaled."""
     rope = config.rope_parameters
     if rope.get("rope_type") != "llama3":
         return None

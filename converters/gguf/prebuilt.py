@@ -1,7 +1,7 @@
-"""A prebuilt GGUF file -> one that qrank scores rightly, or the reason why llama.cpp cannot.
+"""A prebuilt GGUF file -> one that qrank scores correctly, or the reason why llama.cpp cannot.
 
-The file stays as it is. A decoder's head lies beside it as `head.npy`: from the file's own score
-rows, or from the labels' rows of its output matrix.
+The file is not changed. A decoder's head is stored next to it as `head.npy`: from the file's own
+score rows, or from the labels' rows of its output matrix.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 from qrank.backends.gguf import FILE, TYPE_STRIDE
 from qrank.backends.gguf_decoder import HEAD
 from qrank.bundle.family import label_row
+from qrank.bundle.sequences import Floats
 from qrank.converters.checkpoint.configuration import read_config
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.gguf.layouts import Layout
 from qrank.converters.gguf.tensors import token_types
-from qrank.converters.prebuilt_graph import Floats
 from qrank.errors import ConversionError
 from qrank.system.extras import need
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
 MODULES = ("transformers", "gguf", "llama_cpp")
-"""Packages that importing a file and running it need."""
+"""Packages needed to import and run a file."""
 
 _SCORE = "cls.output.weight"
 _WORDS = "token_embd.weight"
 
 
 def precision(path: Path) -> str:
-    """What most of a file's numbers are, as llama.cpp names the file type: `q4_k_m`.
+    """A file's precision by llama.cpp's name of its file type (`q4_k_m`), or its commonest type.
 
     Raises:
         ConversionError: gguf cannot read the file.
@@ -54,18 +54,18 @@ def precision(path: Path) -> str:
 
 
 def import_file(path: Path, checkpoint: Checkpoint, folder: Path) -> str:
-    """Copy the file as `model.gguf` into a folder; with a decoder's head, `head.npy`.
+    """Copy the file as `model.gguf` into a folder, with a decoder's head as `head.npy`.
 
     Args:
         path: the prebuilt file.
-        checkpoint: what the model is.
+        checkpoint: describes the model.
         folder: exists and is empty.
 
     Returns:
-        Where a decoder's head is from, or "".
+        The origin of a decoder's head, or "".
 
     Raises:
-        ConversionError: llama.cpp would not score with it as the family does; with the reason.
+        ConversionError: llama.cpp would not score the file like the family; with the reason.
     """
     family, reader = checkpoint.family, _read(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -101,7 +101,7 @@ def _text(reader: GGUFReader, key: str) -> str:
 def _check_vocabulary(
     reader: GGUFReader, tensors: dict[str, ReaderTensor], checkpoint: Checkpoint, path: Path
 ) -> None:
-    """See that ids mean in the file what they mean to the tokenizer: it counts as many."""
+    """Check that the file's token ids match the tokenizer's, by the size of the vocabulary."""
     if _WORDS not in tensors:
         raise ConversionError(f"{path.name} holds no {_WORDS}: it is no language model's")
     rows = int(tensors[_WORDS].shape[1])
@@ -116,10 +116,10 @@ def _check_vocabulary(
 def _check_encoder(
     reader: GGUFReader, tensors: dict[str, ReaderTensor], checkpoint: Checkpoint, path: Path
 ) -> None:
-    """See that llama.cpp's own pooling and head are the family's.
+    """Check that llama.cpp's own pooling and head match the family.
 
     Raises:
-        ConversionError: they are not.
+        ConversionError: they do not.
     """
     family = checkpoint.family
     if _SCORE not in tensors:
@@ -151,7 +151,7 @@ def _check_encoder(
 def _head(
     reader: GGUFReader, tensors: dict[str, ReaderTensor], checkpoint: Checkpoint, path: Path
 ) -> tuple[Floats, str]:
-    """The rows that a decoder's score is made of, its labels' in their order, and where from."""
+    """The rows of a decoder's score head, in the order of its labels, and a note on the origin."""
     labels = checkpoint.family.labels
     if _SCORE in tensors:
         field = reader.get_field(
@@ -186,12 +186,12 @@ def _head(
 
 
 def _count(tensor: ReaderTensor) -> int:
-    """Rows of a matrix; a vector is one."""
+    """Number of rows of a matrix; a vector has one."""
     return int(tensor.shape[1]) if len(tensor.shape) > 1 else 1
 
 
 def _rows(tensor: ReaderTensor, numbers: Sequence[int]) -> Floats:
-    """Some rows of a matrix in fp32, whatever it is quantized to."""
+    """Some rows of a matrix, dequantized to fp32."""
     data: Any = tensor.data.reshape(_count(tensor), -1)
     rows: Floats = need("gguf").dequantize(data[list(numbers)], tensor.tensor_type)
     return rows.astype(np.float32)

@@ -1,4 +1,4 @@
-"""A checkpoint's weights as the tensors of a GGUF file, read as they are written."""
+"""A checkpoint's weights as the tensors of a GGUF file, each read only when it is written."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qrank.bundle.family import Family, label_row
+from qrank.bundle.sequences import Floats
 from qrank.converters.checkpoint.configuration import NEMOTRON, auto_class
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.checkpoint.weights import weight_files
@@ -24,16 +24,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _PIECE = 2**24
-"""Numbers read and written at once."""
-
-Floats = NDArray[np.float32]
+"""Number of elements read and written at once."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the file, not yet read; `pieces` gives its rows, some at a time.
+    """A tensor of the file, not yet read; `pieces` yields some of its rows at a time.
 
-    To the writer it is what an array is: something with a size that goes into a file.
+    The writer treats it like an array: something with a size that can be written to a file.
     """
 
     name: str
@@ -42,7 +40,7 @@ class Tensor:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """fp32 for what is small: norms, biases, positions, the head."""
+        """fp32 for small tensors (norms, biases, positions, the head), else fp16."""
         small = len(self.shape) == 1 or self.name.startswith(("cls", "position", "token_types"))
         return np.dtype(np.float32 if small else np.float16)
 
@@ -58,12 +56,12 @@ class Tensor:
 class Weights:
     """A checkpoint's safetensors, read some rows at a time.
 
-    A file is opened anew each time: what was read of an open one stays in memory.
+    The file is reopened for each read: data read from an open file stays in memory.
     """
 
     def __init__(self, folder: Path) -> None:
         self._open = need("safetensors").safe_open
-        # Before 2019, layer norms had gamma and beta.
+        # Before 2019, layer norms called their parameters gamma and beta.
         old = {"gamma": "weight", "beta": "bias"}
         self._places = {}
         self.shapes: dict[str, list[int]] = {}
@@ -83,7 +81,7 @@ class Weights:
         return row
 
     def rows(self, name: str, first: int = 0) -> Iterator[Floats]:
-        """A weight from one row on, in pieces."""
+        """The rows of a weight from `first` on, in pieces."""
         path, stored = self._places[name]
         count, *rest = self.shapes[name]
         step = max(_PIECE // math.prod(rest), 1)
@@ -93,17 +91,17 @@ class Weights:
 
 
 def llama_scores(family: Family) -> bool:
-    """Whether llama.cpp scores a decoder itself: Qwen3's it does, as a softmax over two labels."""
+    """Whether llama.cpp itself scores a decoder: only Qwen3's, as a softmax over two labels."""
     return family.architecture == "Qwen3ForCausalLM" and len(family.labels) == 2
 
 
 def token_types(checkpoint: Checkpoint) -> int:
-    """Token types that the template uses."""
+    """Number of token types that the template uses."""
     return max(checkpoint.family.segments or [0]) + 1
 
 
 def score_head(weights: Weights, config: PretrainedConfig, family: Family) -> Floats:
-    """What gives the logit of a pooled hidden state, read from the files; float32 [hidden]."""
+    """The row that maps a pooled hidden state to its logit, from the files; float32 [hidden]."""
     if not family.labels:
         row = weights.row("score.weight", 0)
         return row / np.float32(config.temperature) if config.model_type == NEMOTRON else row
@@ -121,7 +119,7 @@ def _label_rows(weights: Weights, config: PretrainedConfig, family: Family) -> F
 def tensors_of(
     weights: Weights, config: PretrainedConfig, layout: Layout, checkpoint: Checkpoint
 ) -> Iterator[Tensor]:
-    """The file's tensors: those that transformers reads, whatever else the checkpoint holds."""
+    """The file's tensors: those that transformers reads, ignoring others in the checkpoint."""
     torch = need("torch")
     with torch.device("meta"):
         model = auto_class(config.to_dict()).from_config(config, trust_remote_code=False)
@@ -162,25 +160,25 @@ def tensors_of(
 
 
 def _is_extra_bias(theirs: str, parameter: str) -> bool:
-    """llama.cpp's ModernBERT knows one bias, the classifier's."""
+    """Whether llama.cpp's ModernBERT lacks this bias: it only knows the classifier's."""
     return parameter == "bias" and theirs != "cls.output"
 
 
 def _plus_one(weights: Weights, name: str) -> Iterator[Floats]:
-    """A norm's weights as llama.cpp multiplies by them; the checkpoint stores them minus 1."""
+    """A norm's weights as llama.cpp expects them; the checkpoint stores them minus 1."""
     for rows in weights.rows(name):
         yield rows + 1
 
 
 def _interleaved(weights: Weights, name: str, heads: int) -> Iterator[Floats]:
-    """Rows of each head with the two that are rotated together side by side."""
+    """Rows of each head, reordered so that two that are rotated together are adjacent."""
     rows = np.concatenate(list(weights.rows(name)))
     halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
     yield halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _shifted(weights: Weights, name: str, types: int) -> Iterator[Floats]:
-    """The vocabulary once for every token type; llama.cpp adds type 0 itself."""
+    """The vocabulary once per token type; llama.cpp adds type 0 itself."""
     (shifts,) = weights.rows(name.replace("word_embeddings", "token_type_embeddings"))
     for number in range(types):
         for words in weights.rows(name):

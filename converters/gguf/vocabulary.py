@@ -1,7 +1,7 @@
-"""A tokenizer as llama.cpp knows it, so that other programs can run a GGUF file on text.
+"""A tokenizer in llama.cpp's form, so that other programs can run a GGUF file on text.
 
-qrank itself runs every file on ids. Whether llama.cpp gives the same ids is not a matter of names:
-`same_ids` asks it.
+qrank itself runs every file on ids. Names do not tell whether llama.cpp produces the same ids, so
+`same_ids` runs it to find out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _WORD_START = "\u2581"
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """Pieces by id, and what else llama.cpp asks of a kind of tokenizer."""
+    """Pieces by id, and what else llama.cpp needs for a kind of tokenizer."""
 
     model: str
     pieces: list[str]
@@ -44,11 +44,11 @@ class _Vocabulary:
 
 
 def write_vocabulary(writer: gguf.GGUFWriter, checkpoint: Checkpoint, size: int) -> None:
-    """Add a tokenizer to a file's metadata: of text only, as in a bundle.
+    """Add a text-only tokenizer, as in a bundle, to a file's metadata.
 
     Args:
-        writer: nothing written yet.
-        checkpoint: whose tokenizer.
+        writer: the file's writer; nothing is written yet.
+        checkpoint: the checkpoint with the tokenizer.
         size: rows of the embedding table; ids without a piece become unused tokens.
     """
     vocabulary = _read(checkpoint, size)
@@ -68,7 +68,7 @@ def write_vocabulary(writer: gguf.GGUFWriter, checkpoint: Checkpoint, size: int)
         writer.add_precompiled_charsmap(vocabulary.charsmap)
     tokenizer = checkpoint.tokenizer
     if checkpoint.family.decoder:
-        # The template for reranking holds every special token there is.
+        # The template for reranking contains all special tokens.
         writer.add_eos_token_id(tokenizer.eos_token_id)
         writer.add_add_bos_token(False)
         writer.add_add_eos_token(False)
@@ -84,14 +84,14 @@ def write_vocabulary(writer: gguf.GGUFWriter, checkpoint: Checkpoint, size: int)
     ):
         if number is not None:
             add(number)
-    # llama-server joins bos, query, eos, sep, document, eos; each but the texts if its flag is up.
+    # llama-server joins bos, query, eos, sep, document, eos; special tokens only if flagged.
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(True)
     writer.add_add_sep_token(len(_between(checkpoint)) == 2)
 
 
 def rerank_template(checkpoint: Checkpoint) -> str:
-    """A decoder's prompt as llama-server fills it in: special tokens spelled out."""
+    """A decoder's prompt for llama-server to fill in, with special tokens spelled out."""
     family = checkpoint.family
     return "".join(
         checkpoint.tokenizer.convert_ids_to_tokens(item)
@@ -102,7 +102,7 @@ def rerank_template(checkpoint: Checkpoint) -> str:
 
 
 def same_ids(checkpoint: Checkpoint, size: int, pairs: list[tuple[str, str]]) -> bool:
-    """Whether llama.cpp, given the vocabulary, joins and cuts texts into the ids qrank does."""
+    """Whether llama.cpp, given the vocabulary, joins and tokenizes texts to the ids of qrank."""
     template = checkpoint.family.template
     cls, sep = checkpoint.tokenizer.cls_token_id, checkpoint.tokenizer.sep_token_id
     decoder = checkpoint.family.decoder
@@ -143,7 +143,7 @@ def same_ids(checkpoint: Checkpoint, size: int, pairs: list[tuple[str, str]]) ->
 
 
 def _prompt_ids(checkpoint: Checkpoint, ours: Tokenizer, query: str, document: str) -> list[int]:
-    """A whole prompt in qrank's ids, uncut."""
+    """A whole prompt in qrank's ids, not truncated."""
     family = checkpoint.family
     texts = {"query": query, "document": document, "instruction": family.instruction}
     items = [
@@ -156,7 +156,7 @@ def _prompt_ids(checkpoint: Checkpoint, ours: Tokenizer, query: str, document: s
 
 
 def _pre(checkpoint: Checkpoint) -> str:
-    """llama.cpp's name of what cuts text before it merges; `same_ids` tells if it is wrong."""
+    """llama.cpp's name of the pre-tokenizer; `same_ids` detects a wrong one."""
     return "qwen2" if checkpoint.family.decoder else "modern-bert"
 
 
@@ -199,7 +199,7 @@ def _read(checkpoint: Checkpoint, size: int) -> _Vocabulary:
         for number, kind in types.items():
             if kind == _NORMAL:
                 numbered[number] = _phantom(numbered[number], prefix)
-    # llama.cpp ends the process where two tokens are spelled alike.
+    # llama.cpp aborts the process if two tokens have the same spelling.
     spelled: set[str] = set()
     pieces = []
     for number in range(size):
@@ -222,7 +222,7 @@ def _read(checkpoint: Checkpoint, size: int) -> _Vocabulary:
 
 
 def _phantom(piece: str, prefix: str) -> str:
-    """llama.cpp marks pieces that begin a word; WordPiece those that continue one."""
+    """A WordPiece piece as llama.cpp marks it: at the start of a word, not in its continuation."""
     return piece.removeprefix(prefix) if piece.startswith(prefix) else _WORD_START + piece
 
 

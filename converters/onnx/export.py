@@ -1,4 +1,4 @@
-"""A checkpoint -> an ONNX graph that gives one logit a pair."""
+"""A checkpoint -> an ONNX graph that returns one logit per pair."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MODULES = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime")
-"""What converting and verifying takes."""
+"""Modules needed to convert and verify."""
 
 MEMORY = 1.8
-"""The least memory converting takes, in times of the model's size in fp32 (docs/benchmarks.md)."""
+"""The minimum memory for converting, as a multiple of the size in fp32 (docs/benchmarks.md)."""
 
 OPSET = 20
-"""The first with Gelu, and old enough for every runtime in use."""
+"""The first opset with Gelu, and old enough for every runtime in use."""
 
 HEAD = frozenset({"pooler", "classifier", "head", "score"})
 """Names of the score head's modules in transformers' classes: they stay fp32 in every precision."""
 
 
 def disk(number: float) -> float:
-    """Bytes of disk that a weight takes while it is made, if it takes `number` once it is.
+    """Disk bytes per weight during conversion, given `number` bytes afterwards.
 
-    The graph in fp32 comes first.
+    The graph in fp32 is written first.
     """
     return max(4.0, number)
 
@@ -47,13 +47,12 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
 
     Args:
         checkpoint: loaded here, in fp32.
-        precision: one of those that are `made`. Weights are never smaller than fp32 in the
-            head.
+        precision: one of the format's `made` precisions. The head's weights are always fp32.
         folder: exists and is empty.
-        calibration: pairs whose activations int8 looks at.
+        calibration: pairs whose activations int8 is calibrated on.
 
     Returns:
-        "": there is nothing to add to the precision's name.
+        "": there is no note.
 
     Raises:
         ConversionError: the graph cannot be exported.
@@ -77,7 +76,11 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
 
 
 def head_nodes(model: onnx.ModelProto) -> set[str]:
-    """Names of the nodes of the score head: the first that uses its weights, and what follows."""
+    """Names of the score head's nodes: those that use its weights, and all that follow.
+
+    Raises:
+        ConversionError: there are none.
+    """
     weights = {i.name for i in model.graph.initializer if HEAD & set(i.name.split("."))}
     found: set[str] = set()
     after: set[str] = set()
@@ -101,12 +104,15 @@ def export(
     """Write the fp32 graph.
 
     Args:
-        model: transformers' own, fp32.
-        family: the checkpoint's.
-        path: of the graph.
-        in_one_file: with its weights, up to 2 GB. Writing them beside the graph takes no memory,
-            this three times their size.
-        optimize: fold constants, weights that are transposed or upcast among them. Takes memory.
+        model: transformers' own model, fp32.
+        family: the checkpoint's family.
+        path: the graph's path.
+        in_one_file: keep weights of up to 2 GB in the graph's file. This takes three times their
+            size in memory; writing them next to the graph takes none.
+        optimize: fold constants, including transposed or upcast weights. Takes memory.
+
+    Raises:
+        ConversionError: the exporter returns no program.
     """
     torch = need("torch")
     from qrank.converters.checkpoint.scoring_graph import DecoderScorer, input_names, scorer
@@ -137,7 +143,7 @@ def export(
         )
     if program is None:
         raise ConversionError("torch.onnx.export gave no program")
-    # The exporter notes where in whose Python files each node comes from.
+    # The exporter records the Python file and line that each node comes from.
     graph = program.model.graph
     nodes = list(graph.all_nodes())
     values = [value for node in nodes for value in node.outputs]
@@ -152,10 +158,10 @@ def export(
 
 
 def _half(model: onnx.ModelProto, head: set[str]) -> onnx.ModelProto:
-    """Weights and arithmetic in fp16; inputs, outputs, the head and what fp16 breaks stay fp32."""
+    """Convert to fp16; inputs, outputs, the head and nodes that fp16 would break stay fp32."""
     float16 = need("onnxruntime.transformers.float16", extra="onnx")
     with warnings.catch_warnings():
-        # It warns of every weight too small for fp16; the probes decide whether that matters.
+        # It warns about every weight too small for fp16; the probes decide whether that matters.
         warnings.simplefilter("ignore", UserWarning)
         converted: onnx.ModelProto = float16.convert_float_to_float16(
             model,
@@ -168,9 +174,9 @@ def _half(model: onnx.ModelProto, head: set[str]) -> onnx.ModelProto:
 
 
 def _straighten(model: onnx.ModelProto) -> None:
-    """Undo what the fp16 converter does between two nodes it leaves in fp32: to fp16 and back.
+    """Remove the fp16 converter's casts to fp16 and back between two nodes that stay in fp32.
 
-    It also casts a value as often as it is used, each time under the same name.
+    Also remove duplicates: it casts a value once per use, each time under the same name.
     """
     nodes = list({node.name: node for node in model.graph.node}.values())
     makers = {output: node for node in nodes for output in node.output}
@@ -192,10 +198,10 @@ def _straighten(model: onnx.ModelProto) -> None:
 
 
 def _exact_nodes(model: onnx.ModelProto) -> set[str]:
-    """Names of nodes that fp16 would break, small as they are.
+    """Names of nodes that fp16 would break; they are small.
 
-    Rotary angles, up to a position's number: beyond 2,048 fp16 has whole numbers only. And the mean
-    square of an RMS norm, beyond fp16's range where an activation is above 256.
+    Rotary angles are as large as the position: above 2,048, fp16 cannot represent all whole
+    numbers. The mean square of an RMS norm exceeds fp16's range if an activation is above 256.
     """
     makers = {output: node for node in model.graph.node for output in node.output}
     found: set[str] = set()
@@ -218,7 +224,7 @@ def _exact_nodes(model: onnx.ModelProto) -> set[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter logs and warns of its own dependencies: nothing a user can act on."""
+    """Hide the exporter's logs and warnings about its dependencies: users cannot act on them."""
     with errors_only("torch.onnx"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

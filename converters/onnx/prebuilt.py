@@ -1,4 +1,4 @@
-"""A prebuilt ONNX graph -> one that gives one logit a pair, with the inputs of ours."""
+"""A prebuilt ONNX graph -> one that returns one logit per pair, with qrank's inputs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     import onnx
 
 MODULES = ("transformers", "onnx", "onnxruntime")
-"""Packages that importing a file and running it need."""
+"""Packages needed to import and run a file."""
 
 _BLOCKED = ("MatMulNBits", "GatherBlockQuantized")
-"""Operations whose weights are packed into bytes: `bits` of each number."""
+"""Operations whose weights are packed into bytes, with `bits` bits per number."""
 
 
 def precision(path: Path) -> str:
-    """The precision of a graph, by what its weights are stored as.
+    """The precision of a graph, by the data types of its weights.
 
     Raises:
         ConversionError: onnx cannot read the file.
@@ -53,12 +53,12 @@ def import_file(path: Path, checkpoint: Checkpoint, folder: Path) -> str:
     """Write `model.onnx` (and `model.onnx.data` above 2 GB) into a folder.
 
     Args:
-        path: the prebuilt graph, with its weights in it or beside it.
-        checkpoint: what the model is.
+        path: the prebuilt graph, with its weights in it or next to it.
+        checkpoint: describes the model.
         folder: exists and is empty.
 
     Returns:
-        What a user may want to know of the graph, or "".
+        A note on the graph for users, or "".
 
     Raises:
         ConversionError: the graph is not understood; with what was found.
@@ -93,7 +93,7 @@ def _read(path: Path, *, weights: bool = True) -> onnx.ModelProto:
 
 
 def _logits(model: onnx.ModelProto) -> onnx.ValueInfoProto:
-    """The output that holds logits: the one of that name, or the only one."""
+    """The output that holds logits: the one called `logits`, or the only one."""
     outputs = {o.name: o for o in model.graph.output}
     found = outputs.get("logits") or (model.graph.output[0] if len(outputs) == 1 else None)
     if found is None:

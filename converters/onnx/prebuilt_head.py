@@ -1,7 +1,7 @@
-"""The output matrix of a causal model's ONNX graph: where it is, and some of its rows.
+"""Find the output matrix of a causal model's ONNX graph and read some of its rows.
 
-Whatever quantized the graph: the matrix may be plain, behind a DequantizeLinear, in a MatMulInteger
-with the activations quantized as they come, or packed for MatMulNBits.
+Depending on how the graph was quantized, the matrix is plain, behind a DequantizeLinear, in a
+MatMulInteger with dynamically quantized activations, or packed for MatMulNBits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qrank.converters.prebuilt_graph import Floats, not_understood
+from qrank.bundle.sequences import Floats
+from qrank.converters.prebuilt_graph import not_understood
 from qrank.system.extras import need
 
 if TYPE_CHECKING:
@@ -20,21 +21,21 @@ if TYPE_CHECKING:
 
 
 class Head:
-    """The product that gives the vocabulary's logits.
+    """The matrix product that computes the vocabulary's logits.
 
     Attributes:
-        states: the name of what is multiplied: hidden states, [batch, length, hidden].
+        states: name of the hidden states that it multiplies, [batch, length, hidden].
     """
 
     def __init__(self, model: onnx.ModelProto, logits: str) -> None:
-        """Find it.
+        """Find the product.
 
         Args:
-            model: with its weights.
-            logits: what it gives.
+            model: the graph with its weights.
+            logits: name of the product's output.
 
         Raises:
-            ConversionError: something else gives them.
+            ConversionError: the logits do not come from a known kind of product.
         """
         self._onnx = need("onnx")
         self._weights = {weight.name: weight for weight in model.graph.initializer}
@@ -46,14 +47,14 @@ class Head:
         """Rows of the output matrix in fp32, shape [labels, hidden].
 
         Raises:
-            ConversionError: it is stored in a way that is not understood.
+            ConversionError: the matrix is stored in an unknown way.
         """
         wanted, node = list(labels), self._product
         if node.op_type == "MatMulNBits":
             return self._packed(node, wanted)
         if node.op_type == "MatMul":
             return self._columns(node.input[1], wanted, 1).T
-        # MatMulInteger, times the scale of the activations and that of the weights.
+        # MatMulInteger, multiplied by the scales of the activations and the weights.
         integers = self._integers(node)
         zeros = self._array(integers.input[3]) if len(integers.input) > 3 else np.zeros(1)
         values = self._array(integers.input[1])[:, wanted].astype(np.float32)
@@ -81,7 +82,7 @@ class Head:
         raise self._strange(node)
 
     def _scales(self, node: onnx.NodeProto) -> list[str]:
-        """Names of the activations' scale and of the weights'."""
+        """Names of the activations' scale and the weights' scale."""
         (both,) = (n for n in node.input if self._through(n).op_type != "MatMulInteger")
         factors = self._makers[both]
         names = sorted(factors.input, key=lambda name: name in self._weights)
@@ -90,7 +91,7 @@ class Head:
         return names
 
     def _packed(self, node: onnx.NodeProto, labels: list[int]) -> Floats:
-        """Rows of a MatMulNBits, in blocks with a scale and a zero point each."""
+        """Rows of a MatMulNBits, stored in blocks with a scale and a zero point each."""
         attributes = {a.name: a.i for a in node.attribute}
         bits, block = attributes.get("bits", 4), attributes["block_size"]
         if bits not in (4, 8) or (len(node.input) > 4 and node.input[4]):
@@ -109,7 +110,7 @@ class Head:
         return rows
 
     def _columns(self, name: str, labels: list[int], axis: int) -> NDArray[Any]:
-        """Part of a matrix along one axis, in fp32."""
+        """The labels' part of a matrix along one axis, in fp32."""
         if name in self._weights:
             return self._array(name).take(labels, axis).astype(np.float32)
         node = self._makers.get(name)
@@ -141,7 +142,7 @@ class Head:
         return made
 
     def _through(self, name: str) -> onnx.NodeProto:
-        """What makes a value, whatever type it is then cast to."""
+        """The node that makes a value, skipping casts."""
         node = self._makers.get(name)
         while node is not None and node.op_type == "Cast":
             node = self._makers.get(node.input[0])
@@ -160,7 +161,7 @@ class Head:
 
 
 def _unpacked(packed: NDArray[Any], bits: int) -> NDArray[Any]:
-    """Numbers of 4 bits, the lower half of a byte first, or of 8."""
+    """Unpack numbers of 4 bits, the lower half of a byte first, or of 8 bits."""
     if bits == 8:
         return packed
     return np.stack((packed & 15, packed >> 4), -1).reshape(len(packed), -1)

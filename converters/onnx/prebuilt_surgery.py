@@ -1,6 +1,6 @@
-"""Surgery on an ONNX graph: other inputs in front of it, another head behind it.
+"""Surgery on an ONNX graph: replace its inputs and its head.
 
-What an input gave, nodes of the same name give: so the rest of the graph stays as it is.
+New nodes provide the values of the old inputs, so that the rest of the graph does not change.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     import onnx
 
 _OLDEST = 13
-"""The first opset whose Squeeze and ReduceSum take their axes as inputs, as ours do."""
+"""The first opset whose Squeeze and ReduceSum take their axes as inputs, as used here."""
 
 
 def graph_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    """What a graph is fed: old ones list their weights among the inputs."""
+    """The real inputs of a graph: old graphs also list their weights as inputs."""
     weights = {i.name for i in model.graph.initializer}
     return [i for i in model.graph.input if i.name not in weights]
 
@@ -46,7 +46,7 @@ def shape_of(value: onnx.ValueInfoProto) -> list[int | None]:
 
 
 class Surgery:
-    """One graph on its way; new nodes go in front of it, or behind it."""
+    """One graph being rewritten; new nodes go in front of it or behind it."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._onnx = need("onnx")
@@ -58,19 +58,19 @@ class Surgery:
         self._back: list[onnx.NodeProto] = []
         self._nodes = self._front
         self._count = 0
-        # The names of inputs and outputs are for ours.
+        # Free the names of inputs and outputs for the new ones.
         names = {*self._given, *(o.name for o in model.graph.output)}
         _rename(model.graph.node, {name: _old(name) for name in names})
 
     def renew(self, logits: str, checkpoint: Checkpoint) -> None:
-        """One logit a pair stays so: inputs become int64, and no others than the family's."""
+        """Keep the output of one logit per pair; make the inputs int64 and only the family's."""
         family = checkpoint.family
         for name in (IDS, MASK, TYPES):
             if name in self._given and (name != TYPES or family.segments is not None):
                 self._input(name, [None, None])
         ids = IDS
         if family.decoder:
-            # Such a graph finds the last token by what is not padding.
+            # Such a graph finds the last token by looking for padding ids.
             kept = self._node("Cast", [MASK], to=self._onnx.TensorProto.BOOL)
             ids = self._node("Where", [kept, IDS, self._number(padding(checkpoint))])
         self._give(IDS, ids)
@@ -84,10 +84,13 @@ class Surgery:
         self._output(_old(logits), "logits", [None, 1])
 
     def cut(self, logits: str, labels: Sequence[int]) -> bool:
-        """Make `qrank.converters.checkpoint.scoring_graph.DecoderScorer` of a causal model.
+        """Turn a causal model into `qrank.converters.checkpoint.scoring_graph.DecoderScorer`.
 
         Returns:
-            Whether it can go on from a prefix.
+            Whether it can continue from a prefix.
+
+        Raises:
+            ConversionError: the opset is too old, or the cache or the head is not understood.
         """
         opset = max(o.version for o in self._model.opset_import if o.domain in ("", "ai.onnx"))
         if opset < _OLDEST:
@@ -111,7 +114,7 @@ class Surgery:
         places = self._node("Unsqueeze", ["last", self._constant(np.array([1]))])
         state = self._node("GatherND", [head.states, places], batch_dims=1)
         final = self._node("Cast", [state], to=self._onnx.TensorProto.FLOAT)
-        # No matrix product: what quantizes those leaves this one row alone.
+        # Not a matrix product, so that quantization of matrix products leaves this row alone.
         products = self._node("Mul", [final, self._constant(row)])
         score = self._node("ReduceSum", [products, self._constant(np.array([1]))], keepdims=1)
         self._output(score, "logits", [None, 1])
@@ -120,7 +123,7 @@ class Surgery:
         return bool(past)
 
     def finish(self) -> None:
-        """Put the graph together, without what nobody needs any more."""
+        """Put the graph together, without nodes and weights that are no longer used."""
         graph = self._model.graph
         nodes = [*self._front, *graph.node, *self._back]
         wanted = {output.name for output in self._outputs}
@@ -138,7 +141,7 @@ class Surgery:
         graph.output.extend(self._outputs)
 
     def _read_on(self, past: dict[tuple[int, int], onnx.ValueInfoProto]) -> str:
-        """Give every layer its part of the prefix; the prefix's length, shape [1]."""
+        """Give every layer its part of the prefix; return the prefix's length, shape [1]."""
         outputs = {cache_place(o.name): o for o in self._model.graph.output}
         present = {place: o for place, o in outputs.items() if place is not None}
         shapes = {place: shape_of(i) for place, i in past.items()}
@@ -154,7 +157,7 @@ class Surgery:
         return self._size("prefix", 3)
 
     def _keep(self, past: dict[tuple[int, int], Any], before: str) -> None:
-        """The keys and values at some places of the first sequence: the output `present`."""
+        """Add the output `present`: keys and values at some positions of the first sequence."""
         outputs = {cache_place(o.name): _old(o.name) for o in self._model.graph.output}
         layers = max(layer for layer, _ in past) + 1
         first = self._constant(np.zeros(1, np.int64))
@@ -176,20 +179,20 @@ class Surgery:
         self._output(whole, "present", [layers, 2, heads, None, width])
 
     def _positions(self, first: str) -> str:
-        """Consecutive numbers from a first one on, for every sequence."""
+        """Consecutive numbers from `first` on, for every sequence."""
         zero, one = self._number(0), self._number(1)
         length = self._node("Squeeze", [self._size(IDS, 1)])
         numbers = self._node("Add", [self._node("Range", [zero, length, one]), first])
         return self._node("Expand", [numbers, self._node("Shape", [IDS])])
 
     def _input(self, name: str, shape: list[int | None], kind: int | None = None) -> None:
-        """An input of the new graph; those that the old one had are to be given to it."""
+        """Add an input of the new graph."""
         kind = kind or self._onnx.TensorProto.INT64
         dims = [n if n is not None else f"{name}.{i}" for i, n in enumerate(shape)]
         self._inputs.append(self._onnx.helper.make_tensor_value_info(name, kind, dims))
 
     def _give(self, name: str, value: str) -> None:
-        """Let a value take the place of an input that the graph had, in its type."""
+        """Replace an old input of the graph with a value, cast to the input's type."""
         kind = self._given[name].type.tensor_type.elem_type
         self._front.append(self._onnx.helper.make_node("Cast", [value], [_old(name)], to=kind))
 
@@ -221,7 +224,7 @@ class Surgery:
 
 
 def _old(name: str) -> str:
-    """What an input or an output of the prebuilt graph is called within the new one."""
+    """The name of the prebuilt graph's input or output within the new graph."""
     return f"given.{name}"
 
 

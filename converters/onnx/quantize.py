@@ -1,15 +1,16 @@
-"""int8 for ONNX graphs: one scale a weight column, one a token; faithful, and free of neighbours.
+"""int8 for ONNX graphs: one scale per weight column and per token, so scores ignore the batch.
 
-onnxruntime's own dynamic quantization takes one activation scale over a whole padded batch, so a
-pair's score depends on its neighbours, and one large value coarsens all others. Here
+onnxruntime's own dynamic quantization uses one activation scale for a whole padded batch, so a
+pair's score depends on the other pairs, and one large value makes all others coarser. Here
 
-1. every token (row of the activations) gets its own scale, so that a batch changes nothing;
+1. every token (row of the activations) gets its own scale, so that the batch has no influence;
 2. activations that come from a layer or RMS norm, where a few channels are far larger than the
-   rest, are first evened out: channel j is divided by s_j and row j of the weights multiplied by
-   it, with s_j = sqrt(max |x_j| / max |w_j|) (SmoothQuant, arXiv 2211.10438, with alpha = 0.5);
-3. weights are int8 with one scale a column, embedding tables int8 with one scale a row.
+   rest, are first smoothed: channel j is divided by s_j and row j of the weights multiplied by it,
+   with s_j = sqrt(max |x_j| / max |w_j|), scaled to a mean of 1 (SmoothQuant, arXiv 2211.10438,
+   with alpha = 0.5);
+3. weights are int8 with one scale per column, embedding tables int8 with one scale per row.
 
-benchmarks/int8.py holds speed, fidelity and dependence on the batch against onnxruntime's ways.
+benchmarks/int8.py compares speed, fidelity and dependence on the batch with onnxruntime's methods.
 """
 
 from __future__ import annotations
@@ -20,16 +21,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qrank.bundle.sequences import Sequences, feed, no_prefix
+from qrank.bundle.sequences import Floats, Sequences, feed, no_prefix
 from qrank.system.extras import need
 
 if TYPE_CHECKING:
     import onnx
 
 _LARGE_TABLE = 2**16
-"""Elements from which an embedding table is worth quantizing: words and positions, not types."""
-
-Floats = NDArray[np.float32]
+"""Minimum elements of an embedding table to quantize: words and positions, not token types."""
 
 
 def quantize(
@@ -38,11 +37,10 @@ def quantize(
     """Quantize a graph's matrix products and large tables in place.
 
     Args:
-        model: fp32; weights that lie beside it are read one by one. Afterwards it has all of its
-            weights in it.
-        folder: of the model's file.
-        keep: names of nodes to leave as they are: the score head's.
-        maxima: of `channel_maxima`.
+        model: fp32; external weights are read one by one. Afterwards it contains all weights.
+        folder: the folder of the model's file.
+        keep: names of nodes to leave unchanged: the score head's.
+        maxima: from `channel_maxima`.
     """
     _Quantizer(model, folder, keep, maxima).run()
 
@@ -51,8 +49,8 @@ def channel_maxima(path: Path, calibration: Sequences) -> dict[str, Floats]:
     """max |x_j| over all calibration tokens, for every norm's output.
 
     Args:
-        path: the fp32 graph, with its weights in it or beside it.
-        calibration: pairs to see the size of each channel on.
+        path: the fp32 graph, with its weights in it or next to it.
+        calibration: pairs to measure the channels on.
     """
     onnx, ort = need("onnx"), need("onnxruntime", extra="onnx")
     model = onnx.load(path, load_external_data=False)
@@ -60,7 +58,7 @@ def channel_maxima(path: Path, calibration: Sequences) -> dict[str, Floats]:
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
-    # In the same folder: that is where its weights are looked for.
+    # In the same folder because external weights are looked for there.
     seen = path.with_name("outputs.onnx")
     onnx.save(model, seen)
     session = ort.InferenceSession(str(seen), settings, providers=["CPUExecutionProvider"])
@@ -77,7 +75,7 @@ def channel_maxima(path: Path, calibration: Sequences) -> dict[str, Floats]:
 
 
 def _normalized(model: onnx.ModelProto) -> list[str]:
-    """Outputs of layer norms, and of what ends an RMS norm: a product with a vector of weights."""
+    """Outputs of layer norms and of the last step of RMS norms: a product with a weight vector."""
     vectors = {i.name for i in model.graph.initializer if len(i.dims) == 1 and i.dims[0] > 1}
     return [
         node.output[0]
@@ -105,13 +103,13 @@ class _Quantizer:
 
     def run(self) -> None:
         graph = self._model.graph
-        # Types of values that are about to change, and nothing a runtime needs.
+        # Types of intermediate values, which are about to change; runtimes do not need them.
         del graph.value_info[:]
         self._constant("qrank.step", np.float32(1 / 127))
         self._constant("qrank.zero", np.uint8(128))
         self._constant("qrank.tiny", np.float32(1e-12))
         self._constant("qrank.last", np.array([-1], np.int64))
-        # Products that share an input share its smoothing, so their weights are seen together.
+        # Products that share an input share its smoothing, which depends on all their weights.
         smoothing = self._smoothing()
         for node in graph.node:
             if not self._quantizable(node):
@@ -144,7 +142,7 @@ class _Quantizer:
         return False
 
     def _smoothing(self) -> dict[str, Floats]:
-        """s of every norm's output that is multiplied by weights; shape [channels]."""
+        """s for every norm's output that is multiplied by weights; shape [channels]."""
         largest: dict[str, Floats] = {}
         for node in self._model.graph.node:
             x = node.input[0] if node.op_type == "MatMul" else None
@@ -176,7 +174,7 @@ class _Quantizer:
         self._node("Mul", [f"{out}.unit", row_scale], out)
 
     def _quantized_rows(self, x: str, smoothing: Floats | None) -> tuple[str, str]:
-        """Names of x as uint8 around 128, and of the largest absolute value of each row."""
+        """Names of x as uint8 around 128 and of the maximum absolute value of each row."""
         if x not in self._rows:
             even = x
             if smoothing is not None:
@@ -207,7 +205,7 @@ class _Quantizer:
         return array
 
     def _whole(self, name: str) -> onnx.TensorProto:
-        """A weight with its numbers, read anew each time where they lie beside the graph."""
+        """A weight with its data, which is read on each call if it is external."""
         weight = self._weights[name]
         helper = self._onnx.external_data_helper
         if not helper.uses_external_data(weight):
@@ -233,7 +231,7 @@ class _Quantizer:
 
 
 def _int8(values: Floats, axis: int) -> tuple[NDArray[np.int8], Floats]:
-    """values, which are used up, as int8 and a scale for all along an axis, which is kept as 1."""
+    """values as int8 and their scales along `axis`, kept with size 1; overwrites `values`."""
     scale = np.maximum(values.max(axis, keepdims=True), -values.min(axis, keepdims=True)) / 127
     scale[scale == 0] = 1
     values /= scale

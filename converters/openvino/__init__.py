@@ -1,1 +1,1 @@
-"""OpenVINO: made of an ONNX graph exported for it, quantized, or imported from a prebuilt file."""
+"""OpenVINO: made from its own ONNX export, quantized, or imported from a prebuilt file."""

@@ -1,9 +1,10 @@
-"""A checkpoint -> an OpenVINO graph that gives one logit a pair.
+"""A checkpoint -> an OpenVINO graph that returns one logit per pair.
 
-It exports an fp32 ONNX graph of its own with `converters/onnx/export.py`, into a temporary folder:
-weights beside the graph, as stored where they are a decoder's, and no constants folded, which saves
-memory. OpenVINO reads that graph. `converters/openvino/weights.py` shrinks the weights, or NNCF
-quantizes weights and activations. docs/benchmarks.md compares this with optimum-intel's way.
+It exports its own fp32 ONNX graph with `converters/onnx/export.py` into a temporary folder. To save
+memory, weights are stored next to the graph, a decoder's in their stored data type, and constants
+are not folded. OpenVINO reads that graph. Then `converters/openvino/weights.py` shrinks the
+weights, or NNCF quantizes weights and activations. docs/benchmarks.md compares this with
+optimum-intel's method.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
     import openvino
 
 MODULES = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "openvino", "nncf")
-"""What converting and verifying takes."""
+"""Modules needed to convert and verify."""
 
 MEMORY = 0.8
-"""The least memory converting takes, in times of the model's size in fp32 (docs/benchmarks.md)."""
+"""The minimum memory for converting, as a multiple of the size in fp32 (docs/benchmarks.md)."""
 
 
 _LENGTHS = {
@@ -44,13 +45,13 @@ _LENGTHS = {
     "prefix": (3, 0),
     "keep": (0, 0),
 }
-"""Which of an input's dimensions is a length, and the least it may be."""
+"""The dimension of an input that is a length, and its minimum."""
 
 
 def disk(number: float) -> float:
-    """Bytes of disk that a weight takes while it is made, if it takes `number` once it is.
+    """Disk bytes per weight during conversion, given `number` bytes afterwards.
 
-    The graph in fp32 lies beside.
+    The graph in fp32 exists at the same time.
     """
     return 4.0 + number
 
@@ -59,18 +60,18 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
     """Write `model.xml` and `model.bin` into a folder.
 
     Args:
-        checkpoint: loaded here; a decoder's matrices as they are stored.
-        precision: one of those that are `made`. `int8` is weights alone, `int8-w8a8` activations
-            too. The head stays fp32.
+        checkpoint: loaded here; a decoder's matrices in their stored data type.
+        precision: one of the format's `made` precisions. `int8` quantizes only weights, `int8-w8a8`
+            activations too. The head stays fp32.
         folder: exists and is empty.
-        calibration: pairs whose activations `int8-w8a8` looks at.
+        calibration: pairs whose activations `int8-w8a8` is calibrated on.
 
     Returns:
-        "": there is nothing to add to the precision's name.
+        "": there is no note.
 
     Raises:
-        ConversionError: the graph cannot be exported, or what was written is not whole; or
-            `int8-w8a8` of a decoder family.
+        ConversionError: the graph cannot be exported, the written files are incomplete, or
+            `int8-w8a8` was requested for a decoder family.
     """
     ov = need("openvino")
     if precision == "int8-w8a8" and checkpoint.family.decoder:
@@ -83,10 +84,10 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
         path = Path(temporary) / "model.onnx"
         activations = precision == "int8-w8a8"
         model = checkpoint.load(lean=True)
-        # What folding does to weights takes memory, and is done here one by one.
+        # Folding constants takes memory; instead, weights are handled one by one here.
         export(model, checkpoint.family, path, in_one_file=False, optimize=False)
         del model
-        gc.collect()  # The exporter leaves cycles, which hold the weights.
+        gc.collect()  # The exporter leaves reference cycles that hold the weights.
         graph = ov.convert_model(path) if activations else ov.Core().read_model(path)
         bound(graph, checkpoint.family.max_length)
         head = set() if checkpoint.family.decoder else head_nodes(graph)
@@ -94,14 +95,18 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
             graph = _quantize(graph, head, calibration)
         else:
             shrink(graph, precision, keep=head)
-        # Weights are in the precision they shall have: nothing else, like the head's, shrinks.
+        # Weights already have their final precision; others, like the head's, must not shrink.
         ov.save_model(graph, folder / "model.xml", compress_to_fp16=False)
     check(folder / "model.xml")
     return ""
 
 
 def head_nodes(graph: openvino.Model) -> set[str]:
-    """Names of the score head's nodes: the first that uses its weights, and what follows."""
+    """Names of the score head's nodes: those that use its weights, and all that follow.
+
+    Raises:
+        ConversionError: there are none.
+    """
     weights: set[str] = set()
     found: set[str] = set()
     for node in graph.get_ordered_ops():
@@ -118,10 +123,10 @@ def head_nodes(graph: openvino.Model) -> set[str]:
 
 
 def check(path: Path) -> None:
-    """See that a saved graph is whole: its XML parses, its BIN has the size that the XML implies.
+    """Check that a saved graph is complete: the XML parses, the BIN has the size the XML implies.
 
     Raises:
-        ConversionError: it is not; with the reason.
+        ConversionError: it is not complete; with the reason.
     """
     try:
         layers = ElementTree.parse(path).getroot().iter("data")
@@ -145,10 +150,10 @@ def bound(graph: openvino.Model, longest: int) -> None:
 
     Args:
         graph: changed in place.
-        longest: tokens the model reads at most.
+        longest: maximum number of tokens the model reads.
 
     Raises:
-        RuntimeError: the graph is made for other shapes.
+        RuntimeError: the graph does not accept these shapes.
     """
     ov = need("openvino")
     shapes = {}
@@ -162,7 +167,7 @@ def bound(graph: openvino.Model, longest: int) -> None:
 
 
 def _quantize(graph: openvino.Model, head: set[str], calibration: Sequences) -> openvino.Model:
-    """Weights and activations in int8, by what the activations of some pairs are."""
+    """Quantize weights and activations to int8, calibrated on the activations of some pairs."""
     nncf = need("nncf")
     names = [i.any_name for i in graph.inputs]
     pairs = [feed(names, calibration.take(np.array([i]))) for i in range(len(calibration))]
@@ -179,6 +184,6 @@ def _quantize(graph: openvino.Model, head: set[str], calibration: Sequences) -> 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """NNCF logs every node it leaves out and draws progress bars, all of it on stdout."""
+    """Silence NNCF: it logs every node it leaves out and draws progress bars, all on stdout."""
     with errors_only("nncf"), redirect_stdout(io.StringIO()):
         yield

@@ -1,4 +1,4 @@
-"""A prebuilt OpenVINO graph -> one that gives one logit a pair, with the inputs of ours."""
+"""A prebuilt OpenVINO graph -> one that returns one logit per pair, with qrank's inputs."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
     import openvino
 
 MODULES = ("transformers", "openvino")
-"""Packages that importing a file and running it need."""
+"""Packages needed to import and run a file."""
 
 
 def precision(path: Path) -> str:
-    """The precision of a graph, by what its weights are stored as.
+    """The precision of a graph, by the data types of its weights.
 
     Raises:
         ConversionError: openvino cannot read the file.
@@ -64,12 +64,12 @@ def import_file(path: Path, checkpoint: Checkpoint, folder: Path) -> str:
     """Write `model.xml` and `model.bin` into a folder.
 
     Args:
-        path: the prebuilt graph, its weights beside it.
-        checkpoint: what the model is.
+        path: the prebuilt graph, with its weights next to it.
+        checkpoint: describes the model.
         folder: exists and is empty.
 
     Returns:
-        What a user may want to know of the graph, or "".
+        A note on the graph for users, or "".
 
     Raises:
         ConversionError: the graph is not understood; with what was found.
@@ -94,7 +94,7 @@ def import_file(path: Path, checkpoint: Checkpoint, folder: Path) -> str:
             f"{path.name} cannot be imported: batch and length must be free, and openvino says "
             f"{reason}"
         ) from error
-    # Weights are in the precision they shall have.
+    # Weights already have their final precision.
     ov.save_model(graph, folder / "model.xml", compress_to_fp16=False)
     check(folder / "model.xml")
     return note
@@ -109,7 +109,7 @@ def _read(path: Path) -> openvino.Model:
 
 
 def _logits(graph: openvino.Model) -> Any:
-    """Where logits come from: the output of that name, or the only one."""
+    """The value that holds logits: the source of the output called `logits`, or of the only one."""
     outputs = {name: o for o in graph.outputs for name in o.get_names()}
     if "logits" in outputs:
         found = outputs["logits"]
@@ -124,7 +124,7 @@ def _logits(graph: openvino.Model) -> Any:
 
 
 def _renewed(inputs: dict[str, Any], logits: Any, checkpoint: Checkpoint) -> openvino.Model:
-    """A graph of one logit a pair with inputs of ours: int64, and no others than the family's."""
+    """A graph of one logit per pair with qrank's inputs: int64 and only the family's."""
     ov = need("openvino")
     op, family = ov.opset13, checkpoint.family
     fresh = {}
@@ -136,7 +136,7 @@ def _renewed(inputs: dict[str, Any], logits: Any, checkpoint: Checkpoint) -> ope
     given = {**fresh, POSITIONS: positions(ids, np.int64(first_position(checkpoint)))}
     given.setdefault(TYPES, op.multiply(ids, np.int64(0)))
     if family.decoder:
-        # Such a graph finds the last token by what is not padding.
+        # Such a graph finds the last token by looking for padding ids.
         given[IDS] = op.select(op.equal(mask, np.int64(0)), np.int64(padding(checkpoint)), ids)
     for name, node in inputs.items():
         replace(node.output(0), given[name])
@@ -147,7 +147,7 @@ def _renewed(inputs: dict[str, Any], logits: Any, checkpoint: Checkpoint) -> ope
 
 
 def _unpack_rows(graph: openvino.Model) -> None:
-    """Store matrices of one row, a head's, in fp32; why: `backends.openvino_nodes`."""
+    """Store matrices of one row (a head's) in fp32; `backends.openvino_nodes` explains why."""
     op = need("openvino").opset13
     for node in graph.get_ordered_ops():
         if node.get_type_name() != "MatMul":

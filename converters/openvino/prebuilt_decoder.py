@@ -1,7 +1,7 @@
-"""A causal model's OpenVINO graph -> what `DecoderScorer` of `checkpoint/scoring_graph.py` is.
+"""A causal model's OpenVINO graph -> one like `DecoderScorer` in `checkpoint/scoring_graph.py`.
 
-The state, or the inputs and outputs that hold keys and values, give way to `prefix` and `present`;
-and of the vocabulary's logits the score's row at the last token remains.
+`prefix` and `present` replace the state, or the inputs and outputs, that hold keys and values. The
+score's row at the last token replaces the vocabulary's logits.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrank.bundle.family import label_row
+from qrank.bundle.sequences import Floats
 from qrank.converters.prebuilt_graph import (
     BEAMS,
     IDS,
     MASK,
     POSITIONS,
-    Floats,
     cache_place,
     cache_shape,
     not_understood,
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     import openvino
 
 _PLAIN = ("f32", "f16", "u8", "i8")
-"""Types that numpy has, too: of these a few rows are read without the others."""
+"""Types that numpy also has: single rows of these can be read without converting all others."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Where a graph's keys and values come from and go to, by (layer, 0 or 1).
+    """A graph's KV cache: where keys and values come from and go to, by (layer, 0 or 1).
 
     Attributes:
-        past: outputs of nodes: a state as it is read, or an input.
-        present: outputs of nodes: what the state becomes, or what an output gives.
+        past: outputs of nodes: the state that is read, or an input.
+        present: outputs of nodes: the state's new value, or the source of an output.
     """
 
     past: Mapping[tuple[int, int], Any]
@@ -48,10 +48,10 @@ class Cache:
 
     @classmethod
     def of(cls, graph: openvino.Model) -> Cache:
-        """The cache of a graph; empty of one without.
+        """The KV cache of a graph; empty if it has none.
 
         Raises:
-            ConversionError: a state is none of keys and values.
+            ConversionError: a state does not hold keys or values.
         """
         past, present = {}, {}
         for node in graph.get_ordered_ops():
@@ -77,15 +77,15 @@ class Cache:
 
 
 class Cut:
-    """One graph on its way."""
+    """One graph being rewritten."""
 
     def __init__(self, inputs: Mapping[str, Any], cache: Cache, logits: Any) -> None:
         """Take over a graph.
 
         Args:
             inputs: its parameters by name.
-            cache: its.
-            logits: the output that gives those of the whole vocabulary.
+            cache: its KV cache.
+            logits: the output with the logits of the whole vocabulary.
         """
         self._op = need("openvino").opset13
         self._inputs = inputs
@@ -122,7 +122,7 @@ class Cut:
             if name in given:
                 replace(node.output(0), given[name])
             elif name == BEAMS:
-                # Every sequence goes on from the same prefix: there is nothing to choose.
+                # Every sequence continues from the same prefix: there is nothing to choose.
                 for target in node.output(0).get_target_inputs():
                     if (user := target.get_node()).get_type_name() != "Gather":
                         raise ConversionError(
@@ -141,7 +141,7 @@ class Cut:
             replace(output, op.broadcast(one, repeats, broadcast_spec="BIDIRECTIONAL"))
 
     def _kept(self, places: Any, layers: int) -> Any:
-        """The keys and values at some places of the first sequence: the output `present`."""
+        """The output `present`: keys and values at some positions of the first sequence."""
         op, rows = self._op, []
         for layer in range(layers):
             halves = [
@@ -156,7 +156,7 @@ class Cut:
         return _named(op.convert(op.concat(rows, 0), "f32"), "present")
 
     def _score(self, last: Any, labels: Sequence[int]) -> Any:
-        """The labels' logits at each sequence's last token, as one number: the output `logits`."""
+        """The output `logits`: one number from the labels' logits at each sequence's last token."""
         op = self._op
         product = _through(self._logits.get_node(), "Convert")
         if product.get_type_name() != "MatMul" or product.get_attributes()["transpose_a"]:
@@ -167,12 +167,12 @@ class Cut:
         place = op.unsqueeze(last, np.int64(1))
         state = op.gather(product.input_value(0), place, np.int64(1), batch_dims=1)
         final = op.convert(op.squeeze(state, np.int64(1)), "f32")
-        # No matrix product: what quantizes those leaves this one row alone.
+        # Not a matrix product, so that quantization of matrix products leaves this row alone.
         return _named(op.reduce_sum(op.multiply(final, row), np.int64(1), keep_dims=True), "logits")
 
 
 def replace(output: Any, node: Any) -> None:
-    """Let another node take an output's place, in the output's type."""
+    """Replace an output with another node, converted to the output's type."""
     wanted = output.get_element_type()
     if node.output(0).get_element_type() != wanted:
         node = need("openvino").opset13.convert(node, wanted.to_string())
@@ -181,7 +181,7 @@ def replace(output: Any, node: Any) -> None:
 
 
 def shape_of(output: Any) -> list[int | None]:
-    """An output's shape; None where a dimension is free."""
+    """An output's shape; None for a dynamic dimension, [] for a dynamic rank."""
     shape = output.partial_shape
     if shape.rank.is_dynamic:
         return []
@@ -189,7 +189,7 @@ def shape_of(output: Any) -> list[int | None]:
 
 
 def positions(ids: Any, first: Any) -> Any:
-    """Consecutive numbers from a first one on, in the shape of `ids`."""
+    """Consecutive numbers from `first` on, in the shape of `ids`."""
     op = need("openvino").opset13
     length = op.squeeze(_size(ids, 1), np.int64(0))
     numbers = op.range(op.constant(np.int64(0)), length, op.constant(np.int64(1)), "i64")
@@ -219,12 +219,15 @@ def _through(node: Any, kind: str) -> Any:
 
 
 def matrix_rows(node: Any, labels: Sequence[int], axis: int) -> Floats:
-    """Some rows of the output matrix in fp32, whatever it is stored as; shape [labels, hidden].
+    """Some rows of the output matrix, dequantized to fp32; shape [labels, hidden].
 
     Args:
-        node: gives the matrix.
-        labels: their numbers.
-        axis: of the matrix's shape that they count along.
+        node: the node that returns the matrix.
+        labels: indices of the rows.
+        axis: the axis of the matrix that they index.
+
+    Raises:
+        ConversionError: the matrix is made in an unknown way.
     """
     shape = list(node.output(0).shape)
     found = _part(node, labels, axis, shape[axis])
@@ -233,7 +236,7 @@ def matrix_rows(node: Any, labels: Sequence[int], axis: int) -> Floats:
 
 
 def _part(node: Any, labels: Sequence[int], axis: int, count: int) -> NDArray[Any]:
-    """What a node of constants gives for some of the numbers along one axis."""
+    """The value of a constant expression at some indices along one axis."""
     kind = node.get_type_name()
     if kind == "Constant":
         plain = node.get_element_type().to_string() in _PLAIN
@@ -251,6 +254,6 @@ def _part(node: Any, labels: Sequence[int], axis: int, count: int) -> NDArray[An
     if kind == "Transpose":
         return _part(inputs[0], labels, 1 - axis, count).T
     if kind == "Reshape" and axis == 0:
-        # Groups of a row, each with a scale of its own, are joined.
+        # Join the groups of a row, each of which has its own scale.
         return _part(inputs[0], labels, axis, count).reshape(len(labels), -1)
     raise not_understood(f"a matrix that {kind} {node.get_friendly_name()} makes")

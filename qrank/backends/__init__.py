@@ -1,9 +1,9 @@
-"""Backends: token ids in, logits out. One file a backend, imported only when asked for.
+"""Backends: token ids in, logits out. One file per backend, imported only when asked for.
 
-A backend's file holds SPEC, a `BackendSpec`, which says all there is to know about it
-(`qrank/backends/contract.py`). Another package's backend is found by an entry point of the group
-"qrank.backends" that names such an object; it may bring a format of its own. Any function with
-`open`'s signature is a backend too, named "package.module:function".
+A backend's file defines SPEC, a `BackendSpec` that fully describes it
+(`qrank/backends/contract.py`). Other packages register a backend with an entry point in the group
+"qrank.backends" that names such an object; it may bring its own format. Any function with the
+signature of `open` is a backend too, named "package.module:function".
 """
 
 from __future__ import annotations
@@ -24,35 +24,36 @@ if TYPE_CHECKING:
 __all__ = ["Backend", "BackendSpec", "Format", "Opener", "Options", "Precision"]
 
 BACKENDS = ("onnx", "openvino", "gguf", "torch")
-"""The files of this folder that are backends. "torch" runs checkpoints as they are."""
+"""The files of this folder that are backends. "torch" runs unconverted checkpoints."""
 
 GROUP = "qrank.backends"
-"""The group of entry points that other packages' backends are found by."""
+"""The entry point group in which other packages register their backends."""
 
 log = logging.getLogger("qrank")
 
 
 def others() -> list[str]:
-    """Names of the backends that other packages bring. They are not imported."""
+    """Names of the backends from other packages, without importing them."""
     return sorted({point.name for point in entry_points(tuple(sys.path))} - set(BACKENDS))
 
 
 @cache
 def entry_points(path: tuple[str, ...]) -> EntryPoints:
-    """What is installed on a path: this takes longer than most that asks for it."""
-    from importlib import metadata  # here, not above: slow, and most calls need it not
+    """Entry points installed on a path; cached, as the lookup is slower than most callers."""
+    from importlib import metadata  # imported here: it is slow, and most calls do not need it
 
     return metadata.entry_points(group=GROUP)
 
 
 def spec(name: str) -> BackendSpec:
-    """What a backend says about itself.
+    """The `BackendSpec` of a backend.
 
     Args:
-        name: of qrank's own, of another package's, or "package.module:function".
+        name: one of qrank's backends, one of another package's, or "package.module:function".
 
     Raises:
-        TargetError: another package's cannot be imported, or there is none of that name.
+        TargetError: there is no backend of that name, or its package cannot be imported or names
+            something that is not a `BackendSpec`.
     """
     if name in BACKENDS:
         found: BackendSpec = importlib.import_module(f"qrank.backends.{name}").SPEC
@@ -66,7 +67,7 @@ def _other(name: str) -> BackendSpec:
         raise TargetError(f"no backend {name!r}; backends are: {', '.join((*BACKENDS, *others()))}")
     try:
         found = points[0].load()
-    except Exception as error:  # whatever a module does as it is imported
+    except Exception as error:  # importing a module can raise anything
         raise TargetError(
             f"backend {name} cannot be imported: {type(error).__name__}: {error}"
         ) from error
@@ -84,18 +85,18 @@ def _users_own(name: str) -> BackendSpec:
         function: Opener = getattr(importlib.import_module(path), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise TargetError(f"no backend {name}: {error}") from error
-    # As much part of the application as the caller is: so it runs in this process.
+    # The function is part of the user's application, so it runs in this process.
     return BackendSpec(function, lambda: name, lambda: ["cpu"], in_process=lambda device: True)
 
 
 def reads(name: str) -> tuple[str, ...]:
-    """The formats that a backend reads: the one it brings, and those of others."""
+    """The formats that a backend reads: its own, if it has one, and other backends' formats."""
     found = spec(name)
     return (name, *found.reads) if found.format is not None else found.reads
 
 
 def format_of(name: str) -> Format | None:
-    """A format; None where no backend here brings one of that name."""
+    """The format of this name; None if no installed backend brings it."""
     if name not in BACKENDS and name not in others():
         return None
     try:
@@ -106,21 +107,21 @@ def format_of(name: str) -> Format | None:
 
 
 def formats() -> dict[str, Format]:
-    """Every format that checkpoints are converted to, other packages' last."""
+    """Every format that checkpoints can be converted to, those of other packages last."""
     found = {name: format_of(name) for name in (*BACKENDS, *others())}
     return {name: format for name, format in found.items() if format and format.converter}
 
 
 def memory(name: str, device: str) -> int | None:
-    """Bytes that a device has for itself; None where it uses the machine's, or nothing tells."""
+    """Bytes of a device's own memory; None if it uses the machine's or the size is unknown."""
     return None if device == "cpu" else spec(name).memory(device)
 
 
 def tolerance(format: str, precision: str) -> Tolerance:
-    """What a conversion to a precision of a format may lose.
+    """The tolerance of a conversion to a precision of a format.
 
     Raises:
-        TargetError: nobody here knows such a precision.
+        TargetError: the format or the precision is unknown.
     """
     found = format_of(format)
     known = found.precision(precision) if found is not None else None

@@ -1,7 +1,7 @@
-"""What a backend says about itself: one `BackendSpec`, called SPEC, in the backend's own file.
+"""The description of a backend: one `BackendSpec`, called SPEC, in the backend's own file.
 
-Everything else that depends on the backend follows from it: which formats and precisions there are,
-what help texts and the README's tables say, what `qrank doctor` checks, what `qrank tune` tries.
+Everything else that depends on the backend is derived from it: the list of formats and precisions,
+help texts and the README's tables, what `qrank doctor` checks and what `qrank tune` tries.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ class Options:
     """How a backend runs.
 
     Attributes:
-        threads: CPU threads it may use in all.
-        compute_dtype: arithmetic to compute in: `fp32`, `bf16` or `fp16`. None: the most exact.
-        max_batch_tokens: padded tokens a batch; None: the backend's own choice. Not every backend
-            cuts so.
-        static_shapes: compile for fixed lengths, as an NPU needs it, where a backend compiles.
-        family: of the model; None where a bundle's own files say what is to be known.
-        memory: for batches. The backend cuts them so that they fit, and waits for it.
+        threads: total number of CPU threads it may use.
+        compute_dtype: data type to compute in: `fp32`, `bf16` or `fp16`. None: the most precise.
+        max_batch_tokens: padded tokens per batch; None: the backend's default. Not every backend
+            limits batches this way.
+        static_shapes: compile for fixed lengths, as NPUs require, if the backend compiles.
+        family: of the model; None if the bundle's files hold everything the backend needs.
+        memory: budget for batches. The backend cuts batches to fit it, and reserves memory for
+            each, waiting if necessary.
     """
 
     threads: int
@@ -46,17 +47,17 @@ class Backend(Protocol):
     """Scores sequences with one variant on one device. Safe to call from several threads."""
 
     def logits(self, sequences: Sequences, /) -> Logits:
-        """One raw logit a sequence, in the order of `sequences`, shape [n]."""
+        """One raw logit per sequence, in the order of `sequences`, shape [n]."""
 
     def close(self) -> None:
         """Free the model. No call may follow.
 
-        One that is dropped without this must free it by itself, and wait for nothing then.
+        A backend that is dropped without `close` must free its model itself, without blocking.
         """
 
 
 class Opener(Protocol):
-    """A `BackendSpec.open`, or a user's own."""
+    """The type of `BackendSpec.open`, and of a user's own function."""
 
     def __call__(
         self, folder: Path, variant: Variant, device: str, options: Options
@@ -64,11 +65,11 @@ class Opener(Protocol):
 
 
 PLAIN = ("model", "openvino_model")
-"""Names of ONNX and OpenVINO files that say nothing of a precision: they are fp32."""
+"""Names of ONNX and OpenVINO files that do not name a precision: they are fp32."""
 
 
 def _words(*names: str) -> str:
-    """A regular expression for file names that have one of these words in them."""
+    """A regular expression for file names that contain one of these words."""
     return rf"(?:^|[-_.])(?:{'|'.join(names)})(?:[-_.]|$)"
 
 
@@ -86,16 +87,17 @@ class Precision:
     """A precision that a format's files may have.
 
     Attributes:
-        name: the format's own: `int8`, `q4_k_m`.
-        tolerance: what a conversion to it may lose.
+        name: the format's name for it: `int8`, `q4_k_m`.
+        tolerance: of a conversion to it.
         made: whether checkpoints are converted to it. If not, only prebuilt files have it.
-        bytes: that a number takes on disk, where it is made.
-        cpu: place by the speed to be expected on a CPU, among all variants, 1 the fastest
+        bytes: per number on disk, if it is made.
+        cpu: rank by expected speed on a CPU, among all variants, 1 the fastest
             (docs/benchmarks.md).
-        elsewhere: likewise on other devices, among all precisions.
+        elsewhere: rank by expected speed on other devices, among all precisions.
         stem: a regular expression that finds the precision in the name of a prebuilt file, in
-            lower case and without its suffix. Where several files are offered and nobody names a
-            precision, only those with a `stem` are looked for. None: the name, at the end.
+            lower case and without its suffix. If there are several files and the user names no
+            precision, only precisions with a `stem` are considered. None: the file name ends with
+            the precision's name.
     """
 
     name: str
@@ -109,17 +111,17 @@ class Precision:
 
 @dataclass(frozen=True)
 class Format:
-    """The file format that a backend brings, which has the backend's name.
+    """The file format that a backend brings; it has the backend's name.
 
     Attributes:
-        precisions: the one that is made unless another is named comes first.
-        converter: the module that makes it of checkpoints; see `qrank.converters.makers.Maker`.
-            "": nothing does.
-        importer: the module that takes prebuilt files over, with `precision`, `import_file` and
-            MODULES. "": nothing does.
+        precisions: the default precision comes first.
+        converter: the module that converts checkpoints to it; see
+            `qrank.converters.makers.Maker`. "": there is none.
+        importer: the module that imports prebuilt files, with `precision`, `import_file` and
+            MODULES. "": there is none.
         suffix: of prebuilt files.
-        weights: a pattern of the files that hold a prebuilt file's weights, with `{name}` and
-            `{stem}` for the file's name and that without its suffix. "": the file itself alone.
+        weights: a pattern for the files that hold a prebuilt file's weights; `{name}` is the
+            file's name and `{stem}` the name without its suffix. "": only the file itself.
     """
 
     precisions: tuple[Precision, ...]
@@ -129,12 +131,12 @@ class Format:
     weights: str = ""
 
     def precision(self, name: str) -> Precision | None:
-        """The precision of a name; None if the format has none."""
+        """The precision of this name; None if the format does not have it."""
         return next((precision for precision in self.precisions if precision.name == name), None)
 
     @property
     def made(self) -> list[str]:
-        """Names of the precisions that checkpoints are converted to, the default first."""
+        """Names of the precisions that checkpoints can be converted to, the default first."""
         return [precision.name for precision in self.precisions if precision.made]
 
 
@@ -160,31 +162,30 @@ def _apart(device: str) -> bool:
 
 @dataclass
 class BackendSpec:
-    """A backend. Making one imports no runtime; the functions may.
+    """A backend. Creating a spec imports no runtime; calling its functions may.
 
-    Its name is that of its file in `qrank/backends`, or of the entry point.
+    The backend is named after its file in `qrank/backends`, or after its entry point.
 
     Attributes:
         open: loads a variant.
         version: the runtime's name and version.
         devices: the devices present, lower case.
-        runtime: what people call the library it runs on; "" where that is the backend's name.
-        kinds: every kind of device it might ever find.
-        modules: that it imports. Another package says in its own metadata what it needs.
-        extra: of qrank, which brings the modules.
-        format: that it brings; None where it only runs formats of others.
-        reads: formats of others that it runs.
-        compute_dtypes: arithmetic that it can compute in on a device, fastest first; nothing where
-            it leaves no choice.
-        batches: values of `Options.max_batch_tokens` worth trying on a device, its own choice
-            first.
-        memory: bytes that a device other than the CPU has; None where it uses the machine's, where
-            nothing tells, and where there is no such device.
-        product: the matrix product, computed on a device: what `qrank doctor` checks.
-        in_process: whether it may run on a device for the first time in the user's process. If not,
-            a process of its own runs it first: it may crash or hang.
-        note: what a user may want to know of a device that computes; "" mostly.
-        conflict: what is wrong with how it is installed, and what to do; "" mostly.
+        runtime: the common name of the library it runs on; "" if that is the backend's name.
+        kinds: every kind of device it supports, present or not.
+        modules: modules it imports. Other packages declare theirs in their own metadata.
+        extra: the extra of qrank that installs the modules.
+        format: the format it brings; None if it only runs formats of other backends.
+        reads: formats of other backends that it runs.
+        compute_dtypes: data types it can compute in on a device, fastest first; empty if there is
+            no choice.
+        batches: values of `Options.max_batch_tokens` worth trying on a device, the default first.
+        memory: bytes of a device other than the CPU; None if it uses the machine's memory, if the
+            size is unknown or if there is no such device.
+        product: the matrix product, computed on a device; used by `qrank doctor`.
+        in_process: whether its first run on a device may be in the user's process. If not, it runs
+            in a separate process first, as it may crash or hang.
+        note: a hint for users about a working device; usually "".
+        conflict: what is wrong with its installation, and how to fix it; usually "".
     """
 
     open: Opener
@@ -209,15 +210,15 @@ class BackendSpec:
         return next((module for module in self.modules if not installed(module)), None)
 
     def require(self) -> None:
-        """See that its modules are installed.
+        """Check that its modules are installed.
 
         Raises:
-            MissingExtraError: one is not.
+            MissingExtraError: one is missing.
         """
         if (module := self.missing()) is not None:
             need(module, extra=self.extra)
 
     @property
     def pip_line(self) -> str:
-        """The command that installs what it needs; "" for another package's."""
+        """The command that installs its modules; "" for another package's backend."""
         return pip_line(self.extra) if self.extra else ""

@@ -1,7 +1,7 @@
-"""Locks that a fork waits for: no child inherits one that a thread it lacks holds for ever.
+"""Locks that a fork waits for, so that no child inherits one held by a thread it does not have.
 
-A runtime has locks of its own that are out of reach: MKL's memory, torch's loading. So a lock of
-ours stands around the calls that take them, and a process forks while it is free.
+Runtimes have internal locks that we cannot reach: MKL's memory, torch's loading. So a lock of ours
+guards the calls that take them, and the process forks only while no other thread holds it.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ Lock = TypeVar("Lock")
 _guards: weakref.WeakSet[Any] = weakref.WeakSet()
 
 _taken: list[Any] = []
-"""By the thread that forks, while it does."""
+"""Locks that the forking thread holds during the fork."""
 
 
 def waited_for(lock: Lock) -> Lock:
-    """A `threading.Lock` or `RLock` that only the forking thread may hold as a process forks."""
+    """Register a `threading.Lock` or `RLock` that no other thread may hold during a fork."""
     _guards.add(lock)
     return lock
 
 
 def _take() -> None:
-    # All or none: who holds one of them may be waiting for another.
+    # All or nothing: a thread that holds one of them may be waiting for another.
     while (busy := _take_free()) is not None:
         _let_go()
         with busy:
@@ -33,7 +33,7 @@ def _take() -> None:
 
 
 def _take_free() -> Any:
-    """Take locks up to the first that is not free, which is returned; None: all are taken."""
+    """Take locks; return the first one that is not free, or None once all are taken."""
     for lock in list(_guards):
         if not lock.acquire(blocking=False):
             return lock

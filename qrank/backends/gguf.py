@@ -1,4 +1,4 @@
-"""GGUF files on llama.cpp: the CPU, and the GPU its build was made for."""
+"""GGUF files on llama.cpp: the CPU, and the GPU its build supports."""
 
 from __future__ import annotations
 
@@ -25,35 +25,36 @@ from qrank.scoring.memory import MemoryBudget
 FILE = "model.gguf"
 
 TYPE_STRIDE = "qrank.type_stride"
-"""Metadata key: rows of the vocabulary before it begins anew, shifted to the next token type.
-llama.cpp gives every token type 0; so type t is reached by adding t times this to an id."""
+"""Metadata key: rows per copy of the vocabulary; the file holds one copy per token type.
+llama.cpp gives every token type 0, so type t is selected by adding t times this to an id."""
 
 MAX_SEQUENCES = {"cpu": 1}
-"""Pairs a batch. On the CPU each is its own: llama.cpp's fused attention, there twice as fast as
-the other (MiniLM's shape, 52 to 512 tokens), moves a quantized model's logits by 3 % of their
-spread with the neighbours in the batch; and only pairs of 15 to 40 tokens ran faster together."""
+"""Pairs per batch. On the CPU each pair is its own batch: llama.cpp's fused attention, which is
+twice as fast there as the unfused one (MiniLM's shape, 52 to 512 tokens), makes a quantized model's
+logits depend on the other pairs in the batch, by 3 % of the logits' spread; and only pairs of 15 to
+40 tokens ran faster together."""
 
 MAX_SEQUENCES_ELSEWHERE = 255
-"""LLAMA_MAX_SEQ, with which llama.cpp is compiled, less one for a decoder's prefix."""
+"""LLAMA_MAX_SEQ, which is compiled into llama.cpp, minus one for a decoder's prefix."""
 
 BATCH = 2048
-"""Tokens a batch of several pairs. Attention is computed over all of it, neighbours masked."""
+"""Tokens per batch of several pairs. Attention covers the whole batch, with other pairs masked."""
 
 _LIKE_EIGHT_BITS = ("q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0")
 _LIKE_FOUR_BITS = ("q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs")
-"""What prebuilt files may be in besides."""
+"""Other precisions of prebuilt files, by the tolerance that applies to them."""
 
 _GROWTH = 256
-"""Contexts are made for a multiple of so many tokens."""
+"""A context's capacity in tokens is a multiple of this."""
 
 
 def devices() -> list[str]:
-    """Devices that this build of llama.cpp was made for and finds here."""
+    """Devices that this build of llama.cpp supports and finds here."""
     return [device for device in llama.DEVICES if llama.device_pointer(device)]
 
 
 def memory(device: str) -> int | None:
-    """Bytes that a device has; None where it is absent."""
+    """Bytes of a device's memory; None if the device is absent."""
     if device not in devices():
         return None
     tell = llama.tensors().ggml_backend_dev_memory
@@ -64,7 +65,7 @@ def memory(device: str) -> int | None:
 
 
 def open(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
-    """Load a variant's `model.gguf`, and its head where that lies beside it.
+    """Load a variant's `model.gguf`, and its head if that is in a separate file.
 
     Raises:
         MissingExtraError: llama-cpp-python is not installed.
@@ -86,10 +87,10 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Backe
 
 
 class GgufBackend:
-    """An encoder, and for every thread a context: what it computes in. Contexts share the weights.
+    """An encoder with one context per thread to compute in; the contexts share the weights.
 
-    Batches run side by side, a thread each. A call of fewer batches than threads takes idle
-    contexts along and runs on their threads.
+    Batches run in parallel, one thread each. If a call has fewer batches than there are threads,
+    each batch reserves idle contexts as well and uses their threads.
     """
 
     def __init__(
@@ -101,15 +102,15 @@ class GgufBackend:
         threads: int,
         memory: MemoryBudget,
     ) -> None:
-        """Take over a model.
+        """Take ownership of a model.
 
         Args:
-            model: of `llama.load`.
-            head: what gives the logit of the mean hidden state, float32 [hidden]; None where that
-                is in the file.
-            sequences: that a batch may have.
-            threads: contexts.
-            memory: for batches.
+            model: from `llama.load`.
+            head: the weights that turn the mean hidden state into the logit, float32 [hidden];
+                None if the model file includes the head.
+            sequences: maximum number in a batch.
+            threads: number of threads, and of contexts.
+            memory: budget for batches.
         """
         self._memory = memory
         self._head = head
@@ -131,8 +132,8 @@ class GgufBackend:
         for context in contexts:
             self._idle.put(context)
         self._free = freed_with(self, model, contexts)
-        # Never the caller's thread: OpenMP's helpers of a thread do not survive a fork, and it
-        # would wait for them.
+        # Never compute on the caller's thread: its OpenMP helper threads do not survive a fork, and
+        # the child would wait for them forever.
         self._workers = ThreadPoolExecutor(threads, "qrank-gguf")
 
     def logits(self, sequences: Sequences) -> Logits:
@@ -151,7 +152,7 @@ class GgufBackend:
     def _run(self, batch: Sequences, width: int) -> Logits:
         held = [self._idle.get()]
         try:
-            # Another may take the last one first.
+            # Another thread may take the last one first.
             with suppress(Empty):
                 while len(held) < width:
                     held.append(self._idle.get_nowait())
@@ -175,7 +176,7 @@ class GgufBackend:
         return logits
 
     def _ids(self, batch: Sequences) -> NDArray[np.int32]:
-        """Token ids of a batch, one after the other, as the file's vocabulary counts them."""
+        """A batch's token ids, concatenated, as rows of the file's vocabulary."""
         ids = np.concatenate(batch.ids).astype(np.int32)
         if batch.segments is not None:
             ids += np.concatenate(batch.segments).astype(np.int32) * self._stride
@@ -183,14 +184,14 @@ class GgufBackend:
 
 
 def _metadata(model: object, key: str) -> str:
-    """What a file says under a key; "" where it says nothing."""
+    """The value of a metadata key in the file; "" if it is missing."""
     text = ctypes.create_string_buffer(16)
     llama.library().llama_model_meta_val_str(model, key.encode(), text, len(text))
     return text.value.decode()
 
 
 def _note(device: str) -> str:
-    if device == "cpu" and not llama.rearranges():
+    if device == "cpu" and not llama.repacks():
         return "without AMX, whose kernels crash: llama.cpp issue 20824"
     return ""
 

@@ -1,4 +1,4 @@
-"""What a model on llama.cpp computes in, and how both are freed."""
+"""llama.cpp contexts, which a model computes in, and how both are freed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qrank.backends import llama
 
 
 class Context:
-    """What one batch at a time is computed in; made at its first use, anew for a larger batch."""
+    """A context for one batch at a time; created at first use, recreated for a larger batch."""
 
     def __init__(
         self,
@@ -19,13 +19,13 @@ class Context:
         growth: int,
         settings: Callable[[int], dict[str, object]],
     ) -> None:
-        """Make nothing yet.
+        """Create nothing yet.
 
         Args:
-            model: of `llama.load`.
-            sequences: that a batch may have.
-            growth: it has room for a multiple of so many tokens.
-            settings: the room -> more settings of `llama.new_context`.
+            model: from `llama.load`.
+            sequences: maximum number in a batch.
+            growth: its capacity in tokens is a multiple of this.
+            settings: capacity -> more settings for `llama.new_context`.
         """
         self._model = model
         self._sequences = sequences
@@ -35,13 +35,13 @@ class Context:
         self._pointer: object = None
 
     def fit(self, tokens: int) -> object:
-        """llama.cpp's pointer, with room for a batch: it ends the process where there is none.
+        """llama.cpp's context pointer, with room for a batch; without room llama.cpp would abort.
 
         Args:
-            tokens: of the batch; 0 for what is there already.
+            tokens: of the batch; 0 for the context as it already is.
 
         Raises:
-            TargetError: there is no memory for so many tokens.
+            TargetError: there is no memory for that many tokens.
         """
         if not self._pointer or tokens > self._room:
             self.close()
@@ -51,7 +51,7 @@ class Context:
         return self._pointer
 
     def close(self) -> None:
-        """Free it; a later use makes it again."""
+        """Free the context; a later use recreates it."""
         if self._pointer:
             llama.library().llama_free(self._pointer)
         self._pointer = None
@@ -60,11 +60,11 @@ class Context:
 def freed_with(
     backend: object, model: object, contexts: Sequence[Context]
 ) -> weakref.finalize[[], object]:
-    """What frees a model and its contexts: when it is called, or else when a backend is dropped.
+    """A finalizer that frees a model and its contexts, when called or when the backend is dropped.
 
-    It waits for no thread, as it may run on any: a backend that nobody holds computes nothing.
-    Never at the interpreter's end, nor in a forked child, which has none of the threads that
-    llama.cpp waits for: the system frees all of it there.
+    It may run on any thread and waits for none: a backend without references computes nothing.
+    It does nothing at interpreter exit or in a forked child, which lacks the threads that llama.cpp
+    waits for; there the operating system frees the memory.
     """
     process = os.getpid()
 

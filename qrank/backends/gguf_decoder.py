@@ -1,8 +1,8 @@
 """Causal models on llama.cpp: the prefix is read once, the head is exact.
 
-llama.cpp has no way to score by a head of ours, and gives hidden states only in a mode that
-computes the whole vocabulary for every token. So the last hidden state is taken out of its graph
-as it is computed, for the last tokens alone, and the head applied here in fp32.
+llama.cpp cannot score with a custom head, and returns hidden states only in a mode that computes
+the logits of the whole vocabulary for every token. So we take the last hidden state out of its
+graph during the computation, for last tokens only, and apply the head here in fp32.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from qrank.bundle.sequences import Ids, Logits, Sequences
 from qrank.scoring.batching import cut_ragged, in_order
 
 HEAD = "head.npy"
-"""The score's row, float32 [hidden]: a file beside the model's."""
+"""File next to the model's that holds the score head's row, float32 [hidden]."""
 
 BATCH = 2048
-"""Tokens a batch of several sequences."""
+"""Tokens per batch of several sequences."""
 
 PHYSICAL_BATCH = 512
-"""Tokens llama.cpp computes at once, of which it keeps all intermediate results."""
+"""Tokens llama.cpp computes at once, keeping all their intermediate results."""
 
 _STATE = b"result_norm"
-"""llama.cpp's name of the hidden states behind the last norm, of the tokens that are asked for."""
+"""llama.cpp's name for the hidden states after the last norm, for tokens with requested outputs."""
 
 _GROWTH = 1024
-"""A context is made for a multiple of so many tokens."""
+"""A context's capacity in tokens is a multiple of this."""
 
 
 class GgufDecoder:
-    """A model and its one context, on a thread of its own, batch by batch."""
+    """A model with a single context that runs batch by batch on its own thread."""
 
     def __init__(
         self, model: object, head: NDArray[np.float32], sequences: int, options: Options
     ) -> None:
-        """Take over a model.
+        """Take ownership of a model.
 
         Args:
-            model: of `llama.load`.
-            head: the score's row, float32 [hidden].
-            sequences: that a batch may have.
-            options: threads that llama.cpp computes on, and memory for batches.
+            model: from `llama.load`.
+            head: the score head's row, float32 [hidden].
+            sequences: maximum number in a batch.
+            options: threads that llama.cpp computes on, and the memory budget for batches.
         """
         self._head = head
         self._sequences = sequences
@@ -64,7 +64,7 @@ class GgufDecoder:
             lambda room: {"n_ubatch": min(room, PHYSICAL_BATCH), "cb_eval": look, **threads},
         )
         self._free = freed_with(self, model, [self._context])
-        # Never the caller's thread, see `qrank.backends.gguf.GgufBackend`; and one call at a time.
+        # Never the caller's thread (see `qrank.backends.gguf.GgufBackend`), and one call at a time.
         self._worker = ThreadPoolExecutor(1, "qrank-gguf")
 
     def logits(self, sequences: Sequences) -> Logits:
@@ -88,7 +88,7 @@ class GgufDecoder:
         return in_order(batches, (self._score(sequences.take(batch)) for batch in batches))
 
     def _score(self, batch: Sequences) -> Logits:
-        """Logits of sequences behind the prefix, which is sequence 0; the batch's are 1, 2, ..."""
+        """Logits of a batch after the prefix, which is sequence 0; the batch's are 1, 2, ..."""
         library = llama.library()
         memory = library.llama_get_memory(self._context.fit(0))
         for owner in range(1, len(batch) + 1):
@@ -100,13 +100,13 @@ class GgufDecoder:
         return np.concatenate(self._states).reshape(len(batch), -1) @ self._head
 
     def _decode(self, sequences: list[Ids], before: int, *, first: int, wanted: bool) -> None:
-        """Read sequences that begin at a position; numbered from `first`.
+        """Decode sequences that start at a position; they are numbered from `first`.
 
         Args:
             sequences: token ids of each.
-            before: their first token's position.
-            first: the first one's number.
-            wanted: whether to look at each one's last state.
+            before: position of each one's first token.
+            first: number of the first sequence.
+            wanted: whether to keep the last hidden state of each.
         """
         lengths = np.array([len(ids) for ids in sequences])
         ids = np.concatenate(sequences).astype(np.int32)
@@ -118,9 +118,9 @@ class GgufDecoder:
 
 
 def _looking(states: list[NDArray[np.float32]]) -> Callable[[int, bool, object], bool]:
-    """What llama.cpp asks about each result whether it is to be seen, and then shows it to.
+    """llama.cpp's evaluation callback: asked which tensors to observe, then given their data.
 
-    It knows where states go and not the decoder, which would then hold itself.
+    It refers to the list of states, not to the decoder, which would be a reference cycle.
     """
     ggml = llama.tensors()
 

@@ -1,7 +1,7 @@
-"""Backends in a process of their own: what crashes or hangs there harms nobody.
+"""Backends in a separate process, where a crash or a hang does no harm.
 
-Native libraries and drivers end a process without a word, on some CPUs and for some shapes alone.
-So what has never run on this machine is run here first.
+Native libraries and drivers can kill a process without a message, on some CPUs and for some shapes
+only. So anything that has never run on this machine runs here first.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from qrank.system.subprocess_rpc import Child, CrashError, HangError
 _SECONDS = 60.0
 _BYTES_A_SECOND = 1e7
 _OPERATIONS_A_SECOND = 2e10
-"""The slowest that is still no hang: a machine with one busy core, and other work beside."""
+"""The lowest speed that does not count as a hang: a machine with one core and other work on it."""
 
 _DRIVER_FACTOR = 5
-"""Drivers of GPUs and NPUs compile for minutes where a CPU takes seconds."""
+"""GPU and NPU drivers compile for minutes where a CPU takes seconds."""
 
 
 class FatalError(TargetError):
@@ -36,31 +36,31 @@ class FatalError(TargetError):
 
 
 def advised(backend: str, device: str) -> bool:
-    """Whether a backend should be tried in a process of its own before it runs in this one."""
+    """Whether a backend should be tried in a separate process before it runs in this one."""
     return not spec(backend).in_process(device) and subprocess_rpc.wanted()
 
 
 def limit(size: int, tokens: int, device: str) -> float:
-    """Seconds that a backend may take to load a model of so many bytes and read so many tokens."""
-    # A byte is a weight, about: a product and a sum for every token.
+    """Seconds a backend may take to load a model of `size` bytes and read `tokens` tokens."""
+    # A byte is roughly one weight: a multiplication and an addition per token.
     computing = 2 * size * tokens / _OPERATIONS_A_SECOND
     loading = _SECONDS + size / _BYTES_A_SECOND
     return (loading + computing) * (1 if device == "cpu" else _DRIVER_FACTOR)
 
 
 class Worker:
-    """A process in which backends run; started at the first question, and anew after it died."""
+    """A process that runs backends; started at the first request, restarted after it died."""
 
     def __init__(self) -> None:
         self._child: Child | None = None
 
     def compute_dtypes(self, backend: str, device: str) -> tuple[str, ...]:
-        """As `BackendSpec.compute_dtypes`.
+        """The same as `BackendSpec.compute_dtypes`.
 
         Raises:
             NoChildError: no process can be started here.
             FatalError: the process died or hung.
-            QrankError: as the backend raises it.
+            QrankError: raised by the backend.
         """
         question = {"do": "compute_dtypes", "backend": backend, "device": device}
         found = self._ask(question, f"looking for {device}", limit(0, 0, device))
@@ -79,18 +79,18 @@ class Worker:
         """Open a variant, score groups of sequences, and close it.
 
         Args:
-            folder: the bundle.
-            variant: of it.
-            groups: what to score.
-            options: how it runs; `memory` and `family` stay behind.
-            backend: what runs it; None: its format's own.
-            device: where.
+            folder: the bundle's.
+            variant: of the bundle.
+            groups: to score.
+            options: how it runs; `memory` and `family` are not passed on.
+            backend: to run it with; None: the one that brings its format.
+            device: to run it on.
 
         Returns:
             Logits of each group, shape [n] each.
 
         Raises:
-            NoChildError, FatalError, QrankError: as `compute_dtypes`.
+            NoChildError, FatalError, QrankError: as for `compute_dtypes`.
         """
         backend = backend or variant.format
         size = sum(p.stat().st_size for p in (folder / variant.folder).rglob("*") if p.is_file())
@@ -116,7 +116,7 @@ class Worker:
         return [np.array(each, np.float32) for each in found["logits"]]
 
     def close(self, *, kill: bool = False) -> None:
-        """End the process, by force if need be."""
+        """End the process; kill it at once if `kill` is set, else if it does not end in time."""
         if self._child is not None:
             self._child.close(kill=kill)
         self._child = None
@@ -189,5 +189,5 @@ def _sequences(plain: Mapping[str, Any]) -> Sequences:
 
 
 def main() -> None:
-    """In the child."""
+    """Answer requests in the child process."""
     subprocess_rpc.answer({"compute_dtypes": _compute_dtypes, "logits": _logits})

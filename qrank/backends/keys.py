@@ -1,16 +1,16 @@
-"""What a remembered thing holds for: the keys of `qrank.system.cache`, put together here alone.
+"""Cache keys for `qrank.system.cache`; all but those of file hashes are built here.
 
-| kind | function | holds for |
+| kind | function | valid for |
 |---|---|---|
 | proofs | `of_run` | a variant as it runs here, the probes, and how it was asked to run |
-| logits | `of_run` | a variant as it runs here, how it runs and reads; threads change none |
-| losses | `of_run` | a variant as it runs here on a device by its format's own backend |
-| measurements | `of_machine` | all of a bundle, all runtimes and devices here, the threads |
+| logits | `of_run` | a variant as it runs here, how it runs and reads; threads do not matter |
+| losses | `of_run` | a variant as it runs here on a device with its format's own backend |
+| measurements | `of_machine` | the whole bundle, all runtimes and devices here, the threads |
 | openvino | `of_files` | a variant's files; OpenVINO itself adds the device and its version |
 
-"A variant as it runs here" is its files and family (`Manifest.identity`), and `conditions`. So
-other variants may come and go, but for measurements, which compare them. Of hashes the key is a
-path, and `Bundle.check` compares the rest.
+"A variant as it runs here" means its files and family (`Manifest.identity`), and `conditions`. So
+adding or removing other variants does not matter, except for measurements, which compare them. The
+key of a file hash is its path, and `Bundle.check` compares the rest.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from qrank.system.version import __version__
 def of_run(
     manifest: Manifest, variant: Variant, backend: str, device: str, **how: Any
 ) -> dict[str, Any]:
-    """The key of what a variant does on a device.
+    """The key of results of a variant on a device.
 
     Args:
-        manifest: of the bundle.
-        variant: of it.
-        backend: what runs it.
+        manifest: the bundle's.
+        variant: of the bundle.
+        backend: that runs it.
         device: lower case.
-        how: whatever else decides; as JSON can hold it.
+        how: everything else that affects the result, as JSON values.
     """
     return {"variant": manifest.identity(variant), **how, **conditions(backend, device)}
 
 
 def of_machine(manifest: Manifest, **how: Any) -> dict[str, Any]:
-    """The key of what compares all variants, backends and devices; `how` as for `of_run`."""
+    """The key of comparisons of all variants, backends and devices; `how` as for `of_run`."""
     return {
         "bundle": manifest.digest,
         "qrank": __version__,
@@ -55,18 +55,18 @@ def of_machine(manifest: Manifest, **how: Any) -> dict[str, Any]:
 
 
 def of_files(variant: Variant) -> dict[str, Any]:
-    """The key of what was made of a variant's files alone."""
+    """The key of results that depend only on a variant's files."""
     return {"files": [record.sha256 for record in variant.files.values()]}
 
 
 def conditions(name: str, device: str) -> dict[str, Any]:
-    """What anything found out about a backend on a device holds for, as JSON can hold it.
+    """The conditions under which results of a backend on a device stay valid, as JSON values.
 
-    This qrank, the runtime as it is installed, the CPU, and for other devices the system with its
-    drivers and what the device is. All is told without importing a runtime.
+    They are qrank's version, the installed runtime, the CPU, and for other devices the system with
+    its drivers and accelerators. No runtime is imported to find them.
 
     Args:
-        name: of a backend; of a user's own nothing tells when it changes.
+        name: of a backend; changes to a user's own function are not detected.
         device: lower case.
     """
     found: dict[str, Any] = {
@@ -82,7 +82,7 @@ def conditions(name: str, device: str) -> dict[str, Any]:
 
 
 def runtime(name: str) -> list[str]:
-    """Versions of a backend's packages, and when they were installed: some are compiled there."""
+    """Versions and install times of a backend's packages: some are compiled on installation."""
     if name not in BACKENDS:
         found = (point.dist for point in entry_points(tuple(sys.path)) if point.name == name)
         return sorted(f"{dist.name}-{dist.version}" for dist in found if dist)

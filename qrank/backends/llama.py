@@ -1,4 +1,4 @@
-"""llama.cpp by its low-level bindings: what its backends and its converter share."""
+"""llama.cpp through its low-level bindings, shared by its backends and its converter."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from qrank.system import machine
 from qrank.system.extras import need
 
 DEVICES = {"cpu": "CPU", "cuda": "CUDA0", "metal": "MTL0", "vulkan": "Vulkan0"}
-"""What llama.cpp calls a device; the first of its kind."""
+"""llama.cpp's name for the first device of each kind."""
 
 log = logging.getLogger("qrank.llama")
 
 _kept: list[object] = []
-"""What llama.cpp holds bare pointers to."""
+"""Objects that llama.cpp holds raw pointers to."""
 
 _errors: deque[str] = deque(maxlen=3)
-"""What llama.cpp last complained of: its functions say no more than that they failed."""
+"""llama.cpp's last logged errors: its functions only return that they failed."""
 
 
 @cache
 def library() -> ModuleType:
-    """The bindings, with llama.cpp's log going to Python's (logger "qrank.llama").
+    """The bindings, with llama.cpp's log redirected to Python's (logger "qrank.llama").
 
     Raises:
         MissingExtraError: llama-cpp-python is not installed.
     """
     llama = need("llama_cpp", extra="gguf")
     info, warning, error = 2, 3, 4  # of enum ggml_log_level
-    # A level lower than llama.cpp's: what a user must know is raised.
+    # One level lower than llama.cpp's: what users must know is raised as an error.
     levels = {info: logging.DEBUG, warning: logging.INFO, error: logging.INFO}
 
     def write(level: int, text: bytes, _: object) -> None:
@@ -60,7 +60,7 @@ def library() -> ModuleType:
 
 @cache
 def tensors() -> Any:
-    """ggml's functions on tensors, as ctypes has them."""
+    """ggml's tensor functions, through ctypes."""
     library()
     ggml = importlib.import_module("llama_cpp._ggml").libggml
     ggml.ggml_backend_dev_by_name.argtypes = [ctypes.c_char_p]
@@ -94,7 +94,7 @@ def product(a: Floats, b: Floats, device: str) -> Floats:
         getattr(ggml, name).restype, getattr(ggml, name).argtypes = result, arguments
     backend = ggml.ggml_backend_dev_init(device_pointer(device), None)
     context = ggml.ggml_init(_InitParams(2**20, None, True))
-    # ggml's first dimension is the last of numpy's, and its product is of rows with rows.
+    # ggml's first dimension is numpy's last, and its product multiplies rows with rows.
     factors = [np.ascontiguousarray(x, np.float32) for x in (b.T, a)]
     inputs = [ggml.ggml_new_tensor_2d(context, 0, x.shape[1], x.shape[0]) for x in factors]
     output = ggml.ggml_mul_mat(context, *inputs)
@@ -129,7 +129,7 @@ class _InitParams(ctypes.Structure):
 
 
 def complaint() -> str:
-    """What llama.cpp logged as errors since this was last asked."""
+    """The errors that llama.cpp logged since the last call; clears them."""
     text = "; ".join(_errors)
     _errors.clear()
     return text or 'it gave no reason; see the logger "qrank.llama"'
@@ -142,35 +142,35 @@ def version() -> str:
 
 @cache
 def device_pointer(device: str) -> int | None:
-    """llama.cpp's device; None where this build has none or finds none."""
+    """llama.cpp's pointer to a device; None if this build does not support it or finds none."""
     found: int | None = tensors().ggml_backend_dev_by_name(DEVICES[device].encode())
     return found
 
 
-def rearranges() -> bool:
-    """Whether llama.cpp may arrange weights anew for this CPU's kernels.
+def repacks() -> bool:
+    """Whether llama.cpp may repack weights for this CPU's kernels.
 
-    Not where it has AMX: llama.cpp's AMX kernel then dies of SIGSEGV, of q8_0 always
+    Not on CPUs with AMX: llama.cpp's AMX kernel then crashes with SIGSEGV, for q8_0 always
     (ggml_backend_amx_mul_mat, https://github.com/ggml-org/llama.cpp/issues/20824).
     """
     return "AMX int8" not in machine.instruction_sets()
 
 
 def load(path: Path, device: str) -> object:
-    """A file's model, all of it on a device that is present.
+    """Load a file's model entirely onto a device that is present.
 
     Raises:
         TargetError: llama.cpp cannot load the file there.
     """
     llama = library()
     settings = llama.llama_model_default_params()
-    # Up to the null; without any, the CPU.
+    # A null-terminated list; an empty one means the CPU.
     chosen = (ctypes.c_void_p * 2)(None if device == "cpu" else device_pointer(device), None)
     settings.devices = ctypes.cast(chosen, ctypes.c_void_p)
     settings.n_gpu_layers = 0 if device == "cpu" else -1
-    settings.use_extra_bufts = rearranges()
+    settings.use_extra_bufts = repacks()
     _errors.clear()
-    # Weights that it arranges anew, or copies to a GPU, are read in the file once.
+    # Weights that it repacks, or copies to a GPU, are read from the file only once.
     with dropping_pages(path):
         model: object = llama.llama_model_load_from_file(os.fsencode(path), settings)
     if not model:
@@ -179,23 +179,23 @@ def load(path: Path, device: str) -> object:
 
 
 def new_context(model: object, tokens: int, sequences: int, **settings: object) -> object:
-    """What a model computes in.
+    """Create a context for a model to compute in.
 
     Args:
-        model: of `load`.
-        tokens: that it has room for, in all sequences together.
-        sequences: that it tells apart.
+        model: from `load`.
+        tokens: its capacity, over all sequences.
+        sequences: maximum number of sequences.
         settings: more of llama.cpp's llama_context_params.
 
     Raises:
-        TargetError: there is no memory for so many tokens.
+        TargetError: there is no memory for that many tokens.
     """
     llama = library()
     params = llama.llama_context_default_params()
     params.n_ctx = params.n_batch = tokens
     params.n_seq_max = sequences
     params.kv_unified = True
-    # Its memory does not grow with the square of the length, either.
+    # Flash attention: besides being fast, its memory does not grow quadratically with the length.
     params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
     params.no_perf = True
     for name, value in settings.items():
@@ -210,12 +210,12 @@ def new_context(model: object, tokens: int, sequences: int, **settings: object) 
 def places(
     lengths: NDArray[np.int64], before: int = 0, first: int = 0
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Position and sequence number of each token, for sequences that lie one after the other.
+    """Position and sequence number of each token, for concatenated sequences.
 
     Args:
         lengths: tokens of each sequence, shape [n].
-        before: their first token's position.
-        first: the first sequence's number.
+        before: position of each sequence's first token.
+        first: number of the first sequence.
 
     Returns:
         Two arrays of shape [sum of lengths].
@@ -238,17 +238,17 @@ def run(
 
     Args:
         function: llama.cpp's llama_encode or llama_decode.
-        context: of `new_context`, with room for the batch: llama.cpp ends the process elsewhere.
+        context: from `new_context`, with room for the batch; otherwise llama.cpp aborts.
         ids: tokens, shape [tokens].
-        positions: each one's place in its sequence.
-        owners: each one's sequence.
-        outputs: 1 where a token's result is wanted; None where that is for the function to know.
+        positions: of each token in its sequence.
+        owners: sequence number of each token.
+        outputs: 1 for tokens whose result is wanted; None to let the function decide.
 
     Raises:
         TargetError: llama.cpp failed.
     """
     counts = np.ones(len(ids), np.int32)
-    # A token may be of several sequences: a pointer each to its list, which is of one.
+    # A token may belong to several sequences: each gets a pointer to a list, here of one.
     lists = (owners.ctypes.data + owners.itemsize * np.arange(len(ids))).astype(np.uintp)
     number = ctypes.POINTER(ctypes.c_int32)
     batch = library().llama_batch(

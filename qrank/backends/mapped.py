@@ -1,4 +1,4 @@
-"""Memory of files that a runtime has mapped and read once: given back as it is read."""
+"""Release pages of memory-mapped files while a runtime reads them once."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LARGE = 100_000_000
-"""Bytes from which on it is worth the while."""
+"""Minimum file size in bytes for which this is worthwhile."""
 
 _SECONDS = 0.05
 _MADV_PAGEOUT = 21
-"""Linux 5.4's: pages leave memory, and what they held does not. By the time it is called, a range
-may have been unmapped and be somebody's heap, which MADV_DONTNEED would fill with zeros."""
+"""From Linux 5.4 on: pages out without losing content. By the time of the call, a range may have
+been unmapped and reused as heap, which MADV_DONTNEED would fill with zeros."""
 
 
 @contextmanager
 def dropping_pages(path: Path) -> Iterator[None]:
-    """While the context lasts, and at its end, a mapped file's pages leave memory again and again.
+    """Page out a mapped file again and again while the context lasts, and once at its end.
 
-    A runtime that arranges weights anew reads each once, and would hold them twice. Nothing is
-    lost: what is read again comes from the file. On Linux from 5.4 on; elsewhere nothing happens.
+    A runtime that repacks weights reads each of them once, and would otherwise hold them twice.
+    Nothing is lost: pages that are read again come from the file. Needs Linux 5.4 or newer; does
+    nothing elsewhere.
     """
     if sys.platform != "linux" or path.stat().st_size < LARGE:
         yield
@@ -51,7 +52,7 @@ def _give_back(path: Path) -> None:
 
 
 def _ranges(path: Path) -> list[tuple[int, int]]:
-    """Where in memory a file is mapped to be read, as [start, end); by now, perhaps no more."""
+    """Read-only mappings of a file in memory, as [start, end); they may already be unmapped."""
     name = f" {path.resolve()}"
     lines = Path("/proc/self/maps").read_text("utf-8", "replace").splitlines()
     places = [line.split()[:2] for line in lines if line.endswith(name)]

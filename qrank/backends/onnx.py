@@ -36,11 +36,11 @@ PROVIDERS = {
 }
 
 CPU_BATCH = 160
-"""Padded tokens a batch on the CPU. Beyond, matrix products are no faster and padding only costs
-(measured: benchmarks/batching.py); most documents are a batch of their own."""
+"""Padded tokens per batch on the CPU. Larger ones only add padding and do not speed up matrix
+products (measured: benchmarks/batching.py); most documents are a batch of their own."""
 
 DEVICE_BATCH = 16_384
-"""Padded tokens a batch on an accelerator, which wants large ones."""
+"""Padded tokens per batch on an accelerator, which needs large batches."""
 
 _PRODUCT = base64.b64decode(
     "CAg6TwoRCgFhCgFiEgFjIgZNYXRNdWwSB3Byb2R1Y3RaDwoBYRIKCggIARIECgAKAFoPCgFiEgoKCAgBEgQKAAoAYg8K"
@@ -61,19 +61,19 @@ def devices() -> list[str]:
 
 
 def batches(device: str) -> tuple[int, ...]:
-    """Padded tokens a batch that are worth trying, the usual first."""
+    """Padded tokens per batch that are worth trying, the default first."""
     return (CPU_BATCH, 4 * CPU_BATCH) if device == "cpu" else (DEVICE_BATCH, DEVICE_BATCH // 4)
 
 
 def memory(device: str) -> int | None:
-    """Bytes that a device has for itself; None where nothing tells."""
+    """Bytes of a device's own memory; None if unknown."""
     if device not in ("cuda", "tensorrt"):
         return None
     try:
         driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError:
         return None
-    # The first that the process may see: CUDA_VISIBLE_DEVICES counts.
+    # The first device visible to the process: CUDA_VISIBLE_DEVICES applies.
     first, size = ctypes.c_int(), ctypes.c_size_t()
     failed = (
         driver.cuInit(0)
@@ -107,24 +107,24 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> OnnxB
             f"present are: {', '.join(present)}"
         )
     settings = ort.SessionOptions()
-    settings.log_severity_level = 4  # what fails is raised, and memory may suffice for less
-    # A stream's own thread is one of those that its batch runs on; the others are the session's,
-    # and all streams share them: together as many as there may be.
+    settings.log_severity_level = 4  # failures are raised; a smaller batch may then fit in memory
+    # A batch runs on its stream's own thread and on the session's pool, which all streams share:
+    # together they use exactly the allowed number of threads.
     pool = (options.threads + 1) // 2 if device == "cpu" else options.threads
     streams = options.threads + 1 - pool
     settings.intra_op_num_threads = pool
-    # Spinning for work would take the threads from each other.
+    # Threads that spin for work would take CPU time from each other.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # x86 CPUs without VNNI saturate unsigned x signed int8 products; this widens them there.
     settings.add_session_config_entry("session.x64quantprecision", "1")
-    # The arena keeps the peak of every length it ever saw, and gains nothing here.
+    # The arena keeps the peak memory of every length it ever saw, and brings no gain here.
     settings.enable_cpu_mem_arena = False
     provider = PROVIDERS[device]
     if device != "cpu":
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     path = folder / variant.folder / "model.onnx"
     try:
-        # Left to itself, it goes on on the CPU where a device fails.
+        # By default, it falls back to the CPU if a device fails.
         session = ort.InferenceSession(str(path), settings, providers=[provider], enable_fallback=0)
     except Exception as error:  # onnxruntime's own exceptions share no base
         raise TargetError(f"onnxruntime cannot load {path} on {device}: {error}") from error
@@ -140,9 +140,10 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> OnnxB
 
 
 def _require_most(session: onnxruntime.InferenceSession, device: str) -> None:
-    """Refuse a graph most of whose matrix products, nearly all of the work, a device leaves out.
+    """Refuse a graph if a device leaves most matrix products, nearly all of the work, to the CPU.
 
-    The CPU computes those without a word. Older onnxruntimes do not tell: there all is taken.
+    The CPU computes those silently. Older versions of onnxruntime do not report the assignment:
+    with them, every graph is accepted.
     """
     tell = getattr(session, "get_provider_graph_assignment_info", list)
     products: Counter[str] = Counter()
@@ -157,7 +158,7 @@ def _require_most(session: onnxruntime.InferenceSession, device: str) -> None:
 
 
 class OnnxBackend:
-    """A session, fed by parallel streams of small batches on the CPU, of large ones elsewhere."""
+    """A session fed by parallel streams: of small batches on the CPU, of large ones elsewhere."""
 
     def __init__(
         self,
@@ -171,7 +172,7 @@ class OnnxBackend:
         self._memory = memory
         shapes = {i.name: i.shape for i in session.get_inputs()}
         self._names = list(shapes)
-        # Of graphs that have no such input, nothing.
+        # Empty if the graph has no `prefix` input.
         self._bare = no_prefix(shapes["prefix"]) if "prefix" in shapes else {}
         self._batch = batch
         self._streams = ThreadPoolExecutor(streams, "qrank-onnx")
@@ -218,7 +219,7 @@ class OnnxBackend:
 
 
 def _conflict() -> str:
-    """onnxruntime's builds share a folder: of two, the one installed last runs."""
+    """What is wrong if several onnxruntime builds are installed: they overwrite each other."""
     builds = machine.packages(("onnxruntime",))
     if len(builds) < 2:
         return ""
@@ -249,7 +250,7 @@ SPEC = BackendSpec(
     batches=batches,
     memory=memory,
     product=product,
-    # Its kernels ask the CPU first.
+    # Its CPU kernels check which instructions the CPU supports.
     in_process=lambda device: device == "cpu",
     conflict=_conflict,
 )

@@ -27,31 +27,32 @@ if TYPE_CHECKING:
     import openvino
 
 CPU_BATCH = 160
-"""Padded tokens a batch on the CPU, as for onnxruntime: most documents are a batch of their own."""
+"""Padded tokens per batch on the CPU, as for onnxruntime: most documents are their own batch."""
 
 DEVICE_BATCH = 16_384
-"""Padded tokens a batch on an accelerator, which wants large ones."""
+"""Padded tokens per batch on an accelerator, which needs large batches."""
 
 WRONG_LENGTHS: dict[tuple[str, str | None], tuple[int, ...]] = {("int8-w8a8", "bf16"): (32,)}
-"""Padded lengths that OpenVINO's CPU computes wrongly, by precision and arithmetic: with 2026.4 on
-AMX by up to 4 logits of a spread of 3, all others rightly. They are rounded up once more."""
+"""Padded lengths for which OpenVINO's CPU plugin gives wrong logits, by precision and compute
+dtype: with 2026.4 on AMX off by up to 4 at a spread of 3; other lengths are right. They are rounded
+up one step further."""
 
 GROUP = 64
-"""Activations in so many channels of one token share a scale, where int8 weights meet them: twice
-as fast as fp32 activations, as fast as groups of 128, and closer than these."""
+"""Channels of a token whose activations share a scale when multiplied with int8 weights: twice as
+fast as fp32 activations, as fast as groups of 128, and more exact than those."""
 
 DECODER_GROUP = 32
-"""The same for causal language models, a few of whose channels are far larger than the rest."""
+"""The same for causal language models, in which a few channels are far larger than the rest."""
 
 CAPABILITIES = {"bf16": "BF16", "fp16": "FP16", "fp32": "FP32"}
-"""What arithmetic may be, fastest first -> OpenVINO's name of the capability."""
+"""Compute dtypes, fastest first -> OpenVINO's name of the capability."""
 
 _HINTS = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 
 log = logging.getLogger("qrank")
 
 _opened_in: list[int] = []
-"""The process that first opened a model, if any did; a forked child inherits this."""
+"""Process ids that opened a model, the first one first; a forked child inherits the list."""
 
 
 def version() -> str:
@@ -60,12 +61,12 @@ def version() -> str:
 
 
 def devices() -> list[str]:
-    """Devices OpenVINO finds here: `cpu`, `gpu`, `npu`; several of a kind as `gpu.0`, `gpu.1`."""
+    """Devices OpenVINO finds here: `cpu`, `gpu`, `npu`; `gpu.0`, `gpu.1` if there are several."""
     return [name.lower() for name in _core().available_devices]
 
 
 def compute_dtypes(device: str) -> tuple[str, ...]:
-    """Arithmetic that a present device has hardware for, fastest first.
+    """Compute dtypes that a present device has hardware for, fastest first.
 
     Raises:
         TargetError: the device is absent.
@@ -75,26 +76,26 @@ def compute_dtypes(device: str) -> tuple[str, ...]:
     able = core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
     found = tuple(name for name, capability in CAPABILITIES.items() if capability in able)
     if device == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
-        # x86 CPUs that compute in fp16 do so in bf16 too, five times as fast; and int8-w8a8 hangs
-        # in fp16 there (2026.4, when shapes follow each other).
+        # x86 CPUs that compute in fp16 also compute in bf16, five times as fast; and int8-w8a8 in
+        # fp16 hangs there (2026.4, when several shapes run in succession).
         return tuple(name for name in found if name != "fp16")
     return found
 
 
 def batches(device: str) -> tuple[int, ...]:
-    """Padded tokens a batch that are worth trying, the usual first; none with static shapes."""
+    """Padded tokens per batch worth trying, the default first; none for NPUs (static shapes)."""
     if device.startswith("npu"):
         return ()
     return (CPU_BATCH, 4 * CPU_BATCH) if device == "cpu" else (DEVICE_BATCH, DEVICE_BATCH // 4)
 
 
 def memory(device: str) -> int | None:
-    """Bytes that a GPU has, of its own or of the machine's; None for others, or an absent one."""
+    """Bytes a GPU can use, its own or the machine's; None for other or absent devices."""
     if not device.startswith("gpu") or device not in devices():
         return None
     try:
         return int(_core().get_property(device.upper(), "GPU_DEVICE_TOTAL_MEM_SIZE"))
-    except RuntimeError:  # a driver that does not tell
+    except RuntimeError:  # the driver does not report it
         return None
 
 
@@ -113,14 +114,14 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
 
     Args:
         folder: the bundle.
-        variant: its own folder holds the two files.
-        device: of `devices()`.
-        options: `compute_dtype` None is fp32. Static shapes are taken where a device needs them.
+        variant: its folder holds the two files.
+        device: one of `devices()`.
+        options: `compute_dtype` None means fp32. Devices that need static shapes always get them.
 
     Raises:
         MissingExtraError: openvino is not installed.
-        TargetError: the device is absent, or cannot run the graph, or computes wrongly; or a
-            process that opened a model has forked this one.
+        TargetError: the device is absent, cannot run the graph or would give wrong logits; the
+            graph needs more threads; or this process was forked from one that opened a model.
     """
     core = _core()
     _require(core, device)
@@ -138,7 +139,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
     avoided = WRONG_LENGTHS.get((variant.precision, options.compute_dtype), ())
 
     def compiled(length: int | None) -> openvino.CompiledModel:
-        """The graph for one pair of this length; None: for any batch of any length."""
+        """The graph for one pair of this length; for None, for any batch of any length."""
         model = core.read_model(path)
         if length is not None:
             model.reshape({i.any_name: _static(i, length) for i in model.inputs})
@@ -171,10 +172,10 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
 
 
 def saturates() -> bool:
-    """Whether this CPU sums two int8 products in 16 bits, which overflow: x86 without VNNI.
+    """Whether this CPU adds two int8 products in 16 bits, which can overflow: x86 without VNNI.
 
-    A tiny BERT's logits were off by a quarter of their spread on a Zen 1. Where the system tells no
-    instruction sets, the probes must show it.
+    On a Zen 1, a tiny BERT's logits were off by a quarter of their spread. If the system reports no
+    instruction sets, only the probes can detect this.
     """
     known = set(machine.instruction_sets())
     x86 = platform.machine() in ("x86_64", "AMD64")
@@ -182,11 +183,11 @@ def saturates() -> bool:
 
 
 def _core() -> openvino.Core:
-    """What OpenVINO is asked through.
+    """A new `openvino.Core`.
 
     Raises:
         TargetError: this process was forked from one that had opened a model. OpenVINO's threads
-            (TBB's) do not survive that: models run for a while, and then one waits for ever.
+            (TBB's) do not survive a fork: models run for a while, then one blocks forever.
     """
     core = need("openvino", extra="openvino").Core
     if _opened_in and _opened_in[0] != os.getpid():
@@ -194,8 +195,8 @@ def _core() -> openvino.Core:
             "openvino cannot run in a process forked from one that had opened a model with it: "
             "make the Reranker after the fork (no --preload), or take backend onnx"
         )
-    # The bindings make tables at their first use, behind a lock that knows nothing of Python's: two
-    # streams that want one at the same moment wait for each other for ever. So it is done here.
+    # The bindings build tables on first use, under a lock that ignores Python's GIL: two streams
+    # that need a table at the same time deadlock. So the tables are built here.
     need("openvino", extra="openvino").Tensor(np.zeros(1, np.int64)).element_type.to_dtype()
     return core()
 
@@ -214,10 +215,10 @@ def _settings(device: str, options: Options) -> dict[str, Any]:
         return {**settings, "PERFORMANCE_HINT": "THROUGHPUT"}
     return {
         **settings,
-        # A stream a thread: a quarter more pairs a second on 2 cores than one stream of both.
+        # One stream per thread: on 2 cores, 25 % more pairs per second than one stream on both.
         "INFERENCE_NUM_THREADS": options.threads,
         "NUM_STREAMS": options.threads,
-        # Pinned, the workers of a web server would all sit on the same cores.
+        # With pinning, all worker processes of a web server would run on the same cores.
         "ENABLE_CPU_PINNING": False,
     }
 
@@ -228,12 +229,12 @@ def _group(model: openvino.Model) -> int:
 
 
 def _cache(variant: Variant) -> Path | None:
-    """Where OpenVINO keeps what it compiled of these very files; None where nothing can be kept."""
+    """OpenVINO's cache folder for these files' compiled graphs; None if it cannot be kept."""
     return cache.place("openvino", keys.of_files(variant)) if variant.files else None
 
 
 def _static(node: Any, length: int) -> list[int]:
-    """An input's shape for one pair of a length, behind no prefix."""
+    """An input's shape for one pair of a length, without a prefix."""
     if node.any_name in ("prefix", "keep"):
         return [0 if d.is_dynamic else d.get_length() for d in node.partial_shape]
     return [1] if node.any_name == "last" else [1, length]
@@ -250,7 +251,7 @@ SPEC = BackendSpec(
     format=Format(
         precisions=(
             Precision("int8", EIGHT_BITS, cpu=1, elsewhere=2, stem=GRAPH_STEMS["int8"]),
-            # A little faster than int8 on some machines, and less like the original.
+            # Slightly faster than int8 on some machines, and farther from the original.
             Precision("int8-w8a8", EIGHT_BITS, cpu=3, elsewhere=4),
             Precision("fp16", FLOAT16, bytes=2, cpu=4, elsewhere=1, stem=GRAPH_STEMS["fp16"]),
             Precision("fp32", FLOAT32, made=False, elsewhere=3, stem=GRAPH_STEMS["fp32"]),

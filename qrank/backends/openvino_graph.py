@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     import openvino
 
 STEP = 16
-"""Lengths are rounded up to a multiple. OpenVINO makes kernels for each shape it meets: with fewer
-shapes, uneven documents ran a third faster, and the padding costs 3 %."""
+"""Lengths are rounded up to a multiple of this. OpenVINO builds kernels for each new shape: with
+fewer shapes, documents of uneven length ran a third faster; the padding costs 3 %."""
 
 SHORTEST_BUCKET = 64
-"""Where shapes are static: lengths are rounded up to this, or it doubled, and so on."""
+"""With static shapes, lengths are rounded up to this times a power of two."""
 
 
 class _Stream(threading.local):
-    """What one stream's thread has to itself: a request serves a single thread at a time."""
+    """Thread-local state of one stream: a request serves only one thread at a time."""
 
     def __init__(self) -> None:
         self.requests: dict[int | None, openvino.InferRequest] = {}
 
 
 class OpenvinoBackend:
-    """A compiled graph fed by parallel streams; with static shapes, one graph a length."""
+    """A compiled graph fed by parallel streams; with static shapes, one graph per length."""
 
     def __init__(
         self,
@@ -52,12 +52,12 @@ class OpenvinoBackend:
         """Compile.
 
         Args:
-            compiled: makes the graph for one pair of a length; given None, for every shape.
-            limit: tokens the model reads.
-            batch: padded tokens a batch. None: static shapes, one pair at a time.
-            weights: the file they lie in.
-            memory: for batches.
-            avoided: lengths that are not to be padded to.
+            compiled: compiles the graph for one pair of a length; given None, for any shape.
+            limit: maximum number of tokens the model reads.
+            batch: padded tokens per batch. None: static shapes, one pair at a time.
+            weights: the file that holds them.
+            memory: budget for batches.
+            avoided: lengths not to pad to.
         """
         self._compile = compiled
         self._avoided = avoided
@@ -71,7 +71,7 @@ class OpenvinoBackend:
         model = self._model(None if batch else min(SHORTEST_BUCKET, limit))
         shapes = {i.any_name: i.partial_shape for i in model.inputs}
         self._inputs = list(shapes)
-        # Of graphs that have no such input, nothing.
+        # Empty if the graph has no `prefix` input.
         self._bare: dict[str, NDArray[Any]] = {}
         if "prefix" in shapes:
             self._bare = no_prefix(
@@ -106,12 +106,12 @@ class OpenvinoBackend:
         length = self._length(int(batch.lengths.max()))
         inputs = feed(self._inputs, batch, length, more)
         graph = None if self._batch else length
-        # A graph's weights are arranged for the device as it first runs.
+        # A graph's weights are repacked for the device when it first runs.
         once = nullcontext() if graph in self._arranged else dropping_pages(self._weights)
         try:
             with once:
                 request = self._request(graph)
-                # A copy: the request's own memory is the next batch's.
+                # A copy, as the next batch reuses the request's memory.
                 found = np.array(request.infer(inputs, share_inputs=True)[output])
             self._arranged.add(graph)
             return found
@@ -119,7 +119,7 @@ class OpenvinoBackend:
             raise TargetError(f"openvino failed: {error}") from error
 
     def _length(self, longest: int) -> int:
-        """What a batch's length is rounded up to."""
+        """The length to pad a batch to, given its longest sequence."""
         if self._batch:
             length = -(-longest // STEP) * STEP
             return min(length + STEP if length in self._avoided else length, self._limit)
@@ -129,7 +129,7 @@ class OpenvinoBackend:
         return min(length, self._limit)
 
     def _request(self, length: int | None) -> openvino.InferRequest:
-        """This stream's own request to a graph."""
+        """This stream's own inference request for a graph."""
         requests = self._stream.requests
         if length not in requests:
             requests[length] = self._model(length).create_infer_request()

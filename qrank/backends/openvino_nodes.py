@@ -8,15 +8,15 @@ if TYPE_CHECKING:
     import openvino
 
 _NOT_IN_PLACE = ("Const", "Convert", "Reorder")
-"""What a compiled graph makes of constants elsewhere than where they are."""
+"""Layer types of constant nodes that compute nothing in place."""
 
 
 def computed_weights(model: openvino.CompiledModel) -> list[str]:
-    """Nodes that a CPU's graph computes of constants alone, in place: scaled weights of a head.
+    """Nodes that a CPU graph computes in place from constants only: a head's scaled weights.
 
-    Streams share the result and compute it each for itself (2026.4): once in a hundred models one
-    began anew when another was done, and every score was wrong, by 1,300 logits. A matrix of one
-    row that is stored in 8 bits becomes such a node; most others are multiplied as they are.
+    Streams share the result, but each computes it (2026.4): in one of a hundred models, a stream
+    started over after another had finished, and every logit was wrong, by 1,300. A one-row matrix
+    stored in 8 bits becomes such a node; most others are multiplied as stored.
     """
     constant: set[str] = set()
     found = []
@@ -31,13 +31,14 @@ def computed_weights(model: openvino.CompiledModel) -> list[str]:
 
 
 def has_fused_mlp(model: openvino.CompiledModel) -> bool:
-    """Whether a gated feed-forward part became one node, as in bf16 of 16-bit weights on AMX.
+    """Whether a gated feed-forward block was fused, as for 16-bit weights in bf16 on AMX.
 
-    It divides by half a stream's threads (node LLMMLP, 2026.4): streams of one thread die of it.
+    The fused node (LLMMLP, 2026.4) divides by half of a stream's threads, rounded down: a stream
+    with one thread crashes.
     """
     return any(_layer(node) == "LLMMLP" for node in model.get_runtime_model().get_ops())
 
 
 def _layer(node: openvino.Node) -> str:
-    """What a compiled graph's node is to OpenVINO's CPU."""
+    """The layer type of a compiled graph's node in OpenVINO's CPU plugin."""
     return str(node.get_rt_info()["layerType"].astype(str))

@@ -1,7 +1,7 @@
-"""Checkpoints as they are, by transformers itself: what every conversion is compared with.
+"""Unconverted checkpoints, run by transformers: what every conversion is compared with.
 
-The one backend that runs no bundle: `as_bundle` makes a manifest in memory of what the checkpoint
-says, with the converters' own reading of it.
+The only backend that does not run bundles: `as_bundle` creates a manifest in memory from the
+checkpoint, which it reads the same way as the converters do.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from qrank.scoring.batching import cut, in_halves, in_order, out_of_memory
 from qrank.system.extras import need
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""torch's names of the precisions that a checkpoint can be run in."""
+"""torch's names for the precisions that a checkpoint can run in."""
 
 _NEAR = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
-"""How far our scoring may be from transformers' own, in times of the logit (of 1 where smaller)."""
+"""Largest difference of our logit from transformers' own, as a share of max(1, |logit|)."""
 
 CPU_BATCH = 1024
-"""Padded tokens a batch on the CPU, the prefix's counted in every sequence."""
+"""Padded tokens per batch on the CPU; the prefix counts in every sequence."""
 
 DEVICE_BATCH = 16_384
-"""Padded tokens a batch on an accelerator, which wants large ones."""
+"""Padded tokens per batch on an accelerator, which needs large batches."""
 
 
 def as_bundle(model: str, family: str | None = None) -> tuple[Bundle, str]:
     """A checkpoint as if it were a bundle, and the text of its tokenizer.json.
 
-    The manifest has a variant a precision and no probes: there is nothing to hold the original
-    against.
+    The manifest has one variant per precision and no probes: there is nothing to compare the
+    original with.
 
     Args:
         model: a folder, or a hub id.
-        family: a card's name or file; None to match by what the checkpoint says.
+        family: a card's name or file; None to find the card from the checkpoint.
 
     Raises:
         MissingExtraError: torch, transformers or safetensors is not installed.
-        QrankError: no checkpoint is there, or none that qrank reads.
+        QrankError: there is no checkpoint, or qrank cannot read it.
     """
     for package in ("torch", "transformers", "safetensors"):
         need(package, extra="torch")
@@ -94,7 +94,7 @@ def devices() -> list[str]:
 
 
 def memory(device: str) -> int | None:
-    """Bytes that a device has for itself; None where it uses the machine's, or is absent."""
+    """Bytes of a device's own memory; None if it uses the machine's or is absent."""
     if device != "cuda" or device not in devices():
         return None
     return int(need("torch").cuda.get_device_properties(0).total_memory)
@@ -112,7 +112,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Torch
 
     Raises:
         MissingExtraError: torch, transformers or safetensors is not installed.
-        TargetError: the device is absent, or a causal model's score is no matter of its head alone.
+        TargetError: the device is absent, or a causal model computes its score in an unknown way.
         ConversionError: the weights do not fit the architecture.
     """
     if device not in (present := devices()):
@@ -124,12 +124,12 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Torch
     from qrank.converters.checkpoint.weights import load_model
 
     family = options.family
-    assert family is not None  # `Reranker` gives it where it runs a checkpoint
+    assert family is not None  # `Reranker` sets it when it runs a checkpoint
     model = load_model(folder, dtype=DTYPES[variant.precision], attention="sdpa")
     scoring = scorer(model, family).eval()
     if family.decoder:
         theirs = partial(run_reference, model, labels=family.labels)
-        # In a thread of its own, see `TorchBackend`.
+        # In a separate thread, see `TorchBackend`.
         with ThreadPoolExecutor(1) as once:
             once.submit(_check, scoring, theirs, family, variant.precision).result()
     names = input_names(family)
@@ -139,18 +139,18 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Torch
 def _check(
     scoring: Any, reference: Callable[[Sequences], Logits], family: Family, precision: str
 ) -> None:
-    """Hold our way to a causal model's score against transformers' own, on a few tokens.
+    """Compare our scoring of a causal model with transformers' own, on a few tokens.
 
-    A bundle has probes for that. What depends on the length is `converters.checkpoint.attention`'s.
+    A bundle has probes for that. `converters.checkpoint.attention` covers what depends on length.
 
     Args:
         scoring: our graph.
-        reference: transformers' own logits.
+        reference: computes transformers' own logits.
         family: the checkpoint's.
-        precision: of DTYPES.
+        precision: one of DTYPES.
 
     Raises:
-        TargetError: they differ: the score is more than a row times a hidden state.
+        TargetError: they differ: the score is more than the head's row times a hidden state.
     """
     torch = need("torch")
     sequences = Sequences([np.arange(100, 112, dtype=np.int32)])
@@ -175,13 +175,13 @@ class TorchBackend:
     ) -> None:
         self._scorer = scorer
         self._names = names
-        # A child that is forked within a product would spin for ever on MKL's lock.
+        # A child forked during a matrix product would spin on MKL's lock forever.
         self._computing = waited_for(threading.Lock())
         self._family = family
         self._device = device
         self._memory = options.memory
-        # Never the caller's thread: OpenMP's helpers of a thread do not survive a fork, and it
-        # would wait for them. Nor would its number of threads be ours to set.
+        # Never compute on the caller's thread: its OpenMP helper threads do not survive a fork, and
+        # the child would wait for them forever. We also must not set its number of threads.
         self._worker = ThreadPoolExecutor(
             1, "qrank-torch", initializer=need("torch").set_num_threads, initargs=(options.threads,)
         )
@@ -203,7 +203,7 @@ class TorchBackend:
         del self._scorer
 
     def _read(self, sequences: Sequences) -> dict[str, Any]:
-        """What a decoder is given beside a batch: the prefix's keys and values."""
+        """A decoder's inputs besides the batch: the prefix's keys and values; {} for encoders."""
         if not self._family.decoder:
             return {}
         torch, count = need("torch"), len(sequences.prefix)
@@ -245,7 +245,7 @@ SPEC = BackendSpec(
     kinds=("cpu", "cuda", "mps"),
     modules=("torch", "transformers"),
     extra="torch",
-    # No file: a checkpoint as it is.
+    # No converter, importer or files: it runs checkpoints directly.
     format=Format(
         precisions=(
             Precision("fp32", FLOAT32, cpu=10, elsewhere=3),
@@ -255,6 +255,6 @@ SPEC = BackendSpec(
     ),
     memory=memory,
     product=product,
-    # It runs the original, which is held against nothing.
+    # It runs the original, which is not compared with anything.
     in_process=lambda device: True,
 )

@@ -1,1 +1,1 @@
-"""What a model is on disk: manifest, family, files, and where they come from."""
+"""A model on disk: manifest, family, files, and where they come from."""

@@ -1,4 +1,4 @@
-"""What decides how much memory a model's batches take."""
+"""Model dimensions that determine how much memory batches take."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 _FLOAT = 4
-"""Bytes of a number in fp32: what batches are computed in, at most."""
+"""Bytes per number in fp32, the widest data type that batches are computed in."""
 
 
 LIVE_LAYERS = 0.4
-"""The share of a causal model's layers whose numbers OpenVINO holds at once: 28 of Qwen3-0.6B's
-size took 0.87 MB a token. Of encoders, one layer's."""
+"""Share of a causal model's layers whose activations OpenVINO holds at once: with 28 layers of
+Qwen3-0.6B's size, they took 0.87 MB per token. For encoders, it is one layer."""
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What decides how much memory a model's batches take.
+    """Model dimensions that determine how much memory batches take.
 
     Attributes:
-        live_layers: layers whose numbers live at once.
-        hidden: numbers a token is between layers.
-        intermediate: numbers it is inside a layer's feed-forward part.
-        heads: of attention.
-        key_heads: of its keys and values; fewer than `heads` where several share one.
-        width: of a head.
+        live_layers: layers whose activations are in memory at once.
+        hidden: hidden size: numbers per token between layers.
+        intermediate: numbers per token inside a layer's feed-forward block.
+        heads: number of attention heads.
+        key_heads: number of key and value heads; fewer than `heads` if several heads share one.
+        width: numbers per token in one head.
     """
 
     live_layers: int
@@ -38,7 +38,7 @@ class Dimensions:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], decoder: bool) -> Dimensions:
-        """Read a config.json of transformers."""
+        """Read the dimensions from a transformers config.json."""
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         return cls(
             live_layers=math.ceil(LIVE_LAYERS * config["num_hidden_layers"]) if decoder else 1,
@@ -51,21 +51,21 @@ class Dimensions:
 
     @classmethod
     def from_json(cls, content: Mapping[str, int]) -> Dimensions:
-        """Of a manifest, which calls `live_layers` by their first name, `held`."""
+        """Read from a manifest, which calls `live_layers` by its old name, `held`."""
         others = dict(content)
         return cls(live_layers=others.pop("held"), **others)
 
     def to_json(self) -> dict[str, int]:
-        """For a manifest."""
+        """The dimensions as the manifest stores them."""
         others = asdict(self)
         return {"held": others.pop("live_layers"), **others}
 
     def estimate_bytes(self, length: int, before: int = 0) -> int:
-        """Bytes that a sequence of a batch takes, about.
+        """Estimate the bytes that one sequence of a batch takes.
 
         Args:
-            length: its tokens, padding included.
-            before: tokens of the shared prefix, whose keys and values each sequence sees.
+            length: number of tokens, padding included.
+            before: tokens of the shared prefix, whose keys and values each sequence attends to.
         """
         seen = before + length
         states = 6 * self.hidden + 3 * self.intermediate

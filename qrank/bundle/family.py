@@ -1,7 +1,7 @@
-"""A family: how one kind of checkpoint is read, made concrete for one checkpoint.
+"""A family: how one kind of checkpoint is read, filled in for one checkpoint.
 
-The manifest of a bundle holds it, so that nothing of the checkpoint or of the card
-(`qrank.converters.checkpoint.card`) is needed to score.
+The bundle's manifest holds it, so scoring needs neither the checkpoint nor the card
+(`qrank.converters.checkpoint.card`).
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from qrank.errors import InputError
 ACTIVATIONS = ("identity", "sigmoid")
 
 POOLINGS = ("pooler", "cls", "mean", "last")
-"""How final hidden states become one vector. `last`, the last token's, makes a decoder family."""
+"""How final hidden states become one vector. `last`, the last token's, means a decoder family."""
 
 _SLOT = re.compile(r"\{([a-z_]+)\}")
 
 
 @dataclass(frozen=True)
 class Family:
-    """A card made concrete for one checkpoint.
+    """A card filled in for one checkpoint.
 
     Attributes:
         name: the card's name.
         architecture: the transformers class that is the reference.
-        template: the prompt: token ids, and texts with slots, each tokenized by itself.
-        segments: the token type of each template item; None without token types.
-        max_length: tokens the model reads, special tokens included.
+        template: the prompt: token ids, and texts with slots, each tokenized separately.
+        segments: the token type of each template item; None if there are no token types.
+        max_length: maximum number of tokens, special tokens included.
         pooling: how the final hidden states become one vector: one of POOLINGS.
-        activation: what scores go through.
-        temperature: what logits are divided by before that.
-        instruction: the default for `{instruction}`; "" where the template has none.
-        instructed: the template with an instruction, where it is another; None elsewhere.
-        labels: token ids of a causal language model's score: the logit of the first, less that of
-            the second, if there is one. Empty for models with a score head.
+        activation: turns logits into scores: one of ACTIVATIONS.
+        temperature: divides the logits before the activation.
+        instruction: the default for `{instruction}`; "" if the template has no such slot.
+        instructed: the template with an instruction, if it differs; otherwise None.
+        labels: token ids that a causal language model is scored by: the logit of the first minus
+            that of the second, if there is one. Empty for models with a score head.
     """
 
     name: str
@@ -53,14 +53,14 @@ class Family:
 
     @property
     def decoder(self) -> bool:
-        """Whether it is a causal model: all that stands before the documents is computed once."""
+        """Whether it is a causal model: everything before the documents is computed once."""
         return self.pooling == "last"
 
     def asked(self, instruction: str | None) -> tuple[tuple[int | str, ...], str]:
-        """The template for an instruction, None being the default, and what stands in it.
+        """The template for an instruction, and the instruction's text; None means the default.
 
         Raises:
-            InputError: the family has no place for an instruction.
+            InputError: the family takes no instruction.
         """
         if instruction is None:
             return self.template, self.instruction
@@ -71,7 +71,7 @@ class Family:
         return self.template, instruction
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest holds it."""
+        """The family as the manifest stores it."""
         return asdict(self)
 
     @classmethod
@@ -82,22 +82,22 @@ class Family:
 
 
 def slots(item: str) -> list[str]:
-    """The names in braces of a template's item, in their order."""
+    """The names in braces in a template item, in order."""
     return _SLOT.findall(item)
 
 
 def fill(item: str, **texts: str) -> str:
-    """A template's text item with texts in its slots; what they hold is not looked at."""
+    """A template's text item with its slots filled; slots in the filled-in texts are left alone."""
     return _SLOT.sub(lambda found: texts.get(found[1], found[0]), item)
 
 
 def label_row(rows: Any) -> Any:
-    """What a decoder scores by, of what belongs to its labels: the first, less the second if any.
+    """Combine a decoder's rows per label into its score: the first minus the second, if any.
 
     Args:
-        rows: an array or a tensor of shape [labels, ...]: rows of the output matrix, or logits.
+        rows: an array or tensor of shape [labels, ...]: rows of the output matrix, or logits.
 
     Returns:
-        The same of shape [...].
+        An array or tensor of shape [...].
     """
     return rows[0] - rows[1:].sum(0)

@@ -10,11 +10,11 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One variant's logits against the reference's, over the probes.
+    """One variant's logits compared with the reference's, over the probes.
 
     Attributes:
-        max_abs: largest absolute difference of two logits.
-        spread: largest minus smallest reference logit: what `max_abs` is to be seen against.
+        max_abs: largest absolute difference between a logit and the reference's.
+        spread: largest minus smallest reference logit: the scale for `max_abs`.
         spearman: rank correlation, -1 to 1.
         kendall: Kendall's tau-b, -1 to 1.
     """
@@ -26,7 +26,7 @@ class Fidelity:
 
     @classmethod
     def of(cls, logits: ArrayLike, reference: ArrayLike) -> Fidelity:
-        """Compare logits with the reference's, both of shape [n]."""
+        """Compare logits with the reference's; both have shape [n]."""
         ours = np.asarray(logits, np.float64)
         theirs = np.asarray(reference, np.float64)
         return cls(
@@ -39,16 +39,16 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a precision may lose: `max_abs` as a share of the spread, and Kendall's tau."""
+    """The limits for a precision: `max_abs` as a share of the spread, and lowest Kendall's tau."""
 
     share: float
     kendall: float = -1.0
 
     def shortfall(self, fidelity: Fidelity) -> str | None:
-        """What misses the bar and by how much; None when nothing does."""
+        """Which limits are missed, with the values found and required; None if none is."""
         bound = self.share * max(1.0, fidelity.spread)
         missed = []
-        # Written so that NaN misses.
+        # Written so that NaN fails.
         if not fidelity.max_abs <= bound:
             missed.append(f"max |Δlogit| is {fidelity.max_abs:.4g}, at most {bound:.4g} allowed")
         if not fidelity.kendall >= self.kendall:
@@ -58,7 +58,7 @@ class Tolerance:
         return "; ".join(missed) or None
 
 
-# They scale with the model: a share of max(1, spread of the reference logits).
+# Relative to the model: shares of max(1, spread of the reference logits).
 FLOAT32 = Tolerance(1e-4)
 FLOAT16 = Tolerance(1e-2)
 BFLOAT16 = Tolerance(5e-2)
@@ -66,19 +66,19 @@ EIGHT_BITS = Tolerance(0.15, 0.9)
 FOUR_BITS = Tolerance(0.3, 0.8)
 
 _FEW = 0.5
-"""Kendall's tau that is asked of a few short probes, of which it says little: what gives the same
-number for everything, or numbers of its own, has about 0."""
+"""Lowest Kendall's tau on a few short probes, where it says little: a backend that returns constant
+or arbitrary numbers has about 0."""
 
 
 def here(own: Tolerance, *, exact: bool) -> Tolerance:
-    """What a variant may lose on a user's machine.
+    """The tolerance for a variant on a user's machine.
 
     Args:
-        own: what a conversion to its precision may lose.
-        exact: whether it computes in what the conversion was proven in. Then it is held against a
-            few probes: by the differences, mostly. If not, against all of them, and half of the
-            tolerance is for the arithmetic, or half of int8's where that is more: bf16 on fp16
-            weights is as far from the original as bf16 on any.
+        own: the tolerance of a conversion to its precision.
+        exact: whether it computes in the data type that the conversion was proven in. If so, it is
+            checked on a few probes, mainly by the differences of logits. If not, it is checked on
+            all probes, and may differ by half of the tolerance, or half of int8's if that is more:
+            bf16 on fp16 weights is as far from the original as bf16 on any weights.
     """
     if exact:
         return Tolerance(own.share, _FEW)
@@ -87,7 +87,7 @@ def here(own: Tolerance, *, exact: bool) -> Tolerance:
 
 
 def _ranks(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ranks from 0, ties sharing their mean."""
+    """Ranks from 0; ties get their mean rank."""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     ranks: NDArray[np.float64] = (ends - (counts + 1) / 2)[inverse]
@@ -95,7 +95,7 @@ def _ranks(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Pearson's correlation; 0 where one side is constant: it then says nothing."""
+    """Pearson's correlation; 0 if one side is constant, as it is then undefined."""
     a, b = a - a.mean(), b - b.mean()
     norm = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / norm if norm else 0.0

@@ -1,4 +1,4 @@
-"""What a text means on the Hugging Face hub, and what of the hub a folder of its cache is."""
+"""Hugging Face hub names and addresses, and the repository behind a folder of the hub's cache."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from qrank.errors import InputError, ModelNotFoundError
 HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 
 _PART = re.compile(r"[A-Za-z0-9][\w.-]*")
-"""What an owner and a name are made of."""
+"""The form of an owner and of a name."""
 
 _VIEWS = ("tree", "blob", "resolve", "raw", "commit")
-"""What stands in front of a revision in the hub's own addresses."""
+"""Path parts that come before a revision in the hub's addresses."""
 
 _OTHERS = {"datasets": "a dataset", "spaces": "a space", "buckets": "a bucket"}
 
@@ -25,12 +25,12 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class HubName:
-    """What a name or an address means on the hub.
+    """A name or an address on the hub, parsed.
 
     Attributes:
         repository: `owner/name`.
         revision: branch, tag or commit; None for the main branch.
-        path: of a file or folder in the repository; "" for all of it.
+        path: of a file or folder in the repository; "" for the whole repository.
     """
 
     repository: str
@@ -38,10 +38,10 @@ class HubName:
     path: str = ""
 
     def at(self, revision: str | None) -> HubName:
-        """The same at a revision that is named elsewhere, or where it was, if none is.
+        """The same name at a separately given revision; None keeps its own.
 
         Raises:
-            InputError: two different ones are named.
+            InputError: both have a revision, and they differ.
         """
         if None not in (revision, self.revision) and revision != self.revision:
             raise InputError(
@@ -52,13 +52,13 @@ class HubName:
 
 
 def parse(text: str) -> HubName | None:
-    """What a text means on the hub; None where it has no form of a hub's name.
+    """Parse a hub name or address; None if the text does not have the form of one.
 
-    `owner/name`, `owner/name@revision`, `owner/name/FILE`, `owner/name/tree/main`, and the
-    addresses that browsers, git and huggingface_hub (`hf://`) have of these.
+    Accepts `owner/name`, `owner/name@revision`, `owner/name/FILE`, `owner/name/tree/main`, and the
+    addresses that browsers, git and huggingface_hub (`hf://`) use for these.
 
     Raises:
-        ModelNotFoundError: an address of something else: a data set, another site.
+        ModelNotFoundError: the address is not a model's: a data set, another site.
     """
     address, rest = True, text
     if text.startswith("hf://"):
@@ -91,7 +91,7 @@ def parse(text: str) -> HubName | None:
     if not (_PART.fullmatch(owner) and _PART.fullmatch(name)):
         return None
     if path and path[0] in _VIEWS and len(path) > 1 and not revision:
-        # Of a pull request: refs/pr/1.
+        # A pull request's revision: refs/pr/1.
         end = 4 if path[1] == "refs" else 2
         revision, path = "/".join(path[1:end]), path[end:]
     return HubName(f"{owner}/{name}", revision or None, "/".join(path))
@@ -99,7 +99,7 @@ def parse(text: str) -> HubName | None:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a folder in huggingface_hub's cache is: a repository at a commit."""
+    """The repository and commit that a folder in huggingface_hub's cache holds."""
 
     repository: str
     commit: str
@@ -107,10 +107,10 @@ class Snapshot:
 
 
 def snapshot(folder: Path) -> Snapshot | None:
-    """What of the hub a folder is, by where huggingface_hub puts it; None of any other folder.
+    """The hub snapshot in a folder, recognized by its path; None for any other folder.
 
-    See https://huggingface.co/docs/huggingface_hub/guides/manage-cache:
-    `models--owner--name/snapshots/COMMIT`.
+    The path ends in `models--owner--name/snapshots/COMMIT`; see
+    https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
     """
     folder = folder.resolve()
     home = folder.parent.parent
@@ -123,7 +123,7 @@ def snapshot(folder: Path) -> Snapshot | None:
 
 
 def newest_snapshot(folder: Path) -> Path | None:
-    """The main branch's folder, or the only one, in a repository's folder of the cache."""
+    """The main branch's snapshot, or the only one, in a repository's cache folder; else None."""
     reference, snapshots = folder / "refs" / "main", folder / "snapshots"
     if not folder.name.startswith("models--") or not snapshots.is_dir():
         return None
@@ -135,5 +135,5 @@ def newest_snapshot(folder: Path) -> Path | None:
 
 
 def endpoint() -> str:
-    """Where the hub is."""
+    """The hub's URL."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")

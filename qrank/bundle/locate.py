@@ -21,31 +21,33 @@ _PARTS = (
     "*.safetensors",
     "*.safetensors.index.json",
 )
-"""Files that mean nothing by themselves: whoever names one means the model that it is a part of."""
+"""Files that are only parts of a model: naming one means the whole model."""
 
 
 def bundled() -> dict[str, Path]:
     """The bundles that come with qrank, by name."""
-    from importlib import resources  # here, not above: slow, and importing qrank needs it not
+    from importlib import resources  # imported here: slow, and `import qrank` does not need it
 
     root = Path(str(resources.files("qrank.models")))
     return {path.parent.parent.name: path.parent for path in root.glob(f"*/bundle/{MANIFEST}")}
 
 
 def place(model: str | Path, revision: str | None = None) -> Path | HubName:
-    """What a user calls a model: a folder or file on disk, or what it is on the hub.
+    """Resolve a user's name for a model to a folder or file on disk, or to a hub name.
 
-    A file that is but a part of a model stands for its folder, and a repository's folder in the
-    hub's cache for the files of its main branch. What is on disk comes before the hub.
+    A file that is only a part of a model means its folder, and a repository's folder in the hub's
+    cache means its main branch's snapshot. Paths on disk take precedence over hub names, and these
+    over bundled names.
 
     Args:
-        model: `owner/name`, `owner/name@revision`, `owner/name/FILE`, an address of the hub's, or
-            a path.
-        revision: of the hub's repository, where it is named beside.
+        model: `owner/name`, `owner/name@revision`, `owner/name/FILE`, a hub address, a path, or a
+            bundled name.
+        revision: of the hub repository, if given separately.
 
     Raises:
-        InputError: the name is empty, or there are two revisions.
-        ModelNotFoundError: neither; with what a name may be.
+        InputError: the name is empty, or there are two different revisions.
+        ModelNotFoundError: it is none of these (the message lists what a name may be), is on disk
+            but has a revision, or is a path that cannot be accessed.
     """
     text = str(model).strip()
     if not text:
@@ -76,17 +78,17 @@ def _is_part(name: str) -> bool:
 
 
 def locate(model: str | Path | Bundle, *, whole: bool = True) -> Bundle:
-    """Find a bundle and read its manifest; the hub is asked here, and nowhere else.
+    """Find a bundle and read its manifest; a bundle on the hub is looked up only here.
 
     Args:
         model: a bundled name ("mini"), a folder, or a bundle's hub id: "owner/name", or
-            "owner/name@revision" for a branch, a tag or a commit. Or what this returned before.
-        whole: download all that a hub's bundle holds; else what is read of any bundle, and
-            `Bundle.provide` the files of the variant that is to run.
+            "owner/name@revision" for a branch, a tag or a commit. Or a `Bundle`.
+        whole: download all files of a hub bundle. If not, only the files that every variant needs;
+            `Bundle.provide` then downloads those of the variant to run.
 
     Raises:
-        ModelNotFoundError: nothing is there, or it is a checkpoint that wants converting.
-        BundleError: its manifest is damaged.
+        ModelNotFoundError: there is nothing, or a checkpoint that must be converted first.
+        BundleError: the manifest is damaged.
     """
     bundle = model if isinstance(model, Bundle) else _found(model)
     bundle.fetch(bundle.manifest.variants.values() if whole else ())
@@ -102,7 +104,7 @@ def _found(model: str | Path) -> Bundle:
 
 
 def _described_on_hub(model: str | Path, name: HubName) -> Path:
-    """Download what is read of every bundle: little, so that no bars are drawn."""
+    """Download what is read of every bundle: it is small, so without progress bars."""
     if name.path:
         raise ModelNotFoundError(
             f"{model} is no bundle: on the hub, a bundle is a whole repository "
@@ -113,7 +115,7 @@ def _described_on_hub(model: str | Path, name: HubName) -> Path:
 
 
 def _no_bundle(model: str | Path, path: Path) -> str:
-    """Why a place that was found is no bundle, and what to do."""
+    """Why an existing path is not a bundle, and what to do."""
     if (bundle := _bundle_around(path)) is not None:
         return f"{path} is a part of the bundle {bundle}: name that, and --backend for the variant"
     if path.is_file():
@@ -133,12 +135,12 @@ def _no_bundle(model: str | Path, path: Path) -> str:
 
 @dataclass(frozen=True)
 class Fetched:
-    """Files of a model that is to be converted.
+    """Files of a model to be converted.
 
     Attributes:
         folder: where they are.
-        id: the hub's id, or else the folder's name.
-        commit: the hub's; None of what is no hub's.
+        id: the hub id, or the folder's name if it is not from the hub.
+        commit: on the hub; None if it is not from the hub.
     """
 
     folder: Path
@@ -147,7 +149,7 @@ class Fetched:
 
     @classmethod
     def of(cls, folder: Path) -> Fetched:
-        """A folder as what it is: that of the hub's cache is the hub's."""
+        """Describe a folder; one in the hub's cache gets its hub id and commit."""
         if (found := snapshot(folder)) is not None:
             return cls(folder, found.repository, found.commit)
         return cls(folder, folder.resolve().name, None)
@@ -156,16 +158,16 @@ class Fetched:
 def fetch(
     where: Path | HubName, source: str, files: list[str], *, offline: bool = False
 ) -> Fetched:
-    """A folder's or a hub repository's files, of a model that is no bundle yet.
+    """Get the files of a model that is not a bundle yet, from a folder or a hub repository.
 
     Args:
-        where: of `place`.
-        source: what the user calls it.
-        files: of the hub's repository; names or patterns.
-        offline: use what was downloaded before only.
+        where: from `place`.
+        source: the user's name for it.
+        files: to download from the hub; names or patterns.
+        offline: use only what was downloaded before.
 
     Raises:
-        ModelNotFoundError: it is not to be had, is a file, or a bundle already.
+        ModelNotFoundError: it is unavailable, a file, or already a bundle.
     """
     if where.path if isinstance(where, HubName) else not where.is_dir():
         raise ModelNotFoundError(
@@ -183,12 +185,12 @@ def fetch(
 
 
 def refuse_bundle(source: str, path: Path) -> None:
-    """See that what is to be converted is no bundle, and no part of one.
+    """Check that the source of a conversion is not a bundle, nor a part of one.
 
     Raises:
         ModelNotFoundError: it is.
     """
-    # Beside a bundle, a repository may hold the checkpoint that it was made of.
+    # Next to a bundle, a repository may hold the checkpoint that the bundle was made from.
     whole = (path / MANIFEST).is_file() and not (path / "config.json").is_file()
     if (bundle := path if whole else _bundle_around(path)) is not None:
         raise ModelNotFoundError(
@@ -199,7 +201,7 @@ def refuse_bundle(source: str, path: Path) -> None:
 
 
 def _bundle_around(path: Path) -> Path | None:
-    """The bundle that a variant's folder, or a file in it, is a part of."""
+    """The bundle that contains a variant's folder, or a file in it; None if there is none."""
     for folder in (path, path.parent):
         around = folder.parent
         if (around / MANIFEST).is_file():

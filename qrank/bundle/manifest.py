@@ -3,11 +3,11 @@
     NAME-qrank/
       qrank.json          the manifest
       tokenizer.json      text -> token ids, for every variant
-      onnx-int8/          one folder a variant
+      onnx-int8/          one folder per variant
         model.onnx
 
-The manifest names every file with its sha256 and carries a digest of itself. What is written, what
-is read and what is refused are one format, so they stand in one file, however long.
+The manifest lists every file with its sha256 and contains its own digest. Writing, reading and
+checking it define one format, so they are all in this file, despite its length.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ TOKENIZER = "tokenizer.json"
 SCHEMA = 2
 
 RENAMED = {"int8-full": "int8-w8a8"}
-"""Precisions as earlier versions of qrank named them -> their names; folders keep the old ones."""
+"""Precision names of earlier qrank versions -> current names; folders keep the old names."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file must be: its sha256 in hex, and its size."""
+    """The expected sha256 (in hex) and size of a file."""
 
     sha256: str
     bytes: int
@@ -59,11 +59,11 @@ class Variant:
 
     Attributes:
         format: the file format, which is also the backend's name: `onnx`.
-        precision: by the format's own names: `fp32`, `int8`, `q4_k_m`.
-        files: path inside the bundle -> what it must be.
-        fidelity: measured on the probes when it was converted.
-        tools: versions of what made it.
-        note: what its precision's name does not say; "" mostly.
+        precision: in the format's terms: `fp32`, `int8`, `q4_k_m`.
+        files: path inside the bundle -> its record.
+        fidelity: measured on the probes at conversion.
+        tools: versions of the tools that made it.
+        note: details that the precision's name does not convey; usually "".
     """
 
     format: str
@@ -80,22 +80,22 @@ class Variant:
 
     @property
     def folder(self) -> str:
-        """Where its files are in the bundle: a folder of its name, or of the name it once had."""
+        """Its folder in the bundle, called by its name or by its former name."""
         return next(iter(self.files), self.name).partition("/")[0]
 
     @property
     def bytes(self) -> int:
-        """Size of its files."""
+        """Total size of its files."""
         return sum(record.bytes for record in self.files.values())
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a bundle comes from.
+    """The checkpoint that a bundle was made from.
 
     Attributes:
         id: hub id, or the name of the checkpoint's folder.
-        revision: the hub's commit; None for a folder.
+        revision: commit on the hub; None for a folder.
         fingerprint: sha256 over the checkpoint's weights, configuration and tokenizer.
     """
 
@@ -106,14 +106,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Probes:
-    """Pairs as token ids, and the logits the fp32 reference gives them.
+    """Pairs as token ids, and their logits from the fp32 reference.
 
     Attributes:
         work: the pairs.
         logits: of the reference, shape [n].
-        reference: the class and versions that gave them.
-        verified: whether that was the original. False: a prebuilt model itself, of which nobody
-            knows how close to the original it is; it is self-consistent, no more.
+        reference: the class and versions that computed them.
+        verified: whether the reference was the original model. False: it was the prebuilt model
+            itself; the probes then only show self-consistency, not how close it is to the original.
     """
 
     work: Sequences
@@ -124,7 +124,7 @@ class Probes:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a bundle says about itself; `dimensions` where the model's are known."""
+    """All metadata of a bundle; `dimensions` is None if the model's are unknown."""
 
     name: str
     family: Family
@@ -135,11 +135,11 @@ class Manifest:
     dimensions: Dimensions | None = None
 
     def with_variant(self, variant: Variant) -> Manifest:
-        """The manifest with one more variant."""
+        """The manifest with one variant added or replaced."""
         return replace(self, variants={**self.variants, variant.name: variant})
 
     def identity(self, variant: Variant) -> str:
-        """sha256 over all that decides a variant's logits; other variants may come and go."""
+        """sha256 over everything that determines a variant's logits; ignores other variants."""
         files = {**self.files, **variant.files}
         return _digest(
             {
@@ -156,7 +156,7 @@ class Manifest:
         return _digest(_to_json(self))
 
     def save(self, folder: Path) -> None:
-        """Write `qrank.json` into a bundle, whole or not at all."""
+        """Write `qrank.json` into a bundle, atomically."""
         content = {**_to_json(self), "digest": self.digest}
         for wait in _WAITS:
             try:
@@ -169,12 +169,12 @@ class Manifest:
     def load(cls, folder: Path) -> Manifest:
         """Read a bundle's manifest. Files are checked by `Bundle.check`.
 
-        Anybody may have written it: it names no files outside the bundle and of each variant, and
-        has enough probes to tell a right backend from a wrong one.
+        The manifest is untrusted input: it may only name files inside the bundle, and for a variant
+        inside that variant's folder, and must have enough probes to detect a wrong backend.
 
         Raises:
-            BundleError: no manifest, or one that is damaged, of another schema version, or that
-                asks for what no bundle does.
+            BundleError: there is no manifest, or it is damaged, has another schema version or
+                contains what no bundle may.
         """
         path = folder / MANIFEST
         try:
@@ -189,7 +189,7 @@ class Manifest:
                 f"{path} has schema version {schema!r}; this qrank reads {SCHEMA}: "
                 f"{CONVERT_AGAIN}, or install the qrank that wrote it"
             )
-        # Of what was read, not of what is understood: a key of no meaning here counts too.
+        # Over the content as read, not as parsed: unknown keys count too.
         if _digest(content) != content.get("digest"):
             raise BundleError(
                 f"{path} does not match its own digest: it was changed; {CONVERT_AGAIN}"
@@ -203,13 +203,13 @@ class Manifest:
 
 
 CONVERT_AGAIN = "convert the model again, with --force to replace it"
-"""What helps where a bundle is damaged."""
+"""Advice for damaged bundles."""
 
 _WAITS = (0.05, 0.1, 0.2, 0.4, 0.8) if os.name == "nt" else ()
-"""Seconds to wait for those who read the manifest: Windows replaces no file that is open."""
+"""Seconds to wait for readers of the manifest: Windows cannot replace an open file."""
 
 MIN_PROBES = 32
-"""Fewer do not tell a backend that computes rightly from one that does not."""
+"""Fewer cannot tell a correct backend from a wrong one."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -221,7 +221,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def _laid_out(value: Any, indent: str = "") -> str:
-    """JSON for people, one line a list of numbers: the probes would fill thousands otherwise."""
+    """Readable JSON, one line per list of numbers: the probes would fill thousands otherwise."""
     inner = f"{indent}  "
     if isinstance(value, dict) and value:
         rows = [
@@ -237,7 +237,7 @@ def _laid_out(value: Any, indent: str = "") -> str:
 def _to_json(manifest: Manifest) -> dict[str, Any]:
     probes = manifest.probes
     segments = probes.work.segments
-    # Only where it is not: manifests that never knew of it stay what they are.
+    # Written only if not verified, so that manifests from before this key do not change.
     verification_note = {} if probes.verified else {"verified": False}
     size = {} if manifest.dimensions is None else {"dimensions": manifest.dimensions.to_json()}
     return {
@@ -260,7 +260,7 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
 
 def _variant(variant: Variant) -> dict[str, Any]:
     content = asdict(variant)
-    # Only where there is one: manifests that never knew of notes stay what they are.
+    # Written only if there is one, so that manifests from before this key do not change.
     if not variant.note:
         del content["note"]
     return content
@@ -307,10 +307,10 @@ def _records(content: dict[str, Any]) -> dict[str, FileRecord]:
 
 
 def _check(manifest: Manifest) -> None:
-    """See that a manifest asks for nothing that no bundle does.
+    """Check that a manifest's content is allowed.
 
     Raises:
-        ValueError: it does; with what was found and what was expected.
+        ValueError: it is not; with what was found and what was expected.
     """
     family, probes = manifest.family, manifest.probes
     if not isinstance(manifest.name, str) or not isinstance(manifest.source.id, str):
@@ -349,7 +349,7 @@ def _check(manifest: Manifest) -> None:
 
 
 def _former(precision: str) -> list[str]:
-    """The names that a precision had in earlier versions of qrank."""
+    """The names of a precision in earlier versions of qrank."""
     return [old for old, new in RENAMED.items() if new == precision]
 
 
@@ -362,6 +362,6 @@ def _check_records(files: dict[str, FileRecord], where: str) -> None:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a path stays below the folder it is read from, on every system."""
+    """Whether a relative path stays inside its base folder, on every operating system."""
     parts = name.split("/")
     return all(part not in ("", ".", "..") and not set(part) & set("\\:\0*?[]") for part in parts)

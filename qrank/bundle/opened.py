@@ -1,4 +1,4 @@
-"""A bundle on disk with its manifest: read once, then handed to whatever works with it."""
+"""A bundle on disk with its manifest, read once and then passed around."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qrank.system import cache
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle's folder and its manifest; `qrank.bundle.locate` makes one of a model's name."""
+    """A bundle's folder and its manifest; `qrank.bundle.locate` finds one by a model's name."""
 
     folder: Path
     manifest: Manifest
@@ -31,10 +31,10 @@ class Bundle:
         return self.folder / TOKENIZER
 
     def fetch(self, variants: Iterable[Variant]) -> None:
-        """Download what is read of any bundle, and variants; only a bundle on the hub lacks them.
+        """Download missing files, shared ones and those of variants, if the bundle is on the hub.
 
         Raises:
-            ModelNotFoundError: the hub does not give them.
+            ModelNotFoundError: the hub does not deliver them.
         """
         files = [*self.manifest.files, *(name for v in variants for name in v.files)]
         missing = [name for name in files if not (self.folder / name).exists()]
@@ -42,17 +42,17 @@ class Bundle:
             hub.download(found.repository, missing, revision=found.commit, cache=found.cache)
 
     def on_hub_only(self, variant: Variant) -> bool:
-        """Whether a variant of a bundle on the hub was not downloaded yet."""
+        """Whether a variant of a bundle on the hub has not been downloaded yet."""
         here = any((self.folder / name).exists() for name in variant.files)
         return not here and snapshot(self.folder) is not None
 
     def provide(self, variant: Variant) -> None:
-        """Have a variant's files here, whole and as the manifest says.
+        """Make sure that a variant's files are present and match the manifest.
 
-        Those of a bundle on the hub are downloaded when the variant is to run, and not before.
+        Files of a bundle on the hub are downloaded only when the variant is about to run.
 
         Raises:
-            ModelNotFoundError: the hub does not give them.
+            ModelNotFoundError: the hub does not deliver them.
             BundleError: a file is missing or damaged.
         """
         self.fetch([variant])
@@ -61,15 +61,15 @@ class Bundle:
     def check(self, files: dict[str, FileRecord], *, always_hash: bool = False) -> None:
         """Compare files with the manifest's records.
 
-        A hash is worked out once and remembered by path, size, time and inode: at 1.2 GB/s a 4 GB
-        model cannot be hashed at every start.
+        A hash is computed once and cached by path, size, time and inode: at 1.2 GB/s, hashing a
+        4 GB model at every start would take too long.
 
         Args:
-            files: path inside the bundle -> what it must be.
-            always_hash: hash even what was found right before.
+            files: path inside the bundle -> its record.
+            always_hash: hash even files that matched before.
 
         Raises:
-            BundleError: a file is missing, or is not what the manifest says.
+            BundleError: a file is missing or does not match the manifest.
         """
         for name, record in files.items():
             path = (self.folder / name).resolve()
@@ -97,7 +97,7 @@ class Bundle:
 
 @dataclass(frozen=True)
 class _Hashed:
-    """A file as it was when it was hashed."""
+    """A file's state when it was hashed."""
 
     size: int
     time: int

@@ -1,4 +1,4 @@
-"""What a backend sees: integers, no text."""
+"""A backend's input: token ids, no text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Segments = NDArray[np.int8]
 """Token types of one sequence, shape [length]."""
 
 Logits = NDArray[np.float32]
-"""One raw relevance number a sequence, shape [n]."""
+"""One raw relevance logit per sequence, shape [n]."""
 
 
 Floats = NDArray[np.float32]
@@ -32,8 +32,8 @@ class Sequences:
     Attributes:
         ids: token ids, ragged and unpadded, special tokens included.
         segments: token types alongside `ids`; None for families without them.
-        prefix: token ids that every sequence begins with, and that are not repeated in
-            `ids`: of causal models, which need to read them once.
+        prefix: token ids that every sequence starts with, not repeated in `ids`; for causal models,
+            which need to read them only once.
     """
 
     ids: list[Ids]
@@ -58,22 +58,22 @@ class Sequences:
         )
 
     def whole(self) -> Sequences:
-        """The same with the prefix repeated in every sequence."""
+        """The same sequences with the prefix repeated in each."""
         if not len(self.prefix):
             return self
         return Sequences([np.concatenate((self.prefix, s)) for s in self.ids])
 
 
 def padded(sequences: Sequences, length: int | None = None) -> dict[str, NDArray[np.int64]]:
-    """What scoring graphs may take, by name.
+    """The inputs that scoring graphs may take, by name.
 
-    `input_ids`, `attention_mask` and, with segments, `token_type_ids` are of shape [n, length]; ids
-    and types are filled up with 0, which the mask, 1 where a token is, hides. `last`, of shape [n],
-    is each sequence's last token's place.
+    `input_ids`, `attention_mask` and, with segments, `token_type_ids` have shape [n, length]. Ids
+    and types are padded with 0; the mask is 1 for tokens and 0 for padding. `last`, of shape [n],
+    is the index of each sequence's last token.
 
     Args:
-        sequences: what to score.
-        length: None: the longest sequence's.
+        sequences: to score.
+        length: to pad to; None: the longest sequence's.
     """
     lengths = sequences.lengths
     mask = (np.arange(length or lengths.max()) < lengths[:, None]).astype(np.int64)
@@ -93,10 +93,10 @@ def feed(
     length: int | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`padded`, and more inputs, as a graph with inputs of these names takes them, in its order.
+    """Select a graph's inputs by name, in its order, from `padded` and more inputs.
 
     Raises:
-        TargetError: the graph wants an input that they do not have.
+        TargetError: the graph needs an input that is not there.
     """
     inputs, wanted = {**padded(sequences, length), **(more or {})}, list(names)
     if missing := [name for name in wanted if name not in inputs]:
@@ -105,10 +105,10 @@ def feed(
 
 
 def no_prefix(shape: Sequence[Any]) -> dict[str, NDArray[Any]]:
-    """What a decoder's graph is given where there is no prefix to read on, and none to keep.
+    """Inputs of a decoder's graph without a prefix to continue from, and without one to keep.
 
     Args:
-        shape: of the graph's input `prefix`, whose fourth number, its length, is not looked at.
+        shape: of the graph's input `prefix`; its fourth dimension, the length, is ignored.
     """
     layers, two, heads, _, width = shape
     return {
@@ -122,12 +122,12 @@ def read_prefix(
     bare: dict[str, NDArray[Any]],
     present: Callable[[Sequences, dict[str, NDArray[Any]]], NDArray[Any]],
 ) -> dict[str, NDArray[Any]]:
-    """A prefix's keys and values, as a decoder's graph takes them beside every batch.
+    """A prefix's KV cache, as a decoder's graph takes it with every batch.
 
     Args:
         prefix: may be empty.
-        bare: of `no_prefix`; empty for an encoder's graph.
-        present: runs the graph on sequences and more inputs, and gives its output of that name.
+        bare: from `no_prefix`; empty for an encoder's graph.
+        present: runs the graph on sequences and more inputs and returns its output `present`.
     """
     if not len(prefix):
         return bare

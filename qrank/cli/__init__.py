@@ -1,4 +1,4 @@
-"""The command line: click commands, a file each, without logic of their own."""
+"""The command line: click commands, one file each, without logic of their own."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def completion(shell: str) -> None:
       qrank completion bash >> ~/.bashrc
     """
     script = get_completion_class(shell)
-    assert script is not None  # one of click's own three
+    assert script is not None  # click supports all three shells
     click.echo(script(main, {}, "qrank", "_QRANK_COMPLETE").source())
 
 

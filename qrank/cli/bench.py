@@ -28,14 +28,14 @@ from qrank.system.machine import cpu_name, processors
 @click.option(
     "--documents",
     type=InputFile(),
-    help="Rank these: JSONL with id and text.  [default: made-up ones of 128 tokens]",
+    help="JSONL with id and text.  [default: synthetic documents of 128 tokens]",
 )
-@click.option("-q", "--query", help="Rank them for this.  [default: a made-up one]")
+@click.option("-q", "--query", help="Query to rank them for.  [default: a synthetic one]")
 @click.option(
     "--backend",
     "backends",
     multiple=True,
-    help="onnx, openvino-int8, ...; repeat for more.  [default: every variant]",
+    help="onnx, openvino-int8, ...; can be repeated.  [default: every variant]",
 )
 @device_option("every one present")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
@@ -44,14 +44,14 @@ from qrank.system.machine import cpu_name, processors
     type=FiniteRange(min=0),
     default=30,
     show_default=True,
-    help="For each of the three sizes, after which no further round begins; 5 there are.",
+    help="Time for each of the three sizes; no round starts after it, but 5 always run.",
 )
 @policy_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw speed against fidelity: a *.png or *.svg file.",
+    help="Plot speed against fidelity to a *.png or *.svg file.",
 )
 @debug_option
 def bench(
@@ -69,9 +69,9 @@ def bench(
 ) -> None:
     """Time all targets of a bundle side by side, on 1, 20 and 100 documents.
 
-    Each runs in a process of its own; they take turns, request by request, so that what else the
-    machine does meets all alike. The chosen one, by --policy, is marked. Nothing is remembered:
-    that is what qrank tune does.
+    Each target runs in a separate process. They take turns, request by request, so that other load
+    on the machine affects all of them equally. The one that --policy chooses is marked. The result
+    is not stored; use qrank tune for that.
 
     \b
       qrank bench my-bundle --documents d.jsonl -q "how do plants make food?"
@@ -109,7 +109,7 @@ def bench(
 
 
 def _texts(documents: Path) -> list[str]:
-    """As many as are ranked at once."""
+    """The texts of the first documents, as many as the largest request ranks."""
     with closing(Texts(documents, "document")) as texts:
         return [texts[identity] for identity in islice(texts, max(COUNTS))]
 

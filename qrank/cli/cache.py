@@ -16,14 +16,14 @@ _ALL = "all"
     "--clear",
     multiple=True,
     type=click.Choice([*store.KINDS, _ALL]),
-    help="Remove what lies there of this kind; repeat for more.",
+    help="Delete records of this kind; can be repeated.",
 )
 @debug_option
 def cache(clear: tuple[str, ...]) -> None:
-    """Show what qrank remembers on this machine, and clear it.
+    """Show what qrank has cached on this machine, and clear it.
 
-    All of it can be made again: files are hashed again, targets held against their probes and
-    measured again, queries scored again. What you made yourself (qrank calibrate) is not kept here.
+    Everything here can be computed again: hashes of files, proofs and measurements of targets,
+    scores of queries. Calibrations (qrank calibrate) are stored elsewhere.
 
     \b
       qrank cache
@@ -33,7 +33,7 @@ def cache(clear: tuple[str, ...]) -> None:
         store.clear(kind)
     folder = paths.cache_folder()
     if folder is None:
-        return  # a notice has said so
+        return  # a notice was already printed
     click.echo(folder)
     width = max(map(len, store.KINDS))
     for kind, found in store.usage().items():

@@ -23,7 +23,7 @@ from qrank.scoring.calibration import METHODS
     type=click.Choice(list(METHODS)),
     default="platt",
     show_default=True,
-    help="Two numbers, or a curve, which wants many relevant pairs.",
+    help="Platt: two parameters. Isotonic: a step function, which needs many relevant pairs.",
 )
 @click.option("--backend", help="onnx, openvino-int8, ...  [default: what qrank score runs]")
 @click.option(
@@ -31,10 +31,10 @@ from qrank.scoring.calibration import METHODS
     type=int,
     default=1,
     show_default=True,
-    help="The least judgement that counts as relevant.",
+    help="Lowest judgement that counts as relevant.",
 )
 @click.option(
-    "--judged", is_flag=True, help="The pairs are those that --qrels name, found by no first stage."
+    "--judged", is_flag=True, help="Use exactly the pairs in --qrels, without a first stage."
 )
 @data_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -50,10 +50,10 @@ def calibrate(
 ) -> None:
     """Fit scores of a bundle to labelled pairs, so that 0.8 means relevant in 8 of 10 cases.
 
-    BUNDLE is a bundled name, a folder or a hub id. The pairs are the judged queries' candidates,
-    BM25's 100 best or those of --run; one without a judgement counts as not relevant. Half of the
-    queries are fitted on, the other half tells how good the fit is. It is kept in your own data
-    folder, for this variant: qrank score --scores calibrated.
+    BUNDLE is a bundled name, a folder or a hub id. The pairs are the candidates of the judged
+    queries: the 100 best of BM25, or those of --run. A pair without a judgement counts as not
+    relevant. The fit uses half of the queries; the other half measures its quality. The result is
+    stored in your data folder for this variant: qrank score --scores calibrated.
 
     \b
       qrank calibrate my-bundle --data beir/scifact

@@ -26,18 +26,18 @@ from qrank.system.textfiles import STANDARD_INPUT
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _LEAVE_MORE = frozenset({"calibrate", "convert", "serve", "tune"})
-"""Commands that are run for more than what they print."""
+"""Commands whose printed output is not their only result."""
 
 
 def notice(message: str) -> None:
-    """Say something on stderr, out of the way of results."""
-    # Not by click, which writes past rich, and into the bar or the spinner that stands there.
+    """Print a message on stderr, separate from the results."""
+    # Not with click.echo: it bypasses rich and would write into a progress bar or spinner.
     sys.stderr.write(f"qrank: {message}\n")
     sys.stderr.flush()
 
 
 class _Notices(logging.Handler):
-    """Warnings of the library, as notices."""
+    """Prints the library's warnings as notices."""
 
     def emit(self, record: logging.LogRecord) -> None:
         notice(record.getMessage())
@@ -52,12 +52,12 @@ class Group(click.Group):
             with standard_streams(), signals():
                 try:
                     return super().main(*arguments, **options)
-                except OSError as error:  # of --help, for which no command is invoked
+                except OSError as error:  # from --help, which invokes no command
                     notice(f"error: {_told(error)}")
                     sys.exit(QrankError.exit_code)
                 except Ended as end:
                     if end.number == signal.SIGINT and sys.stderr.isatty():
-                        click.echo(err=True)  # the terminal has written ^C
+                        click.echo(err=True)  # end the line: the terminal has written ^C
                     notice(end.message)
                     raise
         except Ended as end:
@@ -76,7 +76,7 @@ class Group(click.Group):
         name, command, rest = super().resolve_command(ctx, args)
         if command is not None and not ctx.resilient_parsing:
             see_to_output(name not in _LEAVE_MORE)
-            if not isinstance(command, Group):  # which does so itself
+            if not isinstance(command, Group):  # a group checks its own options
                 settings = command.context_settings
                 inner = command.context_class(command, parent=ctx, info_name=name, **settings)
                 _refuse_repeats(command, inner, rest)
@@ -100,14 +100,14 @@ class Group(click.Group):
 
 
 def _told(error: Exception) -> str:
-    """An error as a line; of the operating system's, the number says nothing to people."""
+    """An error as one line; an OSError about one file is shown without its number."""
     if isinstance(error, OSError) and error.filename and not error.filename2:
         return f"{error.filename}: {error.strerror}"
     return str(error)
 
 
 def _refuse_repeats(command: click.Command, ctx: click.Context, args: Sequence[str]) -> None:
-    """Refuse an option that is given twice, where click would take the last and say nothing."""
+    """Refuse an option that is given twice; click would silently take the last one."""
     if ctx.resilient_parsing:
         return
     given = command.make_parser(ctx).parse_args(list(args))[2]
@@ -119,7 +119,7 @@ def _refuse_repeats(command: click.Command, ctx: click.Context, args: Sequence[s
 
 
 class InputFile(click.Path):
-    """A text file that is read, or - for standard input, which can be read once."""
+    """A text file to read, or - for standard input, which can be read only once."""
 
     def __init__(self) -> None:
         super().__init__(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
@@ -128,7 +128,7 @@ class InputFile(click.Path):
         """See click."""
         path = super().convert(value, param, ctx)
         if str(value) != "-":
-            return path.absolute() if path == STANDARD_INPUT else path  # the file ./-
+            return path.absolute() if path == STANDARD_INPUT else path  # ./- is a file
         if ctx is not None:
             if ctx.meta.get("qrank.standard-input"):
                 self.fail("standard input can be read only once", param, ctx)
@@ -137,7 +137,7 @@ class InputFile(click.Path):
 
 
 class FiniteFloat(click.types.FloatParamType):
-    """A number, and neither "nan" nor "inf", which comparisons let pass."""
+    """A number other than "nan" and "inf", which comparisons would let pass."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """See click."""
@@ -145,7 +145,7 @@ class FiniteFloat(click.types.FloatParamType):
 
 
 class FiniteRange(click.FloatRange):
-    """Such a number between bounds."""
+    """A finite number between bounds."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """See click."""
@@ -169,46 +169,46 @@ def _set_debug(ctx: click.Context, parameter: click.Parameter, value: bool) -> N
 
 
 def debug_option(command: Command) -> Command:
-    """`--debug`: with an error, show where it was raised."""
+    """`--debug`: show where an error was raised."""
     return click.option(
         "--debug",
         is_flag=True,
         expose_value=False,
         callback=_set_debug,
-        help="With an error, show where it was raised.",
+        help="Show the traceback of an error.",
     )(command)
 
 
 def policy_options(command: Command) -> Command:
-    """`--policy` and `--min-kendall`: which of measured targets is taken."""
+    """`--policy` and `--min-kendall`: which of the measured targets to choose."""
     command = click.option(
         "--min-kendall",
         type=FiniteRange(-1, 1),
-        help="Least Kendall tau against the original that a target may have (qrank inspect).",
+        help="Lowest accepted Kendall's tau of a target against the original (qrank inspect).",
     )(command)
     return click.option(
         "--policy",
         type=click.Choice(POLICIES),
         default="fastest",
         show_default=True,
-        help="Which target to take.",
+        help="How to choose the target.",
     )(command)
 
 
 def criteria_options(command: Command) -> Command:
-    """`--policy`, `--min-kendall` and `--profile`: what a target is chosen by."""
+    """`--policy`, `--min-kendall` and `--profile`: the criteria for choosing a target."""
     profile = click.option(
         "--profile",
         type=click.Choice(list(PROFILES)),
         default="passages",
         show_default=True,
-        help="What the work is like: single short pairs, 20 passages, 100 long documents.",
+        help="Typical workload: single short pairs, 20 passages, or 100 long documents.",
     )
     return policy_options(profile(command))
 
 
 def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    """Sizes as people write them: 4G, 512M, 1.5GiB; powers of 1024."""
+    """Parse a size such as 4G, 512M or 1.5GiB; units are powers of 1024."""
     try:
         return None if value is None else size(value)
     except InputError as error:
@@ -216,25 +216,27 @@ def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 
 
 def memory_option(command: Command) -> Command:
-    """`--max-memory`: what the model and its batches may take."""
+    """`--max-memory`: memory limit for the model and its batches."""
     return click.option(
         "--max-memory",
         metavar="SIZE",
         callback=_bytes,
-        help="Memory for the model and what it computes at once, estimated: 512M, 4G.  "
-        "[default: the model's and half of the rest]",
+        help="Memory limit for the model and its batches, by estimate: 512M, 4G.  [default: the "
+        "model's size and half of the rest]",
     )(command)
 
 
 _RUN = (
     device_option("as measured, or cpu"),
     click.option(
-        "--compute-dtype", help="fp32, bf16 or fp16.  [default: the fastest that is faithful]"
+        "--compute-dtype", help="fp32, bf16 or fp16.  [default: the fastest faithful one]"
     ),
     click.option(
-        "--threads", type=click.IntRange(min=1), help="CPU threads of a model.  [default: all]"
+        "--threads", type=click.IntRange(min=1), help="CPU threads per model.  [default: all]"
     ),
-    click.option("--max-length", type=int, help="Tokens of a pair.  [default: the model's limit]"),
+    click.option(
+        "--max-length", type=int, help="Maximum tokens of a pair.  [default: the model's limit]"
+    ),
 )
 
 
@@ -246,16 +248,16 @@ def run_options(command: Command) -> Command:
 
 
 def opening_options(command: Command) -> Command:
-    """All that a model is opened with; as arguments, what `Reranker` calls them."""
+    """All options for opening a model; their argument names are those of `Reranker`."""
     backend = click.option(
         "--backend",
-        help="onnx, openvino-int8, ...  [default: as measured, or what is expected to be the "
+        help="onnx, openvino-int8, ...  [default: as measured, or the one expected to be the "
         "fastest]",
     )
     max_loss = click.option(
         "--max-loss",
         type=FiniteFloat(),
-        help="Most nDCG@10 that qrank eval may have found a variant to lose against fp32.",
+        help="Largest accepted loss of nDCG@10 against fp32, as measured by qrank eval.",
     )
     scores = click.option(
         "--scores",
@@ -264,11 +266,11 @@ def opening_options(command: Command) -> Command:
         default="model",
         show_default=True,
         callback=lambda ctx, parameter, value: value == "calibrated",
-        help="The model's own, or the probabilities that qrank calibrate fitted.",
+        help="The model's own scores, or probabilities fitted by qrank calibrate.",
     )
     return scores(backend(run_options(criteria_options(max_loss(memory_option(command))))))
 
 
 def megabytes(size: int) -> str:
-    """Bytes for people: 23.9 MB."""
+    """A number of bytes as text, such as 23.9 MB."""
     return f"{size / 1e6:.1f} MB"

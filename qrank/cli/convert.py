@@ -22,8 +22,8 @@ from qrank.errors import ConversionError, FidelityError
     "formats",
     multiple=True,
     type=FormatName(),
-    help="Format to make; repeat for more.  [default: all whose packages are installed, or all "
-    "that there are prebuilt files of]",
+    help="Format to convert to; can be repeated.  [default: all whose packages are installed, or "
+    "those of the prebuilt files]",
 )
 @click.option(
     "--precision",
@@ -38,7 +38,7 @@ from qrank.errors import ConversionError, FidelityError
 @click.option(
     "--calibration",
     type=InputFile(),
-    help='JSON lines with "query" and "document" to quantize by, beside qrank\'s own pairs.',
+    help='JSON lines with "query" and "document" to calibrate on, besides qrank\'s own pairs.',
 )
 @click.option(
     "-o",
@@ -49,15 +49,15 @@ from qrank.errors import ConversionError, FidelityError
 @click.option(
     "--reference",
     metavar="CHECKPOINT",
-    help="What prebuilt files were made of, folder or hub id: proves them against it.",
+    help="Folder or hub id of the original of prebuilt files, to verify them.",
 )
-@click.option("--family", help="Card that reads the checkpoint: a name (qrank models) or *.toml.")
+@click.option("--family", help="Family card of the checkpoint: a name (qrank models) or *.toml.")
 @click.option(
-    "--revision", help="Branch, tag or commit of a hub repository; also as owner/name@REVISION."
+    "--revision", help="Branch, tag or commit of a hub repository; or write owner/name@REVISION."
 )
-@click.option("--offline", is_flag=True, help="Use what was downloaded from the hub before only.")
+@click.option("--offline", is_flag=True, help="Use only files that were downloaded before.")
 @click.option(
-    "--force", is_flag=True, help="Replace the bundle at the output; no other file is touched."
+    "--force", is_flag=True, help="Replace an existing bundle at the output; touches no other file."
 )
 @debug_option
 @click.pass_context
@@ -76,15 +76,15 @@ def convert(
 ) -> None:
     """Convert a reranker to a bundle, and prove that it still ranks like the original.
 
-    SOURCE is the folder of a checkpoint (config.json, *.safetensors, tokenizer) or a hub id. A
-    bundle of the same checkpoint gains what it lacks. Every variant is run on probe pairs against
-    the original in fp32; one that is not faithful is refused and told, and the others are kept. The
-    exit code is 0 if all that --to and --precision name is in the bundle; without them, if
-    anything is.
+    SOURCE is the folder of a checkpoint (config.json, *.safetensors, tokenizer) or a hub id. If
+    the output is a bundle of the same checkpoint, missing variants are added. Every variant is
+    compared with the original in fp32 on probe pairs. A variant that is not faithful is refused
+    and reported; the others are kept. The exit code is 0 if the bundle contains everything that
+    --to and --precision name, or anything at all if neither is given.
 
-    SOURCE may also be what somebody converted already: an OpenVINO, ONNX or GGUF file, or a folder
-    or hub repository of such files, with config.json and the tokenizer. Without --reference the
-    bundle is self-consistent, not verified.
+    SOURCE may also be a converted model: an OpenVINO, ONNX or GGUF file, or a folder or hub
+    repository of such files, with config.json and the tokenizer. Without --reference the bundle is
+    self-consistent, not verified.
 
     \b
       qrank convert cross-encoder/ms-marco-MiniLM-L6-v2
@@ -126,7 +126,7 @@ def convert(
 
 
 def _shown(folder: Path) -> str:
-    """A path as short as it can be said from here."""
+    """The shortest form of a path, relative to the current folder if inside it."""
     here = Path.cwd()
     if folder == here:
         return "."

@@ -1,4 +1,4 @@
-"""Options of the commands that read a test collection, and what they make of them."""
+"""Options of the commands that read a test collection, and the objects made from them."""
 
 from __future__ import annotations
 
@@ -28,25 +28,23 @@ _OPTIONS = (
     click.option(
         "--qrels", type=InputFile(), help="Judgements: TREC's four columns, or BEIR's TSV."
     ),
-    click.option("--run", type=InputFile(), help="The first stage as a TREC run.  [default: BM25]"),
+    click.option("--run", type=InputFile(), help="First stage, as a TREC run.  [default: BM25]"),
     click.option(
         "--depth",
         type=click.IntRange(min=1),
         default=100,
         show_default=True,
-        help="Candidates of a query.",
+        help="Candidates per query.",
     ),
-    click.option(
-        "--max-queries", type=click.IntRange(min=1), help="Only the first so many queries."
-    ),
+    click.option("--max-queries", type=click.IntRange(min=1), help="Use only the first N queries."),
     run_options,
-    click.option("--instruction", help="What relevant means, where the model's family takes that."),
+    click.option("--instruction", help="What relevant means, for models that take an instruction."),
     click.option(
         "--long-documents",
         type=click.Choice(get_args(LongDocuments)),
         default="truncate",
         show_default=True,
-        help="Read the beginning of a document that does not fit, its end, or its best part.",
+        help="Of a document that is too long, read the beginning, the end, or the best part.",
     ),
 )
 
@@ -55,20 +53,20 @@ _FILES = ("queries", "documents", "qrels")
 
 
 def data_options(command: Command) -> Command:
-    """The options of a collection and of how it is scored; `read` takes what they give."""
+    """Options that name a collection and say how it is scored, for the functions below."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
 
 def setting(options: dict[str, Any]) -> Setting:
-    """How targets are opened."""
+    """How to open targets, from the options."""
     return Setting(**{name: options[name] for name in _SETTING})
 
 
 @contextmanager
 def collection(options: dict[str, Any]) -> Iterator[Collection]:
-    """The collection that --data and the files name; what Ctrl-C leaves of its scores is told."""
+    """Open the collection that --data and the files name; Ctrl-C says that scores are kept."""
     files = Files.find(options["data"], **{name: options[name] for name in _FILES})
     opened = Collection(files)
     try:
@@ -82,7 +80,7 @@ def collection(options: dict[str, Any]) -> Iterator[Collection]:
 
 
 def candidates(collection: Collection, options: dict[str, Any]) -> tuple[str, Run]:
-    """What the first stage is called, and what it found."""
+    """The name of the first stage, and its candidates."""
     run, depth, most = options["run"], options["depth"], options["max_queries"]
     if run is None:
         return "BM25", collection.bm25(depth, most)

@@ -17,13 +17,13 @@ _WIDTH = 80
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: send this with a report.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, to attach to a bug report.")
 @debug_option
 def doctor(as_json: bool) -> None:
-    """Show every backend and device, found or not, and whether it computes rightly.
+    """Show all backends and devices, and check that those present compute correctly.
 
-    Each is looked at in a process of its own, so that no driver can hang or crash this one. A
-    device passes by multiplying two matrices.
+    Each backend is examined in a separate process, because drivers may hang or crash. The check
+    of a device is a matrix product.
     """
     from qrank.measure.doctor import examine
 

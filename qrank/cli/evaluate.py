@@ -27,20 +27,20 @@ from qrank.quality.metrics import MEASURES, Difference
     "--backend",
     "backends",
     multiple=True,
-    help="onnx, openvino-int8, ...; repeat for more.  [default: every variant]",
+    help="onnx, openvino-int8, ...; can be repeated.  [default: every variant]",
 )
 @click.option(
     "--reference",
-    help="Compare with this checkpoint, run by torch on the CPU.  [default: the bundle's fp32 "
+    help="Checkpoint to compare with, run with torch on the CPU.  [default: the bundle's fp32 "
     "variant]",
 )
-@click.option("--family", help="With --reference: card that reads the checkpoint.")
+@click.option("--family", help="With --reference: the checkpoint's family card.")
 @data_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw it too, as *.png or *.svg.",
+    help="Also plot the result to a *.png or *.svg file.",
 )
 @debug_option
 def evaluate(
@@ -54,9 +54,9 @@ def evaluate(
 ) -> None:
     """Measure how well each variant of a bundle ranks, and what it loses to fp32.
 
-    BUNDLE is a bundled name, a folder or a hub id. Candidates of every judged query, BM25's 100
-    best or those of --run, are reranked by every variant. What was scored is kept: the same
-    command goes on where Ctrl-C stopped it.
+    BUNDLE is a bundled name, a folder or a hub id. Every variant reranks the candidates of every
+    judged query: the 100 best of BM25, or those of --run. Scores are kept, so the same command
+    continues after Ctrl-C.
 
     \b
       qrank eval my-bundle --data beir/scifact
@@ -91,12 +91,12 @@ def evaluate(
             f"stage's top {WITHIN}: it finds other things than the reranker wants; is its "
             "embedder made for this work?"
         )
-    if plot is not None:  # last, for want of room it costs no figure
+    if plot is not None:  # last: on a full disk, the figures are already printed
         plot_evaluation(result, plot)
 
 
 def _table(result: Evaluation) -> None:
-    """A row a run, in 80 columns: names of variants have 18 letters at most."""
+    """Print one row per run, in 80 columns: variant names have 18 letters at most."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("run", overflow="ellipsis", no_wrap=True)
     for name in (*MEASURES, "Δ nDCG@10", "p", "tau", "top10"):

@@ -1,7 +1,7 @@
-"""Options that tell of formats and devices, by what backends say of themselves.
+"""Options whose help lists formats and devices, as the backends declare them.
 
-To ask means to import the backends' files: it is done when help is shown or a format given, and
-not at every start.
+Listing them imports the backends' modules, so it happens only when help is shown or a format is
+given, not at every start.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from qrank.backends import BACKENDS, formats, spec
 
 
 class LazyOption(click.Option):
-    """An option whose help is made when it is shown."""
+    """An option whose help is computed when it is shown."""
 
     def __init__(self, *arguments: Any, told: Callable[[], str], **settings: Any) -> None:
         """See click.
 
         Args:
-            arguments: as click has them.
-            told: makes the help.
-            settings: as click has them.
+            arguments: as for `click.Option`.
+            told: returns the help.
+            settings: as for `click.Option`.
         """
         super().__init__(*arguments, **settings)
         self._told = told
@@ -35,7 +35,7 @@ class LazyOption(click.Option):
 
 
 class FormatName(click.types.StringParamType):
-    """A format that checkpoints are converted to, other packages' included."""
+    """A format to convert checkpoints to, including formats of other packages."""
 
     name = "format"
 
@@ -65,7 +65,7 @@ def device_option(default: str) -> Callable[[Any], Any]:
     """The option `--device`.
 
     Args:
-        default: what is taken where it is not given, for the help.
+        default: what is used if the option is not given, for the help.
     """
     return click.option(
         "--device",
@@ -75,5 +75,5 @@ def device_option(default: str) -> Callable[[Any], Any]:
 
 
 def kinds() -> str:
-    """Every kind of device that a backend of qrank's may find."""
+    """All kinds of devices that qrank's own backends may find."""
     return ", ".join(dict.fromkeys(kind for name in BACKENDS for kind in spec(name).kinds))

@@ -31,13 +31,13 @@ def models() -> None:
 
 @click.command()
 @click.argument("bundle")
-@click.option("--verify", is_flag=True, help="Hash every file again.")
+@click.option("--verify", is_flag=True, help="Check the hash of every file.")
 @debug_option
 def inspect(bundle: str, verify: bool) -> None:
-    """Show what a bundle says of itself: origin, sizes, fidelity.
+    """Show what a bundle's manifest says: origin, sizes, fidelity.
 
-    BUNDLE is a bundled name, a folder or a hub id; variants of a bundle on the hub are downloaded
-    when they first run, and verified where they are.
+    BUNDLE is a bundled name, a folder or a hub id. Variants of a bundle on the hub are downloaded
+    when they first run.
     """
     located = locate(bundle, whole=False)
     manifest = located.manifest
@@ -92,7 +92,7 @@ def fidelity_lines(variants: Iterable[Variant]) -> Iterator[str]:
 
 
 def verification_note(manifest: Manifest) -> Iterator[str]:
-    """What has to be said of a bundle that was not held against the original."""
+    """A warning for a bundle that was not compared with the original."""
     if not manifest.probes.verified:
         yield "self-consistent, not verified: the figures compare a prebuilt model with itself."
         yield "What it is to the original, --reference CHECKPOINT tells when it is converted."

@@ -9,7 +9,7 @@ import click
 
 
 def split_name(model: str) -> tuple[str, str]:
-    """[NAME=]MODEL -> NAME, or "", and MODEL: a path may hold an equals sign, a name does not."""
+    """[NAME=]MODEL -> NAME, or "", and MODEL: a path may contain an equals sign, a name may not."""
     name, equals, source = model.partition("=")
     if not equals or Path(model).exists() or name.startswith(("/", ".", "~")):
         return "", model
@@ -20,7 +20,7 @@ def parse_aliases(given: Iterable[str], names: Collection[str]) -> dict[str, str
     """ALIAS=NAME of each --alias -> the names by alias.
 
     Raises:
-        click.UsageError: a name is not served, or an alias is a name already.
+        click.UsageError: a name is not served, or an alias is already in use.
     """
     found: dict[str, str] = {}
     for pair in given:

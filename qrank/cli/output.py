@@ -19,10 +19,10 @@ from qrank.quality.rerank_run import LOGIT, TAG, falling
 from qrank.scoring.ranking import Ranking
 
 _BREAKING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-"""What breaks a line or a column, or steers a terminal.
+"""Characters that break a line or a column, or control a terminal.
 
-These are Unicode's categories Cc, Zl and Zp, and of Cf what embeds, isolates or overrides the
-direction of writing. Joiners, spaces, marks and unassigned characters are text.
+These are Unicode's categories Cc, Zl and Zp, and the characters of Cf that embed, isolate or
+override the writing direction. Joiners, spaces, marks and unassigned characters are text.
 """
 
 
@@ -31,7 +31,7 @@ class Result:
     """A ranked document and the fields its input line had.
 
     Attributes:
-        ranking: as the reranker gave it.
+        ranking: as the reranker returned it.
         score: what to show: the score, or with --raw the logit.
         fields: of its JSON line; {} for plain lines.
     """
@@ -41,7 +41,7 @@ class Result:
     fields: dict[str, Any]
 
     def record(self) -> dict[str, Any]:
-        """As JSON shows it: the input's own fields kept, the ranking's on top."""
+        """The JSON object: the input line's fields, overridden by the ranking's, except "text"."""
         ranking = self.ranking
         record = {
             **self.fields,
@@ -58,7 +58,7 @@ class Result:
 
 def _table(results: Sequence[Result], model: str, target: str, scored_count: int | None) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    # rich narrows what may wrap: the document, whose text then ends in an ellipsis instead.
+    # rich narrows only columns that may wrap: the document, which then ends in an ellipsis.
     for name in ("rank", "score", "index"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("document")
@@ -110,7 +110,7 @@ def _trec(results: Sequence[Result], model: str, target: str, scored_count: int 
 
 
 def _line(text: str) -> str:
-    """A text on one line, without what could steer a terminal or break a column."""
+    """A text on one line, without characters that control a terminal or break a column."""
     return _BREAKING.sub(" ", text)
 
 
@@ -121,5 +121,7 @@ WRITERS: dict[str, Callable[[Sequence[Result], str, str, int | None], None]] = {
     "jsonl": _jsonl,
     "trec": _trec,
 }
-"""By the names `--format` takes: (results, model, target, how many documents were scored if there
-was a budget) -> stdout."""
+"""Value of `--format` -> function that prints (results, model, target, scored_count).
+
+`scored_count` is the number of documents that were scored within the budget; None: no budget.
+"""

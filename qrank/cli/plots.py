@@ -19,14 +19,14 @@ _ELSEWHERE = "--plot names another place"
 
 
 def check_plot(path: Path) -> None:
-    """See, before anything is measured, that a plot can be drawn.
+    """Check that a plot can be written, before anything is measured.
 
     Raises:
-        InputError: its file is neither *.png nor *.svg, or its folder is not there.
-        OSError: nothing can be written there.
+        InputError: its file is neither *.png nor *.svg, or its folder does not exist.
+        OSError: the folder is not writable.
         MissingExtraError: matplotlib is not installed.
     """
-    import tempfile  # slow to import, and mostly not needed
+    import tempfile  # slow to import, and rarely needed
 
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"a plot's name must end in .png or .svg, found {path.name}")
@@ -41,12 +41,12 @@ def check_plot(path: Path) -> None:
 
 
 def plot_bench(rows: Sequence[Row], chosen: Row | None, title: str, path: Path) -> None:
-    """Write a picture of targets that can be used, the chosen one marked.
+    """Plot the targets that can be used, with the chosen one marked.
 
     Args:
         rows: of `qrank.measure.bench`.
-        chosen: one of them.
-        title: what stands above.
+        chosen: one of them; None marks none.
+        title: of the plot.
         path: ends in one of SUFFIXES.
     """
     figure_module, ticker = need("matplotlib.figure"), need("matplotlib.ticker")
@@ -92,7 +92,7 @@ def plot_bench(rows: Sequence[Row], chosen: Row | None, title: str, path: Path) 
 
 
 def plot_evaluation(evaluation: Evaluation, path: Path) -> None:
-    """nDCG@10 of each run, with the interval of its difference to the reference."""
+    """Plot nDCG@10 of each run, with the interval of its difference to the reference."""
     figure: Any = need("matplotlib.figure")
     rows = evaluation.rows[::-1]
     drawing = figure.Figure(figsize=(8, 1.4 + 0.4 * len(rows)), layout="constrained")
@@ -128,7 +128,7 @@ def plot_evaluation(evaluation: Evaluation, path: Path) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    # Beside its place first: an old picture stays until the new one is whole.
+    # Write a temporary file first: an old plot stays until the new one is complete.
     temporary = path.with_name(f".{path.name}.new{path.suffix}")
     try:
         figure.savefig(temporary, dpi=150)
@@ -140,7 +140,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _spread(heights: Sequence[float]) -> list[float]:
-    """Places of labels beside the axes, 0 to 1: in the order of their points, and apart."""
+    """Heights of labels next to the axes, 0 to 1: in the order of their points, evenly spaced."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     places = [0.0] * len(heights)
     for rank, i in enumerate(order):

@@ -16,11 +16,11 @@ from qrank.quality.score_cache import Progress, no_progress
 
 @contextmanager
 def progress_bars(*, beside_results: bool = False) -> Iterator[Progress]:
-    """A bar a name, where stderr is a terminal.
+    """Show one progress bar per name if stderr is a terminal.
 
     Args:
-        beside_results: results are printed meanwhile: where they go to the terminal, there is no
-            bar, which they would run through.
+        beside_results: results are printed at the same time; if they go to the terminal, no bar
+            is shown, because they would break it.
     """
     console = Console(stderr=True)
     if not console.is_terminal or (beside_results and sys.stdout.isatty()):

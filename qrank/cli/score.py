@@ -31,42 +31,42 @@ from qrank.system.textfiles import STANDARD_INPUT, TextFile
 
 
 @click.command()
-@click.option("-q", "--query", help="What to rank the documents for.")
+@click.option("-q", "--query", help="Query to rank the documents for.")
 @click.argument("files", nargs=-1, type=InputFile())
-@click.option("--instruction", help="What relevant means, where the model's family takes that.")
+@click.option("--instruction", help="What relevant means, for models that take an instruction.")
 @click.option("-m", "--model", help=f"Bundled name, bundle folder or hub id.  [default: {DEFAULT}]")
 @click.option(
-    "--jsonl", is_flag=True, help='Lines are JSON objects with a "text", maybe a "title".'
+    "--jsonl", is_flag=True, help='Lines are JSON objects with a "text" and an optional "title".'
 )
 @click.option(
     "-f",
     "--format",
     type=click.Choice(list(WRITERS)),
-    help="How to print.  [default: table on a terminal, tsv in a pipe]",
+    help="Output format.  [default: table on a terminal, tsv in a pipe]",
 )
-@click.option("-k", "--top-k", type=click.IntRange(min=0), help="Print only the first so many.")
-@click.option("--min-score", type=FiniteFloat(), help="Leave out what scores below this.")
-@click.option("--raw", is_flag=True, help="Print logits, before the model's activation.")
+@click.option("-k", "--top-k", type=click.IntRange(min=0), help="Print only the best N.")
+@click.option("--min-score", type=FiniteFloat(), help="Omit documents that score lower.")
+@click.option("--raw", is_flag=True, help="Print logits, without the model's activation.")
 @opening_options
 @click.option(
     "--measure/--no-measure",
     default=None,
-    help="Measure the targets first if that was not done yet (qrank tune), or go by a guess "
-    "without saying so.  [default: go by a guess, and say so on a terminal]",
+    help="If the targets have not been measured (qrank tune), measure them first, or guess "
+    "without a notice.  [default: guess, with a notice on a terminal]",
 )
-@click.option("--family", help="With --backend torch, which runs a checkpoint: card that reads it.")
+@click.option("--family", help="With --backend torch: the checkpoint's family card.")
 @click.option(
     "--long-documents",
     type=click.Choice(get_args(LongDocuments)),
     default="truncate",
     show_default=True,
-    help="Read a document that does not fit at its beginning, at its end, or at its best part.",
+    help="Of a document that is too long, read the beginning, the end, or the best part.",
 )
 @click.option(
     "--budget-ms",
     type=FiniteRange(min=0, min_open=True),
-    help="Milliseconds for a query: as many of the first documents as fit are scored, and the "
-    "others follow in their order.",
+    help="Time limit per query in milliseconds. Scores as many of the first documents as fit; "
+    "the others follow in their order.",
 )
 @click.option("--run", type=InputFile(), help="Rerank this TREC run, grouped by query.")
 @click.option("--queries", type=InputFile(), help="With --run: JSONL with id and text.")
@@ -92,9 +92,9 @@ def score(
 ) -> None:
     """Rank documents for a query, most relevant first.
 
-    Documents come one a line from FILES, or from standard input (-); every line counts, blank
-    ones too. With --run, --queries and --documents, a whole TREC run is reranked to a new one.
-    Any of these files may be a pipe, or compressed: gzip, bzip2, xz, zstd.
+    Each line of FILES or of standard input (-) is a document, blank lines included. --run,
+    --queries and --documents rerank a whole TREC run. All files may be pipes, and may be
+    compressed with gzip, bzip2, xz or zstd.
 
     \b
       qrank score -q "how do plants make food?" passages.txt
@@ -195,7 +195,7 @@ def _score_run(
 def _tell_what_was_left(
     documents: int, scored: int, shown: int, truncated: int, long_documents: LongDocuments
 ) -> None:
-    """Notices of documents that were not scored, or not read whole."""
+    """Print notices about documents that were not scored, or not read whole."""
     if scored < documents:
         notice(
             f"scored {scored} of the {documents} documents within the budget; "
@@ -210,7 +210,7 @@ def _tell_what_was_left(
 
 
 def _lines(files: Iterable[Path], jsonl: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line's text, and the JSON object that it stands in."""
+    """Each line's text, and its JSON object; {} for plain lines."""
     for path in files:
         with TextFile(path) as file:
             for number, line in file:

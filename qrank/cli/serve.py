@@ -28,7 +28,7 @@ _SECONDS = FiniteRange(min=0, min_open=True)
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address or name to listen at; :: is every address of this machine, IPv6 and IPv4, and "
+    help="Address or host name to listen on; :: means all addresses, IPv6 and IPv4, and "
     "unix:PATH a Unix socket.",
 )
 @click.option(
@@ -36,81 +36,85 @@ _SECONDS = FiniteRange(min=0, min_open=True)
     type=click.IntRange(0, 65535),
     default=8000,
     show_default=True,
-    help="Port to listen at; 0 takes a free one.",
+    help="Port to listen on; 0 chooses a free one.",
 )
-@click.option("--unix-socket", metavar="PATH", help="Listen at this Unix socket instead.")
+@click.option("--unix-socket", metavar="PATH", help="Listen on this Unix socket instead.")
 @click.option(
     "--root-path",
     default="",
     metavar="PREFIX",
-    help="Path under which a proxy offers the server, as /rank; whether it strips that or not.",
+    help="Path prefix of the server behind a proxy, such as /rank, stripped by it or not.",
 )
 @click.option(
     "--alias",
     "aliases",
     multiple=True,
     metavar="ALIAS=NAME",
-    help="Another name that requests may give for the model NAME; repeat for more.",
+    help="Another name for the model NAME in requests; can be repeated.",
 )
 @click.option(
     "--instruction",
-    help="What relevant means, for requests that do not say it; for models that take that.",
+    help="Default instruction of requests, for models that take one.",
 )
 @opening_options
 @click.option(
-    "--api-key-file", type=_FILE, help="Keys, one a line; a request must send one as Bearer."
+    "--api-key-file",
+    type=_FILE,
+    help="Keys, one per line; a request must send one as Bearer.",
 )
-@click.option("--cors-origin", multiple=True, help="Origin whose pages may ask; repeat for more.")
-@click.option("--tls-cert", type=_FILE, help="Certificate (PEM), for HTTPS.")
-@click.option("--tls-key", type=_FILE, help="The certificate's key (PEM).")
+@click.option(
+    "--cors-origin", multiple=True, help="Origin allowed to send requests; can be repeated."
+)
+@click.option("--tls-cert", type=_FILE, help="Certificate for HTTPS (PEM).")
+@click.option("--tls-key", type=_FILE, help="Private key of the certificate (PEM).")
 @click.option(
     "--request-timeout",
     type=_SECONDS,
     default=60.0,
     show_default=True,
-    help="Seconds a request may take; after that it gets a 503.",
+    help="Time limit of a request in seconds, then it gets a 503.",
 )
 @click.option(
     "--queue-tokens",
     type=_COUNT,
     default=500_000,
     show_default=True,
-    help="Tokens that may wait for a model; more get a 429.",
+    help="Tokens that may wait per model; further requests get a 429.",
 )
 @click.option(
     "--max-documents",
     type=_COUNT,
     default=2_000,
     show_default=True,
-    help="Documents of a request.",
+    help="Maximum documents per request.",
 )
 @click.option(
     "--max-characters",
     type=_COUNT,
     default=1_000_000,
     show_default=True,
-    help="Characters of a text.",
+    help="Maximum characters of a text.",
 )
 @click.option(
     "--max-body",
     type=_COUNT,
     default=10_000_000,
     show_default=True,
-    help="Bytes of a request.",
+    help="Maximum bytes of a request.",
 )
 @click.option(
     "--body-timeout",
     type=_SECONDS,
     default=10.0,
     show_default=True,
-    help="Seconds in which a request's body must come.",
+    help="Time limit for receiving a request's body, in seconds.",
 )
 @click.option(
     "--drain-timeout",
     type=_SECONDS,
     default=30.0,
     show_default=True,
-    help="Seconds for what runs when it is told to stop.",
+    help="Seconds for running requests to finish when the server stops.",
 )
 @debug_option
 @click.pass_context
@@ -139,10 +143,9 @@ def serve(
 ) -> None:
     """Answer rerank requests over HTTP, in the dialects of other servers.
 
-    MODEL is a bundled name, a bundle's folder or a hub id, "mini" by default. Requests choose one
-    by its NAME; those that name none get the first. Where one model is served, every name stands
-    for it. Clients of TEI, Jina, Cohere, vLLM, llama.cpp and Ollama work as they are; /docs
-    describes all there is.
+    MODEL is a bundled name, a bundle's folder or a hub id, "mini" by default. Requests choose a
+    model by its NAME, or get the first. A single model answers to any name. Clients of TEI, Jina,
+    Cohere, vLLM, llama.cpp and Ollama work without changes; /docs describes all routes.
 
     \b
       qrank serve
@@ -181,7 +184,7 @@ def serve(
         for model in models or (DEFAULT,):
             name, source = split_name(model)
             reranker = opened.enter_context(Reranker(source, **opening))
-            # A folder is no name to ask for.
+            # A folder's path is not a usable name: the bundle has one.
             name = name or (reranker.engine.manifest.name if Path(source).is_dir() else source)
             if name in served:
                 raise click.UsageError(f"two models are called {name!r}; name one: NAME={source}")

@@ -1,4 +1,4 @@
-"""What is being done, on a terminal."""
+"""A spinner that shows the current step on a terminal."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from qrank.bundle.hub import stepping_aside
 
 @contextmanager
 def spinner() -> Iterator[Callable[[str], object]]:
-    """Show steps on a terminal's stderr as they are told to what this gives; elsewhere nothing.
+    """Yield a function that shows its argument as the current step, if stderr is a terminal.
 
-    It makes way for the hub's progress bars: both at once would draw over each other.
+    The spinner pauses for the hub's progress bars: both at once would draw over each other.
     """
     console = Console(stderr=True)
     if not console.is_terminal:

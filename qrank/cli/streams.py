@@ -1,4 +1,4 @@
-"""Standard streams as they may be: closed, full, without a reader, in any encoding."""
+"""Standard streams that may be closed, full, without a reader, or in any encoding."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterator
 
 READER_GONE = 141
-"""Exit code when a pipe was closed early: what a shell says of all that die of SIGPIPE (13)."""
+"""Exit code when a pipe was closed early: what a shell reports for death by SIGPIPE (13)."""
 
 _NAME = "standard output"
 
 
 class _Output(io.TextIOWrapper):
-    """Standard output. An error names it; when its reader has gone, the command ends quietly."""
+    """Standard output: errors name it; if its reader is gone, the command exits silently."""
 
     def write(self, text: str) -> int:
         with self._told():
@@ -31,7 +31,7 @@ class _Output(io.TextIOWrapper):
         try:
             yield
         except OSError as error:
-            # What could not be written would be tried again when Python ends, with another error.
+            # Python would retry the failed write at exit, and print another error.
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             if error.errno == errno.EPIPE:
@@ -40,7 +40,7 @@ class _Output(io.TextIOWrapper):
 
 
 class _Messages(io.TextIOWrapper):
-    """Standard error. What is said there stands beside the result, and never costs it."""
+    """Standard error: failed writes are ignored, because messages must not cost the result."""
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
@@ -53,10 +53,10 @@ class _Messages(io.TextIOWrapper):
 
 
 class _Nowhere(io.RawIOBase):
-    """Where a result goes when standard output was closed before the command began."""
+    """Replaces a standard output that was closed before the command started."""
 
     needed = True
-    """Whether that is an error."""
+    """Whether writing to it is an error."""
 
     def writable(self) -> bool:
         return True
@@ -69,10 +69,10 @@ class _Nowhere(io.RawIOBase):
 
 @contextlib.contextmanager
 def standard_streams() -> Iterator[None]:
-    """Replace the streams by those above, for as long as a command runs.
+    """Replace standard output and error by the classes above while a command runs.
 
-    Whatever the locale, results are UTF-8 where they are not for a terminal, and a lone surrogate
-    is escaped as in JSON.
+    Whatever the locale, results that do not go to a terminal are UTF-8, and a lone surrogate is
+    escaped as in JSON.
     """
     _take_descriptors()
     given = sys.stdout, sys.stderr
@@ -100,9 +100,9 @@ def standard_streams() -> Iterator[None]:
 
 
 def _take_descriptors() -> None:
-    """Open what is closed of 0, 1 and 2: or the next file that is opened would get its number.
+    """Open the closed ones of descriptors 0, 1 and 2, so that no other file gets their number.
 
-    What a native library prints would then be written into it.
+    A native library's output would be written into that file.
     """
     for number in range(3):
         try:
@@ -112,13 +112,13 @@ def _take_descriptors() -> None:
 
 
 def see_to_output(needed: bool) -> None:
-    """See, before any work is done, that there is somewhere to print to.
+    """Check, before any work is done, that standard output is open.
 
     Args:
-        needed: what is printed is the result; or else it may get lost.
+        needed: the output is the result; otherwise it may be lost.
 
     Raises:
-        OSError: it is needed, and standard output is closed.
+        OSError: output is needed, and standard output is closed.
     """
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     if isinstance(raw, _Nowhere):

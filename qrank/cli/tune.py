@@ -24,8 +24,8 @@ from qrank.select.selection import Criteria, Policy, deprioritized, order
 @click.option(
     "--timeout",
     type=FiniteRange(min=0, min_open=True),
-    help="Seconds a backend may take to open or to answer.  [default: ten times what others "
-    "took, and more for large files]",
+    help="Time limit in seconds for a backend to open or to answer.  [default: ten times what "
+    "the others took, more for large files]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @debug_option
@@ -40,10 +40,10 @@ def tune(
 ) -> None:
     """Measure every target of a bundle on this machine, and remember the result.
 
-    A target is a variant on a device. Each is opened in a process of its own under a time limit,
+    A target is a variant on a device. Each target runs in a separate process with a time limit,
     must reproduce the bundle's probes, and ranks documents: one of 32 tokens (short), 20 of 128
-    (passages), 100 of 512 (long; of slow models fewer, by which the speed is told). What is shown
-    is pairs a second, the chosen one first. From then on, qrank score and Reranker choose by it.
+    (passages), and 100 of 512 (long; fewer for slow models). The table shows pairs per second,
+    with the chosen target first. From then on, qrank score and Reranker use the result.
 
     \b
       qrank tune my-bundle
@@ -63,7 +63,7 @@ def tune(
 
 
 def measure(bundle: Bundle, threads: int | None, timeout: float | None) -> list[Measurement]:
-    """Measure, and say on a terminal what is being done."""
+    """Measure a bundle's targets, with a spinner on a terminal."""
     from qrank.measure.tuning import tune as run
 
     with spinner() as progress:

@@ -1,1 +1,1 @@
-"""What is found out about targets and backends, in other processes."""
+"""Measurements and checks of targets and backends, in child processes."""

@@ -1,4 +1,4 @@
-"""All targets of a bundle side by side, in turns: what `qrank bench` shows."""
+"""Time all targets of a bundle in turns, for `qrank bench`."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ from qrank.select.targets import TargetKey, named
 from qrank.system import machine
 
 COUNTS = (1, 20, 100)
-"""Documents of a request."""
+"""Documents per request."""
 
 ROUNDS = (5, 30)
-"""Least and most rounds."""
+"""Minimum and maximum number of rounds."""
 
 log = logging.getLogger("qrank")
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a target does, or why it cannot be used.
+    """Results of a target, or why it cannot be used.
 
     Attributes:
-        target: it; or a backend, none of whose targets can be used.
-        setting: arithmetic it computes in; "" where there is no choice.
+        target: the target; or a backend, if none of its targets can be used.
+        setting: compute dtype; "" if there is no choice.
         reason: why it cannot be used; None if it can.
-        pairs: a second, with the largest request.
-        tokens: a second, likewise.
+        pairs: pairs per second, with the largest request.
+        tokens: tokens per second, with the largest request.
         p50: median milliseconds of a request, by its number of documents.
-        p95: of a hundred requests, 95 take less.
+        p95: 95th percentile of the milliseconds, by number of documents.
         load: seconds to open it.
-        peak: most bytes its process held, Python's and the tokenizer's included; None where the
-            system does not tell.
+        peak: peak memory of its process in bytes, with Python and the tokenizer; None if the
+            system does not report it.
         bytes: size of its files.
         kendall: Kendall's tau against the original, on the bundle's probes.
-        rounds: how many requests of each size were timed.
+        rounds: timed requests, by number of documents.
     """
 
     target: TargetKey
@@ -69,7 +69,7 @@ class Row:
     rounds: dict[int, int] = field(default_factory=dict)
 
     def speed(self, profile: Profile) -> float:
-        """Pairs a second, of what was ranked: the same for every profile."""
+        """Pairs per second on the ranked documents: the same for every profile."""
         return self.pairs
 
 
@@ -84,25 +84,25 @@ def bench(
     seconds: float = 30.0,
     progress: Callable[[str], object] = log.info,
 ) -> list[Row]:
-    """Rank the same documents with every target, request by request in turns.
+    """Rank the same documents with every target; targets take turns, one request each.
 
     Args:
         model: as for `Reranker`.
-        texts: documents; repeated where there are fewer than a request has. None: made-up ones of
-            128 tokens.
-        query: None: a made-up one.
+        texts: documents; repeated if there are fewer than a request needs. None: made-up ones of
+            128 tokens, query included.
+        query: the query. None: a made-up one.
         threads: CPU threads a target may use. None: all.
         backends: formats, variants and other names of `qrank.select.targets.named`; () for all.
-            All that they stand for are in memory at once.
-        device: None: every one that is present.
-        seconds: for each size of a request, after which no further round begins.
-        progress: told what is being done.
+            All targets they select are in memory at once.
+        device: the device. None: every device that is present.
+        seconds: time for each request size, after which no further round begins.
+        progress: called with what is being done.
 
     Returns:
         Rows, the fastest first, then those that cannot be used.
 
     Raises:
-        QrankError: there is no such bundle, or nothing of it is named so.
+        QrankError: there is no such bundle, or it has no such target.
     """
     model = arguments.model(model)
     threads = arguments.whole("threads", threads, 1) or machine.processors()
@@ -139,7 +139,7 @@ def bench(
         failed: dict[int, str] = {}
         for candidate in chosen:
             progress(f"opening {candidate.name}")
-            # What is open already is missing from what is free, where the system tells that.
+            # If the system reports free memory, that already excludes the open targets.
             taken = 0 if machine.free_memory() is not None else _taken(running)
             if candidate.target.variant.bytes * 3 + taken > room():
                 reason = "no room in memory beside the others: name fewer with --backend"
@@ -162,7 +162,7 @@ def bench(
             cases = {number: case for number, case in cases.items() if number not in failed}
             times[count], more = in_turns(cases, ROUNDS, seconds)
             failed |= more
-            # A document may be many times longer than the one before.
+            # The next documents may be many times longer than those before.
             expected = {n: max(seconds) * COUNTS[-1] for n, seconds in times[count].items()}
         for number, opened in enumerate(running):
             candidate = opened.candidate
@@ -191,16 +191,16 @@ def bench(
 
 
 def chosen(rows: Sequence[Row], criteria: Criteria, last: Collection[str] = ()) -> Row | None:
-    """The row of the target that would be taken; None where none can be.
+    """The row of the target that the criteria choose; None if there is none.
 
     Args:
-        rows: of `bench`.
+        rows: from `bench`.
         criteria: what decides.
-        last: names of variants to take after all others, of `selection.deprioritized`.
+        last: names of variants to take after all others, from `selection.deprioritized`.
     """
     return next(iter(order(rows, criteria, last)), None)
 
 
 def _taken(running: Sequence[Opened]) -> int:
-    """Bytes that targets take, about."""
+    """Estimated bytes of memory that targets take."""
     return sum(opened.candidate.target.variant.bytes * 3 for opened in running)

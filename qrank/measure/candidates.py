@@ -1,4 +1,4 @@
-"""What there is to measure: every variant on every device, in each arithmetic."""
+"""Candidates to measure: every variant on every device, in each compute dtype."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Candidate:
         return f"{self.target.name} {self.compute_dtype or ''}".rstrip()
 
     def measured(self, **fields: Any) -> Measurement:
-        """What was found out about it."""
+        """A measurement of this candidate; `fields` are its results."""
         known = {"kendall": self.target.variant.fidelity.kendall, **fields}
         return Measurement(
             self.target.key,
@@ -40,9 +40,10 @@ class Candidate:
 
 
 def candidates(manifest: Manifest, found: Iterable[Found], threads: int) -> list[Candidate]:
-    """Every variant on every device of every backend that reads it, in each arithmetic.
+    """Every variant on every device of every backend that reads it, in each compute dtype.
 
-    The one expected to be the fastest comes first: what is much slower is then soon known.
+    Those expected to be fastest come first, so that much slower ones are soon recognized; the CPU
+    comes after other devices.
     """
     made = [
         Candidate(Target(variant, device.name, backend.backend), compute_dtype, threads)

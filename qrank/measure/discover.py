@@ -1,4 +1,4 @@
-"""Which backends and devices are here, asked in processes of their own: drivers hang and crash."""
+"""Find backends and devices from child processes, because drivers hang and crash."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("qrank")
 
 
 class Responder(Protocol):
-    """A `Child`, or what stands for one."""
+    """A `Child`, or a substitute in this process."""
 
     def ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
         """See `Child.ask`."""
@@ -28,7 +28,7 @@ class Responder(Protocol):
 
 
 class _Here:
-    """A trial in this process, where no Python can be started: in a frozen application."""
+    """A trial in this process, if no child can be started (in a frozen application, say)."""
 
     def __init__(self) -> None:
         self._questions = worker.questions()
@@ -47,7 +47,7 @@ class _Here:
 
 
 def start() -> Responder:
-    """A new process for a trial; this one where none can be started."""
+    """Start a process for a trial; if that is not possible, use this process."""
     if subprocess_rpc.wanted():
         try:
             return Child(worker.__name__).greeted()
@@ -58,13 +58,13 @@ def start() -> Responder:
 
 @dataclass(frozen=True)
 class Device:
-    """A device that a backend found, and what can be chosen there; see `qrank.backends`.
+    """A device that a backend found, and its options; see `qrank.backends`.
 
     Attributes:
         name: lower case.
-        compute_dtypes: arithmetic, fastest first; [None] where there is no choice.
-        batches: the backend's own first; may be none.
-        note: what a user may want to know of it; "" mostly.
+        compute_dtypes: the fastest first; [None] if there is no choice.
+        batches: values of `max_batch_tokens`, the backend's default first; may be empty.
+        note: a remark for users; often "".
     """
 
     name: str
@@ -75,15 +75,15 @@ class Device:
 
 @dataclass(frozen=True)
 class Found:
-    """A backend as it is on this machine.
+    """A backend as found on this machine.
 
     Attributes:
         backend: its name.
-        version: of its runtime; "" where it cannot be used.
-        formats: it reads.
-        devices: that are present.
-        kinds: of devices that it might find elsewhere.
-        conflict: what is wrong with how it is installed; "" mostly.
+        version: version of its runtime; "" if it cannot be used.
+        formats: formats that it reads.
+        devices: devices that are present.
+        kinds: kinds of devices that it supports, present or not.
+        conflict: problem with its installation; often "".
         reason: why it cannot be used; None if it can.
     """
 
@@ -97,12 +97,12 @@ class Found:
 
 
 def surveys(manifest: Manifest, limit: float, progress: Callable[[str], object]) -> list[Found]:
-    """Look at the backends of a bundle's formats, and at other packages'.
+    """Survey the backends of a bundle's formats, and those of other packages.
 
     Args:
         manifest: the bundle's.
         limit: seconds that each may take.
-        progress: told which is looked at.
+        progress: called with what is being done.
     """
     formats = {variant.format for variant in manifest.variants.values()}
     found = []
@@ -113,7 +113,7 @@ def surveys(manifest: Manifest, limit: float, progress: Callable[[str], object])
 
 
 def survey(backend: str, limit: float) -> Found:
-    """Look at a backend; it may take `limit` seconds."""
+    """Ask a backend for its version, formats and devices; it may take `limit` seconds."""
     asked = start()
     try:
         found = asked.ask({"do": "survey", "backend": backend}, limit)

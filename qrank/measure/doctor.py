@@ -1,4 +1,4 @@
-"""What `qrank doctor` finds: every backend and device, checked by computing something there."""
+"""Check every backend and device by computing something there, for `qrank doctor`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from qrank.measure.discover import Device, start, survey
 from qrank.system import machine
 
 LIMIT = 60.0
-"""Seconds a backend may take to say what is there, and a device to compute."""
+"""Seconds a backend may take to list its devices, and a device to compute."""
 
 EXACT = 0.05
-"""Largest difference from numpy's that a product of fp32 matrices may have: devices may compute it
-in 16 bits, and of numbers like these that costs 0.02."""
+"""Largest allowed difference of a product of fp32 matrices from numpy's: devices may compute it in
+16 bits, which costs 0.02 for such numbers."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class DeviceReport:
     Attributes:
         name: lower case.
         present: whether the backend finds it here.
-        computes: whether it gave the right product of two matrices; None: not asked.
-        detail: what it can compute in; or why it cannot be used.
+        computes: whether its product of two matrices was right; None: not checked.
+        detail: its compute dtypes, or else a note; or why it cannot be used or checked.
     """
 
     name: str
@@ -42,11 +42,11 @@ class BackendReport:
     """A backend.
 
     Attributes:
-        name: of the backend.
-        version: of its runtime; None where it cannot be used.
-        reason: why not; "" where it can.
-        advice: what to do about that; "" where nothing is to be done.
-        devices: present ones, and others that it might have.
+        name: name of the backend.
+        version: version of its runtime; None if it cannot be used.
+        reason: why it cannot be used; "" if it can.
+        advice: what to do about it, or about a conflict in its installation; "" if nothing.
+        devices: present devices, and one entry for each kind that is absent.
     """
 
     name: str
@@ -57,10 +57,10 @@ class BackendReport:
 
 
 def examine(progress: Callable[[str], object] = lambda step: None) -> dict[str, Any]:
-    """Look at this machine, its backends and their devices; nothing of it can end this process.
+    """Report on this machine, its backends and their devices; a crash cannot end this process.
 
     Returns:
-        What JSON can hold: "machine", and "backends" as `BackendReport` has them.
+        JSON values: "machine", and "backends" with the fields of `BackendReport`.
     """
     progress("looking for backends and devices")
     with ThreadPoolExecutor(2) as pool:
@@ -80,7 +80,7 @@ def examine(progress: Callable[[str], object] = lambda step: None) -> dict[str, 
 
 
 def _backend(name: str) -> BackendReport:
-    # Another package's may crash as it is imported: `survey` does that elsewhere.
+    # Another package's backend may crash on import: `survey` imports it in a child.
     own = spec(name) if name in BACKENDS else None
     if own is not None and (missing := own.missing()) is not None:
         return BackendReport(name, None, f"{missing} is not installed", own.pip_line)

@@ -1,4 +1,4 @@
-"""What targets are timed on where nobody gives documents: made-up ones of a profile's length."""
+"""Made-up documents of a profile's length, for timing targets if the user gives none."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WORDS = (
 
 
 def documents(bundle: Bundle, profile: Profile) -> list[str]:
-    """Made-up documents, of a profile's number and length."""
+    """Made-up documents with the number and length of a profile."""
     encoder = PairTokenizer(bundle.tokenizer, bundle.manifest.family)
     count, tokens = PROFILES[profile]
     lengths = [len(ids) for ids in encoder.ids([f" {word}" for word in _WORDS])]

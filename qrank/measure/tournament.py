@@ -1,4 +1,4 @@
-"""Targets timed on the same documents, each in a process of its own; the fastest in turns."""
+"""Time targets on the same documents, each in its own process; the fastest ones in turns."""
 
 from __future__ import annotations
 
@@ -23,32 +23,33 @@ FIRST_LOOK_SECONDS = 0.5
 """Seconds that a first look at a target spends on a profile."""
 
 SKIP_FACTOR = 3.0
-"""So many times slower than the best so far, and a target gets no more than a glance."""
+"""A target that is this many times slower than the best so far gets only a glance."""
 
 ROUNDS = (3, 7)
-"""Least and most rounds in which finalists take turns."""
+"""Minimum and maximum number of rounds in which finalists take turns."""
 
 FINAL = 6.0
 """Seconds, for each profile, after which no further round begins."""
 
 PATIENCE = 10.0
-"""So many times longer than was to be expected, and a target is given up: it hangs."""
+"""A target that takes this many times longer than expected counts as hanging."""
 
 LEAST_PATIENCE = 10.0
-"""Seconds that every answer may take."""
+"""Seconds that any answer may take, plus time for large files."""
 
 FIRST_PATIENCE = 30.0
-"""Seconds that an answer may take where nothing is known yet, on the CPU."""
+"""Seconds that an answer may take on the CPU if nothing is known yet, plus time for large files;
+other devices get ten times as long."""
 
 ProfileTexts = Mapping[Profile, list[str]]
-"""Documents to time a target on, by profile; the query is QUERY."""
+"""Documents to time a target on, by profile."""
 
 Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
 class Look:
-    """A candidate after a first look: what was measured, and the most memory it held, in bytes."""
+    """A candidate after a first look: its measurement, and its peak memory in bytes."""
 
     candidate: Candidate
     measurement: Measurement
@@ -56,9 +57,10 @@ class Look:
 
 
 def room() -> float:
-    """Bytes that targets may take beside each other.
+    """Bytes of memory that targets may take together.
 
-    Where the system does not tell what is free, a part of what it has, or of a small machine's.
+    If the system does not report free memory: a share of all memory, or of 4 GiB if that is unknown
+    too.
     """
     free = machine.free_memory()
     if free is not None:
@@ -68,13 +70,13 @@ def room() -> float:
 
 @dataclass(frozen=True)
 class Opened:
-    """A candidate that runs in a process of its own.
+    """A candidate that runs in its own process.
 
     Attributes:
-        candidate: it.
+        candidate: the candidate.
         child: the process.
         load: seconds it took to open.
-        kendall: Kendall's tau against the original, in its arithmetic.
+        kendall: Kendall's tau against the original, in its compute dtype.
     """
 
     candidate: Candidate
@@ -90,7 +92,7 @@ class Tournament:
         folder: the bundle.
         work: the documents.
         timeout: see `tune`.
-        query: they are ranked for.
+        query: the query that documents are ranked for.
     """
 
     def __init__(
@@ -104,10 +106,10 @@ class Tournament:
 
     @contextmanager
     def opened(self, candidate: Candidate) -> Iterator[Opened]:
-        """A candidate, opened in a process of its own.
+        """Open a candidate in its own process.
 
         Raises:
-            QrankError: it cannot be used; with the reason.
+            QrankError: it cannot be used; the message says why.
         """
         child = start()
         question = {
@@ -134,8 +136,8 @@ class Tournament:
         """Seconds to wait for a candidate's answer.
 
         Args:
-            candidate: it.
-            expected: seconds that it should take, by what is known of others; None: nothing is.
+            candidate: the candidate.
+            expected: seconds that the answer should take, judging by others; None: unknown.
         """
         if self._timeout is not None:
             return self._timeout
@@ -145,14 +147,14 @@ class Tournament:
         return (FIRST_PATIENCE + more) * (1 if candidate.target.device == "cpu" else 10)
 
     def rank(self, opened: Opened, texts: list[str], expected: float | None = None) -> float:
-        """Seconds it takes a candidate to rank texts; `expected` as `patience` has it."""
+        """Seconds a candidate takes to rank texts; `expected` as for `patience`."""
         question = {"do": "rank", "query": self._query, "documents": texts}
         limit = self.patience(opened.candidate, expected)
         seconds: float = opened.child.ask(question, limit)["seconds"]
         return seconds
 
     def peak(self, opened: Opened) -> int | None:
-        """Most bytes a candidate's process held; None where the system does not tell."""
+        """Peak memory of a candidate's process in bytes; None if the system does not report it."""
         limit = self.patience(opened.candidate, None)
         held: int | None = opened.child.ask({"do": "memory"}, limit)["bytes"]
         return held
@@ -165,17 +167,17 @@ class Tournament:
 
         Args:
             candidate: what to look at.
-            best: pairs a second on `passages` of the best so far.
+            best: pairs per second on `passages` of the best so far.
 
         Raises:
-            QrankError: it cannot be used; with the reason.
+            QrankError: it cannot be used; the message says why.
         """
         speeds: dict[str, float] = {}
         with self.opened(candidate) as opened:
             for profile, texts in self._work.items():
                 few = texts[: max(candidate.threads, 2)]
                 kind = (profile, candidate.target.device)
-                # Twice: kernels are made for every new shape.
+                # Twice, because kernels are built for every new shape.
                 first = self.rank(opened, few, self._slowest.get(kind))
                 self._learn(kind, first)
                 speed = len(few) / self.rank(opened, few, first)
@@ -194,7 +196,7 @@ class Tournament:
     def compare(
         self, chosen: Sequence[Candidate], progress: Callable[[str], object]
     ) -> list[Measurement]:
-        """Time candidates in turns: what else the machine does meets all of them alike."""
+        """Time candidates in turns, so that other load on the machine affects all of them alike."""
         running: dict[int, Opened] = {}
         reasons: dict[int, str] = {}
         speeds: dict[int, dict[str, float]] = {number: {} for number in range(len(chosen))}
@@ -223,7 +225,7 @@ class Tournament:
             for profile, texts in self._work.items():
                 progress(f"comparing the {len(running)} fastest: {profile}")
                 few = texts[: max(chosen[0].threads, 2)]
-                # Twice: kernels are made for every new shape.
+                # Twice, because kernels are built for every new shape.
                 glances = {n: seconds for n, (_, seconds) in turns(few, (2, 2), 0, {}).items()}
                 count = int(FIRST_LOOK_SECONDS * len(few) / max(glances.values(), default=1.0))
                 some = texts[: max(count, len(few))]
@@ -245,12 +247,12 @@ class Tournament:
 def in_turns(
     cases: Mapping[Key, Callable[[], float]], rounds: tuple[int, int], seconds: float
 ) -> tuple[dict[Key, list[float]], dict[Key, str]]:
-    """Call each case once a round; a round begins with another case each time.
+    """Call each case once per round; each round begins with a different case.
 
     Args:
-        cases: may raise a QrankError, and then has no further turn.
-        rounds: least and most of them.
-        seconds: after which no further round begins, once there are enough.
+        cases: a case that raises a QrankError gets no further turn.
+        rounds: minimum and maximum number of rounds.
+        seconds: time after which no further round begins, once the minimum is reached.
 
     Returns:
         What each case returned, round by round; and why the others failed.

@@ -1,4 +1,4 @@
-"""Measure every target of a bundle on this machine, each in a process of its own."""
+"""Measure every target of a bundle on this machine, each in its own process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qrank.select.targets import TargetKey
 from qrank.system import machine
 
 FINALIST_MARGIN = 0.35
-"""Within this share of the fastest, a target is measured again, in turns with it."""
+"""Targets within this share of the fastest speed are measured again, in turns with the fastest."""
 
 FINALISTS = 5
 
@@ -39,18 +39,18 @@ def tune(
     timeout: float | None = None,
     progress: Callable[[str], object] = log.info,
 ) -> list[Measurement]:
-    """Measure every target of a bundle here, and remember it for `Reranker`.
+    """Measure every target of a bundle here, and store the results for `Reranker`.
 
-    Each is opened in a process of its own, must reproduce the bundle's probes, and is timed on
-    `PROFILES`; then the fastest take turns, the best of them with other settings too.
-    The time this takes is bounded: of a slow model, fewer documents are ranked.
+    Each target is opened in its own process, must reproduce the bundle's probes, and is timed on
+    `PROFILES`. Then the fastest are timed in turns, the best of them with other settings too.
+    The total time is bounded: slow models rank fewer documents.
 
     Args:
         model: as for `Reranker`.
         threads: CPU threads a target may use. None: all.
-        timeout: seconds a backend may take to open or to answer. None: ten times as long as others
-            took, and some for large files.
-        progress: told what is being measured.
+        timeout: seconds a backend may take to open or to answer. None: ten times as long as
+            expected from earlier answers, with more time for large files.
+        progress: called with what is being measured.
 
     Returns:
         Every target in every setting, and the backends that cannot be used, with their reasons.
@@ -95,9 +95,9 @@ def tune(
 def _as_of_now(
     old: Measurement, close: Sequence[Look], finals: Sequence[Measurement]
 ) -> Measurement:
-    """A first look on the scale of the finals: by how much faster or slower finalists became.
+    """Rescale a first look to the finals, by the median change in the finalists' speeds.
 
-    Whatever it was by then, it did not come near the fastest, and does not now.
+    The target was not near the fastest in the first look, so its speed is capped below the best.
     """
     speeds = dict(old.speeds)
     pairs = [(look.measurement, new) for look, new in zip(close, finals, strict=False)]
@@ -111,9 +111,9 @@ def _as_of_now(
 
 
 def finalists(looks: Sequence[Look]) -> list[Look]:
-    """Those near the fastest of a profile, the fastest on `passages` first.
+    """Targets near the fastest of any profile, the fastest on `passages` first.
 
-    No more than FINALISTS, nor than find room in memory beside each other.
+    At most FINALISTS, and no more than fit in memory together.
     """
     ranked: list[Look] = []
     for profile in sorted(PROFILES, key=lambda name: name != "passages"):
@@ -132,7 +132,7 @@ def finalists(looks: Sequence[Look]) -> list[Look]:
 
 
 def variations(best: Look, found: Iterable[Found], taken: int) -> list[Candidate]:
-    """The best candidate with other threads and batches, where they may matter."""
+    """The best candidate with other threads and batch sizes, if memory allows."""
     if best.peak * (taken + 2) > room():
         return []
     candidate = best.candidate

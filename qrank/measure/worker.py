@@ -1,7 +1,4 @@
-"""A backend looked at, or a target tried, away from the user's process.
-
-It is what `qrank.system.subprocess_rpc` runs in a child.
-"""
+"""Survey a backend or try a target in a child process of `qrank.system.subprocess_rpc`."""
 
 from __future__ import annotations
 
@@ -19,13 +16,13 @@ from qrank.system.subprocess_rpc import answer
 
 
 class Trial:
-    """A target, once opened; each method is a question, and returns what JSON can hold."""
+    """Answers about backends and one opened target; each method returns JSON values."""
 
     def __init__(self) -> None:
         self._reranker: Reranker | None = None
 
     def survey(self, backend: str) -> dict[str, Any]:
-        """A backend's version, the formats it reads, and its devices here with their choices."""
+        """A backend's version, the formats it reads, and its devices here with their options."""
         spec = backends.spec(backend)
         return {
             "version": spec.version(),
@@ -43,7 +40,7 @@ class Trial:
         }
 
     def check(self, backend: str, device: str) -> dict[str, Any]:
-        """How far a product of matrices is from numpy's; None where a backend has no such check."""
+        """Error of a matrix product against numpy's; None if the backend has no such check."""
         compute = backends.spec(backend).product
         if compute is None:
             return {"off": None}
@@ -56,7 +53,7 @@ class Trial:
         return {"off": float(np.abs(found - a @ b).max())}
 
     def open(self, model: str, **options: Any) -> dict[str, Any]:
-        """Open and prove a target, see `Reranker`: seconds, and its Kendall's tau on the probes."""
+        """Open and check a target (see `Reranker`): seconds, and Kendall's tau on the probes."""
         start = time.perf_counter()
         self._reranker = Reranker(model, **options)
         return {"seconds": time.perf_counter() - start, "kendall": self._reranker.engine.kendall}
@@ -69,17 +66,17 @@ class Trial:
         return {"seconds": time.perf_counter() - start}
 
     def memory(self) -> dict[str, Any]:
-        """Most bytes this process held."""
+        """Peak memory of this process in bytes."""
         return {"bytes": machine.peak_memory()}
 
 
 def questions() -> dict[str, Callable[..., dict[str, Any]]]:
-    """What a new trial can be asked, by name."""
+    """The questions that a new trial answers, by name."""
     trial = Trial()
     names = ("survey", "check", "open", "rank", "memory")
     return {name: getattr(trial, name) for name in names}
 
 
 def main() -> None:
-    """In the child."""
+    """Answer questions; runs in the child."""
     answer(questions())

@@ -26,12 +26,12 @@ LAYOUTS = (
     {"documents": "corpus.jsonl", "queries": "queries.jsonl", "qrels": "qrels/test.tsv"},
     {"documents": "documents.jsonl", "queries": "queries.jsonl", "qrels": "qrels.trec"},
 )
-"""What a collection's files are called in a folder: BEIR's layout, and a plain one."""
+"""File names of a collection in a folder: BEIR's layout, and a plain one."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where a collection lies."""
+    """Paths of a collection's files."""
 
     queries: Path
     documents: Path
@@ -39,10 +39,10 @@ class Files:
 
     @classmethod
     def find(cls, folder: Path | None = None, **named: Path | None) -> Files:
-        """The files of a folder in one of `LAYOUTS`; one that is named takes its place.
+        """The files of a folder in one of `LAYOUTS`; a file that is named replaces the folder's.
 
         Raises:
-            InputError: one is neither named nor in the folder.
+            InputError: a file is neither named nor in the folder, or does not exist.
         """
         files = {kind: path for kind, path in named.items() if path is not None}
         if folder is not None:
@@ -58,14 +58,14 @@ class Files:
             if kind not in files:
                 raise InputError(f"no {kind}: give --{kind} FILE, or all by --data FOLDER")
             path = files[kind]
-            # A pipe is no "file", and can be read all the same.
+            # A pipe is not a regular file, but can be read.
             if path != STANDARD_INPUT and (path.is_dir() or not path.exists()):
                 raise InputError(f"no {kind}: {path} is no file; give --{kind} FILE")
         return cls(**files)
 
 
 def _there(path: Path) -> Path | None:
-    """A file, or what it is called when it is compressed; None if neither is there."""
+    """The path of a file or of its compressed form; None if neither exists."""
     names = [path, *(path.with_name(path.name + suffix) for suffix in SUFFIXES)]
     return next((name for name in names if name.is_file()), None)
 
@@ -75,20 +75,21 @@ def _listed(layout: dict[str, str]) -> str:
 
 
 class Collection:
-    """The queries that judgements speak of, their judgements, and all documents.
+    """The judged queries, their judgements, and all documents.
 
-    Documents stay on disk. What judgements name and the other files lack is counted by a warning:
-    such a document still counts as one that ought to be found, as trec_eval has it; such a query
-    cannot be asked, and is left out, and so are queries that are not judged.
+    Documents stay on disk. A warning counts the ids that judgements name and the other files lack:
+    such a document still counts as one to be found, as in trec_eval; such a query is left out, and
+    so are queries without judgements.
 
     Attributes:
+        name: the name of the documents' folder, or "a pipe".
         queries: query id -> text, in the file's order.
         documents: texts by id.
         qrels: query id -> document id -> relevance.
 
     Raises:
-        InputError: a file cannot be parsed, with the line; or no judged query, or no judged
-            document, is in the other files.
+        InputError: a file cannot be parsed (the message names the line); or no judged query or
+            no judged document is in the other files.
     """
 
     def __init__(self, files: Files) -> None:
@@ -104,12 +105,12 @@ class Collection:
             self._opened = opened.pop_all()
 
     def _tell_what_lacks(self, asked: Texts, qrels: str, judged: int) -> None:
-        """Warn of what one of the files names and another has not.
+        """Warn about ids that one of the files names and another lacks.
 
         Args:
             asked: all queries.
-            qrels: what the judgements' file is called.
-            judged: queries it names.
+            qrels: name of the judgements' file.
+            judged: number of queries in that file.
         """
         known = len(self.queries)
         _tell(
@@ -131,14 +132,14 @@ class Collection:
         self._opened.close()
 
     def bm25(self, depth: int = 100, max_queries: int | None = None) -> Run:
-        """BM25's best documents of the queries; those that share no word with one are none.
+        """BM25's best documents for each query, without those that share no word with it.
 
-        bm25s with its default parameters, `words` without English stop words. A query that stands
-        among the documents is no candidate for itself: see `_itself`.
+        Uses bm25s with its default parameters, on `words` without English stop words. A query that
+        is also a document is not a candidate for itself: see `_itself`.
 
         Args:
-            depth: documents of a query.
-            max_queries: only the first so many queries.
+            depth: maximum number of documents per query.
+            max_queries: use only the first `max_queries` queries. None: all.
         """
         bm25s = need("bm25s")
         stop = frozenset(need("bm25s.stopwords").STOPWORDS_EN)
@@ -167,18 +168,18 @@ class Collection:
         return _without(run, itself, depth)
 
     def run(self, path: Path, depth: int = 100, max_queries: int | None = None) -> Run:
-        """The best documents of a TREC run's judged queries, by its scores, equal ones as they lie.
+        """The best documents of a TREC run's judged queries, by score; ties keep the run's order.
 
-        A query that stands among the documents is no candidate for itself: see `_itself`.
+        A query that is also a document is not a candidate for itself: see `_itself`.
 
         Args:
-            path: of the run.
-            depth: documents of a query.
-            max_queries: only the first so many queries, in the order of the queries' file.
+            path: path of the run.
+            depth: maximum number of documents per query.
+            max_queries: use only this many queries, in the order of the queries' file. None: all.
 
         Raises:
-            InputError: it cannot be parsed, names documents that the documents' file lacks, or
-                names no query that is judged; with the line.
+            InputError: a line cannot be parsed, repeats a document, or names one that the documents
+                file lacks (the message names the line); or no query of the run is judged.
         """
         found: Run = {}
         others = set()
@@ -216,18 +217,18 @@ class Collection:
         return _without(ranked, self._itself(queries), depth)
 
     def judged(self, max_queries: int | None = None) -> Run:
-        """The judged documents of the queries, as candidates by no first stage: all score 0."""
+        """The judged documents of each query as candidates without a first stage: all score 0."""
         return {
             query: {name: 0.0 for name in self.qrels[query] if name in self.documents}
             for query in list(self.queries)[:max_queries]
         }
 
     def _itself(self, queries: Iterable[str]) -> set[str]:
-        """The queries that stand among the documents too, with their id and their text.
+        """The queries that are also documents, with the same id and text.
 
-        So it is in collections of arguments (ArguAna) and duplicate questions (Quora), and BEIR
-        evaluates without them. BEIR goes by the id alone; but where queries and documents are only
-        numbered, the same number says nothing.
+        Collections of arguments (ArguAna) and duplicate questions (Quora) have them, and BEIR
+        evaluates without them. BEIR compares only ids, but if queries and documents are simply
+        numbered, equal ids mean nothing.
         """
         return {
             query
@@ -237,7 +238,7 @@ class Collection:
 
 
 def _without(run: Run, itself: Set[str], depth: int) -> Run:
-    """The best candidates of every query but itself."""
+    """The best candidates of every query, without the query itself."""
     found_itself = sum(query in found for query, found in run.items() if query in itself)
     if found_itself:
         log.warning(
@@ -253,15 +254,15 @@ def _without(run: Run, itself: Set[str], depth: int) -> Run:
 
 
 def _holds(document: str, query: str) -> bool:
-    """Whether a document is a query's text, maybe behind a title."""
+    """Whether a document's text ends with a query's text; a title may come first."""
     return f" {' '.join(document.split())}".endswith(f" {' '.join(query.split())}")
 
 
 def _tell(what: str, count: int, of: int, kind: str) -> None:
-    """A warning if there is something to tell of.
+    """Warn about a count, if it is not 0.
 
     Raises:
-        InputError: it is so of all.
+        InputError: the count covers all of them.
     """
     if count == of:
         raise InputError(f"{what}: all {of} {kind}; these files do not belong together")
@@ -273,7 +274,7 @@ def _judgements(file: TextFile) -> dict[str, dict[str, int]]:
     """Query id -> document id -> relevance.
 
     Raises:
-        InputError: a line cannot be parsed or contradicts another, or there is none.
+        InputError: a line cannot be parsed or contradicts another, or there are no judgements.
     """
     qrels: dict[str, dict[str, int]] = {}
     for item in judgements(file):

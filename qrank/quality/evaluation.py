@@ -1,4 +1,4 @@
-"""Every variant of a bundle over a test collection: what it ranks, and what it lost to fp32."""
+"""Evaluate every variant of a bundle on a test collection, and its loss against fp32."""
 
 from __future__ import annotations
 
@@ -21,27 +21,30 @@ from qrank.select.targets import Target, named
 from qrank.system.extras import need
 
 WITHIN = 50
-"""Documents of the first stage that the reranked top 10 should come from."""
+"""Top documents of the first stage that the reranked top 10 should come from."""
 
 AGREEMENT = 0.6
-"""The share of them below which the first stage and the reranker seem made for different work."""
+"""If a smaller share of the reranked top 10 comes from them, the first stage and the reranker seem
+made for different tasks."""
 
 ORIGINAL = "torch-fp32"
-"""What a checkpoint that is the reference runs as."""
+"""Backend that runs a checkpoint as the reference."""
 
 log = logging.getLogger("qrank")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run: the first stage's, or a variant's.
+    """One run: of the first stage, the reference checkpoint or a variant.
 
     Attributes:
-        name: `onnx-int8`.
+        name: for example `onnx-int8`.
         measures: means over queries.
-        difference: of nDCG@10, to the reference's; None for the reference itself.
-        kendall: tau-b of logits against the reference's, mean over queries.
-        overlap: share of the top 10 that is the reference's too, mean over queries.
+        difference: nDCG@10 minus the reference's; None for the reference itself.
+        kendall: tau-b of logits against the reference's, mean over queries; None for the
+            reference itself, and if no query has two candidates.
+        overlap: share of the top 10 that is in the reference's top 10 too, mean over queries;
+            None for the reference itself.
         before: queries that were scored by an earlier evaluation.
     """
 
@@ -55,19 +58,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """Result of `evaluate`.
 
     Attributes:
         model: the bundle's name.
         data: the collection's name.
-        queries: how many.
-        depth: most candidates of a query.
-        recall: share of relevant documents among the candidates: no order changes it.
-        reference: which row the others are compared with.
-        why: it is the one.
-        agreement: share of its top 10 in the first stage's top 50; None where no query has more
-            candidates than these.
-        rows: the first stage, then variants.
+        queries: number of queries.
+        depth: largest number of candidates of a query.
+        recall: share of relevant documents that are among the candidates: reranking does not
+            change it.
+        reference: name of the row that the others are compared with.
+        why: why that row is the reference.
+        agreement: share of the reference's top 10 in the first stage's top 50; None if no query
+            has more candidates than these.
+        rows: the first stage, the checkpoint if one was given, then variants.
         failed: variants that could not run -> the reason.
     """
 
@@ -97,24 +101,24 @@ def evaluate(
 ) -> Evaluation:
     """Rerank every query's candidates with every variant of a bundle and compare.
 
-    The reference is the checkpoint named, or the bundle's fp32 variant, or the variant closest to
-    the original on the probes. nDCG@10 lost to fp32 is kept for `qrank.select.losses`.
+    The reference is the checkpoint given; else the bundle's fp32 variant; else the variant closest
+    to the original on the probes. nDCG@10 losses against fp32 are stored by `qrank.select.losses`.
 
     Args:
         model: a bundle.
         collection: texts and judgements.
-        candidates: of the queries to evaluate, in the first stage's order.
+        candidates: candidates of the queries to evaluate, in the first stage's order.
         setting: how targets are opened.
-        first: what the first stage is called.
-        backends: see `qrank.select.targets.named`. Empty: all variants, of which those that cannot
-            run here are left out.
-        reference: the checkpoint, which torch runs in fp32.
-        family: card that reads it.
+        first: name of the first stage.
+        backends: see `qrank.select.targets.named`. Empty: all variants, except those that cannot
+            run here.
+        reference: a checkpoint, which torch runs in fp32. None: see above.
+        family: card that reads the checkpoint.
         progress: called after each query of each target.
 
     Raises:
-        InputError: there are no queries, or none has a candidate.
-        TargetError: a variant that was named, or every one, cannot run here.
+        InputError: there are no queries, or no query has a candidate.
+        TargetError: a variant that was named cannot run here, or no variant can.
     """
     if not candidates:
         raise InputError("there is no query to evaluate")
@@ -141,14 +145,14 @@ def evaluate(
     failed: dict[str, str] = {}
     same = True
     if reference is not None:
-        # Devices and arithmetic are those of the variants' backends.
+        # `device` and `compute_dtype` are meant for the variants' backends.
         plain = replace(setting, device=None, compute_dtype=None)
         with plain.open(reference, ORIGINAL, family) as reranker:
             same = reranker.engine.manifest.source.fingerprint == manifest.source.fingerprint
             if not same:
                 log.warning("%s is not what %s was converted from", reference, manifest.name)
             scored[ORIGINAL] = score(reranker, plain, collection, candidates, progress=progress)
-    # The bundle's own reference is scored whether it is named or not.
+    # The bundle's own reference is scored even if it is not named.
     for name in dict.fromkeys([*(exact if reference is None else ()), *selectors]):
         try:
             with setting.open(bundle, name) as reranker:
@@ -190,7 +194,7 @@ def evaluate(
 
 
 def _selectors(manifest: Manifest, backends: Sequence[str]) -> list[str]:
-    """What names each variant that backends stand for, and a user's own backends."""
+    """A `backend` argument for each variant that `backends` select; a user's own stay as given."""
     names: list[str] = []
     for backend in backends:
         if ":" in backend:
@@ -202,7 +206,7 @@ def _selectors(manifest: Manifest, backends: Sequence[str]) -> list[str]:
 
 
 def _reference(manifest: Manifest, names: Sequence[str]) -> tuple[str, str]:
-    """What the others are compared with, and why."""
+    """Name of the reference row, and why it was chosen."""
     if ORIGINAL in names:
         return ORIGINAL, "the checkpoint itself"
     variants = [manifest.variants[name] for name in names if name in manifest.variants]
@@ -216,7 +220,7 @@ def _reference(manifest: Manifest, names: Sequence[str]) -> tuple[str, str]:
 
 
 def _orders(candidates: Run, logits: Mapping[str, Logits]) -> dict[str, list[str]]:
-    """Each query's documents, best first; equal ones keep their order, as in `Reranker.rank`."""
+    """Each query's documents, best first; ties keep their order, as in `Reranker.rank`."""
     orders = {}
     for query, found in candidates.items():
         names = list(found)

@@ -1,4 +1,4 @@
-"""How good an order of documents is, and how sure a difference of two is."""
+"""Measures of a document order, and the significance of a difference between two orders."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ Order = Mapping[str, Sequence[str]]
 """Query id -> document ids, best first."""
 
 Qrels = Mapping[str, Mapping[str, int]]
-"""Query id -> document id -> relevance; a document that is not there is not relevant."""
+"""Query id -> document id -> relevance; documents that are missing are not relevant."""
 
 Values = NDArray[np.float64]
-"""One number a query, shape [queries]."""
+"""One number per query, shape [queries]."""
 
 MAIN = "nDCG@10"
-"""The measure that differences are of."""
+"""The measure that differences are computed for."""
 
 MEASURES = (MAIN, "MRR@10", "MAP", "R@10")
-"""Of an order, by ir_measures."""
+"""Names of the measures, as ir_measures parses them."""
 
 CONFIDENCE = 0.95
-"""Of intervals."""
+"""Confidence level of intervals."""
 
 
 def measure(qrels: Qrels, order: Order, names: Sequence[str] = MEASURES) -> dict[str, Values]:
     """Measures of every query of an order, by ir_measures.
 
-    Documents count in the order given, so that equal scores are no matter of their ids.
+    Documents count in the order given, so that ids do not break ties between scores.
 
     Args:
         qrels: judgements of every query.
-        order: what is measured; a query of no documents has 0 in every measure.
-        names: of the measures, as ir_measures parses them.
+        order: what is measured; a query without documents has 0 in every measure.
+        names: names of the measures, as ir_measures parses them.
 
     Returns:
         Measure -> values in the queries' order.
@@ -66,9 +66,9 @@ class Difference:
     """The mean difference of two paired samples.
 
     Attributes:
-        mean: of the differences.
-        margin: half the 95 % interval around it, by Student's t; None of one pair.
-        p: of a paired t-test, two-sided; None of one pair.
+        mean: mean of the differences.
+        margin: half the width of the 95 % interval around it, by Student's t; None for one pair.
+        p: p-value of a two-sided paired t-test; None for one pair.
     """
 
     mean: float
@@ -77,14 +77,14 @@ class Difference:
 
     @classmethod
     def of(cls, ours: Values, theirs: Values) -> Difference:
-        """Ours less theirs, both of shape [n]."""
+        """Ours minus theirs, both of shape [n]."""
         stats: Any = need("scipy.stats")
         gains = ours - theirs
         mean = float(gains.mean())
         if len(gains) < 2:
             return cls(mean, None, None)
         if not np.ptp(gains) or not gains.var():
-            # The same everywhere, or too alike for squares: scipy's test would divide by nothing.
+            # All equal, or so close that the variance is 0: scipy's test would divide by zero.
             return cls(mean, 0.0, 1.0 if mean == 0 else 0.0)
         test = stats.ttest_rel(ours, theirs)
         interval = test.confidence_interval(CONFIDENCE)
@@ -92,26 +92,26 @@ class Difference:
 
 
 def kendall(ours: Mapping[str, Logits], theirs: Mapping[str, Logits]) -> float | None:
-    """Mean over queries of Kendall's tau-b of two targets' logits of the same candidates.
+    """Kendall's tau-b of two targets' logits for the same candidates, mean over queries.
 
     Returns:
-        None where no query has two candidates.
+        None if no query has two candidates.
     """
     pairs = [(ours[query], theirs[query]) for query in ours if len(ours[query]) > 1]
     return float(np.mean([Fidelity.of(*pair).kendall for pair in pairs])) if pairs else None
 
 
 def overlap(ours: Order, theirs: Order, top: int = 10, within: int | None = None) -> float | None:
-    """Mean over queries of the share of our first `top` that are in their first `within`.
+    """Share of our first `top` documents that are in their first `within`, mean over queries.
 
     Args:
-        ours: queries without documents do not count.
-        theirs: of the same queries.
-        top: documents of ours.
-        within: documents of theirs. None: as many.
+        ours: an order; queries without documents do not count.
+        theirs: an order of the same queries.
+        top: number of documents of ours.
+        within: number of documents of theirs. None: `top`.
 
     Returns:
-        None where no query has documents.
+        None if no query has documents.
     """
     shares = [
         len(set(documents[:top]) & set(theirs[query][: within or top])) / len(documents[:top])

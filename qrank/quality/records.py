@@ -1,6 +1,6 @@
-"""Files of records a line, as collections come in: texts by id, runs, relevance judgements.
+"""Line-based files of a collection: texts by id, runs, relevance judgements.
 
-Longer than other files: what is said of a bad line is the same for all three.
+This file is longer than others because all three report a bad line in the same way.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from qrank.system.safejson import parse_object
 from qrank.system.textfiles import TextFile
 
 IDS = {
-    # MS MARCO's passages have "docid" beside it: their document's.
+    # MS MARCO's passages also have "docid": the id of their document.
     "document": ("id", "_id", "pid", "passage_id", "docid", "doc_id", "docno"),
     "query": ("id", "_id", "qid", "query_id"),
 }
-"""Kind of record -> names of its id: the first that is there counts."""
+"""Kind of record -> field names of its id: the first that is present counts."""
 
 TEXTS = {
     "document": (
@@ -35,22 +35,22 @@ TEXTS = {
     ),
     "query": ("text", "query", "question"),
 }
-"""Kind of record -> names of its text: the first that is there and not empty counts."""
+"""Kind of record -> field names of its text: the first that is present and not empty counts."""
 
 
 def text_of(record: dict[str, Any], kind: str, where: str) -> str:
-    """What is read of a record: its title, if there is one, and its text.
+    """The text of a record, after its title if it has one.
 
-    With "_id" it is BEIR's, which reads the title before every text; elsewhere a text may begin
-    with it already.
+    A record with "_id" is BEIR's, where the title is always prepended. In other records it is not
+    if the text already begins with it.
 
     Args:
         record: a line's JSON object.
         kind: "document" or "query".
-        where: file and line, for an error.
+        where: file and line, for errors.
 
     Raises:
-        InputError: no field of a text is there, or one is no string.
+        InputError: no text field is a string, or the title is not a string.
     """
     text = None
     for name in TEXTS[kind]:
@@ -70,10 +70,11 @@ def text_of(record: dict[str, Any], kind: str, where: str) -> str:
 
 
 def id_of(record: dict[str, Any], kind: str) -> str | None:
-    """The id of a record; None where there is none.
+    """The id of a record; None if there is no id.
 
     Raises:
-        ValueError: what it is instead of a text, that can be written as UTF-8, or a whole number.
+        ValueError: the id is neither a whole number nor a string that UTF-8 can encode; the message
+            says what it is instead.
     """
     for name in IDS[kind]:
         if name in record:
@@ -108,32 +109,32 @@ def _lacking(record: dict[str, Any], kind: str, what: str, names: tuple[str, ...
 
 
 def _shown(value: object) -> str:
-    """A value in an error: as JSON has it, nothing long."""
+    """A value for an error message: as JSON, or only the type of an object or a list."""
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
     return json.dumps(value)
 
 
 class Places:
-    """Ids and where each stands, on disk where they are many.
+    """Ids and the place of each in a file; many of them are kept on disk.
 
     Raises:
-        OSError: there is no room for them.
+        OSError: the disk has no space for them.
     """
 
     def __init__(self) -> None:
-        # A temporary database of SQLite's own, which it spills to disk as it grows.
+        # A temporary SQLite database, which spills to disk as it grows.
         self._database = sqlite3.connect("")
         self._database.execute("CREATE TABLE place (id TEXT PRIMARY KEY, start INTEGER)")
 
     def add(self, identity: str, start: int) -> bool:
-        """Keep an id's place; False if the id has one already."""
+        """Add an id with its place; False if the id is already there."""
         try:
             self._database.execute("INSERT INTO place VALUES (?, ?)", (identity, start))
         except sqlite3.IntegrityError:
             return False
         except sqlite3.OperationalError as error:
-            import tempfile  # slow to import, and not needed but here
+            import tempfile  # slow to import, and needed only here
 
             full = OSError(errno.ENOSPC, f"an index of ids cannot be kept: {error}")
             folder = Path(tempfile.gettempdir())
@@ -141,7 +142,7 @@ class Places:
         return True
 
     def get(self, identity: str) -> int | None:
-        """The place of an id."""
+        """The place of an id; None if the id is unknown."""
         row = self._database.execute("SELECT start FROM place WHERE id = ?", (identity,)).fetchone()
         return None if row is None else int(row[0])
 
@@ -155,22 +156,22 @@ class Places:
         return int(count)
 
     def close(self) -> None:
-        """Forget them."""
+        """Delete them."""
         self._database.close()
 
 
 class Texts:
-    """Texts of a JSONL file by id. Only places in the file are kept, and those on disk.
+    """Texts of a JSONL file by id. Only their places in the file are kept: see `Places`.
 
-    A line is an object with an id and a text, under one of the names of `IDS` and `TEXTS`, and
-    maybe a title: see `text_of`.
+    A line is an object with an id and a text, under one of the names in `IDS` and `TEXTS`, and an
+    optional title: see `text_of`.
 
     Args:
         path: the file; see `TextFile`.
-        kind: what its records are: "document" or "query".
+        kind: kind of its records: "document" or "query".
 
     Raises:
-        InputError: a line is none, or an id stands there twice; with the line.
+        InputError: a line is not such an object, or repeats an id; the message names the line.
     """
 
     def __init__(self, path: Path, kind: str) -> None:
@@ -178,7 +179,7 @@ class Texts:
         with ExitStack() as opened:
             self._file = opened.enter_context(TextFile(path))
             self.name = self._file.name
-            """What errors call the file."""
+            """Name of the file in errors."""
             self._places = opened.enter_context(closing(Places()))
             for number, start, line in self._file.places():
                 if line.strip():
@@ -225,7 +226,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class RunLine:
-    """A line of a TREC run; `score` as it stands there."""
+    """A line of a TREC run; `score` is the column's text."""
 
     number: int
     query: str
@@ -237,7 +238,7 @@ def run_lines(file: TextFile) -> Iterator[RunLine]:
     """Read a TREC run: query, Q0, document, rank, score, tag.
 
     Raises:
-        InputError: a line has another number of columns.
+        InputError: a line has a different number of columns.
     """
     for number, line in file:
         fields = line.split()
@@ -265,18 +266,18 @@ _NAMES = re.compile(
     r"\W?(query|topic|q|t)[-_ ]?(id|no|num|number)?\s.*\s\W?(rel|score|label|grad|judg|rat)\S*",
     re.IGNORECASE,
 )
-"""A line that names columns: the first is a query's, the last one of grades."""
+"""A header line: the first column is the query's, the last one the grade's."""
 
 
 def judgements(file: TextFile) -> Iterator[Judgement]:
     """Read relevance judgements.
 
-    TREC's are query, 0, document, relevance; BEIR's are query, document, relevance. Either may
-    stand under a line of names; columns are parted by tabs where that line has them, as BEIR reads
-    it, and by white space otherwise, as trec_eval does.
+    TREC's columns are query, 0, document, relevance; BEIR's are query, document, relevance. Either
+    file may begin with a header line. If that contains tabs, tabs separate the columns, as in BEIR;
+    otherwise white space does, as in trec_eval.
 
     Raises:
-        InputError: a line is neither.
+        InputError: a line has neither form.
     """
     first = True
     tabs = False
@@ -300,14 +301,14 @@ def judgements(file: TextFile) -> Iterator[Judgement]:
 
 
 def _between_tabs(line: str) -> list[str]:
-    """A line's columns, quoted as BEIR's reader takes them."""
+    """A line's columns, with quotes read as BEIR's reader does."""
     try:
         return next(csv.reader([line], delimiter="\t"))
-    except csv.Error:  # one that is too long
+    except csv.Error:  # a column is too long
         return [line]
 
 
 def _grade(text: str) -> int | None:
-    """A whole number, also written as 1.0; None for anything else."""
+    """A whole number of up to 4 digits, also written as 1.0; None for anything else."""
     found = re.fullmatch(r"([+-]?[0-9]{1,4})(\.0*)?", text.strip())
     return None if found is None else int(found[1])

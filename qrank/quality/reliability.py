@@ -1,4 +1,4 @@
-"""Fit a calibration on labelled pairs, and see on held-out ones how far it can be relied on."""
+"""Fit a calibration on labelled pairs, and measure its reliability on held-out ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class Part:
-    """Pairs of some of the queries, and how many of them are relevant."""
+    """Counts of a part of the queries, of their pairs, and of the relevant pairs."""
 
     queries: int
     pairs: int
@@ -45,7 +45,7 @@ class Reliability:
 
     @classmethod
     def of(cls, scores: Scores, labels: Labels) -> Reliability:
-        """Of scores from 0 to 1 and their labels, both of shape [n]."""
+        """Compute both from scores (0 to 1) and their labels, both of shape [n]."""
         return cls(
             float(np.mean((scores - labels) ** 2)), expected_calibration_error(scores, labels)
         )
@@ -53,12 +53,12 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Threshold:
-    """What keeping pairs of a score or more would do.
+    """Effect of keeping only pairs with at least a given score.
 
     Attributes:
-        score: the least that is kept.
-        kept: pairs.
-        precision: share of those that are relevant; None of no pairs.
+        score: the lowest score that is kept.
+        kept: number of pairs kept.
+        precision: share of the kept pairs that are relevant; None if no pair is kept.
         recall: share of the relevant pairs that are kept.
     """
 
@@ -70,19 +70,20 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Report:
-    """What `calibrate` found; everything but `fit` is of the held-out pairs.
+    """Result of `calibrate`; all figures but `fit` are for the held-out pairs.
 
     Attributes:
         model: the bundle's name.
-        target: what was calibrated: `onnx-int8@cpu`.
+        target: the calibrated target, for example `onnx-int8@cpu`.
         data: the collection's name.
         method: `platt` or `isotonic`.
-        fit: pairs it was fitted on.
+        fit: pairs that the calibration was fitted on.
         held_out: pairs of other queries.
-        before: of the model's own scores; of logits' sigmoids where these are no probabilities.
-        after: of the calibrated ones.
+        before: reliability of the sigmoids of logits / temperature: the model's own scores, unless
+            those are not probabilities.
+        after: reliability of the calibrated scores.
         thresholds: by calibrated score.
-        file: where the calibration is kept.
+        file: path of the stored calibration.
     """
 
     model: str
@@ -108,21 +109,21 @@ def calibrate(
     relevant: int = 1,
     progress: Progress = no_progress,
 ) -> Report:
-    """Fit a calibration on half of the queries, keep it, and report on the other half.
+    """Fit a calibration on half of the queries, store it, and report on the other half.
 
     Args:
         model: a bundle, or with backend `torch` a checkpoint.
         collection: texts and judgements.
-        candidates: the pairs, by query; one without a judgement counts as not relevant.
+        candidates: the pairs, by query; pairs without a judgement count as not relevant.
         setting: how the target is opened.
         backend: a format or variant. None: as `Reranker` chooses.
-        method: of `qrank.scoring.calibration.METHODS`.
-        relevant: the least judgement that counts as relevant.
+        method: one of `qrank.scoring.calibration.METHODS`.
+        relevant: the lowest judgement that counts as relevant.
         progress: called after each query.
 
     Raises:
-        InputError: there are too few pairs, or of one kind only, or labels and logits disagree;
-            or the backend is a user's own, which no bundle names.
+        InputError: there are too few pairs, all pairs have the same label, or labels and logits
+            disagree; or the backend is a user's own, which has no variant in a bundle.
     """
     if backend is not None and ":" in backend:
         raise InputError(f"a calibration belongs to a variant of a bundle, not to {backend}")
@@ -141,7 +142,7 @@ def calibrate(
     with setting.open(model, backend) as reranker:
         scored = score(reranker, setting, collection, candidates, progress=progress)
         manifest, target = reranker.engine.manifest, reranker.target
-    # By query: pairs of one are too alike to tell how the next will fare.
+    # Split by query: pairs of the same query are too alike to test on.
     order = np.random.default_rng(0).permutation(len(queries))
     half = len(queries) // 2
     parts = [sorted(order[:half]), sorted(order[half:])]
@@ -183,14 +184,14 @@ def calibrate(
 
 
 def expected_calibration_error(scores: Scores, labels: Labels) -> float:
-    """Mean difference of a bin's mean score and its share of relevant pairs, weighted by pairs.
+    """Mean gap between a bin's mean score and its share of relevant pairs, weighted by pairs.
 
     Ten bins of equal width from 0 to 1, as in C. Guo et al., "On calibration of modern neural
     networks", ICML 2017.
 
     Args:
         scores: from 0 to 1, shape [n].
-        labels: alongside.
+        labels: their labels, shape [n].
     """
     places = np.minimum((scores * BINS).astype(np.int64), BINS - 1)
     gaps = np.bincount(places, scores - labels, BINS)

@@ -1,4 +1,4 @@
-"""Rerank a TREC run file: as many queries as it holds, in memory for one."""
+"""Rerank a TREC run file of any number of queries, with only one of them in memory."""
 
 from __future__ import annotations
 
@@ -18,34 +18,35 @@ TAG = "qrank"
 """The last column of a run qrank writes."""
 
 LOGIT = ".9g"
-"""How a logit is written: two of float32 that differ are written differently."""
+"""Format of a logit: different float32 values are written differently."""
 
 
 def falling(logits: Sequence[float]) -> list[float]:
-    """Logits of a ranked list, NaNs at its end falling on by 1 each: evaluators sort by them."""
+    """Logits of a ranked list; NaNs at its end continue in steps of -1: evaluators sort by them."""
     scored = [logit for logit in logits if not math.isnan(logit)]
     lowest = scored[-1] if scored else 0.0
     return scored + [lowest - number for number in range(1, len(logits) - len(scored) + 1)]
 
 
 class RunReranker:
-    """A run checked from end to end before anything is scored.
+    """Reranks a run, after checking all of it before anything is scored.
 
     Args:
         run: TREC run file: query, Q0, document, rank, score, tag; grouped by query.
         queries: JSONL with id and text: see `Texts`.
-        documents: likewise.
+        documents: JSONL with id and text: see `Texts`.
 
     Attributes:
-        count: queries in the run.
-        documents: of all queries that were reranked so far.
-        scored: how many of these fitted the budget.
+        count: number of queries in the run.
+        documents: number of documents of all queries reranked so far.
+        scored: how many of these were scored within the budget.
         shown: how many are among the first `top_k`.
-        truncated: how many of those shown were not read whole.
+        truncated: how many of those shown were truncated.
 
     Raises:
-        InputError: a file cannot be read or parsed, the run is empty or not grouped by query, or
-            names what the other files lack; with the line.
+        InputError: a file cannot be read or parsed; or the run is empty, is not grouped by query,
+            repeats a document, or names an id that the other files lack. The message names the
+            line.
     """
 
     def __init__(self, run: Path, queries: Path, documents: Path) -> None:
@@ -67,9 +68,9 @@ class RunReranker:
         long_documents: LongDocuments = "truncate",
         budget_ms: float | None = None,
     ) -> Iterator[list[str]]:
-        """The reranked run, a query at a time, as lines without line ends; see `Reranker.rank`.
+        """Yield the reranked run query by query, as lines without line ends; see `Reranker.rank`.
 
-        Scores are logits: an evaluator sorts by them, and an activation may tie what they order.
+        Scores are logits, because evaluators sort by score and an activation may create ties.
         """
         for query, lines in groupby(run_lines(self._run), key=lambda line: line.query):
             identities = [line.document for line in lines]

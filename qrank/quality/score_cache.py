@@ -1,4 +1,4 @@
-"""A target's logits of a collection's candidates, kept query by query: work can be interrupted."""
+"""Score a collection's candidates and cache logits query by query, so a run can be interrupted."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from qrank.system.safejson import parse_json
 log = logging.getLogger("qrank")
 
 Progress = Callable[[str, int, int], None]
-"""Told of a target's name, its queries that are done, and how many there are."""
+"""Called with a target's name, the number of its queries that are done, and of all queries."""
 
 
 def no_progress(target: str, done: int, total: int) -> None:
-    """A `Progress` that says nothing."""
+    """A `Progress` that does nothing."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How targets are opened and asked: see `Reranker` and `Reranker.rank`."""
+    """How targets are opened and called: see `Reranker` and `Reranker.rank`."""
 
     device: str | None = None
     threads: int | None = None
@@ -59,12 +59,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a target made of candidates.
+    """A target's logits for candidates.
 
     Attributes:
-        target: it.
+        target: the target.
         logits: query id -> logits in the order of its candidates.
-        before: queries that were not scored now, but some time before.
+        before: number of queries whose logits came from the cache.
     """
 
     target: Target
@@ -81,18 +81,20 @@ def score(
     custom: bool = False,
     progress: Progress = no_progress,
 ) -> Scored:
-    """Score every query's candidates, those that were scored before out of the cache folder.
+    """Score every query's candidates; logits from earlier runs are read from the cache folder.
 
-    What is kept is found again by what decides a logit: the variant's files and family, device,
-    arithmetic and runtime, and the texts. So judgements may change, and queries be added.
+    The cache key is everything that determines a logit: the variant's files and family, device,
+    compute dtype, runtime, how documents are read, and the texts. So judgements may change, and
+    queries may be added.
 
     Args:
-        reranker: of the target.
-        setting: it was opened with.
+        reranker: runs the target.
+        setting: the setting it was opened with.
         collection: texts.
         candidates: what to score.
-        custom: the backend is the user's own. Nothing tells when its code changes: nothing is kept.
-        progress: called after each query.
+        custom: whether the backend is the user's own. Changes to its code cannot be detected, so
+            nothing is cached.
+        progress: called before the first query and after each query.
     """
     file = None if custom else _file(reranker, setting)
     known = {} if file is None else _read(file)
@@ -122,9 +124,9 @@ def score(
 
 
 def _file(reranker: Reranker, setting: Setting) -> Path | None:
-    """Where a target's logits are kept; None where there is no cache."""
+    """Path of a target's cached logits; None if there is no cache."""
     target = reranker.target
-    # Threads change no logit; the rest is as it was chosen, where nobody named it.
+    # Threads change no logit; the cache key has the device; the dtype is the one in use.
     asked = {k: v for k, v in asdict(setting).items() if k not in ("threads", "device")}
     asked["compute_dtype"] = reranker.engine.compute_dtype
     return cache.place("logits", target.cache_key(reranker.engine.manifest, **asked), ".jsonl")
@@ -156,11 +158,11 @@ def _read(file: Path) -> dict[str, Logits]:
 
 
 def _append(file: Path, key: str, logits: Logits) -> OSError | None:
-    """Keep logits; what hindered it."""
+    """Store logits; return the error if that fails."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # A line end first: the last line may have been cut off.
-        # One write, so that another process's comes before or after it.
+        # Begin with a line end, since the last line may have been cut off. Use one write, so that
+        # writes of other processes do not interleave with it.
         with file.open("ab", buffering=0) as out:
             out.write(("\n" + json.dumps([key, logits.tolist()])).encode())
     except OSError as error:

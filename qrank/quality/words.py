@@ -1,4 +1,4 @@
-"""What BM25 takes for words, in whatever script a text is written."""
+"""Split a text in any script into words for BM25."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _UNSPACED = (
 def words(text: str) -> list[str]:
     """The words of a text in lower case, one-letter words left out.
 
-    As bm25s and scikit-learn cut it, but that marks (vowel signs of Devanagari, Thai, ...) belong
-    to their letters, and that a stretch of a script without spaces is every letter and every two
-    neighbours of it, after J.-Y. Nie, J. Gao, J. Zhang and M. Zhou, "On the use of words and
-    n-grams for Chinese information retrieval", IRAL 2000. Korean, whose spaces part phrases, is cut
-    like these.
+    Splits like bm25s and scikit-learn, with two exceptions. Marks (vowel signs of Devanagari, Thai,
+    ...) belong to their letters. Text in a script without spaces becomes its single letters and all
+    pairs of adjacent letters, after J.-Y. Nie, J. Gao, J. Zhang and M. Zhou, "On the use of words
+    and n-grams for Chinese information retrieval", IRAL 2000; so does Korean, whose spaces separate
+    phrases.
     """
     if text.isascii():
         return re.findall(r"\b\w\w+\b", text.lower())
@@ -36,7 +36,7 @@ def words(text: str) -> list[str]:
 
 
 def _cut(stretch: str, parts: re.Pattern[str]) -> Iterator[str]:
-    """The words of letters, digits and marks between which nothing else stands."""
+    """The words of an unbroken stretch of letters, digits and marks."""
     for unspaced, spaced in parts.findall(stretch):
         if len(spaced) > 1:
             yield spaced
@@ -54,7 +54,7 @@ def _letters() -> re.Pattern[str]:
 
 @cache
 def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """Stretches of letters, digits and marks; what of one is of unspaced scripts, and what not."""
+    """Patterns: a stretch of letters, digits and marks; its unspaced or (group 2) spaced parts."""
     marks = _marks()
     unspaced = f"{_UNSPACED}\uac00-\ud7a3"
     return (
@@ -65,7 +65,7 @@ def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
 
 @cache
 def _marks() -> str:
-    """The inside of a character class of all marks; Python's \\w has none of them."""
+    """All marks, as the inside of a character class; Python's \\w does not match them."""
     found = [
         code
         for block in (range(0x300, 0x20000), range(0xE0100, 0xE01F0))

@@ -1,4 +1,4 @@
-"""Logits -> scores. Applied once, in float64: ranks and ties are decided on logits."""
+"""Logits -> scores, applied once, in float64; ranks and ties are decided on logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _identity(x: Scores) -> Scores:
 
 
 def _sigmoid(x: Scores) -> Scores:
-    # exp of a non-positive number only: no overflow, and no loss near 0.
+    # exp of non-positive numbers only: no overflow, and no loss of precision near 0.
     small = np.exp(-np.abs(x))
     return np.where(x >= 0, 1 / (1 + small), small / (1 + small))
 
@@ -25,5 +25,5 @@ _FUNCTIONS = {"identity": _identity, "sigmoid": _sigmoid}
 
 
 def activate(logits: Logits | Scores, activation: str, temperature: float = 1.0) -> Scores:
-    """A family's activation, of `qrank.bundle.family.ACTIVATIONS`, of logits / temperature."""
+    """Apply one of `qrank.bundle.family.ACTIVATIONS` to logits / temperature."""
     return _FUNCTIONS[activation](logits.astype(np.float64) / temperature)

@@ -1,7 +1,7 @@
-"""Arguments of the public API, by type and by range: told before anything is loaded.
+"""Type and range checks for arguments of the public API, made before anything is loaded.
 
-Each function returns the argument as a plain Python value, or raises an InputError that names the
-argument, what was given and what may be.
+A function returns the argument as a plain Python value, if anything, or raises an InputError that
+names the argument, the value given and the values allowed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT]?)(?:I?B)?")
 
 
 def size(text: str) -> int:
-    """Bytes of a size as people write it: 4G, 512 MiB, 1.5gb; powers of 1024."""
+    """Parse a human-readable size into bytes: 4G, 512 MiB, 1.5gb; units are powers of 1024."""
     found = _SIZE.fullmatch(text.strip().upper())
     if found is None:
         raise InputError(f"{text!r} is no size; give one like 512M or 4G")
@@ -42,12 +42,12 @@ def memory(name: str, value: object) -> int | None:
 
 
 def whole(name: str, value: object, least: int) -> int | None:
-    """A whole number, not less than `least`; or None. NumPy's integers are whole numbers."""
+    """A whole number of at least `least`; or None. NumPy's integers count as whole numbers."""
     if value is None:
         return None
-    # True counts as 1 in Python; here it is a mistake.
+    # Python accepts True as 1; here it is a mistake.
     if isinstance(value, SupportsIndex) and not isinstance(value, bool):
-        with suppress(TypeError):  # an array, which has the method and is no number
+        with suppress(TypeError):  # an array: it has the method but is not a number
             if (found := operator.index(value)) >= least:
                 return found
     raise wrong(name, value, f"a whole number, {least} or more, or None")
@@ -61,7 +61,7 @@ def number(
     *,
     none: bool = True,
 ) -> float | None:
-    """A finite number that fits; or None, where that may be."""
+    """A finite number that `fits` accepts; or None, if `none` allows it."""
     if value is None and none:
         return None
     if not isinstance(value, bool) and isinstance(value, numbers.Real):
@@ -94,7 +94,7 @@ def place(name: str, value: object, wanted: str) -> str | Path:
 
 
 def model(value: object) -> str | Path | Bundle:
-    """What a user calls a model, or what `qrank.bundle.locate` made of it."""
+    """A user's name for a model, or a `Bundle` from `qrank.bundle.locate`."""
     if isinstance(value, Bundle):
         return value
     return place("model", value, "a bundled name, a bundle's folder or a hub id")
@@ -114,5 +114,5 @@ def one_of(name: str, value: object, known: Sequence[str]) -> None:
 
 
 def wrong(name: str, value: object, wanted: str) -> InputError:
-    """The error that a value is, shortened where it is long."""
+    """The error for a wrong value; a long value is shortened."""
     return InputError(f"{name} is {reprlib.repr(value)}; give {wanted}")

@@ -1,4 +1,4 @@
-"""Cut sequences into batches by what a backend pays for them."""
+"""Cut sequences into batches by their cost to a backend."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 MaxBatchSize = Callable[[int], int | None]
-"""Tokens of the longest sequence -> how many a batch may hold; None: any number."""
+"""Tokens of the longest sequence -> maximum number of sequences in a batch; None: unlimited."""
 
 
 def cut(sequences: Sequences, limit: int, memory: MemoryBudget) -> list[NDArray[np.intp]]:
-    """`cut_padded`, the prefix counted in every sequence, into batches that find memory."""
+    """Cut like `cut_padded`, counting the prefix in each sequence, to fit the memory budget."""
     before = len(sequences.prefix)
     lengths = sequences.lengths + before
     return cut_padded(lengths, limit, lambda n: memory.max_batch_size(n - before, before))
@@ -36,16 +36,17 @@ def cut_padded(
 ) -> list[NDArray[np.intp]]:
     """Cut sequences into batches that cost at most `limit` tokens, padding included.
 
-    A batch pays its longest length times its size, so neighbours in length go together. The
-    longest come first: memory peaks at once, and parallel streams end at about the same time.
+    A batch costs its longest length times its size, so sequences of similar length go together.
+    The longest come first: memory peaks at the start, and parallel streams end at about the same
+    time.
 
     Args:
         lengths: tokens of each sequence, shape [n].
-        limit: padded tokens a batch may hold; a longer sequence gets a batch of its own.
-        max_size: how many sequences a batch may hold.
+        limit: maximum padded tokens in a batch; a longer sequence gets its own batch.
+        max_size: maximum number of sequences in a batch, given the longest of them.
 
     Returns:
-        Indices into `lengths`; every index stands in exactly one batch.
+        Indices into `lengths`; every index is in exactly one batch.
     """
     lengths = np.asarray(lengths, np.int64)
     order = np.argsort(-lengths, kind="stable")
@@ -66,12 +67,12 @@ def cut_ragged(
 
     Args:
         lengths: tokens of each sequence, shape [n].
-        limit: tokens a batch may hold; a longer sequence gets a batch of its own.
-        count: sequences a batch may hold.
-        max_size: likewise, by the longest of them.
+        limit: maximum tokens in a batch; a longer sequence gets its own batch.
+        count: maximum number of sequences in a batch.
+        max_size: maximum number of sequences in a batch, given the longest of them.
 
     Returns:
-        As `cut_padded`, the longest first too.
+        As for `cut_padded`, also with the longest first.
     """
     lengths = np.asarray(lengths, np.int64)
     order = np.argsort(-lengths, kind="stable")
@@ -87,17 +88,17 @@ def cut_ragged(
 
 
 def in_halves(batch: Sequences, run: Callable[[Sequences], Any]) -> Any:
-    """Run a batch; where memory does not suffice for it, its halves, and theirs.
+    """Run a batch; if memory runs out, split it in half and try again, recursively.
 
     Args:
         batch: at least one sequence.
-        run: gives an array of a row a sequence, or raises MemoryError.
+        run: returns an array with one row per sequence, or raises MemoryError.
 
     Returns:
-        Such an array; of a single sequence, whatever `run` gives.
+        Such an array; for a single sequence, whatever `run` returns.
 
     Raises:
-        TargetError: memory does not suffice for a single sequence.
+        TargetError: there is not enough memory for a single sequence.
     """
     try:
         return run(batch)
@@ -108,13 +109,13 @@ def in_halves(batch: Sequences, run: Callable[[Sequences], Any]) -> Any:
                 f"memory does not suffice for a single pair of {length:,} tokens: {error}. Allow "
                 "fewer (--max-length), or name a smaller variant or another device"
             ) from error
-    # Not within the handler: the error holds on to what the attempt had taken.
+    # Outside the handler, as the error keeps the failed attempt's memory alive.
     first, second = np.array_split(np.arange(len(batch)), 2)
     return np.concatenate([in_halves(batch.take(half), run) for half in (first, second)])
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether a runtime's error is that memory did not suffice: each says it in its own way."""
+    """Whether a runtime's error means that memory ran out; every runtime words it differently."""
     return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
@@ -123,7 +124,7 @@ def _at_most(count: int, limit: int | None) -> int:
 
 
 def in_order(batches: Sequence[NDArray[np.intp]], results: Iterable[Logits]) -> Logits:
-    """Put the logits of batches back into the order of what was cut, shape [n]."""
+    """Put the logits of batches back into the order of the sequences, shape [n]."""
     logits = np.empty(sum(map(len, batches)), np.float32)
     for batch, result in zip(batches, results, strict=True):
         logits[batch] = result

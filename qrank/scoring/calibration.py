@@ -51,7 +51,7 @@ class Platt:
         x, center, scale = _standardized(logits, labels)
         positive = int(labels.sum())
         negative = len(labels) - positive
-        # Neither 0 nor 1: so the best slope is finite where logits tell the labels apart.
+        # Neither 0 nor 1, so that the best slope is finite even if logits separate the labels.
         targets = np.where(labels, (positive + 1) / (positive + 2), 1 / (negative + 2))
         design = np.stack((x, np.ones_like(x)))
 
@@ -79,7 +79,7 @@ class Platt:
 
 @dataclass(frozen=True)
 class Isotonic:
-    """The best fit that never falls: straight lines between knots, level beyond them."""
+    """The best non-decreasing fit: straight lines between knots, constant beyond them."""
 
     logits: list[float]
     probabilities: list[float]
@@ -91,7 +91,7 @@ class Isotonic:
 
     @classmethod
     def fit(cls, logits: Logits, labels: Labels) -> Isotonic:
-        """Fit by scipy's isotonic regression, equal logits as one.
+        """Fit by scipy's isotonic regression, with equal logits merged.
 
         Raises:
             InputError: as for `Platt.fit`.
@@ -104,7 +104,7 @@ class Isotonic:
         share = np.bincount(places, labels) / counts
         fitted = optimize.isotonic_regression(share, weights=counts).x
         _rising(float(fitted[-1] - fitted[0]))
-        # Of each level its two ends say all.
+        # The two ends of each constant section are enough.
         edge = np.flatnonzero(np.diff(fitted))
         kept = np.unique(np.concatenate(([0], edge, edge + 1, [len(x) - 1])))
         return cls(x[kept].tolist(), np.clip(fitted[kept], 0, 1).tolist())
@@ -112,14 +112,14 @@ class Isotonic:
 
 Calibration = Platt | Isotonic
 METHODS: dict[str, type[Platt] | type[Isotonic]] = {"platt": Platt, "isotonic": Isotonic}
-"""By the names `--method` takes."""
+"""Calibration methods by their names for `--method`."""
 
 
 def check_folder() -> None:
-    """See, before hours of scoring, that a calibration can be kept; nothing is made yet.
+    """Check, before hours of scoring, that a calibration can be saved; creates nothing yet.
 
     Raises:
-        OSError: its folder cannot be written to.
+        OSError: its folder is not writable.
     """
     import tempfile
 
@@ -133,10 +133,10 @@ def check_folder() -> None:
 
 
 def save(manifest: Manifest, variant: Variant, calibration: Calibration) -> Path:
-    """Keep a variant's calibration; one of before is replaced.
+    """Save a variant's calibration; replaces an earlier one.
 
     Returns:
-        The file it is in.
+        The file's path.
 
     Raises:
         OSError: it cannot be written.
@@ -155,7 +155,8 @@ def load(manifest: Manifest, variant: Variant) -> Calibration:
     """A variant's calibration.
 
     Raises:
-        InputError: there is none that can be read; with those there are, and the way to one.
+        InputError: there is none, or it is damaged; the message says how to make one, and if there
+            is none, which variants have one.
     """
     path = _path(manifest, variant)
     again = f"make one: qrank calibrate BUNDLE --backend {variant.name} --data FOLDER"
@@ -180,7 +181,7 @@ def _path(manifest: Manifest, variant: Variant) -> Path:
 
 
 def _standardized(logits: Logits, labels: Labels) -> tuple[NDArray[np.float64], float, float]:
-    """Logits with mean 0 and deviation 1, and what they were."""
+    """Logits scaled to mean 0 and standard deviation 1, and their former mean and deviation."""
     if labels.all() or not labels.any():
         kind = "relevant" if labels.any() else "not relevant"
         raise InputError(f"all {len(labels)} pairs to fit on are {kind}; both kinds are needed")

@@ -1,9 +1,9 @@
 """A time budget: documents are scored slice by slice, and the speed is learnt on the way.
 
-What is promised, of `Reranker.rank` and of the server alike: documents are scored in the order they
-are given, as long as the next ones are expected to be done in time; the first is always scored.
-What was not scored follows in its order. How long scoring takes is learnt as it goes, so a budget
-may be missed by a little, and the first ones by more.
+`Reranker.rank` and the server both guarantee: documents are scored in the given order, as long as
+the next ones are expected to finish in time; the first is always scored. Unscored documents follow
+in their order. The speed is learnt during scoring, so a budget may be exceeded slightly, and the
+first budgets by more.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from itertools import groupby
 from qrank.scoring.inputs import ModelInput
 
 FIRST = 16
-"""Documents that are encoded at first; then twice as many as are there already."""
+"""Documents encoded in the first step; each later step doubles the total."""
 
 _WEIGHT = 0.25
-"""Of what was seen last, in what is expected."""
+"""Weight of the latest slice in the moving mean and spread."""
 
 _MEMORY = 60
-"""Slices after which a speed that was not seen again is forgotten: it may have been a hiccup."""
+"""Number of slices after which a speed that was not seen again is forgotten, as it may have been an
+outlier."""
 
 
 @dataclass
 class _Rate:
-    """Seconds a token, how far they stray, and the slice that was last seen."""
+    """Mean seconds per token, their mean deviation, and the number of the slice last seen."""
 
     mean: float
     spread: float
@@ -36,10 +37,10 @@ class _Rate:
 
 
 class LatencyEstimate:
-    """What a slice will cost, by what slices of its size did; safe to use from several threads.
+    """Predicts a slice's latency from earlier slices of its size; safe to use from several threads.
 
-    As a network tells when an answer is overdue (RFC 6298): a moving mean, and how far from it
-    things stray on average.
+    Like the retransmission timer of TCP (RFC 6298), it keeps a moving mean and the mean deviation
+    from it.
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,7 @@ class LatencyEstimate:
         self._lock = threading.Lock()
 
     def learn(self, count: int, tokens: int, seconds: float) -> None:
-        """A slice of so many documents and tokens took so long."""
+        """Record the seconds that a slice of `count` documents and `tokens` tokens took."""
         with self._lock:
             self._slices += 1
             found = seconds / max(tokens, 1)
@@ -61,12 +62,12 @@ class LatencyEstimate:
             rate.seen = self._slices
 
     def expect(self, count: int, tokens: int) -> float | None:
-        """Seconds of a slice, on the careful side; None where nothing was learnt yet."""
+        """A conservative estimate of a slice's seconds; None if nothing was learnt yet."""
         with self._lock:
             known = self._known()
         if not known:
             return None
-        # Larger slices cost less a token, so the next smaller one is the careful choice.
+        # Larger slices cost less per token, so the next smaller one is the conservative choice.
         smaller = [n for n in known if n <= count]
         rate = known[max(smaller) if smaller else min(known)]
         return (rate.mean + rate.spread) * tokens
@@ -75,17 +76,18 @@ class LatencyEstimate:
         return {n: r for n, r in self._rates.items() if self._slices - r.seen < _MEMORY}
 
     def fitting(self, tokens: Sequence[int], left: float) -> int:
-        """How many of the next documents to score, with so many seconds left.
+        """How many of the next documents to score in the seconds left.
 
-        A power of two: of those the costs are soon known. Half of the time at most, as long as
-        that is one document's: the rest then corrects what was expected wrongly.
+        It is a power of two, as the costs of few sizes are learnt quickly. They should take at most
+        half of the time left, so that later slices can correct a wrong estimate; only if no
+        document fits in that, all of it.
 
         Args:
-            tokens: of each document to come.
+            tokens: of each remaining document.
             left: seconds.
 
         Returns:
-            0 where none fits.
+            0 if none fits; 1 if nothing was learnt yet.
         """
         sizes = [1 << power for power in range(len(tokens).bit_length() - 1, -1, -1)]
         costs = {size: self.expect(size, sum(tokens[:size])) for size in sizes}
@@ -101,7 +103,7 @@ class LatencyEstimate:
 def doubling(total: int) -> Iterator[int]:
     """Where each step of encoding ends: after FIRST documents, then after twice as many as before.
 
-    So what is encoded in vain is at most as much as what is scored, or FIRST documents.
+    So no more documents are encoded in vain than are scored, or at most FIRST.
     """
     stop = min(FIRST, total)
     while stop < total:
@@ -116,15 +118,15 @@ def score_within(
     latency: LatencyEstimate,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[list[ModelInput]]:
-    """The model inputs to score next, while time is left: see the module for what is promised.
+    """The model inputs to score next, while time is left; the module docstring has the guarantees.
 
-    The caller scores what it is given before it asks for more: from that the latency is learnt.
+    The caller must score each slice before it asks for the next: the latency is learnt from that.
 
     Args:
-        seconds: that encoding and scoring may take, from the first input asked for.
-        steps: encodes some more documents; each document's inputs stand in one step.
-        latency: knows what documents cost, and learns.
-        clock: seconds.
+        seconds: budget for encoding and scoring, from the first request for a slice.
+        steps: each step encodes some more documents; all inputs of a document are in one step.
+        latency: predicts what documents cost, and learns.
+        clock: returns the time in seconds.
 
     Yields:
         All inputs of one or more documents.

@@ -19,15 +19,15 @@ def encode_in_steps(
     """Encode (query, document) pairs.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's.
         pairs: queries may differ.
-        stops: where each step ends: places in `pairs`, rising.
+        stops: where each step ends: increasing indices into `pairs`.
         instruction: as for `Reranker.rank`.
-        long_documents: likewise.
-        document_tokens: most tokens that are read of a document. None: what fits.
+        long_documents: as for `Reranker.rank`.
+        document_tokens: maximum number of tokens read of a document. None: as many as fit.
 
     Yields:
-        The inputs of a step's pairs, in their order: one a pair, or with `chunk` one a part.
+        The inputs of a step's pairs, in order: one per pair, or with `chunk` one per part.
 
     Raises:
         InputError: the family takes no instruction.

@@ -1,4 +1,4 @@
-"""Texts, pairs and model inputs: as users give them, and as they go to a backend together."""
+"""Texts, pairs and model inputs: read from users' arguments, and grouped for a backend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LongDocuments = Literal["truncate", "tail", "chunk"]
 
 
 class ModelInput(NamedTuple):
-    """One model input: (a part of) a document beside its query; `ids` follow the prefix."""
+    """One model input: a query with (a part of) a document; `ids` follow the prefix."""
 
     owner: int
     prefix: Ids
@@ -27,14 +27,15 @@ class ModelInput(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Tokens the model reads for it, those of the prefix included."""
+        """Number of tokens the model reads for it, prefix included."""
         return len(self.prefix) + len(self.ids)
 
 
 def group_by_prefix(inputs: Sequence[ModelInput]) -> list[tuple[list[int], Sequences]]:
-    """Inputs as sequences, with their places: those of a prefix together, if there are several.
+    """Inputs as sequences with their indices; several inputs with one prefix form a group.
 
-    A prefix of one input's own is no gain, and groups run one after the other.
+    All others go into one group, with their prefixes repeated: a prefix that is used once saves
+    nothing, and groups run one after the other.
     """
     groups: dict[bytes, list[int]] = {}
     for place, each in enumerate(inputs):
@@ -55,7 +56,7 @@ def group_by_prefix(inputs: Sequence[ModelInput]) -> list[tuple[list[int], Seque
 
 
 def stops_by_size(sizes: Sequence[int], most: int) -> Iterator[int]:
-    """Where to stop on the way through things of these sizes: each time at `most` or beyond."""
+    """Where to stop in a list of items of these sizes, whenever their sum reaches `most`."""
     passed = 0
     for place, size in enumerate(sizes, 1):
         passed += size
@@ -65,17 +66,17 @@ def stops_by_size(sizes: Sequence[int], most: int) -> Iterator[int]:
 
 
 def as_text(value: object, what: str) -> str:
-    """A plain string of a string as arrays and columns hold it: NumPy's, or an Arrow scalar.
+    """Convert a string from an array or a column (NumPy's, or an Arrow scalar) to a plain `str`.
 
     Args:
         value: to be read.
-        what: to call it in an error.
+        what: its name in error messages.
 
     Raises:
-        InputError: it is no string.
+        InputError: it is not a string.
     """
     if isinstance(value, str):
-        # Neither NumPy's kind nor another subclass, whose methods may be its own.
+        # Not NumPy's class, nor another subclass, which may override methods.
         return str.__str__(value)
     if hasattr(value, "as_py"):
         return as_text(value.as_py(), what)
@@ -88,19 +89,20 @@ def as_texts(values: Iterable[str], name: str, each: str) -> list[str]:
     Args:
         values: to be read.
         name: the argument's.
-        each: to call one of them in an error.
+        each: the name of one text in error messages.
 
     Raises:
-        InputError: one is no string, or what would be iterated is not the texts in their order.
+        InputError: one is not a string, or iterating over `values` would not give the texts in
+            order.
     """
     return [as_text(item, f"{each} {i}") for i, item in enumerate(_items(values, name, "strings"))]
 
 
 def as_pairs(values: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
-    """(query, document) pairs, each any sequence of two texts: a tuple, a list, an array's row.
+    """(query, document) pairs; each may be any iterable of two texts: a tuple, list or array row.
 
     Raises:
-        InputError: as for `as_texts`; or an item is no pair.
+        InputError: as for `as_texts`; or an item is not a pair.
     """
     pairs = []
     for i, item in enumerate(_items(values, "pairs", "(query, document) pairs", "items")):
@@ -118,16 +120,16 @@ def _no_pair(place: int, value: object) -> InputError:
 
 
 def _items(values: object, name: str, kind: str, part: str = "values") -> Iterator[Any]:
-    """What an argument holds, one after the other.
+    """The items of an argument, in order.
 
     Args:
         values: the argument.
         name: its name.
-        kind: what it should hold.
-        part: what of a mapping that might be: its values, or its items.
+        kind: what it should contain.
+        part: what to suggest if it is a mapping: its `values` or its `items`.
 
     Raises:
-        InputError: it cannot be iterated, or not by what is wanted.
+        InputError: it cannot be iterated over, or would not give the wanted items in order.
     """
     wanted = f"a list of {kind}"
     if isinstance(values, str):
@@ -137,13 +139,13 @@ def _items(values: object, name: str, kind: str, part: str = "values") -> Iterat
             f"{name} is a {type(values).__name__}, which would be read by its keys; "
             f"give {wanted}, such as list({name}.{part}())"
         )
-    # A dictionary's keys and items are sets, whose order is known.
+    # A dictionary's keys and items are sets too, but have an order.
     if isinstance(values, Set) and not isinstance(values, MappingView):
         raise InputError(
             f"{name} is a {type(values).__name__}, which has no order to tell results "
             f"by; give {wanted}"
         )
-    # pandas, polars and Arrow call theirs so.
+    # Tables of pandas, polars and Arrow have this attribute.
     if hasattr(values, "columns"):
         raise InputError(
             f"{name} is a {type(values).__name__}, which would be read by its columns;"

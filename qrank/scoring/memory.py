@@ -1,4 +1,4 @@
-"""The memory that a model's batches share: what each takes, and what there is."""
+"""The memory budget that a model's batches share."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from qrank.system import machine
 
 
 class MemoryBudget:
-    """Memory for batches. Those that run side by side share it; one that finds too little waits.
+    """Memory budget for batches. Parallel batches share it; one that finds too little left waits.
 
-    First come, first served: behind a large one that waits, smaller ones wait too, or a stream of
-    them would keep it waiting for ever.
+    First come, first served: smaller batches queue behind a large one that waits; otherwise a
+    stream of small ones could starve it.
     """
 
     def __init__(
@@ -26,12 +26,12 @@ class MemoryBudget:
         *,
         strict: bool = True,
     ) -> None:
-        """Say how much there is.
+        """Set the budget.
 
         Args:
-            size: bytes. None: enough for everything.
-            dimensions: of the model; None where nobody knows: then everything fits, too.
-            strict: refuse what takes more, instead of computing it by itself.
+            size: bytes. None: unlimited.
+            dimensions: of the model; None if unknown, which means unlimited as well.
+            strict: refuse a sequence that takes more, instead of computing it alone.
         """
         self._dimensions = dimensions
         self._strict = strict
@@ -42,16 +42,17 @@ class MemoryBudget:
 
     @classmethod
     def beside(cls, files: int, limit: int | None, dimensions: Dimensions | None) -> MemoryBudget:
-        """What is left beside a model.
+        """The budget that remains next to a loaded model.
 
         Args:
             files: bytes of the model.
-            limit: bytes that both may take, strictly. None: half of what the machine, or its
-                container, has beside the model; and what takes more has it for itself.
-            dimensions: of the model; None where its bundle does not say.
+            limit: strict limit in bytes for model and batches together. None: half of the memory
+                that the machine, or its container, has besides the model; a batch that takes more
+                runs alone.
+            dimensions: of the model; None if its bundle does not contain them.
 
         Raises:
-            TargetError: nothing is left, or nobody knows what batches take.
+            TargetError: `limit` leaves nothing, or the memory that batches take is unknown.
         """
         if limit is None:
             whole = machine.memory()
@@ -69,24 +70,24 @@ class MemoryBudget:
         return cls(limit - files, dimensions)
 
     def move(self, whole: int, files: int) -> None:
-        """Count a device's own memory instead, where no bound was given; before any batch.
+        """Use a device's own memory instead, unless a limit was given; call before any batch.
 
         Args:
-            whole: bytes that it has.
+            whole: bytes of the device's memory.
             files: bytes of the model.
         """
         if self._size is not None and not self._strict:
             self._size = self._free = max(whole - files, 0) // 2
 
     def check(self, length: int, what: str) -> None:
-        """Refuse a sequence that no batch may hold.
+        """Refuse a sequence that exceeds a strict budget.
 
         Args:
-            length: its tokens.
-            what: to call it in the error.
+            length: its number of tokens.
+            what: its name in the error message.
 
         Raises:
-            InputError: it takes more than there is.
+            InputError: it takes more than the budget.
         """
         if self._size is None or not self._strict:
             return
@@ -98,18 +99,18 @@ class MemoryBudget:
             )
 
     def max_batch_size(self, length: int, before: int = 0) -> int | None:
-        """Sequences of a length that fit at once, at least one. None: any number."""
+        """Maximum number of sequences of a length that fit at once, at least 1. None: unlimited."""
         if self._size is None:
             return None
         return max(self._size // self._estimate_bytes(1, length, before), 1)
 
     @contextmanager
     def reserve(self, count: int, length: int, before: int = 0) -> Iterator[None]:
-        """Hold a batch's memory, once there is as much."""
+        """Reserve a batch's memory, waiting until that much is free."""
         if self._size is None:
             yield
             return
-        # Never more than there is at all: that would wait for ever.
+        # Never more than the whole budget: that would wait forever.
         taken = min(self._estimate_bytes(count, length, before), self._size)
         ticket = object()
         with self._changed:
@@ -117,7 +118,7 @@ class MemoryBudget:
             try:
                 self._changed.wait_for(lambda: self._queue[0] is ticket and self._free >= taken)
                 self._free -= taken
-            finally:  # also where Ctrl-C ends the waiting
+            finally:  # also if Ctrl-C interrupts the wait
                 self._queue.remove(ticket)
                 self._changed.notify_all()
         try:
@@ -128,5 +129,5 @@ class MemoryBudget:
                 self._changed.notify_all()
 
     def _estimate_bytes(self, count: int, length: int, before: int) -> int:
-        assert self._dimensions is not None  # or there would be no size
+        assert self._dimensions is not None  # otherwise `_size` is None
         return count * self._dimensions.estimate_bytes(length, before)

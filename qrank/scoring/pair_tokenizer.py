@@ -1,4 +1,4 @@
-"""A query and a document -> token ids in the template; what gives way where they are too long."""
+"""A query and a document -> token ids in the template, cut if they are too long."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qrank.scoring.windows import MARGIN, WINDOW, Tokens
 log = logging.getLogger("qrank")
 
 CHUNK_TOKENS = 3000
-"""Longest chunk of a long document; shorter where the model's limit is."""
+"""Maximum tokens in a chunk of a long document; less if the model's limit is lower."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Prompt:
     """A query in the family's template, ready for documents.
 
     Attributes:
-        prefix: token ids that every document's sequence begins with. Empty for encoder families,
+        prefix: token ids that every document's sequence starts with. Empty for encoder families,
             which read everything at once.
-        items: what follows; None is the document's place.
-        lead_in: text in front of the document that is tokenized with it.
-        capacity: tokens that a document may have with its lead-in.
+        items: token ids that follow; None marks the document's position.
+        lead_in: text before the document that is tokenized together with it.
+        capacity: maximum tokens of a document including its lead-in.
     """
 
     prefix: Ids
@@ -49,9 +49,9 @@ class Prompt:
 
 
 class PairTokenizer:
-    """Makes a model's input of a query and a document. Safe to use from several threads.
+    """Builds a model's input from a query and a document. Safe to use from several threads.
 
-    Special tokens come from the family's template alone: text gives none (`TextTokenizer`).
+    Special tokens come only from the family's template, never from text (`TextTokenizer`).
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class PairTokenizer:
         Args:
             tokenizer: the bundle's tokenizer.json, or the text of one.
             family: the bundle's family.
-            max_length: tokens a pair may have, the template's included; None: the model's limit.
-            threads: that tokenize many texts; 1 keeps to the calling thread.
+            max_length: maximum tokens of a pair, including the template's; None: the model's limit.
+            threads: number of threads to tokenize many texts on; 1: the calling thread only.
 
         Raises:
-            InputError: `max_length` is beyond the model's limit, or leaves no room for text.
+            InputError: `max_length` exceeds the model's limit, or leaves no room for text.
             BundleError: the tokenizer cannot be read.
         """
         self._text = TextTokenizer(tokenizer, threads=threads)
@@ -85,17 +85,18 @@ class PairTokenizer:
             )
 
     def ids(self, texts: Sequence[str]) -> list[Ids]:
-        """Token ids of each text alone, without special tokens; see `TextTokenizer.ids`."""
+        """Token ids of each text, without template or special tokens; see `TextTokenizer.ids`."""
         return self._text.ids(texts)
 
     def prompt(self, query: str, instruction: str | None = None) -> Prompt:
-        """A query, and an instruction where the family takes one, in the template.
+        """Put a query, and an instruction if the family takes one, into the template.
 
-        A query that alone fills the limit is cut, with a warning, to three quarters of what the
-        template leaves: the last quarter stays for the document, or all would score alike.
+        A query that fills the limit by itself is cut, with a warning, to three quarters of the room
+        that the template leaves; without a quarter for the document, all documents would score the
+        same.
 
         Raises:
-            InputError: the family takes no instruction, or it leaves no room for text.
+            InputError: the family takes no instruction, or the instruction leaves no room for text.
         """
         template_length = self._template_length(instruction)
         room = self.limit - template_length
@@ -130,12 +131,12 @@ class PairTokenizer:
     def documents(
         self, texts: Sequence[str], instruction: str | None = None, most: int | None = None
     ) -> list[Ids]:
-        """Token ids of lead-in and document, as `ids`; of each, the first `Prompt.capacity` fit."""
+        """Token ids of lead-in and document, as from `ids`; the first `Prompt.capacity` fit."""
         lead_in = self._lead_in(instruction)
         return self._text.ids([lead_in + text for text in texts], most)
 
     def pair(self, prompt: Prompt, document: Ids) -> tuple[Ids, Segments | None]:
-        """What follows the prompt's prefix for a document that fits, with its token types."""
+        """The token ids after the prompt's prefix, and their types, for a document that fits."""
         items = [document if item is None else item for item in prompt.items]
         segments = self._family.segments
         return _joined(items), (
@@ -147,23 +148,23 @@ class PairTokenizer:
     def whole(
         self, query: str, document: str, instruction: str | None = None
     ) -> tuple[Ids, Segments | None]:
-        """One pair's whole input, cut to fit: what the model reads, with its token types."""
+        """One pair's complete input, prefix included and cut to fit, and its token types."""
         prompt = self.prompt(query, instruction)
         (ids,) = self.documents([document], instruction, prompt.capacity)
         sequence, types = self.pair(prompt, ids[: prompt.capacity])
         return np.concatenate((prompt.prefix, sequence)), types
 
     def capacity(self, prompt: Prompt, tokens: int | None) -> int:
-        """`Prompt.capacity`, where of the document itself at most `tokens` are read."""
+        """`Prompt.capacity`, limited to `tokens` of the document itself."""
         if tokens is None:
             return prompt.capacity
         leading = len(self.ids([prompt.lead_in])[0]) if prompt.lead_in else 0
         return min(prompt.capacity, leading + tokens)
 
     def tail(self, text: str, prompt: Prompt, capacity: int) -> Ids:
-        """Token ids of what leads to a document and of its end, `capacity` tokens in all.
+        """Token ids of a document's lead-in and of its end, `capacity` tokens in total.
 
-        All of it is read: where its last tokens begin depends on those before.
+        The whole document is tokenized: where the last tokens start depends on those before.
         """
         (ids, _), leading = self._with_lead_in(text, prompt)
         return np.concatenate((ids[:leading], ids[leading:][max(len(ids) - capacity, 0) :]))
@@ -171,9 +172,9 @@ class PairTokenizer:
     def chunks(self, text: str, prompt: Prompt, limit: int | None = None) -> list[Part]:
         """Cut a document into overlapping parts.
 
-        Each has at most `prompt.capacity` tokens, or CHUNK_TOKENS, and begins with what leads to
-        the document. Neighbours share an eighth, so that no sentence is only ever seen cut. Of the
-        document at most `limit` tokens are read.
+        Each has at most `prompt.capacity` and at most CHUNK_TOKENS tokens, and starts with the
+        document's lead-in. Neighbours overlap by an eighth, so that a sentence cut in one part is
+        whole in another. At most `limit` tokens of the document are read.
         """
         offset = len(prompt.lead_in)
         (ids, spans), leading = self._with_lead_in(text, prompt, limit)
@@ -194,18 +195,18 @@ class PairTokenizer:
     def _with_lead_in(
         self, text: str, prompt: Prompt, limit: int | None = None
     ) -> tuple[Tokens, int]:
-        """Tokens of a document behind its lead-in, and how many are the lead-in's alone.
+        """Tokens of a lead-in and its document, and how many belong only to the lead-in.
 
-        Of the document at least `limit`, if it has so many.
+        At least `limit` tokens of the document are read, if it has that many.
         """
         most = None if limit is None else len(self.ids([prompt.lead_in])[0]) + limit
         tokens = self._text.read(prompt.lead_in + text, most)
-        # A token of the lead-in and the document's beginning is the document's.
+        # A token that spans the end of the lead-in counts as the document's.
         offset = len(prompt.lead_in)
         return tokens, int((tokens.spans[:, 1] <= offset).sum()) if offset else 0
 
     def _shown(self, query: str) -> str:
-        """A query, or of one far beyond the limit a beginning that is beyond it too."""
+        """A query; if it is far beyond the limit, a beginning that still exceeds the limit."""
         if len(query) <= WINDOW:
             return query
         enough = 2 * self.limit + MARGIN
@@ -213,7 +214,7 @@ class PairTokenizer:
         return query[: spans[enough, 0]] if len(spans) > enough else query
 
     def _fill(self, query: str, instruction: str | None) -> list[Ids | None]:
-        """The template's items as token ids; None for the document's."""
+        """The template's items as token ids; None for the document's item."""
         template, text = self._family.asked(instruction)
         texts = [
             "" if isinstance(item, int) else fill(item, query=query, instruction=text)
@@ -228,10 +229,10 @@ class PairTokenizer:
         return items
 
     def _fill_cut(self, query: str, instruction: str | None, kept: int) -> list[Ids | None]:
-        """`_fill` with so many tokens of the query."""
+        """`_fill` with at most `kept` tokens of the query."""
         ends = self._text.read(query, kept).spans[:, 1]
         most = _length(self._fill("", instruction)) + kept
-        # Text that is cut may come to more tokens than it was cut at.
+        # Text cut after some of its tokens may have more tokens than these.
         for count in range(min(kept, len(ends)), 0, -1):
             items = self._fill(query[: ends[count - 1]], instruction)
             if _length(items) <= most:
@@ -239,13 +240,13 @@ class PairTokenizer:
         return self._fill("", instruction)
 
     def _lead_in(self, instruction: str | None) -> str:
-        """What stands before the document in its item; no query does."""
+        """The text before the document in its template item; it never includes the query."""
         template, text = self._family.asked(instruction)
         (item,) = (i for i in template if isinstance(i, str) and "{document}" in i)
         return fill(item, instruction=text, document="")
 
     def _template_length(self, instruction: str | None) -> int:
-        """Tokens of the template without query and document."""
+        """Number of tokens of the template without query and document."""
         (leading,) = self.ids([self._lead_in(instruction)])
         return _length(self._fill("", instruction)) + len(leading)
 

@@ -1,4 +1,4 @@
-"""The end of a ranking: logits of model inputs -> documents, the best first."""
+"""The last step of a ranking: logits of model inputs -> documents, the best first."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from qrank.scoring.inputs import ModelInput
 
 @dataclass(frozen=True)
 class ScoredPairs:
-    """The pairs of a call that were scored: the first n, in the order they were given.
+    """The scored pairs of a call: the first n, in the given order.
 
     Attributes:
-        best: each one's model input; of several parts the one with the highest logit, the first of
-            equals.
-        logits: of those; shape [n].
+        best: each pair's model input; of several parts, the (first) one with the highest logit.
+        logits: of those inputs; shape [n].
         scores: after the activation; shape [n].
     """
 
@@ -34,11 +33,11 @@ class ScoredPairs:
     def of(
         cls, inputs: Sequence[ModelInput], logits: Logits, activate: Callable[[Logits], Scores]
     ) -> ScoredPairs:
-        """Take each pair of which all parts were scored.
+        """Take every pair all of whose parts were scored.
 
         Args:
-            inputs: of the first pairs or of all, in their order.
-            logits: of the first inputs or of all: the rest was not scored.
+            inputs: of all pairs or only the first ones, in order.
+            logits: of all inputs or only the first ones; the others were not scored.
             activate: logits -> scores.
         """
         unscored = inputs[len(logits)].owner if len(logits) < len(inputs) else None
@@ -55,9 +54,9 @@ class ScoredPairs:
 
     @property
     def order(self) -> list[int]:
-        """Places of the pairs, the most relevant first; equal ones keep their order.
+        """Indices of the pairs, the most relevant first; ties keep their order.
 
-        By logits: scores may tie where an activation saturates.
+        Sorted by logits, as scores may tie if the activation saturates.
         """
         order: list[int] = np.argsort(-self.logits, kind="stable").tolist()
         return order
@@ -68,13 +67,13 @@ class Ranking:
     """One document of a ranked list.
 
     Attributes:
-        index: its place in the list the caller gave, from 0.
+        index: its position in the caller's list, from 0.
         score: relevance, after the family's activation.
-        logit: relevance as the model gives it; order and ties are decided on it.
+        logit: raw relevance from the model; it determines order and ties.
         text: the document.
-        truncated: whether the model read its beginning, or its end, only.
-        part: the characters [start, end) that scored best, where it was cut into chunks.
-        scored: whether the time sufficed; if not, score and logit are NaN.
+        truncated: whether the model read only its beginning, or its end.
+        part: the characters [start, end) that scored best, if it was cut into chunks.
+        scored: whether it was scored in time; if not, score and logit are NaN.
     """
 
     index: int
@@ -86,14 +85,14 @@ class Ranking:
     scored: bool = True
 
     def __eq__(self, other: object) -> bool:
-        """Whether all is the same: two that were not scored, and have no numbers, may be equal."""
+        """Whether all fields are equal; the NaN scores of unscored documents are ignored."""
         return self._known() == other._known() if isinstance(other, Ranking) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self._known())
 
     def __repr__(self) -> str:
-        """Without what is as usual, and with a long text's ends alone."""
+        """A short form: fields with default values left out, long texts abbreviated."""
         numbers = (
             f"score={self.score:.6g}, logit={self.logit:.6g}" if self.scored else "scored=False"
         )
@@ -111,10 +110,10 @@ _SHORT.maxstring = 80
 
 
 class Rankings(list[Ranking]):
-    """A ranked list; so is a slice of it, or a copy. Equal to any list of the same.
+    """A ranked list; slices and copies are `Rankings` too. Equal to any list of equal items.
 
     Attributes:
-        scored_count: how many of the documents were scored: all but for a budget.
+        scored_count: number of documents that were scored: all of them, unless a budget ran out.
     """
 
     def __init__(self, ranked: Iterable[Ranking] = (), scored_count: int = 0) -> None:
@@ -123,7 +122,7 @@ class Rankings(list[Ranking]):
 
     @classmethod
     def of(cls, found: ScoredPairs, documents: Sequence[str]) -> Rankings:
-        """All documents of a query: those that were scored, then the others in their order."""
+        """All documents of a query: the scored ones ranked, then the others in their order."""
         ranked = [
             Ranking(
                 index=place,

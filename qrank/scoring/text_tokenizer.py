@@ -1,4 +1,4 @@
-"""Text -> token ids, with the bundle's tokenizer and without any special token."""
+"""Text -> token ids, with the bundle's tokenizer and without special tokens."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from qrank.scoring.windows import MARGIN, WINDOW, Tokens, Windows
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 _PARALLEL_FROM = 20_000
-"""Characters from which tokenizing on several threads pays for waking them."""
+"""Minimum number of characters for which several threads are worth the overhead."""
 
 
 class TextTokenizer:
-    """Reads texts, long ones a window at a time. Safe to use from several threads.
+    """Tokenizes texts, long ones one window at a time. Safe to use from several threads.
 
-    The tokenizer of a bundle knows text only: no special token has a way in (see
+    A bundle's tokenizer reads everything as plain text and cannot produce special tokens (see
     `qrank.converters.checkpoint.tokenizer`).
     """
 
@@ -31,12 +31,12 @@ class TextTokenizer:
 
         Args:
             tokenizer: the bundle's tokenizer.json, or the text of one.
-            threads: that tokenize many texts; 1 keeps to the calling thread.
+            threads: number of threads to tokenize many texts on; 1: the calling thread only.
 
         Raises:
             BundleError: it cannot be read.
         """
-        # Here, not above: a native library that `import qrank` need not wait for.
+        # Imported here: `import qrank` should not have to load this native library.
         from tokenizers import Tokenizer
         from tokenizers.models import Unigram
 
@@ -47,7 +47,7 @@ class TextTokenizer:
                 self._tokenizer = Tokenizer.from_file(str(tokenizer))
         except Exception as error:  # the library raises bare Exception
             raise BundleError(f"{tokenizer} cannot be read: {error}") from error
-        # WordPiece's alone: up to so many tokens depend on where their word ends.
+        # Only WordPiece has this: up to that many tokens depend on where their word ends.
         word = getattr(self._tokenizer.model, "max_input_chars_per_word", 0)
         self._windows = Windows(
             self._tokens,
@@ -57,19 +57,20 @@ class TextTokenizer:
         self._threads = threads
 
     def ids(self, texts: Sequence[str], most: int | None = None) -> list[Ids]:
-        """Token ids of each text without special tokens, as of the text read at once.
+        """Token ids of each text, without special tokens, the same as if read in one go.
 
-        Surrogates, which no tokenizer takes, become U+FFFD.
+        Surrogates, which no tokenizer accepts, become U+FFFD.
 
         Args:
-            texts: of any length; of a long one the tokenizer is given a part at a time.
-            most: of a text with more tokens, at least one more than these is given. None: all are.
+            texts: of any length; long ones are passed to the tokenizer in parts.
+            most: for a text with more tokens than this, the result may end anywhere beyond this
+                many tokens. None: all tokens.
         """
         threads = min(self._threads, len(texts))
         if threads < 2 or sum(map(len, texts)) < _PARALLEL_FROM:
             return [self._read(text, most) for text in texts]
-        # The library's own threads are as many as the machine has cores. It is given one text at a
-        # time by each of ours, so no more than these work.
+        # The library itself starts one thread per core. Each of our threads passes it one text at a
+        # time, so that no more threads than ours work.
         with ThreadPoolExecutor(threads, "qrank-encode") as pool:
             shares = pool.map(
                 lambda i: [self._read(text, most, share=True) for text in texts[i::threads]],
@@ -79,11 +80,11 @@ class TextTokenizer:
         return [found[i % threads][i // threads] for i in range(len(texts))]
 
     def read(self, text: str, most: int | None = None) -> Tokens:
-        """The tokens of one text with their characters; `most` as for `ids`."""
+        """The tokens of one text with their character spans; `most` as for `ids`."""
         return self._windows.read(text, most)
 
     def _read(self, text: str, most: int | None, share: bool = False) -> Ids:
-        """As `ids`, of one text; `share`: let other threads run meanwhile."""
+        """As `ids`, for one text; `share`: let other threads run meanwhile."""
         if most is None:
             if len(text) > WINDOW:
                 return self._windows.read(text).ids
@@ -96,7 +97,7 @@ class TextTokenizer:
         return ids if len(ids) > most else self._windows.read(text, most).ids
 
     def _ids(self, text: str, share: bool) -> Ids:
-        """Of a text that is read at once."""
+        """Token ids of a text that is read in one go."""
         text = _clean(text)
         if share:
             (found,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
@@ -105,14 +106,14 @@ class TextTokenizer:
         return np.array(found.ids, np.int32)
 
     def _longest(self) -> int:
-        """Characters of the vocabulary's longest piece."""
+        """Number of characters of the vocabulary's longest piece."""
         return max(map(len, self._tokenizer.get_vocab()))
 
     def _tokens(self, text: str) -> Tokens:
-        """Likewise, with their places."""
+        """Tokens, with their character spans, of a text that is read in one go."""
         text = _clean(text)
         if self._threads > 1 and len(text) >= _PARALLEL_FROM:
-            # As `encode`, but other threads run meanwhile.
+            # Like `encode`, but lets other threads run meanwhile.
             (found,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
         else:
             found = self._tokenizer.encode(text, add_special_tokens=False)
@@ -121,5 +122,5 @@ class TextTokenizer:
 
 
 def _clean(text: str) -> str:
-    # One character for one, so that places in the text stay what they are.
+    # Replaces one character by one, so that positions in the text do not change.
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)

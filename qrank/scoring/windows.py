@@ -1,22 +1,22 @@
-"""A long text's tokens, read window by window: memory follows a window's length, not the text's.
+"""A long text's tokens, read window by window: memory grows with the window, not with the text.
 
-A tokenizer takes fifty to three hundred bytes for each character of a text that it is given whole,
-however few of its tokens a model reads. Here it is given a window of the text at a time, and the
-tokens are those of the whole text:
+A tokenizer takes 50 to 300 bytes per character of the text it is given, however few of the tokens
+the model reads. Here it gets one window of the text at a time; the tokens are the same as those of
+the whole text:
 
-- What follows a window changes only its last tokens: the merges of BPE, the best path of Unigram
-  and the words of WordPiece look a few tokens ahead. So the last `margin` tokens of a window are
-  not used; the next window gives them. (Unigram looks further in a word that repeats itself: see
-  `Windows.sure`.)
-- A window begins where a token begins, twice `margin` tokens before the last one used, and must
-  repeat the last AGREE of those. From a boundary that both windows have, each of the three
-  algorithms goes on as if it had read everything before it. Where two windows disagree, longer
-  ones are tried, in the end the whole text.
-- A window may end in a stretch in which no token begins: WordPiece makes one unknown token of a
-  word of any length, and none of white space. The next window then begins in that stretch. A
-  token that fills it goes on there, as the same token.
+- The text after a window affects only the window's last tokens: BPE's merges, Unigram's best path
+  and WordPiece's words look only a few tokens ahead. So the last `margin` tokens of a window are
+  dropped; the next window supplies them. (Unigram looks further ahead in a word that repeats
+  itself: see `Windows.sure`.)
+- A window starts at the start of a token, twice `margin` tokens before the end of those used, and
+  must reproduce the last AGREE of these. From a boundary that both windows share, each of the three
+  algorithms continues as if it had read everything before. If two windows disagree, longer ones are
+  tried, up to the whole text.
+- A window may end in a stretch in which no token starts: WordPiece turns a word of any length into
+  one unknown token, and white space into none. The next window then starts within that stretch. A
+  token that fills the stretch continues there, as the same token.
 
-Other characters that a tokenizer drops, where they fill a window, make it try longer ones.
+If other characters that a tokenizer drops fill a window, longer windows are tried.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from numpy.typing import NDArray
 from qrank.bundle.sequences import Ids
 
 WINDOW = 1 << 15
-"""Characters of a window."""
+"""Characters per window."""
 
 MARGIN = 128
-"""Tokens, more than WordPiece makes of a word: 100 for most vocabularies."""
+"""Tokens dropped at a window's end; WordPiece makes fewer of a word: 100 with most vocabularies."""
 
 AGREE = 32
-"""Tokens of a window that the next one must have too."""
+"""Number of tokens of a window that the next one must reproduce."""
 
 VARIED = 32
-"""Characters, of as many as MARGIN, that differ in text that does not repeat itself."""
+"""Text with more distinct characters than this in its last `margin` ones does not repeat itself."""
 
 CHARACTERS_A_TOKEN = 8
-"""To guess how long a text of so many tokens is; English has 5, other scripts fewer."""
+"""Estimates the length of text from its tokens; English has 5, other scripts have fewer."""
 
 
 class Tokens(NamedTuple):
@@ -59,7 +59,7 @@ class Tokens(NamedTuple):
     spans: NDArray[np.int32]
 
     def take(self, start: int, stop: int) -> Tokens:
-        """Those from one place to another."""
+        """The tokens from `start` up to, not including, `stop`."""
         return Tokens(self.ids[start:stop], self.spans[start:stop])
 
 
@@ -67,7 +67,7 @@ _NONE = Tokens(np.empty(0, np.int32), np.empty((0, 2), np.int32))
 
 
 class Windows:
-    """Reads texts with a tokenizer. Safe to use from several threads, as far as `encode` is."""
+    """Reads texts with a tokenizer. Safe to use from several threads if `encode` is."""
 
     def __init__(
         self,
@@ -77,13 +77,13 @@ class Windows:
         window: int = WINDOW,
         longest: Callable[[], int] | None = None,
     ) -> None:
-        """Read with a tokenizer.
+        """Set the tokenizer.
 
         Args:
             encode: a whole text -> its tokens.
-            margin: tokens that what follows a text may change, at its end.
+            margin: number of last tokens of a text that may change if more text follows.
             window: characters given to `encode` at a time.
-            longest: of a Unigram model, tells the characters of its longest piece.
+            longest: for a Unigram model, returns the characters of its longest piece; else None.
         """
         self._encode = encode
         self._longest = longest
@@ -92,18 +92,18 @@ class Windows:
         self._long = max(window // 8, 4 * margin)
 
     def beginning(self, text: str, tokens: int) -> str:
-        """A beginning of a text that probably shows so many of its tokens."""
+        """A beginning of a text, probably long enough to determine its first `tokens` tokens."""
         return text[: _cut(text, (tokens + self._margin) * CHARACTERS_A_TOKEN)]
 
     def sure(self, beginning: str, ids: Ids) -> int:
-        """How many tokens of a beginning are the text's, whatever follows."""
+        """How many of a beginning's first tokens stay the same, whatever text follows."""
         sure = max(len(ids) - self._margin, 0)
         last = beginning[-self._margin :]
         if self._longest is None or len(set(last)) > VARIED or " " in last:
             return sure
-        # The best path through a word that repeats itself may be another from its first token on.
-        # It comes by one of as many places as the longest piece is long: what all paths to these
-        # have in common is its beginning.
+        # In a word that repeats itself, more text may change the best path from the first token on.
+        # Any path has a token boundary at one of the last positions, as many as the longest piece
+        # has characters. So the tokens that the best paths to all of these share are certain.
         for fewer in range(1, self._longest()):
             other = self._encode(beginning[:-fewer]).ids[:sure]
             differ = np.flatnonzero(ids[: len(other)] != other)
@@ -111,11 +111,11 @@ class Windows:
         return sure
 
     def read(self, text: str, most: int | None = None) -> Tokens:
-        """The tokens of a text: all, or where it has more than `most`, one more than that or more.
+        """The tokens of a text; if it has more than `most`, maybe not all, but more than `most`.
 
         Args:
             text: without surrogates.
-            most: None: all are wanted.
+            most: None: read all tokens.
         """
         window = self._window
         while (found := self._read(text, window, most)) is None:
@@ -123,8 +123,8 @@ class Windows:
         return found
 
     def _read(self, text: str, window: int, most: int | None) -> Tokens | None:
-        """As `read`, in windows of one length; None where longer ones are needed."""
-        # Grown in place: arrays that are joined at the end would be there twice.
+        """As `read`, with windows of one length; None if longer ones are needed."""
+        # Grown in place: joining arrays at the end would hold everything twice.
         ids, spans = array("i"), array("i")
         known, start, stretch = _NONE, 0, ""
         while True:
@@ -155,14 +155,14 @@ class Windows:
                 start = int(known.spans[0, 0])
 
     def _stretch(self, text: str, start: int, end: int, found: Tokens) -> str:
-        """What fills the end of a window where no token begins: "token", "blank" or ""."""
+        """What fills a window's end if no token starts there: "token" or "blank"; otherwise ""."""
         begins, ends = found.spans[-1] if len(found.ids) else (start, start)
         if begins > end - self._long:
             return ""
         if ends > end - self._long // 4:
             return "token"
         blank = text[ends:end]
-        # Between words: at the end of a text some tokenizers drop what they do not drop elsewhere.
+        # Tested between two words: some tokenizers drop white space only at the end of a text.
         if not blank.isspace() or len(self._encode(f"a{blank}a").ids) > 2 * len(
             self._encode("a").ids
         ):
@@ -171,7 +171,7 @@ class Windows:
 
 
 def _repeated(known: Tokens, found: Tokens) -> int | None:
-    """The place behind the known tokens in a window that begins with them; None: it does not."""
+    """Index after the known tokens in a window that reproduces them; None if it does not."""
     agree = min(len(known.ids), AGREE)
     if agree == 0:
         return 0
@@ -184,18 +184,18 @@ def _repeated(known: Tokens, found: Tokens) -> int | None:
 
 
 def _continued(known: Tokens, found: Tokens) -> int | None:
-    """Likewise, in a window that begins within the one known token."""
+    """As `_repeated`, for a window that starts within the one known token."""
     if not len(found.ids) or found.ids[0] != known.ids[0]:
         return None
-    # The window begins half a stretch before the other's end.
+    # The window starts half of `Windows._long` before the other one's end.
     begins, ends = found.spans[0]
     return 1 if ends >= known.spans[0, 1] > begins else None
 
 
 def _cut(text: str, place: int) -> int:
-    """The place, or the next one in front of a character that stands for itself.
+    """Move a cut forward past combining characters.
 
-    One that combines with what is before it may change places with others, or become one with it.
+    Normalization may reorder these, or merge them with the character before.
     """
     while place < len(text) and unicodedata.combining(text[place]):
         place += 1

@@ -1,4 +1,4 @@
-"""What variants were found to lose against fp32: written by `qrank eval`, for whoever chooses."""
+"""nDCG@10 that variants lose against fp32: written by `qrank eval`, read by target selection."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Loss:
     """nDCG@10 that a variant lost against its fp32 original.
 
     Attributes:
-        mean: over queries; negative for a gain.
-        margin: half its 95 % interval.
-        queries: how many were measured.
+        mean: mean over queries; negative for a gain.
+        margin: half the width of its 95 % interval.
+        queries: number of queries measured.
         data: the collection's name.
     """
 
@@ -29,14 +29,14 @@ class Loss:
     data: str
 
     def __post_init__(self) -> None:
-        """Refuse what a damaged file may hold."""
+        """Reject field types that a damaged file may hold."""
         numbers = (self.mean, self.margin, self.queries)
         if not all(isinstance(number, int | float) for number in numbers):
             raise TypeError(f"mean, margin and queries are numbers, not {numbers}")
 
 
 def losses(manifest: Manifest, device: str = "cpu") -> dict[str, Loss]:
-    """Variant's name -> its loss, of those variants that were measured on a device here."""
+    """Variant name -> loss, for the variants measured on this machine on a device."""
     found = {
         name: cache.load(_KIND, _key(manifest, variant, device), Loss)
         for name, variant in manifest.variants.items()
@@ -45,7 +45,7 @@ def losses(manifest: Manifest, device: str = "cpu") -> dict[str, Loss]:
 
 
 def remember(manifest: Manifest, found: dict[str, Loss], device: str = "cpu") -> None:
-    """Keep losses of a bundle's variants; one of fewer queries replaces none of more."""
+    """Store losses of variants; a loss over fewer queries never replaces one over more."""
     known = losses(manifest, device)
     for name, loss in found.items():
         if name not in known or known[name].queries <= loss.queries:

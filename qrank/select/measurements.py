@@ -1,4 +1,4 @@
-"""What targets were found to do on this machine, and where it is remembered."""
+"""Measurements of targets on this machine, and the cache that stores them."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ PROFILES: dict[Profile, tuple[int, int]] = {
     "passages": (20, 128),
     "long": (100, 512),
 }
-"""What targets are timed on -> documents, and tokens of each with its query."""
+"""Profile that targets are timed on -> number of documents, and tokens per (query, document)."""
 
 _KIND = "measurements"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a target was found to do on this machine, or why it cannot be used.
+    """How a target performs on this machine in one setting, or why it cannot be used.
 
     Attributes:
-        target: it; or a backend, none of whose targets can be used.
+        target: the target; or a backend, if none of its targets can be used.
         reason: why it cannot be used; None if it can.
-        compute_dtype: arithmetic it computes in; None where there is no choice.
-        threads: CPU threads it was fastest with.
-        max_batch_tokens: padded tokens a batch it was fastest with; None: its own choice.
-        speeds: pairs a second, by profile.
+        compute_dtype: data type it computes in; None if there is no choice.
+        threads: CPU threads it ran with.
+        max_batch_tokens: padded tokens per batch it ran with; None: the backend's default.
+        speeds: pairs per second, by profile.
         load: seconds to open it.
         kendall: Kendall's tau against the original, on the bundle's probes.
         bytes: size of its files.
@@ -51,10 +51,10 @@ class Measurement:
     bytes: int = 0
 
     def check(self, manifest: Manifest) -> None:
-        """See that it is one of a bundle's, and whole, as a damaged file's is not.
+        """Check that it belongs to a bundle and is complete: a damaged file's may not be.
 
         Raises:
-            ValueError, TypeError: it is not.
+            ValueError, TypeError: it does not, or is not.
         """
         if self.reason is not None:
             return
@@ -67,18 +67,18 @@ class Measurement:
             raise ValueError(f"{self.target.name} has a number out of its range")
 
     def speed(self, profile: Profile) -> float:
-        """Pairs a second."""
+        """Pairs per second."""
         return self.speeds[profile]
 
     @property
     def setting(self) -> str:
-        """What distinguishes it from the target's other measurements, for people; "" mostly."""
+        """The setting that distinguishes the target's measurements, for display; often ""."""
         batch = f"{self.max_batch_tokens} a batch" if self.max_batch_tokens else ""
         return ", ".join(part for part in (self.compute_dtype, batch) if part)
 
 
 def recalled(manifest: Manifest, threads: int) -> list[Measurement]:
-    """What was measured for a bundle on this machine as it is now; [] if nothing was."""
+    """Stored measurements of a bundle for this machine's current state; [] if there are none."""
 
     def read(targets: Any) -> list[Measurement]:
         if not isinstance(targets, list):
@@ -92,6 +92,6 @@ def recalled(manifest: Manifest, threads: int) -> list[Measurement]:
 
 
 def remember(manifest: Manifest, threads: int, measured: Iterable[Measurement]) -> None:
-    """Keep measurements, where there is a cache."""
+    """Store measurements, if there is a cache."""
     content = {"targets": [asdict(m) for m in measured]}
     cache.store(_KIND, keys.of_machine(manifest, threads=threads), content)

@@ -1,4 +1,4 @@
-"""Which target runs: by what was measured on this machine, or else by a static guess."""
+"""Choose the target to run: by measurements on this machine, or else by a static guess."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Policy = Literal["fastest", "smallest", "most-faithful"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 TIE_MARGIN = 0.05
-"""Targets that differ by less than this share of their speed are equally fast: the more faithful
-of them is taken."""
+"""Targets whose speeds differ by less than this share count as equally fast: the more faithful one
+is taken."""
 
 NEEDS_EVAL = ("int8-w8a8",)
-"""Precisions whose loss probes cannot tell: activations are scaled by what calibration saw, and one
-passed its probes that lost 0.048 nDCG@10 (docs/benchmarks.md)."""
+"""Precisions whose loss the probes cannot reveal: activation scales come from calibration data, and
+a variant that passed its probes lost 0.048 nDCG@10 (docs/benchmarks.md)."""
 
 MAX_LOSS = 0.01
-"""nDCG@10 that a variant may have been found to lose, and be taken like any other."""
+"""Measured nDCG@10 loss above which a variant is taken last."""
 
 log = logging.getLogger("qrank")
 
@@ -39,11 +39,11 @@ class Choice:
 
     Attributes:
         target: the variant and the device.
-        options: how it shall run.
+        options: how it runs.
         measured: whether it was chosen by measurements; else by a guess.
-        among: how many targets there were to choose from; 1 where a backend is named.
-        least_kendall: Kendall's tau against the original that its arithmetic must keep; None: what
-            any must.
+        among: how many targets there were to choose from; 1 if a backend is named.
+        least_kendall: least Kendall's tau against the original for a compute dtype that the
+            conversion was not proven in; None: the bound that holds for every target.
     """
 
     target: Target
@@ -55,15 +55,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Criteria:
-    """What a target is chosen by.
+    """Criteria for choosing a target.
 
     Attributes:
-        backend: see `qrank.select.targets.guesses`. Named, nothing else is ever taken.
-        device: likewise; None: the CPU, or any that was measured.
+        backend: see `qrank.select.targets.guesses`. If named, no other is ever taken.
+        device: see `qrank.select.targets.guesses`; None: the CPU, or any that was measured.
         policy: `fastest`; `smallest`; or `most-faithful`, by Kendall's tau on the probes.
         min_kendall: least Kendall's tau against the original, on the bundle's probes.
-        max_loss: most nDCG@10 that `qrank eval` may have found a variant to lose against fp32; what
-            it has not measured is not taken.
+        max_loss: largest nDCG@10 loss against fp32 that `qrank eval` may have measured; variants
+            that it has not measured are not taken.
         profile: what the work is like.
     """
 
@@ -75,7 +75,7 @@ class Criteria:
     profile: Profile = "passages"
 
     def __post_init__(self) -> None:
-        """Refuse what is no policy, profile or correlation."""
+        """Reject an unknown policy or profile, and a tau outside -1 to 1."""
         if self.policy not in POLICIES:
             raise InputError(f"policy is {self.policy!r}; policies are: {', '.join(POLICIES)}")
         if self.profile not in PROFILES:
@@ -85,16 +85,16 @@ class Criteria:
 
 
 def choices(manifest: Manifest, criteria: Criteria, options: Options) -> list[Choice]:
-    """Targets to try, the best first; one where a backend is named.
+    """Targets to try, the best first; only one if a backend is named.
 
     Args:
-        manifest: of the bundle.
+        manifest: the bundle's.
         criteria: what decides.
         options: what the user set: a `compute_dtype` or `max_batch_tokens` that is not None
-            stands, and `threads` is the limit.
+            is kept, and `threads` is the limit.
 
     Raises:
-        TargetError: the bundle has no such target, or none so faithful.
+        TargetError: the bundle has no target that meets the criteria.
     """
     kept = _within_loss(manifest, criteria)
     last = deprioritized(manifest, criteria)
@@ -118,16 +118,16 @@ def choices(manifest: Manifest, criteria: Criteria, options: Options) -> list[Ch
 
 
 def _least_kendall(choice: Choice, criteria: Criteria) -> float | None:
-    """What is asked of arithmetic that the conversion was not proven in."""
+    """Least Kendall's tau for a compute dtype that the conversion was not proven in."""
     if criteria.policy == "most-faithful" and not choice.measured:
         return choice.target.variant.fidelity.kendall
     return criteria.min_kendall
 
 
 def deprioritized(manifest: Manifest, criteria: Criteria) -> set[str]:
-    """Names of variants to take last: they lose more than MAX_LOSS, or NEEDS_EVAL and had none.
+    """Names of variants to take last: they lose over MAX_LOSS, or are unmeasured and NEEDS_EVAL.
 
-    None where a backend is named, or a bound on the loss: then that decides.
+    Empty if a backend or a bound on the loss is given: then that decides.
     """
     if criteria.backend is not None or criteria.max_loss is not None:
         return set()
@@ -140,10 +140,10 @@ def deprioritized(manifest: Manifest, criteria: Criteria) -> set[str]:
 
 
 def _within_loss(manifest: Manifest, criteria: Criteria) -> set[str]:
-    """Names of variants that lose no more than may be lost: all, where nothing is said of that.
+    """Names of variants within the bound on the loss; all if there is no bound.
 
     Raises:
-        TargetError: none of those that may be taken is known to; with what is known.
+        TargetError: no eligible variant is known to be within it; the message lists known losses.
     """
     if criteria.max_loss is None:
         return set(manifest.variants)
@@ -182,13 +182,14 @@ def _guessed(manifest: Manifest, criteria: Criteria) -> list[Target]:
 
 
 def first_that_works(ordered: list[Choice], take: Callable[[Choice], Taken]) -> Taken:
-    """Take choices in their order until one can be taken; warn of each that cannot.
+    """Try `take` on each choice in order until one works; warn about each that fails.
 
     Returns:
-        What came of the one that was.
+        What `take` returned for the one that works.
 
     Raises:
-        BundleError, TargetError, MissingExtraError: none can; of several, every one's reason.
+        BundleError, TargetError, MissingExtraError: none works; if there were several, a
+            TargetError with each one's reason.
     """
     reasons: list[str] = []
     for choice in ordered:
@@ -204,11 +205,11 @@ def first_that_works(ordered: list[Choice], take: Callable[[Choice], Taken]) -> 
 
 
 class Rated(Protocol):
-    """A target with what `order` goes by: see `Measurement`."""
+    """A target with the properties that `order` uses: see `Measurement`."""
 
     @property
     def target(self) -> TargetKey:
-        """Which it is."""
+        """The target."""
 
     @property
     def reason(self) -> str | None:
@@ -223,7 +224,7 @@ class Rated(Protocol):
         """Size of its files."""
 
     def speed(self, profile: Profile) -> float:
-        """Pairs a second."""
+        """Pairs per second."""
 
 
 RatedTarget = TypeVar("RatedTarget", bound=Rated)
@@ -232,12 +233,12 @@ RatedTarget = TypeVar("RatedTarget", bound=Rated)
 def order(
     rated: Iterable[RatedTarget], criteria: Criteria, last: Collection[str] = ()
 ) -> list[RatedTarget]:
-    """Usable targets, the one to take first; see `Criteria` and TIE_MARGIN.
+    """Usable targets, the best first; see `Criteria` and TIE_MARGIN.
 
     Args:
         rated: in any order.
         criteria: what decides.
-        last: names of variants to take after all others, of `deprioritized`.
+        last: names of variants to take after all others, from `deprioritized`.
     """
     ordered = _by_policy(rated, criteria)
     return sorted(ordered, key=lambda m: m.target.variant in last)
@@ -264,7 +265,7 @@ def _faithful(kendall: float, criteria: Criteria) -> bool:
 
 
 def _measured(manifest: Manifest, criteria: Criteria, options: Options) -> list[Measurement]:
-    """What was measured of the targets that were asked for."""
+    """Measurements of the usable targets that match the backend, device and compute dtype."""
     wanted = None if criteria.backend is None else named(manifest, criteria.backend)
 
     def asked_for(found: Measurement) -> bool:

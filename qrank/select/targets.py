@@ -1,4 +1,4 @@
-"""Which targets a bundle has, before any is opened; and the static guess of their order."""
+"""Targets of a bundle, before any is opened, and a static guess of their order."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ log = logging.getLogger("qrank")
 
 @dataclass(frozen=True)
 class TargetKey:
-    """What tells a target from others of its bundle: as JSON can hold it, without the files.
+    """Identifies a target within its bundle: only JSON values, without the variant's files.
 
     Attributes:
-        variant: its name; "" where a backend as a whole is meant.
-        device: lower case; "" likewise.
-        backend: what runs it, where that is not the format's own backend; None: it is.
+        variant: its name; "" if a backend as a whole is meant.
+        device: lower case; "" if a backend as a whole is meant.
+        backend: what runs it; None: the format's own backend.
     """
 
     variant: str
@@ -29,21 +29,21 @@ class TargetKey:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what a damaged file may hold."""
+        """Reject field types that a damaged file may hold."""
         words = (self.variant, self.device, self.backend or "")
         if not all(isinstance(word, str) for word in words):
             raise TypeError(f"variant, device and backend are texts, not {words}")
 
     @property
     def name(self) -> str:
-        """`onnx-int8@cpu`; run by another package's backend, `its-name/onnx-int8@cpu`."""
+        """`onnx-int8@cpu`; with another package's backend, `its-name/onnx-int8@cpu`."""
         backend = None if self.backend is None or ":" in self.backend else self.backend
         place = f"@{self.device}" if self.device else ""
         return "/".join(filter(None, (backend, self.variant))) + place
 
     @property
     def selector(self) -> str:
-        """What names variant and backend where a backend is asked for."""
+        """The `backend` argument that selects this variant and backend."""
         return "/".join(filter(None, (self.backend, self.variant)))
 
 
@@ -54,7 +54,7 @@ class Target:
     Attributes:
         variant: what runs.
         device: lower case.
-        backend: its format's own; or another package's; or "module:function" of a user's own.
+        backend: the format's own, another package's, or a user's own as "module:function".
     """
 
     variant: Variant
@@ -69,12 +69,12 @@ class Target:
 
     @property
     def key(self) -> TargetKey:
-        """What tells it from others."""
+        """The key that identifies it within its bundle."""
         own = self.backend == self.variant.format
         return TargetKey(self.variant.name, self.device, None if own else self.backend)
 
     def cache_key(self, manifest: Manifest, **how: Any) -> dict[str, Any]:
-        """The key of what it does on this machine; see `qrank.backends.keys`."""
+        """The cache key of its results on this machine; see `qrank.backends.keys`."""
         return keys.of_run(manifest, self.variant, self.backend, self.device, **how)
 
     @property
@@ -84,12 +84,12 @@ class Target:
 
 
 def guesses(manifest: Manifest, backend: str | None, device: str | None) -> list[Target]:
-    """Targets in the order of the speed to be expected, without a look at the machine.
+    """Targets by expected speed, fastest first, without looking at the machine.
 
     Args:
-        manifest: of the bundle.
-        backend: see `named`; None: every format whose runtime is installed, or every one if none
-            is.
+        manifest: the bundle's.
+        backend: see `named`; None: every format whose runtime is installed, or every format if
+            no runtime is.
         device: lower case; None: the CPU.
 
     Raises:
@@ -115,7 +115,7 @@ def guesses(manifest: Manifest, backend: str | None, device: str | None) -> list
 
 
 def _readable(manifest: Manifest) -> list[Variant]:
-    """The variants of formats this qrank knows; others are told of."""
+    """The variants of formats that this qrank knows; a warning lists the others."""
     every = manifest.variants.values()
     formats_here = {f for f in {v.format for v in every} if format_of(f) is not None}
     known = [v for v in every if v.format in formats_here]
@@ -136,12 +136,12 @@ def _readable(manifest: Manifest) -> list[Variant]:
 
 
 def named(manifest: Manifest, backend: str) -> list[tuple[Variant, str]]:
-    """The variants that a name stands for, each with the backend that runs it.
+    """The variants that a backend argument selects, each with the backend that runs it.
 
     Args:
-        manifest: of the bundle.
-        backend: a format (`onnx`), a variant (`onnx-fp32`), another package's backend, alone or
-            with a variant (`name/onnx-fp32`), or "module:function".
+        manifest: the bundle's.
+        backend: a format (`onnx`), a variant (`onnx-fp32`), another package's backend, with or
+            without a variant (`name/onnx-fp32`), or "module:function".
 
     Raises:
         TargetError: the bundle has no such variant, or there is no such backend.
@@ -164,7 +164,7 @@ def named(manifest: Manifest, backend: str) -> list[tuple[Variant, str]]:
 
 
 def expected(target: Target) -> tuple[float, int]:
-    """A sort key: the faster, as one may expect, the smaller."""
+    """Sort key: smaller for targets that are expected to be faster."""
     variant = target.variant
     format = format_of(variant.format)
     precision = format and format.precision(variant.precision)
@@ -175,5 +175,5 @@ def expected(target: Target) -> tuple[float, int]:
 
 
 def _kind(device: str) -> str:
-    """The kind of a device that has a number: `gpu` of `gpu.1`."""
+    """The kind of a device, without its number: `gpu` for `gpu.1`."""
     return device.partition(".")[0]

@@ -1,7 +1,7 @@
-"""A target on this machine: opened, in the fastest arithmetic that computes rightly here.
+"""Open a target in the fastest compute dtype that gives right logits on this machine.
 
-What has never run here is held against the bundle's probes first, in a process of its own where a
-native library could end this one (`qrank.backends.isolation`). What came of it is remembered.
+A target that has never run here is first checked against the bundle's probes, in a separate process
+if a native library could crash this one (`qrank.backends.isolation`). The result is cached.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from qrank.system import cache
 from qrank.system.subprocess_rpc import NoChildError
 
 CONVERTED_IN = "fp32"
-"""What conversions are proven in, where there is a choice."""
+"""Compute dtype that conversions are proven in, if the backend has a choice."""
 
 _PROBE_TOKENS = 1024
-"""Of the shortest probes, beside the longest one: what a first start can wait for."""
+"""Tokens of the shortest probes to run, besides the longest one: they keep a first start short."""
 
 _FAILURE_SECONDS = 24 * 3600
-"""How long a failure is remembered: a machine that was busy, or mended, gets another chance."""
+"""How long a failure is cached: the machine may have been busy, or may be repaired by then."""
 
 _KIND = "proofs"
 
@@ -42,15 +42,15 @@ log = logging.getLogger("qrank")
 
 @dataclass(frozen=True)
 class Proof:
-    """What came of holding a target against its bundle's probes on this machine.
+    """Result of checking a target against its bundle's probes on this machine.
 
     Attributes:
-        compute_dtype: arithmetic it computes in; None where the backend leaves no choice.
-        kendall: Kendall's tau against the original, of arithmetic that the conversion was not
-            proven in; None elsewhere: the manifest says it then.
+        compute_dtype: data type it computes in; None if the backend has no choice.
+        kendall: Kendall's tau against the original, in a compute dtype that the conversion was not
+            proven in; None otherwise, since the manifest has it.
         reason: why the target cannot be used; None if it can.
-        rejected: faster arithmetic -> why it is not used.
-        time: when, in seconds since 1970.
+        rejected: faster compute dtype -> why it is not used.
+        time: time of the check, in seconds since 1970.
     """
 
     compute_dtype: str | None = None
@@ -60,7 +60,7 @@ class Proof:
     time: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
-        """Refuse what a damaged file may hold."""
+        """Reject field types that a damaged file may hold."""
         words = (self.compute_dtype, self.reason)
         numbers = (self.time, 0.0 if self.kendall is None else self.kendall)
         if not all(isinstance(word, str | None) for word in words):
@@ -70,11 +70,11 @@ class Proof:
 
 
 class WrongError(TargetError):
-    """A target that computes other numbers than the bundle's probes say."""
+    """A target whose logits do not match the bundle's probes."""
 
 
 Compute = Callable[[str | None, Sequences], Logits]
-"""Runs a target in some arithmetic."""
+"""Runs a target in a compute dtype."""
 
 
 def open_verified(
@@ -85,20 +85,20 @@ def open_verified(
     least_kendall: float | None = None,
     known: Proof | None = None,
 ) -> tuple[Backend, Proof]:
-    """Open a target in the fastest arithmetic that reproduces the bundle's probes here.
+    """Open a target in the fastest compute dtype that reproduces the bundle's probes here.
 
     Args:
-        bundle: that it is of.
+        bundle: the target's bundle.
         target: what to open.
-        options: with an `compute_dtype`, that one alone is tried.
-        least_kendall: Kendall's tau against the original that arithmetic must keep which the
-            conversion was not proven in. None: what `qrank.bundle.fidelity.here` asks for.
-        known: what came of it earlier in this process.
+        options: if `compute_dtype` is set, only that one is tried.
+        least_kendall: least Kendall's tau against the original in a compute dtype that the
+            conversion was not proven in. None: what `qrank.bundle.fidelity.here` requires.
+        known: the proof from an earlier call in this process.
 
     Raises:
         MissingExtraError: its runtime is not installed.
-        TargetError: no arithmetic does, or the one asked for is not to be had; or it crashed or
-            hung when it was tried.
+        TargetError: no compute dtype reproduces the probes, or the one asked for is not available;
+            or the target crashed or hung when it was tried.
     """
     spec(target.backend).require()
     case = _Case(bundle, target, options, least_kendall)
@@ -120,7 +120,7 @@ def open_verified(
 
 
 def _verify(case: _Case) -> tuple[Proof, Backend | None]:
-    """Find out how a target runs here; with the backend where it was opened in this process."""
+    """Check a target; also return the backend, if it was opened in this process."""
     target = case.target
     if isolation.advised(target.backend, target.device):
         log.info("trying %s in a process of its own, once", target.name)
@@ -155,7 +155,7 @@ def _verify_here(case: _Case) -> tuple[Proof, Backend]:
 
 @dataclass(frozen=True)
 class _Case:
-    """A target to be verified, how it shall run, and what is asked of it; see `open_verified`."""
+    """A target to verify, its options and its required tau; see `open_verified`."""
 
     bundle: Bundle
     target: Target
@@ -163,14 +163,14 @@ class _Case:
     least_kendall: float | None
 
     def open(self, compute_dtype: str | None) -> Backend:
-        """The target's backend in this process, computing in some arithmetic."""
+        """Open the target's backend in this process, in a compute dtype."""
         chosen = replace(self.options, compute_dtype=compute_dtype)
         target = self.target
         opened = spec(target.backend).open
         return opened(self.bundle.folder, target.variant, target.device, chosen)
 
     def apart(self, worker: isolation.Worker) -> tuple[Sequence[str], Compute]:
-        """What `settle` takes, of a process of its own."""
+        """Arguments for `settle` that run the target in a separate process."""
         named = {"backend": self.target.backend, "device": self.target.device}
 
         def compute(compute_dtype: str | None, work: Sequences) -> Logits:
@@ -181,17 +181,18 @@ class _Case:
         return worker.compute_dtypes(**named), compute
 
     def settle(self, choices: Sequence[str], compute: Compute) -> Proof:
-        """Try arithmetic, the fastest first.
+        """Try the compute dtypes, the fastest first.
 
         Args:
-            choices: arithmetic there is, the fastest first; none: the backend's own.
-            compute: runs the target in it.
+            choices: available compute dtypes, the fastest first; empty: the backend has no choice.
+            compute: runs the target in one of them.
 
         Returns:
-            A proof; with a `reason` where the last arithmetic crashes, hangs or computes wrongly.
+            The proof; `reason` is set if the last compute dtype crashes, hangs or gives wrong
+            logits.
 
         Raises:
-            QrankError: the last arithmetic fails in another way, which is not to be remembered.
+            QrankError: the last compute dtype fails in another way, which must not be cached.
         """
         named = self.options.compute_dtype
         tried: Sequence[str | None] = choices or (named,)
@@ -217,18 +218,18 @@ class _Case:
             return Proof(last, reason=str(error), rejected=rejected)
 
     def _hold(self, compute_dtype: str | None, compute: Compute) -> float | None:
-        """Hold the target in some arithmetic against the probes; see `Proof.kendall`.
+        """Check the target in a compute dtype against the probes; return `Proof.kendall`.
 
         Raises:
-            WrongError: it does not reproduce them; with the figures.
+            WrongError: it does not reproduce them; the message has the figures.
         """
         exact = compute_dtype in (None, CONVERTED_IN)
-        # A conversion looked at all probes in the one; nobody did in the others.
+        # The conversion checked all probes in CONVERTED_IN, but not in other dtypes.
         probes = _some(self.bundle.manifest.probes) if exact else self.bundle.manifest.probes
         logits = compute(compute_dtype, probes.work)
         if len(probes.work) == 0:
             return None  # the original itself: `qrank.backends.torch.as_bundle`
-        # On the scale of all probes.
+        # The spread is over all probes, even if only some were run.
         spread = float(np.ptp(self.bundle.manifest.probes.logits))
         fidelity = replace(Fidelity.of(logits, probes.logits), spread=spread)
         variant = self.target.variant
@@ -243,7 +244,7 @@ class _Case:
         return None if exact else fidelity.kendall
 
     def recalled(self) -> Proof | None:
-        """What came of it before; None where nobody knows."""
+        """The cached proof; None if there is none, or only a failure that has expired."""
         key = self._key()
         proof = None if key is None else cache.load(_KIND, key, Proof)
         if proof is None or proof.reason is None:
@@ -251,13 +252,13 @@ class _Case:
         return proof if 0 <= time.time() - proof.time < _FAILURE_SECONDS else None
 
     def remember(self, proof: Proof) -> None:
-        """Keep what came of it, where there is a cache."""
+        """Store the proof, if there is a cache."""
         key = self._key()
         if key is not None:
             cache.store(_KIND, key, asdict(proof))
 
     def _key(self) -> dict[str, Any] | None:
-        """What a proof holds for; None where nothing tells: of a user's own backend."""
+        """Cache key of the proof; None for a user's own backend or a bundle without probes."""
         target, options, probes = self.target, self.options, self.bundle.manifest.probes
         if ":" in target.backend or len(probes.work) == 0:
             return None
@@ -283,9 +284,9 @@ def _digest(probes: Probes) -> str:
 
 
 def _some(probes: Probes) -> Probes:
-    """The shortest probes, up to a token count that costs a fraction of a second; and the longest.
+    """The shortest probes, up to _PROBE_TOKENS but at least 4, and the longest one.
 
-    Kernels differ by length.
+    They take a fraction of a second. Kernels differ by length, so both ends are run.
     """
     order = np.argsort(probes.work.lengths, kind="stable")
     few = max(int((np.cumsum(probes.work.lengths[order]) <= _PROBE_TOKENS).sum()), 4)

@@ -1,1 +1,1 @@
-"""A rerank server: requests of every dialect in, pairs of all of them through one engine."""
+"""A rerank server: requests of all dialects share one queue and one engine per model."""

@@ -32,8 +32,8 @@ class Access:
             method: of the request.
             path: the route, or "other", so that unknown paths do not create counters.
             identity: the header `x-request-id`, or "".
-            state: of the request; its `said` has more fields for the log line.
-            metrics: that count the request.
+            state: of the request; its `said` holds more fields for the log line.
+            metrics: count the request.
         """
         self.identity = identity if _IDENTITY.fullmatch(identity) else uuid.uuid4().hex
         self.status = 0

@@ -47,7 +47,7 @@ def build(
         aliases: other name -> name of a model.
         instructions: name of a model -> instruction for requests without one.
         root: the path under which a proxy serves the application, as `/rank`.
-        dialects: that the server accepts.
+        dialects: those that the server accepts.
     """
     limits = limits or Limits()
     registry = Dialects(dialects, elsewhere=ERRORS_ELSEWHERE)

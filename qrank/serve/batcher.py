@@ -1,14 +1,14 @@
 """One model's queue: the pairs of all requests, cut into slices that its engine scores.
 
-A slice is so many tokens as take about SLICE_SECONDS. Every other one is filled from the oldest
-request on, those between from the request that has had least so far. So the oldest moves on at half
-the speed of the machine or more, and a short request waits for a few slices, however many documents
-the others have.
+A slice holds the tokens that the engine reads in about SLICE_SECONDS. Slices alternate: one
+is filled from the oldest request on, the next from the request that was served the fewest tokens.
+So the oldest request gets at least half of the machine's speed, and a short request waits for only
+a few slices, however many documents the others have.
 
-What a time budget promises stands in `qrank.scoring.deadline`. Here the engine's speed keeps it,
-which the slices of all requests tell.
+`qrank.scoring.deadline` says what a time budget promises. Here it is kept by means of the engine's
+speed, measured on the slices of all requests.
 
-All state is the event loop's: there are no locks. The engine runs in threads of its own.
+All state belongs to the event loop, so there are no locks. The engine runs in its own threads.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from qrank.serve.slices import Job, Share, marginal_tokens, next_slice
 log = logging.getLogger("qrank.serve")
 
 SLICE_SECONDS = 0.05
-"""How long a slice should take: what a short request waits, mostly, and a budget's grain."""
+"""Target time of a slice: most of a short request's wait, and the granularity of a budget."""
 
 SLICE_TOKENS = 65_536
-"""Most tokens of a slice, however fast the engine."""
+"""Maximum tokens of a slice, however fast the engine is."""
 
 IN_FLIGHT = 2
-"""Slices given to the engine at a time: what one leaves idle, the next takes up."""
+"""Slices given to the engine at a time: the second uses what the first leaves idle."""
 
 ENCODERS = 2
-"""Threads that turn text into tokens, beside the engine's; and one for short requests alone."""
+"""Tokenizer threads, besides those of the engine; one more serves only short requests."""
 
 STEP_CHARACTERS = 100_000
-"""Text that is turned into tokens at a time, so that requests take turns and can be left."""
+"""Characters tokenized at a time, so that requests take turns and can be cancelled."""
 
 
 class Batcher:
@@ -60,15 +60,15 @@ class Batcher:
         queue_tokens: int,
         failed: Callable[[], None] = lambda: None,
     ) -> None:
-        """Start.
+        """Start the queue.
 
         Args:
-            name: the model's, for people.
-            engine: ready.
+            name: of the model, for messages and metrics.
+            engine: scores the pairs.
             metrics: where to count.
-            queue_tokens: how many may wait; a request that would be more is refused, but for one
-                that finds the queue empty.
-            failed: called when a bug of ours ends the queue: it serves nothing any more.
+            queue_tokens: how many may wait; a request beyond that is refused, unless the queue
+                is empty.
+            failed: called when a bug ends the queue, which then serves nothing more.
         """
         self._engine = engine
         self.queued = 0
@@ -91,7 +91,7 @@ class Batcher:
             feeder.add_done_callback(self._feeder_ended)
 
     async def close(self) -> None:
-        """Stop; what still waits is cancelled."""
+        """Stop; waiting requests are cancelled."""
         for feeder in self._feeders:
             feeder.cancel()
         await asyncio.gather(*self._feeders, return_exceptions=True)
@@ -101,18 +101,18 @@ class Batcher:
             threads.shutdown()
 
     async def score(self, task: RerankTask, timeout: float) -> RerankOutcome:
-        """Score a request's pairs, among those of others.
+        """Score a request's pairs, interleaved with those of other requests.
 
-        To cancel it is to take it out of the queue.
+        Cancelling it takes the request out of the queue.
 
         Args:
-            task: what.
-            timeout: seconds it may take in all.
+            task: what to score.
+            timeout: seconds it may take in total.
 
         Raises:
-            RequestError: 413 for a pair that does not fit, 422 for what the model does not take,
-                429 where too much waits, 500 where the engine fails, 503 where the time is up or
-                the queue has ended.
+            RequestError: 413 if a pair does not fit and may not be cut, 422 if the model does not
+                take the input, 429 if too many tokens wait, 500 if the engine fails, 503 if the
+                time is up or the queue has failed.
         """
         arrived = time.perf_counter()
         self._refuse_if_broken()
@@ -170,9 +170,9 @@ class Batcher:
         )
 
     async def _encode(self, task: RerankTask, deadline: float | None) -> list[ModelInput]:
-        """A request's inputs; a part of them where its budget is used before the others are made.
+        """A request's inputs; only the first ones if its budget is used up meanwhile.
 
-        Long requests take turns, and short ones have a thread of their own.
+        Long requests take turns; short ones have their own thread.
         """
         steps = self._engine.preparing(
             task.pairs,
@@ -203,7 +203,7 @@ class Batcher:
             )
 
     def _feeder_ended(self, feeder: asyncio.Task[None]) -> None:
-        """A feeder has ended, which it never does by itself: what waits would wait for ever."""
+        """Fail all waiting requests if a feeder was not cancelled: only a bug ends it."""
         if feeder.cancelled() or self._broken:
             return
         self._broken = True
@@ -214,7 +214,7 @@ class Batcher:
         self._failed()
 
     async def _feed(self) -> None:
-        """Hand slices to the engine, one after the other."""
+        """Give slices to the engine, one after the other."""
         while True:
             now = time.perf_counter()
             for job in self._jobs:
@@ -234,7 +234,7 @@ class Batcher:
             await self._run(shares)
 
     async def _run(self, shares: list[Share]) -> None:
-        """Score a slice; where it fails, each request's part by itself, so that one fails alone."""
+        """Score a slice; if that fails, score each share separately, so that only one fails."""
         inputs = [each for share in shares for each in share.inputs]
         started = time.perf_counter()
         for share in shares:
@@ -263,20 +263,20 @@ class Batcher:
             self._finish_if_done(share.job, time.perf_counter())
 
     def _measure(self, tokens: int, started: float) -> float:
-        """Follow the engine's speed, by the seconds that it had for a slice; tells those.
+        """Update the engine's speed with a slice, and return the seconds the slice took.
 
-        A slice that was given to it beside another had it from when that was done.
+        If two slices overlap, the time of the second counts from the end of the first.
         """
         now = time.perf_counter()
         seconds = now - max(started, self._idle_since)
         self._idle_since = now
-        # Sums, not single speeds: two that are done at once were not each done in no time.
+        # Sums, not speeds: of two slices that end together, the second seems to take no time.
         self._recent = 0.8 * self._recent + np.array([tokens, seconds])
         self._rate = float(self._recent[0] / max(self._recent[1], 1e-6))
         return seconds
 
     def _count_queued(self, tokens: int) -> None:
-        """Count so many more tokens, or fewer, as waiting."""
+        """Add to the number of waiting tokens; a negative number subtracts."""
         self.queued += tokens
         self._metrics.queue_tokens.set(self.queued)
 
@@ -291,7 +291,7 @@ class Batcher:
             job.done.set_exception(error)
 
     def _finish_if_done(self, job: Job, now: float) -> None:
-        """Let a job go whose inputs are all scored, or those for which its budget was enough."""
+        """Finish a job if all its inputs, or all that fit its budget, are scored."""
         if job.deadline is not None and now >= job.deadline:
             job.stop = max(job.dispatched, job.first)
         if not job.waiting and not job.in_flight and not job.done.done():

@@ -13,13 +13,13 @@ from starlette.types import Message, Receive
 from qrank.serve.request import Limits, RequestError
 
 HELD_BODIES = 8
-"""The bodies in use may take this times the largest size; beyond, requests are refused."""
+"""All bodies in use may take this many times the size limit; beyond, requests are refused."""
 
 ENCODINGS = "gzip, deflate"
 """Encodings that a body may have, as a value of the header Accept-Encoding."""
 
 _ENCODED_TWICE = 2
-"""Most encodings that may be applied to a body, one after the other."""
+"""Maximum number of encodings applied to a body, one after the other."""
 
 
 class Bodies:
@@ -99,14 +99,14 @@ class Bodies:
 
 
 def plain_headers(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
-    """The headers of a request with its decompressed body of this length."""
+    """The headers of a request after its body was decompressed to this length."""
     body = (b"content-encoding", b"content-length", b"transfer-encoding")
     kept = [(name, value) for name, value in headers if name not in body]
     return [*kept, (b"content-length", str(length).encode())]
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """An ASGI `receive` that gives the body first, then the server's messages."""
+    """An ASGI `receive` that returns the body first, then the server's messages."""
     first = True
 
     async def replayed() -> Message:
@@ -125,10 +125,10 @@ def inflated(body: bytes, encodings: str, limit: int) -> bytes:
     Args:
         body: as it was sent.
         encodings: the header Content-Encoding: names, in the order they were applied.
-        limit: most bytes of the result.
+        limit: maximum bytes of the result.
 
     Raises:
-        RequestError: 400 if it has another encoding, 413 beyond the limit, 415 for an unknown
+        RequestError: 400 if it is not in that encoding, 413 beyond the limit, 415 for an unknown
             encoding.
     """
     names = [name for part in encodings.split(",") if (name := part.strip().lower())]

@@ -23,10 +23,10 @@ class Dialect(Generic[Body]):
 
     Attributes:
         name: of its operations in OpenAPI.
-        servers: that have this API.
+        servers: names of the servers that have this API.
         description: of its operations in OpenAPI.
-        paths: that clients POST to.
-        field: a field that only its requests have, where dialects share a path; None: this dialect
+        paths: paths that clients POST to.
+        field: a field that only its requests have, if dialects share a path; None: this dialect
             gets the requests that no other one claims.
         request: the pydantic model of a request's body.
         answer: the type that `render` returns.
@@ -69,7 +69,7 @@ class Dialects:
             for path in dialect.paths:
                 self._by_path.setdefault(path, []).append(dialect)
         for path, found in self._by_path.items():
-            # Those with a field are asked first.
+            # Those with a field are checked first.
             found.sort(key=lambda dialect: dialect.field is None)
             fields = [dialect.field for dialect in found]
             if len(set(fields)) < len(fields):

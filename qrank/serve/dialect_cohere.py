@@ -13,7 +13,7 @@ from qrank.serve.request import RerankOutcome
 
 
 class CohereResponse(BaseModel):
-    """As Cohere's v2."""
+    """Cohere's v2 response."""
 
     id: str
     results: list[RerankResult]
@@ -21,7 +21,7 @@ class CohereResponse(BaseModel):
 
 
 def render(body: RerankRequest, outcome: RerankOutcome) -> CohereResponse:
-    """Cohere's fields, v2."""
+    """The response, in Cohere's v2 format."""
     return CohereResponse(
         id=str(uuid.uuid4()),
         results=results(body, outcome, documents=body.return_documents is True),
@@ -30,7 +30,7 @@ def render(body: RerankRequest, outcome: RerankOutcome) -> CohereResponse:
 
 
 def error(status: int, message: str) -> tuple[int, dict[str, Any]]:
-    """Cohere's."""
+    """An error, in Cohere's format."""
     return status, {"id": str(uuid.uuid4()), "message": message}
 
 

@@ -12,7 +12,7 @@ from qrank.serve.request import RerankOutcome
 
 
 class OllamaResult(BaseModel):
-    """One document of the sorted list; the document as it was sent."""
+    """One document of the sorted list, in the form in which it was sent."""
 
     index: int
     document: str | dict[str, Any] | None = None
@@ -20,7 +20,7 @@ class OllamaResult(BaseModel):
 
 
 class OllamaResponse(BaseModel):
-    """As proposed for Ollama; times in nanoseconds, as its other answers have them."""
+    """The response as proposed for Ollama; times in nanoseconds, as in its other responses."""
 
     model: str
     results: list[OllamaResult]
@@ -29,7 +29,7 @@ class OllamaResponse(BaseModel):
 
 
 def render(body: RerankRequest, outcome: RerankOutcome) -> OllamaResponse:
-    """Ollama's fields."""
+    """The response, in Ollama's format."""
     documents = body.return_documents is not False
     return OllamaResponse(
         model=outcome.model,
@@ -47,7 +47,7 @@ def render(body: RerankRequest, outcome: RerankOutcome) -> OllamaResponse:
 
 
 def error(status: int, message: str) -> tuple[int, dict[str, Any]]:
-    """Ollama's."""
+    """An error, in Ollama's format."""
     return status, {"error": message}
 
 

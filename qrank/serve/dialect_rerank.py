@@ -1,6 +1,6 @@
 """POST /v1/rerank: what Jina, Cohere v1, vLLM and llama.cpp have in common.
 
-Cohere v2 and Ollama send the same requests, and get other answers.
+Cohere v2 and Ollama have the same requests, but other responses.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qrank.serve.validation import WANTED, tag
 
 
 class Document(BaseModel):
-    """A document with fields of its own, which are returned with it."""
+    """A document with its own fields, which are returned with it."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -60,7 +60,7 @@ TextOrObject = Annotated[
 
 
 class RerankRequest(Extended):
-    """As Jina's, Cohere's, vLLM's, llama.cpp's and Ollama's."""
+    """A request of Jina, Cohere, vLLM, llama.cpp and Ollama."""
 
     query: Text
     documents: list[TextOrObject] = Field(min_length=1)
@@ -116,7 +116,7 @@ class Meta(BaseModel):
 
 
 class RerankResponse(BaseModel):
-    """Everything that Jina, Cohere v1, vLLM and llama.cpp answer."""
+    """A response with all fields of Jina, Cohere v1, vLLM and llama.cpp."""
 
     id: str
     object: Literal["list"] = "list"
@@ -197,7 +197,7 @@ def meta(version: str, outcome: RerankOutcome) -> Meta:
 
 
 def render(body: RerankRequest, outcome: RerankOutcome) -> RerankResponse:
-    """Jina's, Cohere's, vLLM's and llama.cpp's fields."""
+    """The response, with the fields of Jina, Cohere, vLLM and llama.cpp."""
     return RerankResponse(
         id=new_id("rerank"),
         model=outcome.model,
@@ -208,7 +208,7 @@ def render(body: RerankRequest, outcome: RerankOutcome) -> RerankResponse:
 
 
 def error(status: int, message: str) -> tuple[int, dict[str, Any]]:
-    """Jina's."""
+    """An error, in Jina's format."""
     return status, {"detail": message}
 
 

@@ -30,7 +30,7 @@ OneOrMore = Annotated[
 
 
 class ScoreRequest(Extended):
-    """As vLLM's POST /score: one query for all documents, or one for each."""
+    """A request of vLLM's POST /score: one query for all documents, or one for each."""
 
     text_1: OneOrMore = Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))
     text_2: OneOrMore = Field(
@@ -45,7 +45,7 @@ class ScoreRequest(Extended):
 
 
 class ScoreResult(BaseModel):
-    """One pair, in the order they were sent."""
+    """One pair; pairs keep the order in which they were sent."""
 
     index: int
     object: Literal["score"] = "score"
@@ -54,7 +54,7 @@ class ScoreResult(BaseModel):
 
 
 class ScoreResponse(BaseModel):
-    """As vLLM's."""
+    """vLLM's response."""
 
     id: str
     object: Literal["list"] = "list"
@@ -68,7 +68,7 @@ def parse(body: ScoreRequest) -> RerankTask:
     """The task of a request.
 
     Raises:
-        RequestError: the numbers of queries and documents do not go together.
+        RequestError: the numbers of queries and documents do not match.
     """
     first = [body.text_1] if isinstance(body.text_1, str) else body.text_1
     second = [body.text_2] if isinstance(body.text_2, str) else body.text_2
@@ -89,7 +89,7 @@ def parse(body: ScoreRequest) -> RerankTask:
 
 
 def render(body: ScoreRequest, outcome: RerankOutcome) -> ScoreResponse:
-    """vLLM's fields, in the order the pairs were sent."""
+    """The response, in vLLM's format and the order in which the pairs were sent."""
     values = outcome.logits if body.use_activation is False else outcome.scores
     return ScoreResponse(
         id=new_id("score"),
@@ -104,7 +104,7 @@ def render(body: ScoreRequest, outcome: RerankOutcome) -> ScoreResponse:
 
 
 def error(status: int, message: str) -> tuple[int, dict[str, Any]]:
-    """vLLM's, which is OpenAI's."""
+    """An error, in vLLM's format, which is OpenAI's."""
     kinds = {401: "AuthenticationError", 404: "NotFoundError", 429: "RateLimitError"}
     kind = kinds.get(status, "BadRequestError" if status < 500 else "InternalServerError")
     return status, {"error": {"message": message, "type": kind, "param": None, "code": status}}

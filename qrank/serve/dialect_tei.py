@@ -12,7 +12,7 @@ from qrank.serve.schemas import Extended, Text, TextList
 
 
 class TeiRequest(Extended):
-    """As text-embeddings-inference's POST /rerank."""
+    """A request of text-embeddings-inference's POST /rerank."""
 
     query: Text
     texts: TextList
@@ -33,7 +33,7 @@ class TeiRank(BaseModel):
 
 
 def parse(body: TeiRequest) -> RerankTask:
-    """Truncation at the left is `long_documents: tail` in qrank's terms."""
+    """The task of a request; truncation at the left is `long_documents: tail`."""
     left = (body.truncation_direction or "right").lower() == "left"
     return RerankTask(
         body.model,
@@ -47,7 +47,7 @@ def parse(body: TeiRequest) -> RerankTask:
 
 
 def render(body: TeiRequest, outcome: RerankOutcome) -> list[TeiRank]:
-    """A bare array."""
+    """The response: a bare array."""
     values = outcome.logits if body.raw_scores else outcome.scores
     return [
         TeiRank(index=i, text=body.texts[i] if body.return_text else None, score=values[i])
@@ -56,7 +56,7 @@ def render(body: TeiRequest, outcome: RerankOutcome) -> list[TeiRank]:
 
 
 def error(status: int, message: str) -> tuple[int, dict[str, Any]]:
-    """424 is TEI's status for an error of its backend."""
+    """An error, in TEI's format, with status 424 for an error of the backend."""
     kinds = {429: "Overloaded", 500: "Backend", 503: "Unhealthy"}
     shown = 424 if status == 500 else status
     return shown, {"error": message, "error_type": kinds.get(status, "Validation")}

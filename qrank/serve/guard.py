@@ -1,6 +1,6 @@
 """ASGI middleware in front of the routes: keys, limits of bodies, aliases of paths, access log.
 
-It is plain ASGI, because bodies must be limited before the framework reads them.
+Plain ASGI, because bodies must be limited before the framework reads them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Guard:
     Attributes:
         draining: the server is stopping; answers close their connection.
         failed: a bug has ended a queue.
-        on_failure: is called when that happens.
+        on_failure: called when that happens.
         routes: paths of the application.
     """
 
@@ -48,8 +48,8 @@ class Guard:
             app: the application.
             keys: a request must send one of them; no keys: every request is allowed.
             limits: of bodies.
-            metrics: that count the requests.
-            dialects: that give the shape of errors.
+            metrics: count the requests.
+            dialects: determine the shape of errors.
             root: the path under which a proxy serves the application, as `/rank`.
         """
         self._app = app
@@ -88,7 +88,7 @@ class Guard:
                 self._add_headers(MutableHeaders(scope=message), access, state)
             else:
                 if not message.get("more_body", False):
-                    # Before the last part: a client that has the answer finds it counted.
+                    # Before the last part: once the client has the answer, it is counted.
                     access.end()
                 if method == "HEAD":
                     message = {**message, "body": b""}
@@ -115,7 +115,7 @@ class Guard:
         """Add the headers that answers of all dialects have."""
         out["x-request-id"] = access.identity
         if model := state.get("said", {}).get("model"):
-            # Not every dialect has a field for it.
+            # Not every dialect has a field for the model.
             out["x-qrank-model"] = quote(model, safe="/:@+=,")
         if self.draining:
             out["connection"] = "close"

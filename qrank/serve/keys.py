@@ -19,7 +19,7 @@ def read_keys(path: Path) -> tuple[bytes, ...]:
     """Read a file with one key per line.
 
     Raises:
-        InputError: it has no key.
+        InputError: the file has no key.
     """
     keys = tuple(line.strip().encode() for line in read_lines(path) if line.strip())
     if not keys:
@@ -31,7 +31,7 @@ def check_key(keys: tuple[bytes, ...], route: str, headers: Headers) -> None:
     """Check that a request sends one of the keys, if there are any.
 
     Raises:
-        RequestError: 401, it does not.
+        RequestError: 401 if it does not.
     """
     if not keys or route in OPEN:
         return

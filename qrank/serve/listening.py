@@ -18,7 +18,7 @@ UNIX = "unix:"
 
 _BACKLOG = 2048
 _TRIES = 10
-"""Attempts to find a free port that is free for several addresses."""
+"""Attempts to find a port that is free at several addresses."""
 
 _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
@@ -44,7 +44,7 @@ class Listening:
         )
 
     def addresses(self, scheme: str) -> list[str]:
-        """The addresses, for people."""
+        """The addresses, as text for messages."""
         if self._file is not None:
             return [f"{UNIX}{self._file}"]
         return [f"{scheme}://{_name(found)}" for found in self.sockets]
@@ -53,7 +53,7 @@ class Listening:
         """Close the sockets."""
         for found in self.sockets:
             found.close()
-        # Another server may have replaced the file by its own.
+        # Another server may have replaced the file with its own.
         if self._file is not None and _identity(self._file) == self._identity:
             self._file.unlink(missing_ok=True)
 

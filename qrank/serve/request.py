@@ -1,4 +1,4 @@
-"""What a request of any dialect comes to, and what comes of it."""
+"""Tasks and their outcomes: what requests and answers of all dialects have in common."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qrank.scoring.inputs import LongDocuments, ModelInput
 from qrank.scoring.ranking import ScoredPairs
 
 CHARACTERS_A_TOKEN = 4
-"""To judge a request by before it is encoded."""
+"""Used to estimate a request's tokens before it is encoded."""
 
 
 class RequestError(Exception):
@@ -25,15 +25,15 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may be.
+    """Limits of a request.
 
     Attributes:
-        documents: of one request.
-        characters: of one text.
-        body: bytes.
-        body_seconds: for a body to come in.
-        queue_tokens: that may wait for a model.
-        seconds: for an answer, with the waiting.
+        documents: in one request.
+        characters: in one text.
+        body: bytes of the body.
+        body_seconds: for a body to arrive.
+        queue_tokens: tokens that may wait for a model.
+        seconds: for an answer, including the wait.
     """
 
     documents: int = 2_000
@@ -46,15 +46,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class RerankTask:
-    """What any request comes to.
+    """A request, whatever its dialect.
 
     Attributes:
         model: name of a served model; None: the first.
         pairs: (query, document), in the order they were sent.
         instruction: as for `Reranker.rank`.
         long_documents: as for `Reranker.rank`.
-        document_tokens: most tokens that are read of a document; None: what fits.
-        budget: seconds, promised as `qrank.scoring.deadline` says; None: no end.
+        document_tokens: maximum tokens read of a document; None: as many as fit.
+        budget: seconds, with the promise of `qrank.scoring.deadline`; None: no limit.
         whole: refuse a pair that does not fit.
     """
 
@@ -67,7 +67,7 @@ class RerankTask:
     whole: bool = False
 
     def estimate_tokens(self, max_length: int) -> int:
-        """Tokens of it, before it is encoded, where a pair may have so many."""
+        """Estimate its tokens before encoding, at most `max_length` a pair, unless chunked."""
         limit = math.inf if self.long_documents == "chunk" else max_length
         sizes = (len(query) + len(document) for query, document in self.pairs)
         return int(sum(min(size // CHARACTERS_A_TOKEN + 1, limit) for size in sizes))
@@ -75,17 +75,17 @@ class RerankTask:
 
 @dataclass(frozen=True)
 class RerankOutcome:
-    """What came of it, in the order of the pairs.
+    """The result of a task, in the order of the pairs.
 
     Attributes:
-        model: that scored them.
-        logits: floats; of pairs that were not scored the lowest of the others'.
-        scores: after the family's activation, likewise.
+        model: name of the model that scored the pairs.
+        logits: floats; pairs that were not scored have the lowest logit of the others.
+        scores: after the family's activation; pairs that were not scored have the lowest score.
         truncated: whether only a part was read.
-        scored: False where the time was up; the first is True.
-        order: places of the pairs, the most relevant first; then what was not scored, as sent.
-        tokens: that the model read.
-        seconds: from the request's coming to its last score.
+        scored: False if the time was up before the pair's turn; the first is always True.
+        order: indices of the pairs, most relevant first; then those not scored, as sent.
+        tokens: number that the model read.
+        seconds: from the request's arrival to its last score.
     """
 
     model: str
@@ -108,13 +108,13 @@ class RerankOutcome:
         tokens: int,
         seconds: float,
     ) -> RerankOutcome:
-        """What came of so many pairs, the first of which were scored.
+        """The outcome for a number of pairs of which the first ones were scored.
 
         Args:
             model: see the class.
-            pairs: how many there are.
-            inputs: of those that were encoded.
-            found: those that were scored: one or more.
+            pairs: number of pairs.
+            inputs: of the pairs that were encoded.
+            found: the pairs that were scored: one or more.
             tokens: see the class.
             seconds: see the class.
         """

@@ -14,11 +14,11 @@ ALIASES = {
     "/invocations": "/rerank",
     "/ping": "/health",
 }
-"""Other paths that the imitated servers have -> routes."""
+"""Other paths of the imitated servers -> routes."""
 
 
 def routed(path: str, method: str, root: str = "") -> str:
-    """The route of a path; an unknown path stays as it is.
+    """The route of a path; an unknown path is returned unchanged.
 
     Args:
         path: of the request. Extra slashes are ignored.

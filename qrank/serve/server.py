@@ -24,10 +24,10 @@ HEAD_SECONDS = 10.0
 """Time to receive the head of a request, from its first byte or the start of the connection."""
 
 KEEP_ALIVE_SECONDS = 75
-"""An idle connection is closed then: later than most clients do, so that they close it first."""
+"""Idle connections are closed after this: later than most clients, so that they close first."""
 
 GRACE_SECONDS = 1.0
-"""After SIGTERM, time for requests that are on their way on open connections."""
+"""Time after SIGTERM for requests already under way on open connections."""
 
 
 class JsonLines(logging.Formatter):
@@ -91,9 +91,9 @@ class Server(uvicorn.Server):
         """Make a server.
 
         Args:
-            config: uvicorn's.
+            config: for uvicorn.
             guard: gets `draining` set at the end; if it fails, the server stops.
-            ready: is called when the server accepts requests.
+            ready: called when the server accepts requests.
         """
         super().__init__(config)
         self._guard = guard
@@ -137,7 +137,7 @@ def server(
 
     Args:
         guard: the application.
-        ready: is called when the server accepts requests.
+        ready: called when the server accepts requests.
         drain_seconds: time for running requests when it stops.
         cors: origins whose pages may send requests; none: CORS is off.
         certificate: file for TLS.
@@ -181,7 +181,7 @@ def run(server: Server, sockets: list[socket.socket]) -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
-    # uvicorn raises the signal again when it is done; that must not kill the process.
+    # uvicorn raises the signal again at its end; that must not kill the process.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     server.run(sockets=sockets)

@@ -1,4 +1,4 @@
-"""The served models, and what becomes of every request whatever its dialect."""
+"""The served models, and the scoring of requests of all dialects."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Service:
         instructions: Mapping[str, str] | None = None,
         failed: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take models.
+        """Make a service; `open` starts its queues.
 
         Args:
             models: the first is the default.
             limits: of requests.
             metrics: where to count.
             aliases: other names -> names of models.
-            instructions: name of a model -> instruction of requests that bring none.
-            failed: called when a queue has ended by a bug.
+            instructions: name of a model -> instruction for requests without one.
+            failed: called when a bug has ended a queue.
         """
         self.models = dict(models)
         self.limits = limits
@@ -56,11 +56,11 @@ class Service:
     def named(self, name: str | None) -> str:
         """The model that a request's `model` stands for.
 
-        Where one model is served, that is what every name stands for: clients of hosted services
-        name those services' models, or refuse to leave the name out.
+        If only one model is served, every name stands for it: clients of hosted services send the
+        names of those services' models, or insist on a name.
 
         Raises:
-            RequestError: 404 where several are served and none has the name.
+            RequestError: 404 if several models are served and none has the name.
         """
         if name is None or (name not in self._names and len(self.models) == 1):
             return next(iter(self.models))
@@ -69,7 +69,7 @@ class Service:
         return self._names[name]
 
     async def open(self) -> None:
-        """Start the queues, on the loop that serves."""
+        """Start the queues, on the event loop of the server."""
         self._batchers = {
             name: Batcher(
                 name,
@@ -82,12 +82,12 @@ class Service:
         }
 
     async def close(self) -> None:
-        """Stop them."""
+        """Stop the queues."""
         for batcher in self._batchers.values():
             await batcher.close()
 
     async def score(self, request: Request, task: RerankTask) -> RerankOutcome:
-        """Score what is asked, for as long as the client is there.
+        """Score a task, as long as the client is connected.
 
         Raises:
             RequestError: see `Batcher.score`; 404 for an unknown model, 413 for too many documents
@@ -120,7 +120,7 @@ class Service:
 async def _while_connected(
     request: Request, work: Coroutine[Any, Any, RerankOutcome]
 ) -> RerankOutcome:
-    """Await work, and cancel it where the client hangs up."""
+    """Await work, and cancel it if the client hangs up."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_hung_up(request))
     try:

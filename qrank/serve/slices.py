@@ -1,6 +1,6 @@
-"""What the engine is given next: a slice of tokens, shared by the requests that wait.
+"""The next slice of tokens for the engine, shared by the waiting requests.
 
-Pure but for the jobs' counters, which `next_slice` moves on.
+Pure functions, except that `next_slice` advances the jobs' counters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from qrank.scoring.inputs import ModelInput
 
 PREFIXES = 4
-"""A prefix is read once a share, so a share has at least as many times its tokens."""
+"""A share has at least this many times its prefix's tokens, as each share reads the prefix."""
 
 
 @dataclass(eq=False)
@@ -24,15 +24,15 @@ class Job:
 
     Attributes:
         inputs: of its pairs, in their order.
-        arrived: by `time.perf_counter`.
-        deadline: when its budget is used; None: never.
-        done: resolves when nothing more is to come.
+        arrived: time by `time.perf_counter`.
+        deadline: when its budget is used up; None: never.
+        done: resolves when no more inputs will be scored.
         logits: of its inputs; shape [n].
-        first: inputs of its first pair, which are scored whatever its budget.
-        stop: inputs that the engine will be given: all, or fewer once the budget is used.
-        dispatched: inputs that it was given, from the first.
-        in_flight: slices with inputs of it that are not back yet.
-        tokens_served: tokens that the engine was given.
+        first: number of inputs of its first pair, which are scored whatever the budget.
+        stop: number of inputs to give to the engine: all, or fewer once the budget is used up.
+        dispatched: number of inputs given to the engine, from the first on.
+        in_flight: number of slices with its inputs that the engine has not returned yet.
+        tokens_served: number of tokens given to the engine.
     """
 
     inputs: list[ModelInput]
@@ -53,13 +53,13 @@ class Job:
 
     @property
     def waiting(self) -> int:
-        """Inputs that the engine is still to be given."""
+        """Number of inputs still to be given to the engine."""
         return self.stop - self.dispatched
 
 
 @dataclass(frozen=True)
 class Share:
-    """A job's part of a slice: its inputs `start` to `stop`, so many tokens to read."""
+    """A job's part of a slice: its inputs `start` to `stop`, and their number of tokens."""
 
     job: Job
     start: int
@@ -68,12 +68,12 @@ class Share:
 
     @property
     def inputs(self) -> list[ModelInput]:
-        """The inputs themselves."""
+        """The inputs of the share."""
         return self.job.inputs[self.start : self.stop]
 
 
 def marginal_tokens(after: ModelInput, before: ModelInput | None) -> int:
-    """Tokens that are read for an input after another: a prefix they share is read once."""
+    """Tokens read for an input that follows another: a prefix they share is read once."""
     shared = before is not None and after.prefix is before.prefix
     return len(after.ids) if shared else after.tokens
 
@@ -81,17 +81,17 @@ def marginal_tokens(after: ModelInput, before: ModelInput | None) -> int:
 def next_slice(
     jobs: Iterable[Job], tokens: float, least: int, now: float, rate: float
 ) -> list[Share]:
-    """The next slice; `dispatched` and `tokens_served` of the jobs in it are moved on.
+    """The next slice; advances `dispatched` and `tokens_served` of the jobs in it.
 
     Args:
         jobs: in the order in which they are served.
-        tokens: that the slice may hold.
-        least: inputs that it holds whatever their length, so that every thread has one.
+        tokens: maximum tokens of the slice.
+        least: minimum number of inputs, whatever their length, so that every thread has one.
         now: by `time.perf_counter`.
-        rate: tokens a second.
+        rate: tokens per second.
 
     Returns:
-        Nothing where nothing waits.
+        An empty list if nothing waits.
     """
     shares: list[Share] = []
     left, count = tokens, 0

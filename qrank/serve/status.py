@@ -23,14 +23,14 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """As OpenAI's GET /v1/models."""
+    """The response of OpenAI's GET /v1/models."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 def add_routes(app: FastAPI, service: Service, guard: Guard) -> None:
-    """Add these routes to an application."""
+    """Add the routes to an application."""
 
     @app.get("/health")
     async def health() -> dict[str, str]:

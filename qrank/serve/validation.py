@@ -1,4 +1,4 @@
-"""Messages of pydantic's errors, for clients: without the names of pydantic's types and ours."""
+"""Messages of pydantic's errors, for clients: without the names of pydantic's types or qrank's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ WANTED = "wanted"
 """Type of an error whose message says what to send instead."""
 
 _SHOWN = 3
-"""Errors in a message; the others mostly repeat these."""
+"""Maximum errors in a message; the others mostly repeat these."""
 
 _NAMES = {
     "string_type": "a string",
@@ -38,7 +38,7 @@ _KINDS = {
 
 
 def tag(name: str) -> str:
-    """The tag of a union's member; messages leave it out of a location."""
+    """The tag of a union's member; messages omit it from a location."""
     return f"<{name}>"
 
 

@@ -1,1 +1,1 @@
-"""The machine, its files and processes, and what qrank remembers there."""
+"""The machine, its files and processes, and qrank's cache."""

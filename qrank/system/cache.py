@@ -1,8 +1,8 @@
-"""What qrank remembers in its cache folder, a file a record, and what clears it.
+"""Records in qrank's cache folder, one file per record, and functions that clear them.
 
-A record is found by its kind and its key: everything it holds for. So a new runtime, driver or
-qrank finds none, processes that write at the same time write files of their own, and one damaged
-file is one record.
+A record is found by its kind and key; the key is everything the record depends on. So a new
+runtime, driver or qrank finds no record, processes that write different records at the same time
+do not conflict, and a damaged file costs only one record.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ KINDS = {
     "logits": "logits of scored queries (qrank eval)",
     "openvino": "graphs that OpenVINO compiled",
 }
-"""Folders of the cache, and what lies there."""
+"""Folder of the cache -> description of its contents."""
 
 Key = Mapping[str, Any]
-"""What a record holds for: anything JSON can hold."""
+"""Everything a record depends on, as JSON values."""
 
 Record = TypeVar("Record")
 
@@ -37,15 +37,15 @@ log = logging.getLogger("qrank")
 
 
 def load(kind: str, key: Key, read: Callable[..., Record]) -> Record | None:
-    """The record of a key; None where there is none.
+    """The record of a key; None if there is none.
 
-    A file that cannot be read, or that another version of qrank wrote, is told of and ignored.
+    A file that cannot be read, or that another version of qrank wrote, is ignored with a warning.
 
     Args:
-        kind: of the record.
-        key: all that it holds for.
-        read: makes the record of its fields; raises TypeError, ValueError or KeyError where they
-            are not what it takes.
+        kind: kind of the record.
+        key: everything it depends on.
+        read: makes the record from its fields; raises TypeError, ValueError or KeyError if they
+            are invalid.
     """
     path = place(kind, key, ".json")
     if path is None:
@@ -63,7 +63,7 @@ def load(kind: str, key: Key, read: Callable[..., Record]) -> Record | None:
 
 
 def store(kind: str, key: Key, record: Mapping[str, Any]) -> None:
-    """Keep a record, where there is a cache."""
+    """Store a record, if there is a cache."""
     path = place(kind, key, ".json")
     if path is None:
         return
@@ -75,7 +75,7 @@ def store(kind: str, key: Key, record: Mapping[str, Any]) -> None:
 
 
 def place(kind: str, key: Key, suffix: str = "") -> Path | None:
-    """Where what belongs to a key lies; None where there is no cache. It need not exist."""
+    """Path of a key's file or folder, which need not exist; None if there is no cache."""
     folder = paths.cache_folder()
     if folder is None:
         return None
@@ -84,20 +84,20 @@ def place(kind: str, key: Key, suffix: str = "") -> Path | None:
 
 
 def ignore(path: Path, reason: str) -> None:
-    """Say that a file of the cache is of no use."""
+    """Warn that a cache file is unusable and ignored."""
     log.warning("ignoring %s, which is damaged or another version's (%s)", path, reason)
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What lies in the cache of one kind: records, and their bytes."""
+    """Number and total bytes of the cached records of one kind."""
 
     records: int
     bytes: int
 
 
 def usage() -> dict[str, Usage]:
-    """Kind -> what lies in the cache."""
+    """Kind -> its usage of the cache."""
     folder = paths.cache_folder()
     found = {}
     for kind in KINDS:
@@ -120,5 +120,5 @@ def clear(kind: str) -> None:
 
 
 def _plain(key: Key) -> Any:
-    """A key as it comes back from JSON."""
+    """A key after a round trip through JSON."""
     return json.loads(json.dumps(key))

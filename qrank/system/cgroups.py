@@ -1,7 +1,7 @@
-"""What Linux's control groups, versions 1 and 2, leave this process: a container's CPUs and memory.
+"""Limits of Linux's control groups, versions 1 and 2, on a container's CPUs and memory.
 
-A process is in one group of each hierarchy, and every group that this one lies in limits it too:
-the smallest counts. Limits may change at any time, so nothing is remembered; all files are small.
+A process is in one group of each hierarchy, and each parent of that group limits it too: the
+smallest limit counts. Limits may change at any time, so nothing is cached; all files are small.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from pathlib import Path, PurePosixPath
 PROC = Path("/proc/self")
 
 _LIMITS = ("memory.max", "memory.high", "memory.limit_in_bytes")
-"""Files of a group's limits, in bytes. Beyond memory.high nothing is killed, but all is slow."""
+"""Files of a group's limits, in bytes. Above memory.high, processes are slowed but not killed."""
 
 _USED = ("memory.current", "memory.usage_in_bytes")
 
 _DROPPABLE = ("inactive_file", "total_inactive_file")
-"""Lines of memory.stat: bytes of files that are counted as used, and make room when asked."""
+"""Lines of memory.stat: bytes of file cache, which count as used but can be reclaimed."""
 
 
 def cpus() -> float | None:
-    """CPUs' worth of time that this process may take; None without a limit."""
+    """CPU time that this process may use, in CPUs; None without a limit."""
     shares = []
     for group in _groups("cpu"):
         both = _words(group / "cpu.cfs_quota_us") + _words(group / "cpu.cfs_period_us")
@@ -34,20 +34,20 @@ def cpus() -> float | None:
 
 
 def memory() -> int | None:
-    """Bytes that this process may take, with what else is in its groups; None without a limit."""
+    """Bytes that this process and others in its groups may use; None without a limit."""
     limits = (_limit(group) for group in _groups("memory"))
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def free_memory() -> int | None:
-    """Bytes of `memory` that are not taken; None without a limit."""
+    """Bytes of `memory` that are not used; None without a limit."""
     left = []
     for group in _groups("memory"):
         if (limit := _limit(group)) is not None:
             used = sum(_number(group / name) or 0 for name in _USED)
             stat = _words(group / "memory.stat")
             pairs = zip(stat[::2], stat[1::2], strict=False)
-            # Of version 1 the group's own files and, with "total_", those of groups within it.
+            # Version 1 has the group's own files and, with "total_", also those of its subgroups.
             droppable = max((int(n) for name, n in pairs if name in _DROPPABLE), default=0)
             left.append(max(limit - used + droppable, 0))
     return min(left, default=None)
@@ -59,8 +59,8 @@ def _limit(group: Path) -> int | None:
 
 
 def _groups(controller: str) -> Iterator[Path]:
-    """Folders of the groups that a controller may limit this process in, the innermost first."""
-    # "4:memory:/docker/1f" of version 1, "0::/user.slice/run-7.scope" of version 2.
+    """Folders of the groups whose controller may limit this process, the innermost first."""
+    # "4:memory:/docker/1f" in version 1, "0::/user.slice/run-7.scope" in version 2.
     entries = [line.split(":", 2) for line in _lines(PROC / "cgroup")]
     own = {name: path for _, names, path in entries for name in names.split(",")}
     for line in _lines(PROC / "mountinfo"):
@@ -72,15 +72,15 @@ def _groups(controller: str) -> Iterator[Path]:
             continue
         root, place = (_unescaped(text) for text in where.split()[3:5])
         path = PurePosixPath(own[name])
-        # In a container its own group may be mounted as if it were the whole hierarchy.
+        # In a container, its own group may be mounted as the root of the hierarchy.
         inner = path.relative_to(root) if path.is_relative_to(root) else PurePosixPath()
-        if ".." in inner.parts:  # another namespace's
+        if ".." in inner.parts:  # a group in another namespace
             inner = PurePosixPath()
         yield from (Path(place, part) for part in (inner, *inner.parents))
 
 
 def _unescaped(text: str) -> str:
-    r"""A path of mountinfo, where a space is \040."""
+    r"""A path from mountinfo, where a space is written as \040."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
@@ -96,6 +96,6 @@ def _words(path: Path) -> list[str]:
 
 
 def _number(path: Path) -> int | None:
-    """A file's number; None where it has none, or says "max"."""
+    """The number in a file; None if there is none, or if the file says "max"."""
     words = _words(path)
     return int(words[0]) if words and words[0].isdigit() else None

@@ -1,4 +1,4 @@
-"""Disks that are full or cannot be written: what is free, and the one line that says which disk."""
+"""Full or unwritable disks: free space, and one-line errors that name the disk."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 _REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 _NOTHING_LEFT = 2**20
-"""Bytes below which a disk counts as full. Libraries that fail to write say so in their own words,
-numpy for one in "131072 requested and 25664 written"; what they tried to write has filled it."""
+"""Free bytes below which a disk counts as full. Libraries report a failed write in their own words
+(numpy: "131072 requested and 25664 written"), after that write has filled the disk."""
 
 
 def size(count: int) -> str:
-    """Bytes for people: 1.2 GB, 24.0 MB, 3 kB."""
+    """Bytes in readable form: 1.2 GB, 24.0 MB, 3 kB."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if count >= unit:
             return f"{count / unit:,.1f} {name}"
@@ -23,23 +23,23 @@ def size(count: int) -> str:
 
 
 def free(path: Path) -> int:
-    """Bytes that can still be written to the disk of a path, which need not exist."""
-    import shutil  # here, not above: slow to import, and importing qrank needs it not
+    """Free bytes on the disk of a path, which need not exist."""
+    import shutil  # here, because it is slow to import and importing qrank does not need it
 
     return shutil.disk_usage(_existing(path)).free
 
 
 def writable(path: Path) -> bool:
-    """Whether something can be made at a path, as far as permissions and the mount tell."""
+    """Whether a path can be created, judging by permissions and the mount."""
     return os.access(_existing(path), os.W_OK | os.X_OK)
 
 
 def no_room(path: Path, needed: int) -> str | None:
-    """Which disk is too small for what is to be written below a path; None where it fits.
+    """The disk that has too little space below a path, in one line; None if there is enough.
 
     Args:
         path: a folder, which need not exist.
-        needed: bytes.
+        needed: bytes to write.
     """
     if needed <= (there := free(path)):
         return None
@@ -47,12 +47,12 @@ def no_room(path: Path, needed: int) -> str | None:
 
 
 def explain(error: BaseException, path: Path, needed: int | None = None) -> str | None:
-    """The one line for an error that a full or unwritable disk caused; None for any other error.
+    """One line for an error caused by a full or unwritable disk; None for any other error.
 
     Args:
-        error: as it was caught; what it was raised from is looked at too.
-        path: what was to be written, or the folder of it.
-        needed: bytes that it takes in all, where that is known.
+        error: the caught error; the errors it was raised from are checked too.
+        path: the file to be written, or its folder.
+        needed: total bytes to write, if known.
     """
     if (said := reported(error, path, needed)) is not None:
         return said
@@ -60,7 +60,7 @@ def explain(error: BaseException, path: Path, needed: int | None = None) -> str 
 
 
 def reported(error: BaseException, path: Path, needed: int | None = None) -> str | None:
-    """The same by what the system itself said, without a look at the disk."""
+    """As `explain`, but judging only by the system's own error, not by the free space."""
     for cause in chain(error):
         if not isinstance(cause, OSError):
             continue
@@ -69,20 +69,20 @@ def reported(error: BaseException, path: Path, needed: int | None = None) -> str
             return _full(named, needed)
         if cause.errno == errno.EDQUOT:
             return f"the quota on {_disk(named)} is used up{_wanted(needed, ' ({} needed)')}"
-        # Without a file's name it may be a socket's.
+        # Without a file name, the error may come from a socket.
         if cause is error and cause.errno in _REFUSED and cause.filename is not None:
             return f"no access to {named}: {cause.strerror}"
     return None
 
 
 def cannot_write(error: OSError, path: Path, advice: str) -> OSError:
-    """The same error, with what could not be written, how much room is there, and what to do.
+    """The same error, with the path, the free space there, and advice.
 
-    An error of writing, other than one of opening, names no file.
+    Unlike an error from opening a file, one from writing has no file name.
 
     Args:
-        error: what was raised.
-        path: of the file or folder.
+        error: the error that was raised.
+        path: path of the file or folder.
         advice: what to do.
     """
     try:
@@ -93,7 +93,7 @@ def cannot_write(error: OSError, path: Path, advice: str) -> OSError:
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and all that it came of, the newest first."""
+    """An error and its chain of causes, the newest first."""
     seen: set[int] = set()
     rest: BaseException | None = error
     while rest is not None and id(rest) not in seen:
@@ -107,12 +107,12 @@ def _full(path: Path, needed: int | None) -> str:
 
 
 def _fuller(path: Path) -> Path:
-    """A path, or the folder for temporary files where that is what is full."""
+    """A path, or the folder for temporary files if that disk is full and the path's is not."""
     import tempfile
 
     try:
         temporary = Path(tempfile.gettempdir())
-    except FileNotFoundError:  # none of the usual ones can be written
+    except FileNotFoundError:  # none of the usual folders is writable
         return path
     return temporary if free(temporary) < _NOTHING_LEFT <= free(path) else path
 
@@ -122,9 +122,9 @@ def _wanted(needed: int | None, text: str) -> str:
 
 
 def _disk(path: Path) -> str:
-    """The disk of a path, by where it is mounted."""
+    """The disk of a path, named by its mount point."""
     place = _existing(path).resolve()
-    # Path's own knows no Windows before Python 3.12.
+    # `Path.is_mount` does not support Windows before Python 3.12.
     while not os.path.ismount(place):
         place = place.parent
     return f"the disk at {place}"

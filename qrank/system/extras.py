@@ -1,4 +1,4 @@
-"""Optional packages: import one, or say how to install it."""
+"""Import optional packages, or say how to install them."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ EXTRA_OF = {
     "transformers": "convert",
     "uvicorn": "serve",
 }
-"""Which extra of qrank brings a module. What a backend runs on is said in its `BackendSpec`."""
+"""Module -> the extra of qrank that installs it. A backend's runtime is in its `BackendSpec`."""
 
 _SILENCE = {"onnxruntime": "ORT_DISABLE_TELEMETRY"}
-"""The environment variable that, set before the import, keeps a module from calling home.
+"""Module -> environment variable that disables its telemetry if set before the import.
 
-onnxruntime does since 1.29, from a thread that makes a forked child hang when it exits."""
+onnxruntime has had telemetry since 1.29; its thread makes a forked child hang on exit."""
 
 _TELEMETRY = "openvino_telemetry"
-"""The package openvino and nncf call home with, from the import on and without asking; it also
-writes to the home folder. Neither has a switch, and both do without it where it is absent."""
+"""Package that sends telemetry for openvino and nncf, from the import on and without asking; it
+also writes to the home folder. Neither has a switch for it, and both work without the package."""
 
 
 def pip_line(extra: str) -> str:
@@ -55,17 +55,17 @@ def need(module: str, *, extra: str | None = None) -> ModuleType:
 
     Args:
         module: its name.
-        extra: which brings it for the task at hand; None: the one in EXTRA_OF.
+        extra: the extra that installs it for the current task; None: the one in EXTRA_OF.
 
     Raises:
-        MissingExtraError: it is not installed, or is installed and broken; with the pip line.
+        MissingExtraError: it is not installed, or is broken; the message has the pip line.
     """
     package = module.partition(".")[0]
     extra = extra or EXTRA_OF[package]
     if package in _SILENCE:
         os.environ.setdefault(_SILENCE[package], "1")
     if package in ("openvino", "nncf"):
-        # The import system's own way to say that a module is not there.
+        # None in sys.modules makes an import fail as if the module were not installed.
         sys.modules.setdefault(_TELEMETRY, cast(ModuleType, None))
     try:
         return importlib.import_module(module)

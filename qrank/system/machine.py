@@ -1,4 +1,4 @@
-"""What this machine is: what proofs and measurements hold for, and what `qrank doctor` says."""
+"""Facts about this machine, for the keys of proofs and measurements and for `qrank doctor`."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ INSTRUCTION_SETS = {
     "NEON bf16": "bf16",
     "SVE": "sve",
 }
-"""Those that decide how fast a quantized model is -> Linux's name."""
+"""Instruction set that affects the speed of quantized models -> its name on Linux."""
 
 
 ROOT = Path("/")
-"""Where the system's own folders are: proc, sys and dev."""
+"""Parent of the system's folders proc, sys and dev."""
 
 
 def processors() -> int:
-    """CPUs this process may use: by its affinity, and by the quota of its container.
+    """CPUs this process may use, by its affinity and its container's quota.
 
-    A part of a CPU counts as one: of 1.5, two threads take more than one does.
+    Fractions are rounded up: with 1.5 CPUs, two threads get more done than one.
     """
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
@@ -46,13 +46,13 @@ def processors() -> int:
 
 
 def _quota() -> int:
-    """CPUs that the container leaves, at least 1; more than any machine has without a limit."""
+    """The container's CPU quota, at least 1; without a limit, more CPUs than any machine has."""
     return max(math.ceil(cgroups.cpus() or 2**16), 1)
 
 
 @cache
 def _cpuinfo() -> dict[str, str]:
-    """/proc/cpuinfo of the first CPU; {} where there is none."""
+    """/proc/cpuinfo of the first CPU; {} if there is no such file."""
     try:
         first = (ROOT / "proc/cpuinfo").read_text("utf-8").partition("\n\n")[0]
     except OSError:
@@ -62,12 +62,12 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """As its maker calls it, where the system tells."""
+    """The CPU's model name, if the system reports it."""
     info = _cpuinfo()
     if name := info.get("model name") or _apple_chip():
         return name
     name = platform.processor() or platform.machine()
-    # Linux on ARM has numbers alone.
+    # Linux on ARM reports only numbers.
     part = ", ".join(f"{key.lower()} {info[key]}" for key in _ARM if key in info)
     return f"{name} ({part})" if part else name
 
@@ -76,7 +76,7 @@ _ARM = ("CPU implementer", "CPU variant", "CPU part")
 
 
 def _apple_chip() -> str:
-    """`Apple M4 Max`; "" on other systems, and where macOS does not tell."""
+    """`Apple M4 Max`, say; "" on other systems, or if macOS does not report it."""
     if platform.system() != "Darwin":
         return ""
     text = ctypes.create_string_buffer(256)
@@ -87,9 +87,9 @@ def _apple_chip() -> str:
 
 
 def instruction_sets() -> list[str]:
-    """Those of INSTRUCTION_SETS this CPU has; nothing where the system does not tell (Linux does).
+    """Those of INSTRUCTION_SETS this CPU has; empty if the system does not report them.
 
-    On other systems this is no proof of absence.
+    Linux does; on other systems an empty list does not prove absence.
     """
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
@@ -97,7 +97,7 @@ def instruction_sets() -> list[str]:
 
 
 def cores() -> int:
-    """`processors`, but each physical core counted once where the system tells."""
+    """As `processors`, but each physical core counts once, if the system reports them."""
     if not hasattr(os, "sched_getaffinity"):
         return processors()
     siblings = set()
@@ -112,17 +112,17 @@ def cores() -> int:
 
 @cache
 def cpu() -> str:
-    """A short name of this CPU: kernels differ with its instruction set."""
+    """A short identifier of this CPU and its instruction set, by which kernels differ."""
     info = _cpuinfo()
-    # The clock in this file changes; model and instruction set do not.
+    # Not all of cpuinfo, since its clock changes; model and instruction set do not.
     text = cpu_name() + info.get("flags", info.get("Features", ""))
     return platform.machine() + "-" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def accelerators() -> list[str]:
-    """GPUs and NPUs, each with its model, and NVIDIA's driver: what the system shows.
+    """GPUs and NPUs with their models, and NVIDIA's driver, as far as the system lists them.
 
-    `dri/renderD128 8086:56a0` (maker and model, by PCI's numbers), `NVIDIA H100 80GB HBM3`.
+    For example `dri/renderD128 8086:56a0` (PCI vendor and device ids), `NVIDIA H100 80GB HBM3`.
     """
     found = []
     for folder, kind in (("dri", "drm"), ("accel", "accel")):
@@ -139,7 +139,7 @@ def accelerators() -> list[str]:
 
 
 def _line(path: Path) -> str:
-    """A file's first line; "" where there is none."""
+    """A file's first line; "" if it cannot be read."""
     try:
         return path.read_text("utf-8", "replace").partition("\n")[0].strip()
     except OSError:
@@ -147,14 +147,14 @@ def _line(path: Path) -> str:
 
 
 def system() -> str:
-    """The operating system with its version, which its own drivers come with."""
+    """The operating system and its version, which also determines the drivers it comes with."""
     return f"{platform.system()} {platform.release()} {platform.machine()}"
 
 
 def packages(modules: tuple[str, ...]) -> list[str]:
-    """`onnxruntime-1.31.1`, ... of those modules that are installed, none of them imported.
+    """Versions of the modules that are installed, like `onnxruntime-1.31.1`, without imports.
 
-    By the names of their folders: to ask importlib.metadata would cost the time that a remembered
+    Reads the names of their metadata folders: importlib.metadata would take the time that a cached
     measurement saves.
     """
     found = []
@@ -168,9 +168,9 @@ def packages(modules: tuple[str, ...]) -> list[str]:
 
 
 def memory() -> int | None:
-    """Bytes of memory that this process may take: the machine's, or its container's.
+    """Bytes of memory that this process may use: the machine's, or its container's if smaller.
 
-    None where the system does not tell.
+    None if the system does not report it.
     """
     try:
         whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -180,7 +180,7 @@ def memory() -> int | None:
 
 
 def free_memory() -> int | None:
-    """Bytes that this process can still take; None where the system does not tell (Linux does)."""
+    """Bytes that this process can still use; None if the system does not report it (Linux does)."""
     try:
         lines = (ROOT / "proc/meminfo").read_text("utf-8").splitlines()
     except OSError:
@@ -191,9 +191,9 @@ def free_memory() -> int | None:
 
 
 def peak_memory() -> int | None:
-    """Most bytes this process held; None where the system does not tell.
+    """Peak memory of this process in bytes; None if the system does not report it.
 
-    On Linux not getrusage's ru_maxrss, which a child starts with its parent's size in.
+    On Linux, getrusage's ru_maxrss is not used: in a child it starts at the parent's size.
     """
     status = Path("/proc/self/status")
     if status.exists():

@@ -1,4 +1,4 @@
-"""The folders qrank writes to by itself, and files that are written whole or not at all."""
+"""Folders that qrank writes to on its own, and atomic writes of files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ log = logging.getLogger("qrank")
 
 @cache
 def cache_folder() -> Path | None:
-    """The cache folder, made if need be: $QRANK_CACHE, or the platform's.
+    """The cache folder, created if needed: $QRANK_CACHE, or the platform's.
 
     Returns:
-        None where it cannot be written (a read-only home, say). Everything still works then;
-        what would have been remembered is worked out again, and one notice says so.
+        The folder; None if it is not writable (a read-only home, say). Everything still works
+        then, but nothing is cached, and one warning says so.
     """
-    # Here, not above: both are slow to import, and importing qrank needs neither.
+    # Imported here because both are slow to import and importing qrank needs neither.
     import tempfile
 
     import platformdirs
@@ -28,7 +28,7 @@ def cache_folder() -> Path | None:
     folder = Path(named).absolute() if named else platformdirs.user_cache_path("qrank")
     try:
         if not folder.is_absolute():
-            # No home: "~" stays as it is, and a folder of that name is not what is meant.
+            # Without a home folder "~" is not expanded: do not create a folder of that name.
             raise OSError(f"{folder} is not an absolute path")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -39,7 +39,7 @@ def cache_folder() -> Path | None:
 
 
 def data_folder() -> Path:
-    """Where what the user made is kept: $QRANK_DATA, or the platform's. It need not exist."""
+    """Folder for data the user made: $QRANK_DATA, or the platform's. It need not exist."""
     import platformdirs
 
     named = os.environ.get("QRANK_DATA")
@@ -47,7 +47,7 @@ def data_folder() -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: readers see the old content or the new one."""
+    """Write a text file atomically: readers see either the old content or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""JSON that somebody else wrote: whatever is wrong with it is a ValueError, or one line."""
+"""Parse untrusted JSON: any problem is a ValueError, or an InputError of one line."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from qrank.errors import InputError
 
 MAX_DEPTH = 100
-"""Levels of a record: Python's own writer gives up at some hundred, other tools earlier."""
+"""Levels of a record: Python's own writer fails at some hundred, other tools earlier."""
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads`, which raises RecursionError where brackets are nested very deeply.
+    """`json.loads`, but very deep nesting raises ValueError instead of RecursionError.
 
     Raises:
-        ValueError: it is no JSON, or too deeply nested.
+        ValueError: the text is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(text)
@@ -27,12 +27,12 @@ def parse_object(line: str, where: str, expected: str) -> dict[str, Any]:
     """The JSON object of a line.
 
     Args:
-        line: its text.
-        where: file and line, for an error.
-        expected: what it should hold, for an error.
+        line: text of the line.
+        where: file and line, for errors.
+        expected: what the line should hold, for errors.
 
     Raises:
-        InputError: it is none, or nested beyond `MAX_DEPTH`.
+        InputError: the line is not a JSON object, or is nested deeper than `MAX_DEPTH`.
     """
     try:
         record = parse_json(line)
@@ -44,7 +44,7 @@ def parse_object(line: str, where: str, expected: str) -> dict[str, Any]:
             return record
     except json.JSONDecodeError:
         found = _shown(line)
-    except ValueError as error:  # also of a number of too many digits
+    except ValueError as error:  # nested too deeply, or a number with too many digits
         found = str(error)
     raise InputError(f"{where}: expected {expected}, found {found}")
 

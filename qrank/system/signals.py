@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: nothing is left half-written, and no child."""
+"""On Ctrl-C, SIGTERM or a closed terminal, leave no half-written file and no child process."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from types import FrameType
 
 _ENDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "the terminal was closed"}
-"""Signals that end a command, with 128 and their number as its exit code."""
+"""Signals that end a command, with exit code 128 + their number."""
 
 
 class Ended(SystemExit):
-    """A signal has ended the command. Files and processes are let go of on the way up."""
+    """A signal has ended the command. Files and processes are cleaned up as it propagates."""
 
     def __init__(self, number: int, advice: str = "") -> None:
-        """Args: number: of the signal. advice: what else to say."""
+        """Args: number: number of the signal. advice: text to add to the message."""
         super().__init__(128 + number)
         self.number = number
         self.message = ": ".join(filter(None, (_ENDS[signal.Signals(number).name], advice)))
@@ -26,18 +26,18 @@ class Ended(SystemExit):
 
 @contextlib.contextmanager
 def signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: nothing half-written, no child left.
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: no half-written file, no child left.
 
-    One that is ignored, as under nohup, stays so.
+    A signal that is ignored, as under nohup, stays ignored.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # told once is enough
+        signal.signal(number, signal.SIG_IGN)  # ignore further ones
         raise Ended(number)
 
     ours = [number for number in _known() if signal.getsignal(number) is signal.SIG_DFL]
     if threading.current_thread() is not threading.main_thread():
-        ours = []  # elsewhere Python knows no signals
+        ours = []  # Python sets signal handlers only in the main thread
     for number in ours:
         signal.signal(number, end)
     try:
@@ -49,9 +49,9 @@ def signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Let signals that end a command wait: for what must not be left between two steps."""
+    """Delay signals that end a command, for steps that must not be interrupted in between."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # they are handled in the main thread alone
+        yield  # signals are handled only in the main thread
         return
     came: list[int] = []
     before = {
@@ -69,12 +69,12 @@ def held() -> Iterator[None]:
 
 
 def _known() -> list[int]:
-    """Those of the signals that this system has."""
+    """The signals of `_ENDS` that this system has."""
     return [getattr(signal, name) for name in _ENDS if hasattr(signal, name)]
 
 
 def die_of(end: Ended) -> None:
-    """Die of Ctrl-C at a terminal: a loop of bash goes on after an exit code, also after 130."""
+    """Die of SIGINT after Ctrl-C at a terminal: no exit code, not even 130, stops a bash loop."""
     streams = (sys.stdin, sys.stdout, sys.stderr)
     at_terminal = any(stream is not None and stream.isatty() for stream in streams)
     if end.number == signal.SIGINT and at_terminal and os.name == "posix":

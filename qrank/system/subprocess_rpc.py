@@ -1,4 +1,4 @@
-"""A Python process that answers questions, and may hang or die: what asks lives on."""
+"""A child Python process that answers questions; if it hangs or dies, the parent survives."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from qrank.errors import QrankError, TargetError
 from qrank.system.signals import held
 
 _GOODBYE = 5.0
-"""Seconds a process may take to end when it is told to, or was killed."""
+"""Seconds a process may take to end after it was told to, or was killed."""
 
 _HELLO_SECONDS = 60.0
-"""Seconds in which Python starts on the slowest machine."""
+"""Seconds that Python may take to start on the slowest machine."""
 
 _HELLO = "qrank"
-"""The first line a child writes: it has started, and what ends it from then on is the work's."""
+"""First line a child writes: it has started, so if it dies later, its work is the cause."""
 
 _BOOTSTRAP = "import importlib, sys; importlib.import_module(sys.argv[1]).main()"
 
 Questions = Mapping[str, Callable[..., dict[str, Any]]]
-"""What a child can be asked, by name; called with the question's other fields."""
+"""Functions that answer a child's questions, by name; called with the question's other fields."""
 
 _answering = False
 """Whether this process is a child."""
 
 
 def wanted() -> bool:
-    """Whether what may crash should be tried in a child.
+    """Whether to try code that may crash in a child.
 
-    Not where this process is one, nor in a frozen application, which has no Python to start.
+    False if this process is a child, or a frozen application, which has no Python to start.
     """
     return not _answering and not getattr(sys, "frozen", False)
 
 
 class NoChildError(TargetError):
-    """No Python could be started here."""
+    """No Python process could be started."""
 
 
 class CrashError(TargetError):
@@ -67,29 +67,29 @@ class HangError(TargetError):
 
 
 class Child:
-    """A process that answers one question after the other, each a JSON object.
+    """A process that answers questions one after the other, each a JSON object.
 
-    Started anew with this process's interpreter and its module path; never forked, so it has none
-    of its threads. What it writes to stdout or stderr on its own is kept for the reason it died of.
-    It ends by itself when this process does.
+    It is started with this process's interpreter and module path, not forked, so it inherits no
+    threads. The last lines that it writes to stdout or stderr are kept to explain a crash. It ends
+    when this process ends.
     """
 
     def __init__(self, module: str) -> None:
         """Start it.
 
         Args:
-            module: whose `main` calls `answer`.
+            module: module whose `main` calls `answer`.
 
         Raises:
             NoChildError: no process can be started.
         """
-        import subprocess  # here, not above: importing qrank needs it not
+        import subprocess  # here, because importing qrank does not need it
 
         path = os.pathsep.join(place for place in sys.path if place)
         try:
-            with held():  # Ctrl-C between the two would leave the process behind
+            with held():  # Ctrl-C before `finalize` would leave the process behind
                 self._process = subprocess.Popen(
-                    # -P: a file of the current folder never stands for a library's.
+                    # -P: files in the current folder must not shadow libraries.
                     [sys.executable, "-P", "-c", _BOOTSTRAP, module],
                     env={**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"},
                     stdin=subprocess.PIPE,
@@ -109,7 +109,7 @@ class Child:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         assert self._process.stderr is not None
-        # Threads, for no pipe can be timed, neither reading nor writing.
+        # Threads, because reads and writes of a pipe have no timeout.
         self._helpers = [
             _thread(_write, self._process.stdin, self._questions),
             _thread(_read, self._process.stdout, self._answers.put),
@@ -123,7 +123,8 @@ class Child:
             NoChildError: the process ended before it could be asked anything.
             CrashError: it died.
             HangError: there was no answer in time. It is then killed, and must not be asked again.
-            QrankError: what it answered with, of the same class; TargetError for anything else.
+            QrankError: the error it answered with, of the same class; any other error becomes a
+                TargetError.
         """
         self._questions.put(json.dumps(question) + "\n")
         try:
@@ -141,10 +142,10 @@ class Child:
         return answer
 
     def greeted(self) -> Child:
-        """The child, once it is known to have started.
+        """Wait until the child has started, and return it.
 
         Raises:
-            NoChildError: it has not.
+            NoChildError: it does not start.
         """
         try:
             self._greet(_HELLO_SECONDS)
@@ -154,7 +155,7 @@ class Child:
         return self
 
     def close(self, *, kill: bool = False) -> None:
-        """End the process, by force if need be."""
+        """End the process, by force if necessary."""
         import subprocess
 
         process = self._process
@@ -169,7 +170,7 @@ class Child:
             try:
                 process.wait(_GOODBYE)
             except subprocess.TimeoutExpired:
-                return  # held by a driver: the system ends it when that lets go
+                return  # blocked in a driver: the system ends it when the driver returns
         for helper in self._helpers:
             helper.join(_GOODBYE)
 
@@ -206,8 +207,8 @@ class Child:
 
 
 def _end(process: Any, parent: int) -> None:
-    """Kill a process that nobody closed, if it still runs: this one may be about to end."""
-    if os.getpid() == parent and process.poll() is None:  # and not a fork of this one
+    """Kill a process that was never closed, if it still runs: this process may be ending."""
+    if os.getpid() == parent and process.poll() is None:  # not in a fork of this process
         process.kill()
         process.wait(_GOODBYE)
 
@@ -219,8 +220,8 @@ def _thread(work: Callable[..., None], *arguments: object) -> threading.Thread:
 
 
 def _write(file: IO[str], questions: queue.SimpleQueue[str | None]) -> None:
-    """Write questions until there is None, and then shut the pipe."""
-    # Where the child has gone, who reads its answers is told.
+    """Write questions until None comes, then close the pipe."""
+    # If the child has died, the reader of its answers reports it.
     with suppress(OSError), file:
         while (question := questions.get()) is not None:
             file.write(question)
@@ -228,7 +229,7 @@ def _write(file: IO[str], questions: queue.SimpleQueue[str | None]) -> None:
 
 
 def _read(file: IO[str], keep: Callable[[str], object]) -> None:
-    """Hand each line to `keep`, and at the end ""."""
+    """Pass each line that is not blank to `keep`, and "" at the end."""
     with file:
         for line in file:
             if text := line.strip():
@@ -237,7 +238,7 @@ def _read(file: IO[str], keep: Callable[[str], object]) -> None:
 
 
 def _error(error: str, kind: str = "") -> QrankError:
-    """An error of the child's, as this process raises it."""
+    """The child's error as an exception to raise in this process."""
     known = getattr(errors, kind, None) if kind in errors.__all__ else None
     if isinstance(known, type) and issubclass(known, QrankError):
         return known(error)
@@ -245,16 +246,16 @@ def _error(error: str, kind: str = "") -> QrankError:
 
 
 def answer(questions: Questions) -> None:
-    """In the child: answer what is asked until nobody is there any more.
+    """In the child: answer questions until the parent is gone.
 
     Args:
-        questions: by a question's "do"; called with its other fields.
+        questions: selected by a question's "do", and called with its other fields.
     """
     global _answering
     _answering = True
-    # Ctrl-C reaches a whole group of processes: it is for the one that asks to say so and end.
+    # Ctrl-C reaches the whole process group: the parent reports it and ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Runtimes print to stdout as they like: there it would be an answer.
+    # Runtimes print to stdout: redirect that to stderr, or it would be read as an answer.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     asked: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -262,7 +263,7 @@ def answer(questions: Questions) -> None:
     def listen() -> None:
         for line in sys.stdin:
             asked.put(line)
-        # Whatever hangs here must not outlive who asked for it.
+        # Code that hangs here must not outlive the parent.
         os._exit(0)
 
     _thread(listen)
@@ -271,7 +272,7 @@ def answer(questions: Questions) -> None:
         question = json.loads(asked.get())
         try:
             found = questions[question.pop("do")](**question)
-        except Exception as error:  # a backend may raise anything, and the next question may work
+        except Exception as error:  # a backend may raise anything; the next question may still work
             found = {"error": str(error), "kind": type(error).__name__}
         _say(answers, json.dumps(found))
 

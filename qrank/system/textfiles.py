@@ -1,4 +1,4 @@
-"""Text files as people have them: compressed, piped, with a byte order mark, not quite UTF-8."""
+"""Read text files that may be compressed, piped, with a byte order mark, or not quite UTF-8."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from qrank.errors import InputError
 from qrank.system.disk import cannot_write
 
 STANDARD_INPUT = Path("-")
-"""What stands for standard input where a file is named."""
+"""The path that means standard input."""
 
 SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
-"""What names of compressed files end in."""
+"""Name suffixes of compressed files."""
 
 _SAMPLE = 1 << 16
-"""Bytes by which a file is told to be text."""
+"""Bytes at the beginning of a file that decide whether it is text; also the copying block size."""
 
 _IN_MEMORY = 1 << 26
-"""Bytes of a pipe, or of what a compressed file holds, that are kept in memory; more go to disk."""
+"""Largest copy in bytes, of a pipe or an unpacked file, kept in memory; larger ones go to disk."""
 
 _COMPRESSED = {
     "gzip": (b"\x1f\x8b\x08",),
@@ -37,7 +37,7 @@ _COMPRESSED = {
     "xz": (b"\xfd7zXZ\x00",),
 }
 _BOMS = {
-    # UTF-32's first: UTF-16's is its beginning.
+    # UTF-32 first, because its mark begins with UTF-16's.
     "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
@@ -49,7 +49,7 @@ _BINARY = {
     "an SQLite database": b"SQLite format 3\x00",
 }
 _ODD = re.compile("[\x01-\x07\x0e-\x1a\x1c-\x1f\x7f\udc80-\udcff]")
-"""What text has few of: controls (not white space, backspace, escape), undecodable bytes."""
+"""Rare in text: control characters (not white space, backspace, escape), undecodable bytes."""
 
 _UNDECODED = re.compile("[\udc80-\udcff]")
 
@@ -57,25 +57,25 @@ log = logging.getLogger("qrank")
 
 
 class TextFile:
-    """The lines of a text file, which can be read again and again, also of a pipe.
+    """The lines of a text file, which can be read repeatedly, even from a pipe.
 
-    UTF-8 is read, with a byte order mark or without, and UTF-16 and UTF-32 with one; lines end in
-    LF, CR LF, or, where there is no LF, in CR. gzip, bzip2, xz and zstd are told by their first
-    bytes. Whatever cannot be read in place is copied, to memory or, when it is large, to the folder
-    for temporary files. Bytes that are no UTF-8 become U+FFFD, and a warning counts them. A file
-    that grows is read up to where it ended when it was opened.
+    Encodings: UTF-8 with or without a byte order mark, UTF-16 and UTF-32 with one. Lines end in LF
+    or CR LF, or in CR if the first 64 KiB have no LF. gzip, bzip2, xz and zstd are recognized by
+    their first bytes. A file that cannot be read in place is copied to memory, or to the folder for
+    temporary files if it is large. Bytes that are not UTF-8 become U+FFFD, and a warning counts
+    them. If a file grows, only the part that existed when it was opened is read.
 
     Args:
         path: the file, or `STANDARD_INPUT`.
 
     Raises:
-        InputError: it is no text, damaged, or compressed by what this Python cannot read.
-        OSError: it cannot be read, or the copy not be written.
+        InputError: it is not text, is damaged, or has a compression that this Python cannot read.
+        OSError: it cannot be read, or the copy cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.name = "standard input" if path == STANDARD_INPUT else str(path)
-        """What errors call it."""
+        """Name of the file in errors."""
         self._told = False
         with contextlib.ExitStack() as opened:
             self._file, self._begin = self._open(path, opened)
@@ -83,17 +83,17 @@ class TextFile:
             self._opened = opened.pop_all()
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        """Every line's number, from 1, and its text without the line's end."""
+        """Every line's number, from 1, and its text without the line end."""
         for number, _, text in self.places():
             yield number, text
 
     def places(self) -> Iterator[tuple[int, int, str]]:
-        """The same with the place in the file, by which `at` finds the line again."""
+        """Every line's number, its place in the file (see `at`), and its text."""
         bad = first = number = 0
         start = self._begin
         while start < self._end:
             line = self._line(start)
-            if not line:  # it has become shorter
+            if not line:  # the file has become shorter
                 break
             number += 1
             try:
@@ -114,7 +114,7 @@ class TextFile:
             )
 
     def at(self, place: int) -> str:
-        """The line at one of `places`."""
+        """The line at a place that `places` returned."""
         return self._line(place).decode("utf-8", "replace").rstrip("\r\n")
 
     def _line(self, start: int) -> bytes:
@@ -122,7 +122,7 @@ class TextFile:
         return self._file.readline(self._end - start)
 
     def close(self) -> None:
-        """Close the file, and remove what was copied."""
+        """Close the file and delete its copy."""
         self._opened.close()
 
     def __enter__(self) -> TextFile:
@@ -132,7 +132,7 @@ class TextFile:
         self.close()
 
     def _open(self, path: Path, opened: contextlib.ExitStack) -> tuple[IO[bytes], int]:
-        """A file of UTF-8 that can be sought in, and where its text begins."""
+        """A seekable file in UTF-8, and where its text begins."""
         if path != STANDARD_INPUT:
             raw: IO[bytes] = opened.enter_context(path.open("rb"))
         elif sys.stdin is None:
@@ -151,7 +151,6 @@ class TextFile:
         encoding = next((name for name, boms in _BOMS.items() if head.startswith(boms)), "utf-8")
         if encoding == "utf-8":
             self._see_that_it_is_text(head)
-            # The end may be in the middle of a character.
             crs = b"\r" in head and b"\n" not in head
             if not crs:
                 return file, begin + len(codecs.BOM_UTF8) * head.startswith(codecs.BOM_UTF8)
@@ -160,15 +159,16 @@ class TextFile:
         return self._recoded(file, encoding, opened), 0
 
     def _see_that_it_is_text(self, head: bytes) -> None:
-        """Refuse what perl's -T would: a zero byte, or more than a third odd characters.
+        """Reject what perl's -T would: a zero byte, or more than a third odd characters.
 
         Raises:
-            InputError: what it seems to be.
+            InputError: it is not text; the message says what it seems to be.
         """
         kind = next((kind for kind, magic in _BINARY.items() if head.startswith(magic)), None)
         if kind is None and b"\0" in head:
             kind = "binary, or UTF-16 without a byte order mark"
         if kind is None:
+            # The sample may end in the middle of a character: surrogateescape accepts that.
             sample = head.decode("utf-8", "surrogateescape")
             if 3 * len(_ODD.findall(sample)) > len(sample):
                 kind = "binary, or in another encoding than UTF-8"
@@ -196,8 +196,8 @@ class TextFile:
         damaged: str = "",
         damage: tuple[type[Exception], ...] = (),
     ) -> IO[bytes]:
-        """All that a source gives, which is `damaged` if reading raises `damage`."""
-        import tempfile  # slow to import, and mostly not needed
+        """A copy of a source; if reading raises `damage`, an InputError says it is `damaged`."""
+        import tempfile  # slow to import, and rarely needed
 
         copy = opened.enter_context(tempfile.SpooledTemporaryFile(_IN_MEMORY))  # noqa: SIM115
         while True:
@@ -217,7 +217,7 @@ class TextFile:
 
 
 class _Encoded:
-    """A text's UTF-8, a block at a time, every line's end a LF."""
+    """Reads a text as UTF-8 in blocks, with LF as every line end."""
 
     def __init__(self, text: io.TextIOWrapper, errors: str) -> None:
         self._text = text
@@ -228,9 +228,9 @@ class _Encoded:
 
 
 def _lies_still(file: IO[bytes]) -> bool:
-    """Whether a file can be read in place: a regular one, whose size the system tells.
+    """Whether a file can be read in place: a regular file of known size.
 
-    Those of /proc say 0, and so may other systems' that are made as they are read.
+    Files of /proc report size 0, as may other files that are generated when read.
     """
     try:
         found = os.fstat(file.fileno())
@@ -240,8 +240,8 @@ def _lies_still(file: IO[bytes]) -> bool:
 
 
 def _reader(kind: str, name: str) -> tuple[Callable[[IO[bytes]], Any], tuple[type[Exception], ...]]:
-    """What opens compressed bytes, and by which errors it says that they are damaged."""
-    # Each is imported only where something is so compressed.
+    """The class that unpacks a kind of compressed file, and the errors it raises for damage."""
+    # Each module is imported only if a file needs it.
     if kind == "gzip":
         import gzip
         import zlib
@@ -274,5 +274,5 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """A small file as a whole, its lines' ends LF: see `TextFile`."""
+    """A small file as a whole, with LF as line ends: see `TextFile`."""
     return "".join(f"{line}\n" for line in read_lines(path))
