@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -31,6 +32,10 @@ from qrank.system import paths
 # A slow run on a busy machine is not a failure.
 settings.register_profile("qrank", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("qrank")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A run in a shell's background ignores Ctrl-C, and so would the commands that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure() -> None:
