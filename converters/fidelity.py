@@ -29,11 +29,11 @@ def make_probes(checkpoint: Checkpoint, tokenizer: Path) -> Probes:
     work = encode_pairs(pairs, tokenizer, checkpoint.family)
     check_ids(pairs, work, checkpoint)
     torch, transformers = need("torch"), need("transformers")
+    kind = checkpoint.read_as or checkpoint.family.architecture
     return Probes(
         work,
         run_reference(checkpoint.load(lean=True), work, checkpoint.family.labels),
-        f"{checkpoint.family.architecture}, fp32, transformers {transformers.__version__}, "
-        f"torch {torch.__version__}",
+        f"{kind}, fp32, transformers {transformers.__version__}, torch {torch.__version__}",
     )
 
 

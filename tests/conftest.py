@@ -18,6 +18,7 @@ os.environ.pop("TOKENIZERS_PARALLELISM", None)
 
 import tiny
 import tiny_decoders
+import tiny_encoders
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
@@ -65,10 +66,11 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def checkpoint_of(made_once: Callable[..., Path]) -> Callable[[str], Path]:
-    """Return the read-only folder of a kind of checkpoint (a key of either `CHECKPOINTS`)."""
+    """Return the read-only folder of a kind of checkpoint (a key of one of the `CHECKPOINTS`)."""
 
     def get(kind: str) -> Path:
-        make = (tiny.CHECKPOINTS | tiny_decoders.CHECKPOINTS)[kind]
+        kinds = tiny.CHECKPOINTS | tiny_encoders.CHECKPOINTS | tiny_decoders.CHECKPOINTS
+        make = kinds[kind]
         return made_once(kind, lambda folder: make(folder / "tiny")) / "tiny"
 
     return get

@@ -56,10 +56,17 @@ def test_cards_parse_and_are_the_supported_families() -> None:
     assert found == {
         "bert": ("BertForSequenceClassification",),
         "bge-reranker-gemma": ("GemmaForCausalLM",),
+        "distilbert": ("DistilBertForSequenceClassification",),
+        "electra": ("ElectraForSequenceClassification",),
         "modernbert": ("ModernBertForSequenceClassification",),
+        "mpnet": ("MPNetForSequenceClassification",),
         "nemotron-rerank": ("LlamaBidirectionalForSequenceClassification",),
         "mxbai-rerank-v2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
         "qwen3-reranker": ("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
+        "roberta": (
+            "RobertaForSequenceClassification",
+            "CamembertForSequenceClassification",
+        ),
         "xlm-roberta": ("XLMRobertaForSequenceClassification",),
         "zerank": ("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
     }

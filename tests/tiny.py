@@ -56,8 +56,38 @@ _WIDTH = 64
 _VOCABULARY = 1200
 """With _WIDTH, large enough for int8 to quantize the word embeddings."""
 
-_POOLER_GAIN, _MODERN_GAIN = 10.0, 1.5
+POOLER_GAIN, _MODERN_GAIN = 10.0, 1.5
 """Factors for a random head, so that logits spread over about 5 units."""
+
+SIZES: dict[str, Any] = {
+    "vocab_size": _VOCABULARY,
+    "hidden_size": _WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 2 * _WIDTH,
+    "num_labels": 1,
+}
+
+AFTER_PAD: dict[str, Any] = {
+    # Positions are counted from pad_token_id + 1.
+    "max_position_embeddings": MAX_LENGTH + 2,
+    "type_vocab_size": 1,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+"""What RoBERTa and its relatives have in common."""
+
+BERT_NAMES = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
+ROBERTA_NAMES = {
+    "bos": "<s>",
+    "cls": "<s>",
+    "sep": "</s>",
+    "eos": "</s>",
+    "unk": "<unk>",
+    "pad": "<pad>",
+    "mask": "<mask>",
+}
 
 
 def bert(folder: Path) -> Path:
@@ -72,49 +102,10 @@ def bert_one_segment(folder: Path) -> Path:
 
 def xlm_roberta(folder: Path) -> Path:
     """XLM-RoBERTa: Unigram pieces that include `<s>`, `<pad>` and `<mask>`, like the real ones."""
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
-    )
-    characters, words = _pieces(tokenizer)
-    pieces = dict.fromkeys(special, 0.0) | dict.fromkeys(characters, -9.0)
-    # Words are likelier than characters, all differently, so that one segmentation is the best.
-    pieces |= {word: -6.0 - i / 1000 for i, word in enumerate(words) if len(word) > 1}
-    pieces["<mask>"] = 0.0
-    tokenizer.model = models.Unigram(list(pieces.items()), unk_id=3)
-    tokenizer.add_special_tokens([*special, AddedToken("<mask>", lstrip=True)])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>",
-        pair="<s> $A </s> </s> $B </s>",
-        special_tokens=[("<s>", 0), ("</s>", 2)],
-    )
-    config = XLMRobertaConfig(
-        vocab_size=_VOCABULARY,
-        hidden_size=_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=2 * _WIDTH,
-        # Positions are counted from pad_token_id + 1.
-        max_position_embeddings=MAX_LENGTH + 2,
-        type_vocab_size=1,
-        pad_token_id=1,
-        bos_token_id=0,
-        eos_token_id=2,
-        num_labels=1,
-    )
     torch.manual_seed(2)
-    model = XLMRobertaForSequenceClassification(config)
-    names = {"bos": "<s>", "cls": "<s>", "sep": "</s>", "eos": "</s>", "unk": "<unk>"}
-    return _save(
-        folder,
-        model,
-        model.classifier.out_proj,
-        _POOLER_GAIN,
-        tokenizer,
-        "XLMRobertaTokenizer",
-        {**names, "pad": "<pad>", "mask": "<mask>"},
-    )
+    model = XLMRobertaForSequenceClassification(XLMRobertaConfig(**SIZES, **AFTER_PAD))
+    head, kind = model.classifier.out_proj, "XLMRobertaTokenizer"
+    return save(folder, model, head, POOLER_GAIN, unigram(), kind, ROBERTA_NAMES)
 
 
 def modernbert_mean(folder: Path) -> Path:
@@ -160,7 +151,22 @@ def widen(model: PreTrainedModel, head: torch.nn.Linear, gain: float) -> None:
 
 
 def _bert(folder: Path, segments: int) -> Path:
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    torch.manual_seed(1)
+    config = BertConfig(**SIZES, max_position_embeddings=MAX_LENGTH, type_vocab_size=segments)
+    model = BertForSequenceClassification(config)
+    head = model.classifier
+    return save(folder, model, head, POOLER_GAIN, wordpiece(), "BertTokenizer", BERT_NAMES)
+
+
+def wordpiece(cls: str = "[CLS]", sep: str = "[SEP]", between: str = "[SEP]") -> Tokenizer:
+    """A lowercase WordPiece tokenizer.
+
+    Args:
+        cls: the token before a text.
+        sep: the token after it.
+        between: the tokens between the two texts of a pair.
+    """
+    special = ["[PAD]", "[UNK]", cls, sep, "[MASK]"]
     tokenizer = Tokenizer(models.WordPiece())
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -170,24 +176,33 @@ def _bert(folder: Path, segments: int) -> Path:
     tokenizer.model = models.WordPiece(vocabulary, unk_token="[UNK]")
     tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+        single=f"{cls} $A {sep}",
+        pair=f"{cls} $A {between} $B:1 {sep}:1",
+        special_tokens=[(cls, 2), (sep, 3)],
     )
-    config = BertConfig(
-        vocab_size=_VOCABULARY,
-        hidden_size=_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=2 * _WIDTH,
-        max_position_embeddings=MAX_LENGTH,
-        type_vocab_size=segments,
-        num_labels=1,
+    return tokenizer
+
+
+def unigram() -> Tokenizer:
+    """A Unigram tokenizer with RoBERTa's special tokens."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
     )
-    torch.manual_seed(1)
-    model = BertForSequenceClassification(config)
-    names = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
-    return _save(folder, model, model.classifier, _POOLER_GAIN, tokenizer, "BertTokenizer", names)
+    characters, words = _pieces(tokenizer)
+    pieces = dict.fromkeys(special, 0.0) | dict.fromkeys(characters, -9.0)
+    # Words are likelier than characters, all differently, so that one segmentation is the best.
+    pieces |= {word: -6.0 - i / 1000 for i, word in enumerate(words) if len(word) > 1}
+    pieces["<mask>"] = 0.0
+    tokenizer.model = models.Unigram(list(pieces.items()), unk_id=3)
+    tokenizer.add_special_tokens([*special, AddedToken("<mask>", lstrip=True)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )
+    return tokenizer
 
 
 def _modernbert(folder: Path, pooling: str) -> Path:
@@ -225,11 +240,7 @@ def _modernbert(folder: Path, pooling: str) -> Path:
         special_tokens=[("[CLS]", number("[CLS]")), ("[SEP]", number("[SEP]"))],
     )
     config = ModernBertConfig(
-        vocab_size=_VOCABULARY,
-        hidden_size=_WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=2 * _WIDTH,
+        **SIZES | {"num_hidden_layers": 3},
         max_position_embeddings=MAX_LENGTH,
         # Layer 0 attends to everything, layers 1 and 2 to eight tokens on either side.
         global_attn_every_n_layers=3,
@@ -240,14 +251,11 @@ def _modernbert(folder: Path, pooling: str) -> Path:
         pad_token_id=number("[PAD]"),
         bos_token_id=number("[CLS]"),
         eos_token_id=number("[SEP]"),
-        num_labels=1,
     )
     torch.manual_seed(3)
     model = ModernBertForSequenceClassification(config)
-    names = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
-    return _save(
-        folder, model, model.classifier, _MODERN_GAIN, tokenizer, "PreTrainedTokenizerFast", names
-    )
+    head, kind = model.classifier, "PreTrainedTokenizerFast"
+    return save(folder, model, head, _MODERN_GAIN, tokenizer, kind, BERT_NAMES)
 
 
 def _pieces(tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
@@ -281,7 +289,7 @@ def _added(text: str, number: int, *, lstrip: bool = False) -> dict[str, Any]:
     }
 
 
-def _save(
+def save(
     folder: Path,
     model: PreTrainedModel,
     head: torch.nn.Linear,

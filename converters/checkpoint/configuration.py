@@ -1,15 +1,15 @@
-"""Read a checkpoint's JSON files as transformers does; errors name the key."""
+"""A checkpoint's config.json: as the class that it is read as, with transformers' defaults."""
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from qrank.converters.checkpoint import jina_v2, module_chain
+from qrank.converters.checkpoint.json_files import check_kinds, explained, read_json
+from qrank.converters.checkpoint.rewriting import Rewriting
 from qrank.errors import ConversionError, FamilyError, ModelNotFoundError
 from qrank.system.extras import need
 
@@ -19,72 +19,13 @@ if TYPE_CHECKING:
 NEMOTRON = "llama_bidirec"
 """The `model_type` of the class in `qrank.converters.checkpoint.nemotron`."""
 
+_KINDS_OF_REWRITING = (module_chain.rewriting, jina_v2.rewriting)
+
 log = logging.getLogger("qrank")
 
 
-@contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turn whatever transformers raises on a damaged checkpoint into a ConversionError."""
-    try:
-        yield
-    except Exception as error:  # OSError, TypeError, SafetensorError, ...: they share no base
-        reason = " ".join(str(error).split())
-        raise ConversionError(f"{what}: {reason}") from error
-
-
-def read_json(path: Path, kind: type, source: str, name: str = "") -> Any:
-    """A JSON file of a checkpoint.
-
-    Args:
-        path: the file's path.
-        kind: the expected type: dict or list.
-        source: the checkpoint's name in errors.
-        name: the file's name in errors; "" for its own name.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ConversionError: the file is not JSON of that type.
-    """
-    name = name or path.name
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{source}: {name} is not valid JSON: {error}") from error
-    if not isinstance(content, kind):
-        expected = "object" if kind is dict else "array"
-        raise ConversionError(f"{source}: {name} is not a JSON {expected}")
-    return content
-
-
-def check_kinds(
-    content: dict[str, Any], kinds: Mapping[str, tuple[type, ...]], file: str, source: str
-) -> None:
-    """Check that keys of a JSON file, if present, have the types that transformers expects.
-
-    Raises:
-        ConversionError: a key has another type.
-    """
-    for key, kind in kinds.items():
-        if key in content and type(content[key]) not in kind:
-            names = " or ".join(_NAMES[k] for k in kind)
-            raise ConversionError(
-                f"{source}: {file} has {key} = {content[key]!r}; expected {names}"
-            )
-
-
-_NAMES = {
-    bool: "true or false",
-    dict: "an object",
-    float: "a number",
-    int: "a whole number",
-    list: "a list",
-    NoneType: "null",
-    str: "a text",
-}
-
-
 def read_config(folder: Path, source: str | None = None) -> dict[str, Any]:
-    """The config.json of a folder.
+    """The config.json of a folder, rewritten if the checkpoint is read as another class.
 
     Args:
         folder: a checkpoint's folder.
@@ -93,8 +34,25 @@ def read_config(folder: Path, source: str | None = None) -> dict[str, Any]:
     Raises:
         ModelNotFoundError: there is no config.json.
         ConversionError: it is not a JSON object, or its `architectures` is not a list of names.
+        FamilyError: it is of a kind that is rewritten, but not exactly; see `rewriting`.
     """
     source = source or str(folder)
+    rewriting = read_rewriting(folder, source)
+    return _as_written(folder, source) if rewriting is None else rewriting.config
+
+
+def read_rewriting(folder: Path, source: str | None = None) -> Rewriting | None:
+    """How a folder's checkpoint is read as another class; None if it is read as it is.
+
+    Raises as `read_config`.
+    """
+    source = source or str(folder)
+    config = _as_written(folder, source)
+    found = (kind(folder, config, source) for kind in _KINDS_OF_REWRITING)
+    return next((rewriting for rewriting in found if rewriting is not None), None)
+
+
+def _as_written(folder: Path, source: str) -> dict[str, Any]:
     try:
         config: dict[str, Any] = read_json(folder / "config.json", dict, source)
     except FileNotFoundError:
@@ -109,11 +67,10 @@ def read_config(folder: Path, source: str | None = None) -> dict[str, Any]:
     return config
 
 
-def read_settings(folder: Path, config: dict[str, Any], source: str) -> PretrainedConfig:
+def read_settings(config: dict[str, Any], source: str) -> PretrainedConfig:
     """A config.json with transformers' defaults for missing keys.
 
     Args:
-        folder: the checkpoint's folder.
         config: its config.json.
         source: the checkpoint's name in errors.
 
@@ -148,9 +105,13 @@ def read_settings(folder: Path, config: dict[str, Any], source: str) -> Pretrain
             "weights are not quantized: take the original one"
         )
     with explained(f"{source}: transformers cannot take its config.json"):
-        settings: PretrainedConfig = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        return make_settings(config)
+
+
+def make_settings(config: dict[str, Any]) -> PretrainedConfig:
+    """transformers' configuration for a config.json that `read_settings` accepts."""
+    kind = transformers_for(config).CONFIG_MAPPING[config["model_type"]]
+    settings: PretrainedConfig = kind.from_dict(config)
     return settings
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qrank.bundle.family import Family, fill
 from qrank.bundle.sequences import Sequences
-from qrank.converters.checkpoint.configuration import explained
+from qrank.converters.checkpoint.json_files import explained
 from qrank.converters.checkpoint.logit_score import LOGIT_SCORE
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.errors import ConversionError

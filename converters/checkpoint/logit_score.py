@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrank.converters.checkpoint.card import Card
-from qrank.converters.checkpoint.configuration import explained, read_json
+from qrank.converters.checkpoint.json_files import explained, read_json
 from qrank.converters.checkpoint.read_tokenizer import control_tokens
 from qrank.converters.checkpoint.sentence_transformers import TRANSFORMER, Metadata
 from qrank.errors import FamilyError

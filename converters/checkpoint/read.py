@@ -15,23 +15,24 @@ from qrank.bundle.dimensions import Dimensions
 from qrank.bundle.family import Family
 from qrank.bundle.locate import Fetched, fetch, place
 from qrank.bundle.manifest import Source
-from qrank.converters.checkpoint import logit_score, sentence_transformers
+from qrank.converters.checkpoint import logit_score, module_chain, sentence_transformers
 from qrank.converters.checkpoint.attention import window
 from qrank.converters.checkpoint.card import Card, find_card
 from qrank.converters.checkpoint.concrete import Said, check_case, concrete
 from qrank.converters.checkpoint.configuration import (
-    explained,
     is_causal,
     read_config,
+    read_rewriting,
     read_settings,
     whole_number,
 )
+from qrank.converters.checkpoint.json_files import explained
 from qrank.converters.checkpoint.logit_score import logit_score_card
 from qrank.converters.checkpoint.read_tokenizer import control_tokens, read_tokenizer
 from qrank.converters.checkpoint.sentence_transformers import read_metadata
+from qrank.converters.checkpoint.stored import INDEX
 from qrank.converters.checkpoint.tokenizer import strip_special_tokens
 from qrank.converters.checkpoint.weights import (
-    INDEX,
     load_model,
     refuse_adapter,
     upcast_lazily,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = [
     *sentence_transformers.FILES,
+    *module_chain.FILES,
     logit_score.CONFIG,
     "adapter_config.json",
     "added_tokens.json",
@@ -64,7 +66,7 @@ DESCRIPTION = [
 """The files that describe a model: all but its weights. Listed by name because repositories also
 hold other formats in subfolders."""
 
-WEIGHTS = ["model*.safetensors", INDEX]
+WEIGHTS = ["model*.safetensors", INDEX, *module_chain.WEIGHTS]
 """The files that hold weights."""
 
 
@@ -81,6 +83,7 @@ class Checkpoint:
         card: the card that the family was made from.
         dimensions: the sizes that determine the memory of batches.
         window: the sliding window of a causal model's layers in tokens; None if all see everything.
+        read_as: what is read as which other class, for people; "" if it is read as it is.
     """
 
     folder: Path
@@ -91,6 +94,7 @@ class Checkpoint:
     card: Card
     dimensions: Dimensions
     window: int | None
+    read_as: str
 
     @property
     def name(self) -> str:
@@ -193,9 +197,9 @@ def describe(
     """
     source = identity if commit else str(folder)
     refuse_adapter(folder, source)
-    config = read_config(folder, source)
+    config, rewriting = read_config(folder, source), read_rewriting(folder, source)
     metadata = read_metadata(folder, source)
-    settings = cache(partial(read_settings, folder, config, source))
+    settings = cache(partial(read_settings, config, source))
     tokenizer = cache(lambda: read_tokenizer(folder, source, config, settings()))
     causal = is_causal(config)
     if family is None and causal and metadata.logit_score is not None:
@@ -219,6 +223,7 @@ def describe(
         card=card,
         dimensions=_dimensions(settings(), causal, source),
         window=window(settings(), made.max_length, source) if made.decoder else None,
+        read_as="" if rewriting is None else rewriting.about,
     )
 
 

@@ -12,13 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, normalizers
 
-from qrank.converters.checkpoint.configuration import (
-    check_kinds,
-    explained,
-    is_causal,
-    read_json,
-    transformers_for,
-)
+from qrank.converters.checkpoint.configuration import is_causal, transformers_for
+from qrank.converters.checkpoint.json_files import check_kinds, explained, read_json
 from qrank.converters.checkpoint.probes import probe_pairs
 from qrank.converters.checkpoint.tokenizer import is_control
 from qrank.errors import ConversionError, FamilyError

@@ -13,13 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qrank.converters.checkpoint.configuration import read_json
+from qrank.converters.checkpoint.json_files import read_json
 from qrank.errors import FamilyError
 
 MODULES = "modules.json"
 MODEL = "config_sentence_transformers.json"
 TRANSFORMER = "sentence_bert_config.json"
 FILES = (MODULES, MODEL, TRANSFORMER)
+
+_TASKS = {
+    "Transformer": "sequence-classification",
+    "LogitScore": "text-generation",
+    "Dense": "feature-extraction",
+}
+"""The last module -> what Transformer is loaded for."""
 
 _OTHERS = ("model_kwargs", "model_args")
 """How weights are loaded: data type and device. The reference is computed in fp32 anyway."""
@@ -98,9 +105,10 @@ def read_metadata(folder: Path, source: str) -> Metadata:
     modules = _optional(folder / MODULES, list, source)
     if modules is None:
         return Metadata(activation=activation, prompt=prompt)
-    logit_score = _logit_score(_Reader(source, MODULES), modules)
+    names = _modules(_Reader(source, MODULES), modules)
+    logit_score = modules[1]["path"] if names[-1] == "LogitScore" else None
     reader = _Reader(source, TRANSFORMER, _optional(folder / TRANSFORMER, dict, source) or {})
-    expected = "sequence-classification" if logit_score is None else "text-generation"
+    expected = _TASKS[names[-1]]
     task = reader.take("transformer_task", (str,), "a text")
     if task not in (None, expected):
         reader.refuse(f"has transformer_task = {task!r}; expected {expected!r} by {MODULES}")
@@ -138,8 +146,8 @@ def _prompt(model: _Reader) -> str:
     return text or ""
 
 
-def _logit_score(reader: _Reader, modules: list[Any]) -> str | None:
-    """The folder of the LogitScore module if it computes the score, else None.
+def _modules(reader: _Reader, modules: list[Any]) -> list[str]:
+    """The modules' names: Transformer alone, with LogitScore, or a chain that `module_chain` reads.
 
     Raises:
         FamilyError: other modules compute the score, or a folder is not where it is expected.
@@ -153,19 +161,20 @@ def _logit_score(reader: _Reader, modules: list[Any]) -> str | None:
     names = [kind.rpartition(".")[2] for kind in kinds]
     if foreign := [kind for kind in kinds if not kind.startswith("sentence_transformers.")]:
         reader.refuse(f"has type = {foreign[0]!r}: code of its own, which qrank does not run")
-    if names not in (["Transformer"], ["Transformer", "LogitScore"]):
+    chain = names[:2] == ["Transformer", "Pooling"] and names[-1] == "Dense"
+    if not chain and names not in (["Transformer"], ["Transformer", "LogitScore"]):
         reader.refuse(
             f"makes the score of the modules {', '.join(names) or '(none)'}; qrank reads "
-            "Transformer alone, or Transformer and LogitScore"
+            "Transformer alone, Transformer and LogitScore, or a chain of Transformer, Pooling and "
+            "Dense"
         )
     places = [module["path"] for module in modules]
     if places[0]:
         reader.refuse(f"has the model in {places[0]!r}; expected it at the top of the folder")
-    if len(places) == 1:
-        return None
-    if not places[1] or Path(places[1]).name != places[1]:
-        reader.refuse(f"has LogitScore in {places[1]!r}; expected a folder beside it")
-    return str(places[1])
+    for name, place in zip(names[1:], places[1:], strict=True):
+        if not place or Path(place).name != place:
+            reader.refuse(f"has {name} in {place!r}; expected a folder beside it")
+    return names
 
 
 def _check_options(reader: _Reader) -> None:

@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from qrank.converters.checkpoint.configuration import (
     auto_class,
-    explained,
+    make_settings,
     read_config,
-    read_json,
+    read_rewriting,
     transformers_for,
 )
+from qrank.converters.checkpoint.json_files import explained, read_json
+from qrank.converters.checkpoint.rewriting import Weights
+from qrank.converters.checkpoint.stored import Part, parts_of, safetensors_files
 from qrank.errors import ConversionError, FamilyError
 from qrank.system.extras import need
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-INDEX = "model.safetensors.index.json"
 
 _ADAPTERS = ("adapter_config.json", "adapter_model.*", "pytorch_adapter.*")
 """Files of an adapter, with or without its base model, from the packages peft and adapters."""
@@ -51,42 +52,34 @@ def refuse_adapter(folder: Path, source: str) -> None:
 
 
 def weight_files(folder: Path, source: str) -> list[Path]:
-    """The safetensors files that transformers reads.
+    """The safetensors files that hold a checkpoint's weights.
 
     Raises:
         FamilyError: there are none.
         ConversionError: the index file is damaged, or a file that it names is missing.
     """
-    if (single := folder / "model.safetensors").is_file():
-        return [single]
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX, dict, source)
-        for key in ("metadata", "weight_map"):
-            if not isinstance(index.get(key), dict):
-                raise ConversionError(
-                    f"{source}: {INDEX} has {key} = {index.get(key)!r}; expected an object"
-                )
-        places = index["weight_map"]
-        names = sorted({str(name) for name in places.values()})
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise ConversionError(f"{source}: {INDEX} names {name}, which is not in the folder")
-        return [folder / name for name in names]
-    kinds = (".safetensors", ".bin", ".pt", ".pth")
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in kinds)
-    raise FamilyError(
-        f"{source} has no model.safetensors (found: {', '.join(others) or 'no weights'}); qrank "
-        "reads what transformers does, and no pickles: save the model again with save_pretrained"
-    )
+    rewriting = read_rewriting(folder, source)
+    return safetensors_files(folder, source) if rewriting is None else rewriting.files()
 
 
-def load_model(folder: Path, *, dtype: str, attention: str) -> PreTrainedModel:
+def read_weights(folder: Path) -> Weights:
+    """The weights of the class that a checkpoint is read as; nothing large is loaded yet.
+
+    Raises as `weight_files`.
+    """
+    rewriting = read_rewriting(folder)
+    files = weight_files(folder, str(folder))
+    return parts_of(files) if rewriting is None else rewriting.weights(files)
+
+
+def load_model(folder: Path, *, dtype: str, attention: str | None = None) -> PreTrainedModel:
     """transformers' own model of a checkpoint.
 
     Args:
         folder: the checkpoint's folder.
         dtype: torch's name of the data type.
-        attention: transformers' name of the attention implementation.
+        attention: transformers' name of the attention implementation. None: the fastest that the
+            class has.
 
     Raises:
         ConversionError: the weights do not fit the architecture.
@@ -94,8 +87,14 @@ def load_model(folder: Path, *, dtype: str, attention: str) -> PreTrainedModel:
     config = read_config(folder)
     transformers_for(config).utils.logging.disable_progress_bar()
     with explained(f"transformers cannot load {folder}"):
-        model, info = auto_class(config).from_pretrained(
-            folder,
+        kind, given = auto_class(config), {}
+        if read_rewriting(folder) is not None:
+            settings = make_settings(config)
+            kind = kind._model_mapping[type(settings)]  # the class itself takes no files
+            given = {"config": settings, "state_dict": _tensors(read_weights(folder))}
+        model, info = kind.from_pretrained(
+            None if given else folder,
+            **given,
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
@@ -123,6 +122,14 @@ def load_model(folder: Path, *, dtype: str, attention: str) -> PreTrainedModel:
         )
     evaluated: PreTrainedModel = model.eval()
     return evaluated
+
+
+def _tensors(weights: Weights) -> dict[str, Any]:
+    torch = need("torch")
+    return {
+        name: part.tensor() if isinstance(part, Part) else torch.from_numpy(part)
+        for name, part in weights.items()
+    }
 
 
 def upcast_lazily(model: PreTrainedModel) -> PreTrainedModel:

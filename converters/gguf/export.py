@@ -22,7 +22,7 @@ from qrank.backends.gguf import FILE, TYPE_STRIDE
 from qrank.backends.gguf_decoder import HEAD
 from qrank.backends.llama import complaint, library
 from qrank.bundle.sequences import Sequences
-from qrank.converters.checkpoint.configuration import read_config, transformers_for
+from qrank.converters.checkpoint.configuration import make_settings, read_config
 from qrank.converters.checkpoint.probes import probe_pairs
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.gguf.layouts import Layout, describe
@@ -125,11 +125,9 @@ def _fallback_types(matrices: Sequence[Tensor], block: int) -> dict[str, str]:
 
 def _write(checkpoint: Checkpoint, path: Path) -> list[Tensor]:
     """Write the whole file in f16 and return the tensors in f16: the rest are f32."""
-    gguf, transformers = need("gguf"), transformers_for(read_config(checkpoint.folder))
+    gguf = need("gguf")
     layout = Layout.of(checkpoint.family.architecture)
-    config = transformers.AutoConfig.from_pretrained(
-        checkpoint.folder, local_files_only=True, trust_remote_code=False
-    )
+    config = make_settings(read_config(checkpoint.folder))
     layout.check(config, checkpoint.window)
     weights = Weights(checkpoint.folder)
     writer = gguf.GGUFWriter(path, layout.arch)

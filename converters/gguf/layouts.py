@@ -111,13 +111,17 @@ def _decoder(arch: str, **differences: Any) -> Layout:
     return replace(common, **differences)
 
 
+_ROBERTA = Layout(
+    "bert", {"classifier.dense": "cls", "classifier.out_proj": "cls.output"}, after_pad=True
+)
+
 _LAYOUTS = {
     "BertForSequenceClassification": Layout(
         "bert", {"bert.pooler.dense": "cls", "classifier": "cls.output"}
     ),
-    "XLMRobertaForSequenceClassification": Layout(
-        "bert", {"classifier.dense": "cls", "classifier.out_proj": "cls.output"}, after_pad=True
-    ),
+    "XLMRobertaForSequenceClassification": _ROBERTA,
+    "RobertaForSequenceClassification": _ROBERTA,
+    "CamembertForSequenceClassification": _ROBERTA,
     "ModernBertForSequenceClassification": Layout(
         "modern-bert",
         {"head.dense": "cls", "head.norm": "cls.norm", "classifier": "cls.output"},

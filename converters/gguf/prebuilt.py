@@ -18,7 +18,7 @@ from qrank.backends.gguf import FILE, TYPE_STRIDE
 from qrank.backends.gguf_decoder import HEAD
 from qrank.bundle.family import label_row
 from qrank.bundle.sequences import Floats
-from qrank.converters.checkpoint.configuration import read_config
+from qrank.converters.checkpoint.configuration import make_settings, read_config
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.gguf.layouts import Layout
 from qrank.converters.gguf.tensors import token_types
@@ -170,10 +170,7 @@ def _head(
             f"{path.name} holds no score head of one label ({_SCORE}), and {checkpoint.name} has "
             "no labels to read from its output matrix. Convert the checkpoint itself"
         )
-    transformers = need("transformers")
-    config = transformers.AutoConfig.from_pretrained(
-        checkpoint.folder, local_files_only=True, trust_remote_code=False
-    )
+    config = make_settings(read_config(checkpoint.folder))
     tied = config.tie_word_embeddings and "output.weight" not in tensors
     name = _WORDS if tied else "output.weight"
     if name not in tensors:

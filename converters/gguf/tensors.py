@@ -15,16 +15,14 @@ from qrank.bundle.family import Family, label_row
 from qrank.bundle.sequences import Floats
 from qrank.converters.checkpoint.configuration import NEMOTRON, auto_class
 from qrank.converters.checkpoint.read import Checkpoint
-from qrank.converters.checkpoint.weights import weight_files
+from qrank.converters.checkpoint.stored import Part
+from qrank.converters.checkpoint.weights import read_weights
 from qrank.converters.gguf.layouts import Layout, rotary_factors
 from qrank.errors import ConversionError
 from qrank.system.extras import need
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-_PIECE = 2**24
-"""Number of elements read and written at once."""
 
 
 @dataclass(frozen=True)
@@ -54,40 +52,26 @@ class Tensor:
 
 
 class Weights:
-    """A checkpoint's safetensors, read some rows at a time.
-
-    The file is reopened for each read: data read from an open file stays in memory.
-    """
+    """A checkpoint's weights, read some rows at a time."""
 
     def __init__(self, folder: Path) -> None:
-        self._open = need("safetensors").safe_open
         # Before 2019, layer norms called their parameters gamma and beta.
         old = {"gamma": "weight", "beta": "bias"}
-        self._places = {}
-        self.shapes: dict[str, list[int]] = {}
-        for path in weight_files(folder, str(folder)):
-            with self._open(path, "pt") as file:
-                for stored in file.keys():  # noqa: SIM118 (no mapping)
-                    module, _, parameter = stored.rpartition(".")
-                    name = f"{module}.{old.get(parameter, parameter)}"
-                    self._places[name] = (path, stored)
-                    self.shapes[name] = file.get_slice(stored).get_shape()
+        self._found = {}
+        for stored, part in read_weights(folder).items():
+            module, _, parameter = stored.rpartition(".")
+            self._found[f"{module}.{old.get(parameter, parameter)}"] = part
+        self.shapes = {name: list(part.shape) for name, part in self._found.items()}
 
     def row(self, name: str, number: int) -> Floats:
         """One row of a weight."""
-        path, stored = self._places[name]
-        with self._open(path, "pt") as file:
-            row: Floats = file.get_slice(stored)[number].float().numpy()
-        return row
+        part = self._found[name]
+        return part.row(number) if isinstance(part, Part) else part[number]
 
     def rows(self, name: str, first: int = 0) -> Iterator[Floats]:
         """The rows of a weight from `first` on, in pieces."""
-        path, stored = self._places[name]
-        count, *rest = self.shapes[name]
-        step = max(_PIECE // math.prod(rest), 1)
-        for start in range(first, count, step):
-            with self._open(path, "pt") as file:
-                yield file.get_slice(stored)[start : start + step].float().numpy()
+        part = self._found[name]
+        yield from part.rows(first) if isinstance(part, Part) else [part[first:]]
 
 
 def llama_scores(family: Family) -> bool:

@@ -30,7 +30,7 @@ MEMORY = 1.8
 OPSET = 20
 """The first opset with Gelu, and old enough for every runtime in use."""
 
-HEAD = frozenset({"pooler", "classifier", "head", "score"})
+HEAD = frozenset({"pooler", "pre_classifier", "classifier", "head", "score"})
 """Names of the score head's modules in transformers' classes: they stay fp32 in every precision."""
 
 

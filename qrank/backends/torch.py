@@ -125,7 +125,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Torch
 
     family = options.family
     assert family is not None  # `Reranker` sets it when it runs a checkpoint
-    model = load_model(folder, dtype=DTYPES[variant.precision], attention="sdpa")
+    model = load_model(folder, dtype=DTYPES[variant.precision])
     scoring = scorer(model, family).eval()
     if family.decoder:
         theirs = partial(run_reference, model, labels=family.labels)

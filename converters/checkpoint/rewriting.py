@@ -1,0 +1,42 @@
+"""A checkpoint that is read as another class, by renaming and exact arithmetic on its weights.
+
+Nothing is written: the other class's config.json and the places of its weights are used instead of
+the files. Each kind of rewriting has a file of its own; `tests/test_rewriting.py` compares each
+with the original computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qrank.bundle.sequences import Floats
+from qrank.converters.checkpoint.stored import Part
+
+Weights = Mapping[str, Part | Floats]
+"""Name of a weight -> where it is stored, or its values in fp32."""
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """How a checkpoint is read as another class.
+
+    Attributes:
+        what: what the checkpoint is, for people.
+        config: config.json of the class that it is read as.
+        files: finds the safetensors files that hold its weights. Raises FamilyError if there are
+            none.
+        weights: the weights of that class, given these files.
+    """
+
+    what: str
+    config: dict[str, Any]
+    files: Callable[[], list[Path]]
+    weights: Callable[[list[Path]], Weights]
+
+    @property
+    def about(self) -> str:
+        """What is read as which class."""
+        return f"{self.what} read as {self.config['architectures'][0]}"

@@ -1,0 +1,118 @@
+"""A checkpoint's safetensors files, and parts of the tensors in them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qrank.bundle.sequences import Floats
+from qrank.converters.checkpoint.json_files import explained, read_json
+from qrank.errors import ConversionError, FamilyError
+from qrank.system.extras import need
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+
+_PIECE = 2**24
+"""Number of elements read at once."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a stored tensor; nothing is read yet.
+
+    The file is reopened for each read: data read from an open file stays in memory.
+
+    Attributes:
+        path: the file.
+        name: the tensor's name in it.
+        start: first row.
+        stop: the row after the last; None: to the end.
+    """
+
+    path: Path
+    name: str
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def shape(self) -> list[int]:
+        """Its shape; scalars have none."""
+        with _opened(self.path) as file:
+            stored: list[int] = file.get_slice(self.name).get_shape()
+        if not stored:
+            return []
+        return [len(range(stored[0])[self.start : self.stop]), *stored[1:]]
+
+    def tensor(self) -> torch.Tensor:
+        """The whole part, in its stored data type."""
+        with _opened(self.path) as file:
+            found: torch.Tensor = file.get_tensor(self.name)
+        return found[self.start : self.stop] if found.ndim else found
+
+    def row(self, number: int) -> Floats:
+        """One row, in fp32."""
+        with _opened(self.path) as file:
+            found: Floats = file.get_slice(self.name)[self.start + number].float().numpy()
+        return found
+
+    def rows(self, first: int = 0) -> Iterator[Floats]:
+        """The rows from `first` on in fp32, some at a time."""
+        count, *rest = self.shape
+        step = max(_PIECE // math.prod(rest), 1)
+        for begin in range(first, count, step):
+            with _opened(self.path) as file:
+                rows = slice(self.start + begin, self.start + min(begin + step, count))
+                yield file.get_slice(self.name)[rows].float().numpy()
+
+
+def parts_of(files: Iterable[Path]) -> dict[str, Part]:
+    """The tensors of safetensors files by name.
+
+    Raises:
+        ConversionError: a file is damaged.
+    """
+    found = {}
+    for path in files:
+        with explained(f"safetensors cannot read {path}"), _opened(path) as file:
+            found |= {name: Part(path, name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    return found
+
+
+def safetensors_files(folder: Path, source: str) -> list[Path]:
+    """The safetensors files that transformers reads.
+
+    Raises:
+        FamilyError: there are none.
+        ConversionError: the index file is damaged, or a file that it names is missing.
+    """
+    if (single := folder / "model.safetensors").is_file():
+        return [single]
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX, dict, source)
+        for key in ("metadata", "weight_map"):
+            if not isinstance(index.get(key), dict):
+                raise ConversionError(
+                    f"{source}: {INDEX} has {key} = {index.get(key)!r}; expected an object"
+                )
+        places = index["weight_map"]
+        names = sorted({str(name) for name in places.values()})
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise ConversionError(f"{source}: {INDEX} names {name}, which is not in the folder")
+        return [folder / name for name in names]
+    kinds = (".safetensors", ".bin", ".pt", ".pth")
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in kinds)
+    raise FamilyError(
+        f"{source} has no model.safetensors (found: {', '.join(others) or 'no weights'}); qrank "
+        "reads what transformers does, and no pickles: save the model again with save_pretrained"
+    )
+
+
+def _opened(path: Path) -> Any:
+    return need("safetensors").safe_open(path, "pt")

@@ -1,0 +1,37 @@
+"""Further encoder families: one precision per format, since the formats treat classes alike."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_encoders
+from test_conformance import ALONE, PAIRS, conforms, reference
+
+from qrank.converters.checkpoint.read import read_checkpoint
+from qrank.converters.convert import convert
+
+Folders = Callable[[str], Path]
+FAMILIES = {"camembert": "roberta"}
+VARIANTS = [("onnx", "int8"), ("openvino", "int8"), ("gguf", "q8_0")]
+
+
+@pytest.fixture(params=tiny_encoders.CHECKPOINTS)
+def encoder(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def test_the_original_conforms(encoder: str, checkpoint_of: Folders) -> None:
+    folder = checkpoint_of(encoder)
+    assert read_checkpoint(str(folder)).family.name == FAMILIES.get(encoder, encoder)
+    conforms(folder, "torch-fp32", PAIRS, reference(folder)[0], ALONE)
+
+
+def test_conformance(encoder: str, checkpoint_of: Folders, tmp_path: Path) -> None:
+    folder = checkpoint_of(encoder)
+    card = read_checkpoint(str(folder)).card
+    variants = [row for row in VARIANTS if row[0] not in card.unsupported]
+    made = convert(str(folder), variants, tmp_path / "bundle")
+    assert not made.failed
+    for row in variants:
+        conforms(made.folder, "-".join(row), PAIRS, reference(folder)[0], ALONE)

@@ -1,0 +1,303 @@
+"""Checkpoints that are read as another class score exactly as the original computation."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_conformance import PAIRS
+from transformers import AutoModel, AutoTokenizer
+
+from qrank import Reranker
+from qrank.backends import tolerance
+from qrank.bundle.fidelity import Fidelity
+from qrank.bundle.sequences import Logits
+from qrank.converters.checkpoint.read import read_checkpoint
+from qrank.converters.convert import convert
+from qrank.errors import ConversionError, FamilyError
+
+Folders = Callable[[str], Path]
+ACTIVATIONS = "torch.nn.modules.activation."
+
+
+def write(path: Path, content: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content), "utf-8")
+
+
+def module(kind: str, number: int) -> dict[str, Any]:
+    home = "base" if kind in ("Transformer", "Dense") else "sentence_transformer"
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", kind).lower()
+    return {
+        "idx": number,
+        "name": str(number),
+        "path": f"{number}_{kind}" if number else "",
+        "type": f"sentence_transformers.{home}.modules.{name}.{kind}",
+    }
+
+
+class Chain:
+    """A checkpoint of modules, and its own computation in plain torch.
+
+    Attributes:
+        folder: the checkpoint.
+        kinds: its modules.
+    """
+
+    def __init__(self, folder: Path, kinds: list[str]) -> None:
+        self.folder = folder
+        self.kinds = kinds
+        self.layers: list[torch.nn.Module] = []
+        self.mean = False
+
+    def logits(self) -> Logits:
+        """As sentence-transformers computes them, one pair at a time."""
+        model = AutoModel.from_pretrained(self.folder, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        found = []
+        with torch.inference_mode():
+            for query, document in PAIRS:
+                # As a batch of one: otherwise an empty document would count as no document.
+                inputs = tokenizer(
+                    [query], [document], truncation="only_second", return_tensors="pt"
+                )
+                states = model(**inputs).last_hidden_state
+                x = states.mean(1) if self.mean else states[:, 0]
+                for layer in self.layers:
+                    x = layer(x)
+                found.append(x.item())
+        return np.array(found, np.float32)
+
+
+def chain(
+    base: Path,
+    folder: Path,
+    kinds: list[str],
+    *,
+    activation: str = "GELU",
+    bias: bool = False,
+    pooling: dict[str, Any] | None = None,
+) -> Chain:
+    """A chain of modules behind the model of a tiny checkpoint, whose head is dropped."""
+    shutil.copytree(base, folder)
+    made = Chain(folder, kinds)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    name = config["architectures"][0].replace("ForSequenceClassification", "Model")
+    for key in ("id2label", "label2id", "num_labels", "classifier_pooling", "classifier_bias"):
+        config.pop(key, None)
+    write(folder / "config.json", config | {"architectures": [name]})
+    stored = load_file(folder / "model.safetensors")
+    prefix = {"ModernBertModel": "model.", "BertModel": "bert."}.get(name, "roberta.")
+    trunk = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+    save_file(trunk, folder / "model.safetensors", {"format": "pt"})
+    write(folder / "modules.json", [module(kind, i) for i, kind in enumerate(kinds)])
+    write(
+        folder / "config_sentence_transformers.json",
+        {"model_type": "CrossEncoder", "activation_fn": "torch.nn.modules.linear.Identity"},
+    )
+    write(folder / "sentence_bert_config.json", {"transformer_task": "feature-extraction"})
+    pooling = pooling or {"embedding_dimension": config["hidden_size"], "pooling_mode": "cls"}
+    made.mean = pooling.get("pooling_mode_mean_tokens", False)
+    size = config["hidden_size"]
+    torch.manual_seed(5)
+    for number, kind in enumerate(kinds):
+        place = folder / f"{number}_{kind}"
+        if kind == "Pooling":
+            write(place / "config.json", pooling)
+        elif kind == "LayerNorm":
+            norm = torch.nn.LayerNorm(size)
+            torch.nn.init.normal_(norm.weight, 1, 0.3)
+            torch.nn.init.normal_(norm.bias)
+            made.layers.append(norm)
+            write(place / "config.json", {"dimension": size})
+            save_file(
+                {f"norm.{k}": v for k, v in norm.state_dict().items()}, place / "model.safetensors"
+            )
+        elif kind == "Dense":
+            last = number == len(kinds) - 1
+            linear = torch.nn.Linear(size, 1 if last else size, bias=bias or last)
+            torch.nn.init.normal_(linear.weight, std=0.3)
+            made.layers.append(linear)
+            if not last:
+                made.layers.append(getattr(torch.nn, activation)())
+            write(
+                place / "config.json",
+                {
+                    "in_features": size,
+                    "out_features": linear.out_features,
+                    "bias": linear.bias is not None,
+                    "activation_function": "torch.nn.modules.linear.Identity"
+                    if last
+                    else ACTIVATIONS + activation,
+                    "module_input_name": "sentence_embedding",
+                    "module_output_name": "scores" if last else "sentence_embedding",
+                },
+            )
+            weights = {f"linear.{k}": v for k, v in linear.state_dict().items()}
+            save_file(weights, place / "model.safetensors")
+    return made
+
+
+ETTIN = ["Transformer", "Pooling", "Dense", "LayerNorm", "Dense"]
+PLAIN = ["Transformer", "Pooling", "Dense", "Dense"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "kinds", "options"),
+    [
+        ("modernbert-mean", ETTIN, {}),
+        ("modernbert-mean", ETTIN, {"bias": True, "activation": "Tanh"}),
+        ("modernbert-mean", ETTIN, {"pooling": {"pooling_mode_mean_tokens": True}}),
+        ("bert", PLAIN, {"bias": True, "activation": "Tanh"}),
+        ("xlm-roberta", PLAIN, {"bias": True, "activation": "Tanh"}),
+    ],
+)
+def test_a_chain_of_modules_scores_as_its_modules_do(
+    kind: str, kinds: list[str], options: dict[str, Any], checkpoint_of: Folders, tmp_path: Path
+) -> None:
+    made = chain(checkpoint_of(kind), tmp_path / "chain", kinds, **options)
+    with Reranker(made.folder, backend="torch") as reranker:
+        ours = reranker.score(PAIRS, raw=True)
+        assert reranker.engine.manifest.family.activation == "identity"
+    theirs = made.logits()
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1.0, float(np.ptp(theirs))))
+
+
+def test_ettin_converts(checkpoint_of: Folders, tmp_path: Path) -> None:
+    """To every format of its class; which precision does not matter to a rewriting."""
+    made = chain(checkpoint_of("modernbert-mean"), tmp_path / "ettin", ETTIN)
+    theirs = made.logits()
+    variants = [("onnx", "int8"), ("openvino", "int8"), ("gguf", "q8_0")]
+    bundle = convert(str(made.folder), variants, tmp_path / "bundle")
+    assert re.match(
+        r"a chain of modules .* read as ModernBertForSequenceClassification, fp32",
+        bundle.manifest.probes.reference,
+    )
+    for variant in variants:
+        with Reranker(bundle.folder, backend="-".join(variant)) as reranker:
+            ours = reranker.score(PAIRS, raw=True)
+        assert tolerance(*variant).shortfall(Fidelity.of(ours, theirs)) is None
+
+
+@pytest.mark.parametrize(
+    ("kinds", "name", "content", "message"),
+    [
+        (ETTIN, "2_Dense", {"use_residual": True}, "2_Dense with use_residual"),
+        (ETTIN, "2_Dense", {"activation_function": "my.Own"}, "activation_function = 'my.Own'"),
+        (ETTIN, "4_Dense", {"activation_function": ACTIVATIONS + "Tanh"}, "the activation tanh"),
+        (ETTIN, "1_Pooling", {"pooling_mode": "max"}, "pooling max for ModernBertModel"),
+        (ETTIN, "1_Pooling", {"include_prompt": False}, "include_prompt = false"),
+        (ETTIN, "", {"norm_eps": 1e-6}, "norm_eps = 1e-06"),
+        (ETTIN, "", {"architectures": ["MPNetModel"]}, "Transformer of class MPNetModel"),
+        (PLAIN, "", {}, "expected Transformer, Pooling, Dense, LayerNorm, Dense"),
+    ],
+)
+def test_a_chain_that_no_class_computes_is_refused(
+    kinds: list[str],
+    name: str,
+    content: dict[str, Any],
+    message: str,
+    checkpoint_of: Folders,
+    tmp_path: Path,
+) -> None:
+    folder = chain(checkpoint_of("modernbert-mean"), tmp_path / "chain", kinds).folder
+    path = folder / name / "config.json"
+    write(path, json.loads(path.read_text("utf-8")) | content)
+    with pytest.raises(FamilyError, match=re.escape(message)):
+        read_checkpoint(str(folder))
+
+
+def test_a_module_without_its_file_is_told(checkpoint_of: Folders, tmp_path: Path) -> None:
+    folder = chain(checkpoint_of("modernbert-mean"), tmp_path / "chain", ETTIN).folder
+    (folder / "4_Dense" / "model.safetensors").unlink()
+    with pytest.raises(FamilyError, match=r"4_Dense has no model\.safetensors"):
+        read_checkpoint(str(folder))
+    (folder / "4_Dense" / "config.json").unlink()
+    with pytest.raises(ConversionError, match=r"4_Dense.config\.json is missing"):
+        read_checkpoint(str(folder))
+
+
+# jina-reranker-v2
+
+
+def jina(base: Path, folder: Path) -> Path:
+    """A tiny XLM-RoBERTa as jina's script stores it: renamed, with queries, keys, values joined."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    code = {
+        "AutoConfig": "configuration_xlm_roberta.XLMRobertaFlashConfig",
+        "AutoModelForSequenceClassification": "modeling.XLMRobertaForSequenceClassification",
+    }
+    config.pop("model_type")
+    write(
+        folder / "config.json",
+        config | {"auto_map": code, "position_embedding_type": "absolute"},
+    )
+    names = {
+        "roberta.embeddings.LayerNorm": "roberta.emb_ln",
+        ".layer.": ".layers.",
+        ".attention.output.dense": ".mixer.out_proj",
+        ".attention.output.LayerNorm": ".norm1",
+        ".intermediate.dense": ".mlp.fc1",
+        ".output.dense": ".mlp.fc2",
+        ".output.LayerNorm": ".norm2",
+    }
+    made: dict[str, Any] = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if found := re.search(r"\.attention\.self\.(query|key|value)\.", name):
+            joined = name.replace(found[0], ".mixer.Wqkv.").replace(".layer.", ".layers.")
+            made.setdefault(joined, {})[found[1]] = weight
+            continue
+        renamed = name
+        for theirs, ours in names.items():
+            renamed = renamed.replace(theirs, ours)
+        made[renamed] = weight
+    order = ("query", "key", "value")
+    whole = {
+        name: torch.cat([weight[part] for part in order]) if isinstance(weight, dict) else weight
+        for name, weight in made.items()
+    }
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_jina_v2_scores_exactly_as_the_model_it_was_made_of(
+    checkpoint_of: Folders, tmp_path: Path
+) -> None:
+    theirs = checkpoint_of("xlm-roberta")
+    ours = jina(theirs, tmp_path / "jina")
+    with Reranker(theirs, backend="torch") as original, Reranker(ours, backend="torch") as read:
+        np.testing.assert_array_equal(original.score(PAIRS, raw=True), read.score(PAIRS, raw=True))
+    assert read_checkpoint(str(ours)).read_as.startswith("jina-reranker-v2 read as XLMRoberta")
+
+
+def test_jina_v2_converts_to_gguf(checkpoint_of: Folders, tmp_path: Path) -> None:
+    """GGUF is written from the stored tensors, here parts of them, without transformers' class."""
+    theirs = checkpoint_of("xlm-roberta")
+    made = convert(str(jina(theirs, tmp_path / "jina")), [("gguf", "f16")], tmp_path / "bundle")
+    with Reranker(made.folder) as ours, Reranker(theirs, backend="torch") as original:
+        expected = original.score(PAIRS, raw=True)
+        found = Fidelity.of(ours.score(PAIRS, raw=True), expected)
+    assert tolerance("gguf", "f16").shortfall(found) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"position_embedding_type": "rotary"}, "position_embedding_type = 'rotary'"),
+        ({"lora_adaptations": ["retrieval"]}, "lora_adaptations"),
+    ],
+)
+def test_other_models_of_jinas_class_are_refused(
+    content: dict[str, Any], message: str, checkpoint_of: Folders, tmp_path: Path
+) -> None:
+    path = jina(checkpoint_of("xlm-roberta"), tmp_path / "jina") / "config.json"
+    write(path, json.loads(path.read_text("utf-8")) | content)
+    with pytest.raises(FamilyError, match=message):
+        read_checkpoint(str(path.parent))

@@ -1,0 +1,117 @@
+"""Tiny random checkpoints of further encoder families: variations of the kinds in `tiny.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tiny import (
+    AFTER_PAD,
+    BERT_NAMES,
+    MAX_LENGTH,
+    POOLER_GAIN,
+    ROBERTA_NAMES,
+    SIZES,
+    save,
+    texts,
+    unigram,
+    wordpiece,
+)
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CamembertConfig,
+    CamembertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    ElectraConfig,
+    ElectraForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+
+def roberta(folder: Path) -> Path:
+    """RoBERTa: byte-level BPE."""
+    torch.manual_seed(6)
+    model = RobertaForSequenceClassification(RobertaConfig(**SIZES, **AFTER_PAD))
+    head, kind = model.classifier.out_proj, "RobertaTokenizer"
+    return save(folder, model, head, POOLER_GAIN, _byte_bpe(), kind, ROBERTA_NAMES)
+
+
+def camembert(folder: Path) -> Path:
+    """CamemBERT: Unigram."""
+    torch.manual_seed(7)
+    model = CamembertForSequenceClassification(CamembertConfig(**SIZES, **AFTER_PAD))
+    head, kind = model.classifier.out_proj, "PreTrainedTokenizerFast"
+    return save(folder, model, head, POOLER_GAIN, unigram(), kind, ROBERTA_NAMES)
+
+
+def electra(folder: Path) -> Path:
+    """ELECTRA, with embeddings narrower than its layers."""
+    torch.manual_seed(8)
+    config = ElectraConfig(**SIZES, embedding_size=32, max_position_embeddings=MAX_LENGTH)
+    model = ElectraForSequenceClassification(config)
+    head, kind = model.classifier.out_proj, "ElectraTokenizer"
+    return save(folder, model, head, POOLER_GAIN, wordpiece(), kind, BERT_NAMES)
+
+
+def distilbert(folder: Path) -> Path:
+    """DistilBERT: no token types, and names of its own in config.json."""
+    torch.manual_seed(9)
+    config = DistilBertConfig(
+        vocab_size=SIZES["vocab_size"],
+        dim=SIZES["hidden_size"],
+        hidden_dim=SIZES["intermediate_size"],
+        n_layers=SIZES["num_hidden_layers"],
+        n_heads=SIZES["num_attention_heads"],
+        max_position_embeddings=MAX_LENGTH,
+        num_labels=1,
+    )
+    model = DistilBertForSequenceClassification(config)
+    head, kind = model.classifier, "DistilBertTokenizer"
+    return save(folder, model, head, POOLER_GAIN, wordpiece(), kind, BERT_NAMES)
+
+
+def mpnet(folder: Path) -> Path:
+    """MPNet: relative positions, and RoBERTa's template with WordPiece."""
+    torch.manual_seed(10)
+    sizes = AFTER_PAD | {"eos_token_id": 2}
+    sizes.pop("type_vocab_size")
+    model = MPNetForSequenceClassification(MPNetConfig(**SIZES, **sizes))
+    head, kind = model.classifier.out_proj, "PreTrainedTokenizerFast"
+    names = ROBERTA_NAMES | {"unk": "[UNK]", "pad": "[PAD]", "mask": "[MASK]"}
+    tokenizer = wordpiece("<s>", "</s>", "</s> </s>")
+    return save(folder, model, head, POOLER_GAIN, tokenizer, kind, names)
+
+
+def _byte_bpe() -> Tokenizer:
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.train_from_iterator(
+        texts(),
+        trainers.BpeTrainer(
+            vocab_size=SIZES["vocab_size"] - 1,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+    tokenizer.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), add_prefix_space=False
+    )
+    return tokenizer
+
+
+CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
+    "roberta": roberta,
+    "camembert": camembert,
+    "electra": electra,
+    "distilbert": distilbert,
+    "mpnet": mpnet,
+}
+"""Every kind, by a name that is its family's, except for CamemBERT: RoBERTa's."""
