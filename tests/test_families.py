@@ -1,6 +1,7 @@
 """Cards, and how a card and a checkpoint's own configuration become a family."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -199,6 +200,29 @@ def test_an_unknown_architecture_is_refused_by_name(copy_of: Callable[..., Path]
     for card in cards():
         assert card.architectures[0] in message
     assert "(none)" in refusal(copy_of("bert", "b", architectures=None))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("JinaForRanking", "is listwise"),
+        ("Qwen3VLForConditionalGeneration", "reads images"),
+        ("T5ForConditionalGeneration", "is an encoder-decoder"),
+        ("LayerWiseMiniCPMForCausalLM", "has a score head in every layer"),
+        ("HF_ColBERT", "compares token embeddings"),
+    ],
+)
+def test_a_reranker_that_cannot_run_is_refused_with_another(
+    architecture: str, reason: str, copy_of: Callable[..., Path]
+) -> None:
+    message = refusal(copy_of("bert", architectures=[architecture]))
+    assert f"{architecture} {reason}" in message
+    assert re.search(r"Use .*\w/\w", message)
+
+
+def test_an_nli_model_is_refused_as_such(copy_of: Callable[..., Path]) -> None:
+    labels = {"0": "contradiction", "1": "entailment", "2": "neutral"}
+    assert "(NLI)" in refusal(copy_of("bert", id2label=labels))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qrank.bundle.family import ACTIVATIONS, slots
+from qrank.converters.checkpoint.refusals import why_not
 from qrank.errors import FamilyError
 from qrank.system.textfiles import read_text
 
@@ -224,6 +225,8 @@ def find_card(family: str | None, config: dict[str, Any], hub_id: str | None = N
             "that it is a reranker, and how it is asked. If it is one, say which with --family: "
             f"{', '.join(card.name for card in readers)}"
         )
+    if (reason := why_not(found)) is not None:
+        raise FamilyError(f"{reason} (architectures in config.json)")
     supported = ", ".join(name for card in known for name in card.architectures)
     raise FamilyError(
         f"config.json names the architecture {', '.join(found) or '(none)'} (at architectures); "

@@ -29,6 +29,7 @@ from qrank.converters.checkpoint.configuration import (
 from qrank.converters.checkpoint.json_files import explained
 from qrank.converters.checkpoint.logit_score import logit_score_card
 from qrank.converters.checkpoint.read_tokenizer import control_tokens, read_tokenizer
+from qrank.converters.checkpoint.refusals import INFERENCE
 from qrank.converters.checkpoint.sentence_transformers import read_metadata
 from qrank.converters.checkpoint.stored import INDEX
 from qrank.converters.checkpoint.tokenizer import strip_special_tokens
@@ -228,6 +229,13 @@ def describe(
 
 
 def _check_labels(settings: PretrainedConfig, source: str) -> None:
+    names = {str(name).lower() for name in settings.id2label.values()}
+    if names >= INFERENCE:
+        raise FamilyError(
+            f"{source} has the labels {', '.join(settings.id2label.values())} (id2label in "
+            "config.json): it tells entailment from contradiction (NLI), which ranks nothing. Use "
+            "a reranker, such as cross-encoder/ettin-reranker-32m-v1"
+        )
     if settings.num_labels != 1:
         raise FamilyError(
             f"{source} has {settings.num_labels} labels (id2label, num_labels in config.json); a "

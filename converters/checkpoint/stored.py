@@ -110,7 +110,9 @@ def safetensors_files(folder: Path, source: str) -> list[Path]:
     others = sorted(path.name for path in folder.iterdir() if path.suffix in kinds)
     raise FamilyError(
         f"{source} has no model.safetensors (found: {', '.join(others) or 'no weights'}); qrank "
-        "reads what transformers does, and no pickles: save the model again with save_pretrained"
+        "reads what transformers does, and no pickles: save the model again with save_pretrained, "
+        "or name a revision of the hub's that has safetensors (often a pull request: --revision "
+        "refs/pr/1)"
     )
 
 
