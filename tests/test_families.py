@@ -57,6 +57,7 @@ def test_cards_parse_and_are_the_supported_families() -> None:
     assert found == {
         "bert": ("BertForSequenceClassification",),
         "bge-reranker-gemma": ("GemmaForCausalLM",),
+        "deberta-v2": ("DebertaV2ForSequenceClassification",),
         "distilbert": ("DistilBertForSequenceClassification",),
         "electra": ("ElectraForSequenceClassification",),
         "modernbert": ("ModernBertForSequenceClassification",),
@@ -194,7 +195,7 @@ def test_an_unknown_activation_is_refused(copy_of: Callable[..., Path]) -> None:
 
 
 def test_an_unknown_architecture_is_refused_by_name(copy_of: Callable[..., Path]) -> None:
-    unknown = "DebertaV2ForSequenceClassification"
+    unknown = "FunnelForSequenceClassification"
     message = refusal(copy_of("bert", architectures=[unknown]))
     assert unknown in message
     for card in cards():

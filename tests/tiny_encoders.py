@@ -22,6 +22,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CamembertConfig,
     CamembertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     ElectraConfig,
@@ -87,6 +89,37 @@ def mpnet(folder: Path) -> Path:
     return save(folder, model, head, POOLER_GAIN, tokenizer, kind, names)
 
 
+def deberta_v2(folder: Path) -> Path:
+    """DeBERTa-v3: distances in buckets, which are logarithmic beyond 16 tokens."""
+    torch.manual_seed(11)
+    config = DebertaV2Config(
+        **SIZES,
+        max_position_embeddings=MAX_LENGTH,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=32,
+        max_relative_positions=-1,
+        share_att_key=True,
+        norm_rel_ebd="layer_norm",
+        position_biased_input=False,
+        type_vocab_size=0,
+        pooler_hidden_size=SIZES["hidden_size"],
+        pooler_hidden_act="gelu",
+        pooler_dropout=0,
+        layer_norm_eps=1e-7,
+    )
+    model = DebertaV2ForSequenceClassification(config)
+    return save(
+        folder,
+        model,
+        model.classifier,
+        POOLER_GAIN,
+        wordpiece(),
+        "PreTrainedTokenizerFast",
+        BERT_NAMES,
+    )
+
+
 def _byte_bpe() -> Tokenizer:
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     tokenizer = Tokenizer(models.BPE())
@@ -113,5 +146,6 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "electra": electra,
     "distilbert": distilbert,
     "mpnet": mpnet,
+    "deberta-v2": deberta_v2,
 }
 """Every kind, by a name that is its family's, except for CamemBERT: RoBERTa's."""

@@ -115,6 +115,7 @@ def export(
         ConversionError: the exporter returns no program.
     """
     torch = need("torch")
+    from qrank.converters.checkpoint.deberta import exportable
     from qrank.converters.checkpoint.scoring_graph import DecoderScorer, input_names, scorer
 
     names, module = input_names(family), scorer(model, family)
@@ -129,7 +130,7 @@ def export(
         kept = {0: torch.export.Dim("kept", min=0, max=family.max_length)}
         examples = (example, example[:, 0], prefix, torch.arange(4))
         shapes = (shape, {0: batch}, before, kept)
-    with _quiet():
+    with _quiet(), exportable(model, family.max_length):
         program = torch.onnx.export(
             module,
             tuple(x.clone() for x in examples),
