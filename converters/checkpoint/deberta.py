@@ -31,7 +31,7 @@ def exportable(model: PreTrainedModel, max_length: int) -> Iterator[None]:
         return
     from transformers.models.deberta_v2 import modeling_deberta_v2 as module
 
-    compiled = {
+    compiled: dict[str, Any] = {
         name: value
         for name, value in vars(module).items()
         if isinstance(value, torch.jit.ScriptFunction)

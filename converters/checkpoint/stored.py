@@ -77,7 +77,7 @@ def parts_of(files: Iterable[Path]) -> dict[str, Part]:
     Raises:
         ConversionError: a file is damaged.
     """
-    found = {}
+    found: dict[str, Part] = {}
     for path in files:
         with explained(f"safetensors cannot read {path}"), _opened(path) as file:
             found |= {name: Part(path, name) for name in file.keys()}  # noqa: SIM118 (no mapping)
