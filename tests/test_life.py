@@ -249,6 +249,37 @@ def test_a_fork_waits_for_a_thread_that_holds_one_lock_and_takes_another() -> No
     assert done.returncode == 0, done.stderr
 
 
+FORKS_AT_ONCE = """
+import os, sys, threading
+from qrank.backends.forks import waited_for
+
+sys.setswitchinterval(1e-6)
+locks = [waited_for(kind()) for kind in (threading.RLock, threading.Lock) * 4]
+
+def fork():
+    for _ in range(20):
+        if (child := os.fork()) == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+
+threads = [threading.Thread(target=fork, daemon=True) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join(60)
+assert not any(thread.is_alive() for thread in threads)
+assert all(lock.acquire(blocking=False) for lock in locks)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_threads_that_fork_at_once_leave_every_lock_free() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS_AT_ONCE], capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 FORK_WHILE_LOADING = """
 import os, sys, threading, time
 from qrank import Reranker

@@ -7,12 +7,16 @@ guards the calls that take them, and the process forks only while no other threa
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from typing import Any, TypeVar
 
 Lock = TypeVar("Lock")
 
 _guards: weakref.WeakSet[Any] = weakref.WeakSet()
+
+_forking = threading.RLock()
+"""Held by the thread that forks: threads that fork at once do so one after the other."""
 
 _taken: list[Any] = []
 """Locks that the forking thread holds during the fork."""
@@ -24,7 +28,8 @@ def waited_for(lock: Lock) -> Lock:
     return lock
 
 
-def _take() -> None:
+def _before() -> None:
+    _forking.acquire()
     # All or nothing: a thread that holds one of them may be waiting for another.
     while (busy := _take_free()) is not None:
         _let_go()
@@ -46,5 +51,10 @@ def _let_go() -> None:
         _taken.pop().release()
 
 
+def _after() -> None:
+    _let_go()
+    _forking.release()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_take, after_in_parent=_let_go, after_in_child=_let_go)
+    os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_after)
