@@ -192,7 +192,7 @@ def test_every_reading_by_transformers_forbids_code() -> None:
         and isinstance(call.func, ast.Attribute)
         and call.func.attr in ("from_pretrained", "from_config")
     ]
-    assert len(calls) >= 5
+    assert len(calls) >= 3
     for name, call in calls:
         given = {word.arg: ast.unparse(word.value) for word in call.keywords}
         assert given.get("trust_remote_code") == "False", (name, call.lineno)
