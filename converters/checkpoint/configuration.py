@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qrank.converters.checkpoint import jina_v2, module_chain
 from qrank.converters.checkpoint.json_files import check_kinds, explained, read_json
 from qrank.converters.checkpoint.rewriting import Rewriting
+from qrank.converters.checkpoint.stored import parts_of, safetensors_files
 from qrank.errors import ConversionError, FamilyError, ModelNotFoundError
 from qrank.system.extras import need
 
@@ -36,20 +38,20 @@ def read_config(folder: Path, source: str | None = None) -> dict[str, Any]:
         ConversionError: it is not a JSON object, or its `architectures` is not a list of names.
         FamilyError: it is of a kind that is rewritten, but not exactly; see `rewriting`.
     """
-    source = source or str(folder)
-    rewriting = read_rewriting(folder, source)
-    return _as_written(folder, source) if rewriting is None else rewriting.config
+    return read_rewriting(folder, source).config
 
 
-def read_rewriting(folder: Path, source: str | None = None) -> Rewriting | None:
-    """How a folder's checkpoint is read as another class; None if it is read as it is.
+def read_rewriting(folder: Path, source: str | None = None) -> Rewriting:
+    """How a folder's checkpoint is read: as another class, or as it is.
 
     Raises as `read_config`.
     """
     source = source or str(folder)
     config = _as_written(folder, source)
-    found = (kind(folder, config, source) for kind in _KINDS_OF_REWRITING)
-    return next((rewriting for rewriting in found if rewriting is not None), None)
+    for kind in _KINDS_OF_REWRITING:
+        if (found := kind(folder, config, source)) is not None:
+            return found
+    return Rewriting("", config, partial(safetensors_files, folder, source), parts_of)
 
 
 def _as_written(folder: Path, source: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qrank.converters.checkpoint.rewriting import Rewriting, Weights
+from qrank.converters.checkpoint.rewriting import Rewriting, WeightMap
 from qrank.converters.checkpoint.stored import Part, parts_of, safetensors_files
 from qrank.errors import FamilyError
 
@@ -57,14 +57,14 @@ def rewriting(folder: Path, config: dict[str, Any], source: str) -> Rewriting | 
     return Rewriting("jina-reranker-v2", made, partial(safetensors_files, folder, source), _weights)
 
 
-def _weights(files: list[Path]) -> Weights:
+def _weights(files: list[Path]) -> WeightMap:
     found: dict[str, Part] = {}
     for name, part in parts_of(files).items():
         if fused := _FUSED.fullmatch(name):
-            rows = part.shape[0] // 3
+            rows, *rest = part.shape[0] // 3, *part.shape[1:]
             for number, kind in enumerate(("query", "key", "value")):
                 place = f"roberta.encoder.layer.{fused[1]}.attention.self.{kind}.{fused[2]}"
-                found[place] = Part(part.path, part.name, number * rows, (number + 1) * rows)
+                found[place] = Part(part.path, part.name, (rows, *rest), number * rows)
         else:
             found[_PART.sub(lambda match: _NAMES[match[0]], name)] = part
     return found

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from qrank.converters.checkpoint.json_files import read_json
-from qrank.converters.checkpoint.rewriting import Rewriting, Weights
+from qrank.converters.checkpoint.rewriting import Rewriting, WeightMap
 from qrank.converters.checkpoint.stored import parts_of, safetensors_files
 from qrank.errors import ConversionError, FamilyError
 
@@ -156,6 +156,11 @@ class _Chain:
         return _ACTIVATIONS[named]
 
 
+def is_chain(kinds: list[str]) -> bool:
+    """Whether modules of these kinds are a chain as read here."""
+    return kinds[:2] == ["Transformer", "Pooling"] and kinds[-1] == "Dense"
+
+
 def rewriting(folder: Path, config: dict[str, Any], source: str) -> Rewriting | None:
     """The classifier that a chain of modules is; None if the checkpoint is not such a chain.
 
@@ -170,7 +175,7 @@ def rewriting(folder: Path, config: dict[str, Any], source: str) -> Rewriting | 
     if not all(isinstance(m, dict) and {"type", "path"} <= m.keys() for m in modules):
         return None  # refused where the other metadata is read
     kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
-    if kinds[:2] != ["Transformer", "Pooling"] or kinds[-1] != "Dense":
+    if not is_chain(kinds):
         return None
     chain = _Chain(folder, source, modules)
     if chain.configs[-1].get("out_features") != 1:
@@ -235,7 +240,7 @@ def _files(chain: _Chain) -> list[Path]:
     return found
 
 
-def _weights(chain: _Chain, trunk: _Trunk, norm_bias: bool, files: list[Path]) -> Weights:
+def _weights(chain: _Chain, trunk: _Trunk, norm_bias: bool, files: list[Path]) -> WeightMap:
     """The classifier's weights; a norm's bias that it lacks is added to the last layer's bias."""
     stored = parts_of(path for path in files if path.parent == chain.folder)
     bare = {name.removeprefix(trunk.prefix): part for name, part in stored.items()}

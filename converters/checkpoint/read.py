@@ -21,7 +21,6 @@ from qrank.converters.checkpoint.card import Card, find_card
 from qrank.converters.checkpoint.concrete import Said, check_case, concrete
 from qrank.converters.checkpoint.configuration import (
     is_causal,
-    read_config,
     read_rewriting,
     read_settings,
     whole_number,
@@ -198,7 +197,8 @@ def describe(
     """
     source = identity if commit else str(folder)
     refuse_adapter(folder, source)
-    config, rewriting = read_config(folder, source), read_rewriting(folder, source)
+    rewriting = read_rewriting(folder, source)
+    config = rewriting.config
     metadata = read_metadata(folder, source)
     settings = cache(partial(read_settings, config, source))
     tokenizer = cache(lambda: read_tokenizer(folder, source, config, settings()))
@@ -224,7 +224,7 @@ def describe(
         card=card,
         dimensions=_dimensions(settings(), causal, source),
         window=window(settings(), made.max_length, source) if made.decoder else None,
-        read_as="" if rewriting is None else rewriting.about,
+        read_as=rewriting.about,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from qrank.bundle.sequences import Floats
 from qrank.converters.checkpoint.stored import Part
 
-Weights = Mapping[str, Part | Floats]
+WeightMap = Mapping[str, Part | Floats]
 """Name of a weight -> where it is stored, or its values in fp32."""
 
 
@@ -24,7 +24,7 @@ class Rewriting:
     """How a checkpoint is read as another class.
 
     Attributes:
-        what: what the checkpoint is, for people.
+        what: what the checkpoint is, for people; "" if it is read as it is.
         config: config.json of the class that it is read as.
         files: finds the safetensors files that hold its weights. Raises FamilyError if there are
             none.
@@ -34,9 +34,9 @@ class Rewriting:
     what: str
     config: dict[str, Any]
     files: Callable[[], list[Path]]
-    weights: Callable[[list[Path]], Weights]
+    weights: Callable[[list[Path]], WeightMap]
 
     @property
     def about(self) -> str:
-        """What is read as which class."""
-        return f"{self.what} read as {self.config['architectures'][0]}"
+        """What is read as which class; "" if it is read as it is."""
+        return self.what and f"{self.what} read as {self.config['architectures'][0]}"

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from qrank.converters.checkpoint.json_files import read_json
+from qrank.converters.checkpoint.module_chain import MODULES, is_chain
 from qrank.errors import FamilyError
 
-MODULES = "modules.json"
 MODEL = "config_sentence_transformers.json"
 TRANSFORMER = "sentence_bert_config.json"
 FILES = (MODULES, MODEL, TRANSFORMER)
@@ -161,8 +161,7 @@ def _modules(reader: _Reader, modules: list[Any]) -> list[str]:
     names = [kind.rpartition(".")[2] for kind in kinds]
     if foreign := [kind for kind in kinds if not kind.startswith("sentence_transformers.")]:
         reader.refuse(f"has type = {foreign[0]!r}: code of its own, which qrank does not run")
-    chain = names[:2] == ["Transformer", "Pooling"] and names[-1] == "Dense"
-    if not chain and names not in (["Transformer"], ["Transformer", "LogitScore"]):
+    if not is_chain(names) and names not in (["Transformer"], ["Transformer", "LogitScore"]):
         reader.refuse(
             f"makes the score of the modules {', '.join(names) or '(none)'}; qrank reads "
             "Transformer alone, Transformer and LogitScore, or a chain of Transformer, Pooling and "

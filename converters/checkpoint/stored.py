@@ -31,29 +31,20 @@ class Part:
     Attributes:
         path: the file.
         name: the tensor's name in it.
-        start: first row.
-        stop: the row after the last; None: to the end.
+        shape: the part's shape.
+        start: its first row in the tensor.
     """
 
     path: Path
     name: str
+    shape: tuple[int, ...]
     start: int = 0
-    stop: int | None = None
-
-    @property
-    def shape(self) -> list[int]:
-        """Its shape; scalars have none."""
-        with _opened(self.path) as file:
-            stored: list[int] = file.get_slice(self.name).get_shape()
-        if not stored:
-            return []
-        return [len(range(stored[0])[self.start : self.stop]), *stored[1:]]
 
     def tensor(self) -> torch.Tensor:
         """The whole part, in its stored data type."""
         with _opened(self.path) as file:
             found: torch.Tensor = file.get_tensor(self.name)
-        return found[self.start : self.stop] if found.ndim else found
+        return found[self.start : self.start + self.shape[0]] if self.shape else found
 
     def row(self, number: int) -> Floats:
         """One row, in fp32."""
@@ -80,7 +71,8 @@ def parts_of(files: Iterable[Path]) -> dict[str, Part]:
     found: dict[str, Part] = {}
     for path in files:
         with explained(f"safetensors cannot read {path}"), _opened(path) as file:
-            found |= {name: Part(path, name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                found[name] = Part(path, name, tuple(file.get_slice(name).get_shape()))
     return found
 
 

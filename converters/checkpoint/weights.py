@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 from qrank.converters.checkpoint.configuration import (
     auto_class,
     make_settings,
-    read_config,
     read_rewriting,
     transformers_for,
 )
 from qrank.converters.checkpoint.json_files import explained, read_json
-from qrank.converters.checkpoint.rewriting import Weights
-from qrank.converters.checkpoint.stored import Part, parts_of, safetensors_files
+from qrank.converters.checkpoint.rewriting import WeightMap
+from qrank.converters.checkpoint.stored import Part
 from qrank.errors import ConversionError, FamilyError
 from qrank.system.extras import need
 
@@ -58,18 +57,16 @@ def weight_files(folder: Path, source: str) -> list[Path]:
         FamilyError: there are none.
         ConversionError: the index file is damaged, or a file that it names is missing.
     """
-    rewriting = read_rewriting(folder, source)
-    return safetensors_files(folder, source) if rewriting is None else rewriting.files()
+    return read_rewriting(folder, source).files()
 
 
-def read_weights(folder: Path) -> Weights:
+def read_weights(folder: Path) -> WeightMap:
     """The weights of the class that a checkpoint is read as; nothing large is loaded yet.
 
     Raises as `weight_files`.
     """
     rewriting = read_rewriting(folder)
-    files = weight_files(folder, str(folder))
-    return parts_of(files) if rewriting is None else rewriting.weights(files)
+    return rewriting.weights(rewriting.files())
 
 
 def load_model(folder: Path, *, dtype: str, attention: str | None = None) -> PreTrainedModel:
@@ -84,14 +81,18 @@ def load_model(folder: Path, *, dtype: str, attention: str | None = None) -> Pre
     Raises:
         ConversionError: the weights do not fit the architecture.
     """
-    config = read_config(folder)
+    rewriting = read_rewriting(folder)
+    config = rewriting.config
     transformers_for(config).utils.logging.disable_progress_bar()
     with explained(f"transformers cannot load {folder}"):
         kind, given = auto_class(config), {}
-        if read_rewriting(folder) is not None:
+        if rewriting.what:
             settings = make_settings(config)
             kind = kind._model_mapping[type(settings)]  # the class itself takes no files
-            given = {"config": settings, "state_dict": _tensors(read_weights(folder))}
+            given = {
+                "config": settings,
+                "state_dict": _tensors(rewriting.weights(rewriting.files())),
+            }
         model, info = kind.from_pretrained(
             None if given else folder,
             **given,
@@ -124,7 +125,7 @@ def load_model(folder: Path, *, dtype: str, attention: str | None = None) -> Pre
     return evaluated
 
 
-def _tensors(weights: Weights) -> dict[str, Any]:
+def _tensors(weights: WeightMap) -> dict[str, Any]:
     torch = need("torch")
     return {
         name: part.tensor() if isinstance(part, Part) else torch.from_numpy(part)
