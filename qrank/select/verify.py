@@ -29,7 +29,7 @@ from qrank.system.subprocess_rpc import NoChildError
 CONVERTED_IN = "fp32"
 """Compute dtype that conversions are proven in, if the backend has a choice."""
 
-_PROBE_TOKENS = 1024
+_PROBE_TOKENS = 512
 """Tokens of the shortest probes to run, besides the longest one: they keep a first start short."""
 
 _FAILURE_SECONDS = 24 * 3600
