@@ -50,6 +50,7 @@ DESCRIPTION = [
     logit_score.CONFIG,
     "adapter_config.json",
     "added_tokens.json",
+    "additional_chat_templates/*.jinja",
     "chat_template.jinja",
     "config.json",
     "merges.txt",
@@ -206,7 +207,7 @@ def describe(
     if family is None and causal and metadata.logit_score is not None:
         card = logit_score_card(folder, source, config, metadata, tokenizer())
     else:
-        card = find_card(family, config, identity if commit else None)
+        card = find_card(family or rewriting.family, config, identity if commit else None)
     if not causal:
         _check_labels(settings(), source)
     files = weights()

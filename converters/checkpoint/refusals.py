@@ -26,11 +26,9 @@ _WHY = {
         "cross-encoder, such as cross-encoder/ettin-reranker-32m-v1"
     ),
     "JinaForRanking": _LISTWISE,
-    "LayerWiseMiniCPMForCausalLM": _LAYERS,
     "ListConRankerModel": _LISTWISE,
     "MT5ForConditionalGeneration": _ENCODER_DECODER,
     "Qwen2VLForConditionalGeneration": _IMAGES,
-    "Qwen3VLForConditionalGeneration": _IMAGES,
     "T5ForConditionalGeneration": _ENCODER_DECODER,
 }
 

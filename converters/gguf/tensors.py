@@ -15,7 +15,6 @@ from qrank.bundle.family import Family, label_row
 from qrank.bundle.sequences import Floats
 from qrank.converters.checkpoint.configuration import NEMOTRON, auto_class
 from qrank.converters.checkpoint.read import Checkpoint
-from qrank.converters.checkpoint.stored import Part
 from qrank.converters.checkpoint.weights import read_weights
 from qrank.converters.gguf.layouts import Layout, rotary_factors
 from qrank.errors import ConversionError
@@ -65,13 +64,11 @@ class Weights:
 
     def row(self, name: str, number: int) -> Floats:
         """One row of a weight."""
-        part = self._found[name]
-        return part.row(number) if isinstance(part, Part) else part[number]
+        return self._found[name].row(number)
 
     def rows(self, name: str, first: int = 0) -> Iterator[Floats]:
         """The rows of a weight from `first` on, in pieces."""
-        part = self._found[name]
-        yield from part.rows(first) if isinstance(part, Part) else [part[first:]]
+        return self._found[name].rows(first)
 
 
 def llama_scores(family: Family) -> bool:
