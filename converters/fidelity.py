@@ -32,7 +32,7 @@ def make_probes(checkpoint: Checkpoint, tokenizer: Path) -> Probes:
     kind = checkpoint.read_as or checkpoint.family.architecture
     return Probes(
         work,
-        run_reference(checkpoint.load(lean=True), work, checkpoint.family.labels),
+        run_reference(checkpoint.load(lean=True), work, checkpoint.family),
         f"{kind}, fp32, transformers {transformers.__version__}, torch {torch.__version__}",
     )
 

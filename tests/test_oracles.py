@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 
+from qrank.bundle.family import Family
 from qrank.bundle.sequences import Sequences
 from qrank.converters.checkpoint import minicpm
 from qrank.converters.checkpoint.configuration import read_rewriting
@@ -18,6 +19,8 @@ from qrank.converters.checkpoint.weights import load_model
 from qrank.errors import ConversionError, FamilyError
 
 STORED = json.loads(oracles.FILE.read_text("utf-8"))
+FAMILY = Family("any", "any", (), None, 128, "cls", "identity")
+"""Of a score head with one label."""
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +33,7 @@ def test_logits_are_those_of_the_published_class(kind: str, tmp_path: Path) -> N
     folder = oracles.write(kind, tmp_path / kind)
     work = Sequences([np.array(ids, np.int32) for ids in oracles.IDS], None)
     for dtype in ("float32", "auto"):
-        ours = run_reference(load_model(folder, dtype=dtype, attention="eager"), work)
+        ours = run_reference(load_model(folder, dtype=dtype, attention="eager"), work, FAMILY)
         np.testing.assert_allclose(ours, STORED[kind], rtol=2e-5, atol=2e-5)
 
 

@@ -22,6 +22,8 @@ from tiny import (
 )
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     CamembertForSequenceClassification,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
@@ -45,6 +47,17 @@ def roberta(folder: Path) -> Path:
     """RoBERTa: byte-level BPE."""
     kind = RobertaForSequenceClassification
     return robertas_relative(folder, 6, kind, _byte_bpe(), "RobertaTokenizer")
+
+
+def bert_two_labels(folder: Path) -> Path:
+    """BERT with two labels, the second of which means relevant."""
+    torch.manual_seed(13)
+    sizes = SIZES | {"num_labels": 2}
+    model = BertForSequenceClassification(
+        BertConfig(**sizes, max_position_embeddings=MAX_LENGTH, type_vocab_size=2)
+    )
+    head, kind = model.classifier, "BertTokenizer"
+    return save(folder, model, head, POOLER_GAIN, wordpiece(), kind, BERT_NAMES)
 
 
 def camembert(folder: Path) -> Path:
@@ -172,6 +185,7 @@ def _byte_bpe() -> Tokenizer:
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "roberta": roberta,
+    "bert-two-labels": bert_two_labels,
     "camembert": camembert,
     "electra": electra,
     "distilbert": distilbert,

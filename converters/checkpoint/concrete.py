@@ -95,6 +95,7 @@ def concrete(card: Card, said: Said) -> Family:
         instruction=card.instruction,
         instructed=made(instructed) or None,
         labels=tuple(ids[0] for ids in labels),
+        classes=card.classes,
     )
 
 

@@ -209,7 +209,7 @@ def describe(
     else:
         card = find_card(family or rewriting.family, config, identity if commit else None)
     if not causal:
-        _check_labels(settings(), source)
+        _check_labels(settings(), card, source)
     files = weights()
     control = control_tokens(tokenizer(), [*card.template, *card.instructed])
     said = Said(source, config, settings(), metadata, tokenizer(), control)
@@ -229,7 +229,7 @@ def describe(
     )
 
 
-def _check_labels(settings: PretrainedConfig, source: str) -> None:
+def _check_labels(settings: PretrainedConfig, card: Card, source: str) -> None:
     names = {str(name).lower() for name in settings.id2label.values()}
     if names >= INFERENCE:
         raise FamilyError(
@@ -237,10 +237,16 @@ def _check_labels(settings: PretrainedConfig, source: str) -> None:
             "config.json): it tells entailment from contradiction (NLI), which ranks nothing. Use "
             "a reranker, such as cross-encoder/ettin-reranker-32m-v1"
         )
-    if settings.num_labels != 1:
+    count, expected = settings.num_labels, len(card.classes) or 1
+    if count != expected:
+        two = (
+            ". If one of the two means relevant, say so: --family bert-two-labels, or a card of "
+            "your own with classes = [1, 0]"
+        )
         raise FamilyError(
-            f"{source} has {settings.num_labels} labels (id2label, num_labels in config.json); a "
-            "reranker has one: it is a classifier, or a model without a trained head"
+            f"{source} has {count} labels (id2label, num_labels in config.json); family "
+            f"{card.name} has {expected}: it is a classifier, or a model without a trained head"
+            f"{two if count == 2 else ''}"
         )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qrank.bundle.family import label_row
+from qrank.bundle.family import Family, label_row
 from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import ConversionError
 from qrank.system.extras import need
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def run_reference(model: PreTrainedModel, work: Sequences, labels: tuple[int, ...] = ()) -> Logits:
+def run_reference(model: PreTrainedModel, work: Sequences, family: Family) -> Logits:
     """Logits of transformers' own forward pass in fp32, one pair at a time, shape [n].
 
     Args:
         model: transformers' own model.
         work: whole sequences.
-        labels: the labels of a causal language model; see `qrank.bundle.family.Family`.
+        family: the checkpoint's; its labels or classes say which logits are the score.
     """
     torch = need("torch")
     logits = []
@@ -32,12 +32,14 @@ def run_reference(model: PreTrainedModel, work: Sequences, labels: tuple[int, ..
             if work.segments is not None:
                 types = torch.tensor(work.segments[i][None], dtype=torch.int64)
                 inputs["token_type_ids"] = types
-            if labels:
+            if family.labels:
                 # The vocabulary's logits at the last token.
                 last = model(**inputs, logits_to_keep=1).logits[0, -1].double()
-                logits.append(label_row(last[list(labels)]).item())
+                logits.append(label_row(last[list(family.labels)]).item())
             else:
-                logits.append(model(**inputs).logits.item())
+                (row,) = model(**inputs).logits
+                score = label_row(row[list(family.classes)]) if family.classes else row
+                logits.append(score.item())
     if not np.isfinite(logits).all():
         raise ConversionError("the checkpoint itself gives scores that are not finite")
     return np.array(logits, np.float32)

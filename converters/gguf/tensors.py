@@ -124,6 +124,9 @@ def tensors_of(
         elif theirs == "token_embd" and (types := token_types(checkpoint)) > 1:
             shape[0] *= types
             load = partial(_shifted, weights, name, types)
+        elif theirs == "cls.output" and (classes := checkpoint.family.classes):
+            shape[0] = 1
+            load = partial(_difference, weights, name, classes)
         elif layout.norms_minus_one and theirs.endswith("norm"):
             load = partial(_plus_one, weights, name)
         elif layout.interleaved_rope and theirs.endswith(("attn_q", "attn_k")):
@@ -149,6 +152,12 @@ def _plus_one(weights: Weights, name: str) -> Iterator[Floats]:
     """A norm's weights as llama.cpp expects them; the checkpoint stores them minus 1."""
     for rows in weights.rows(name):
         yield rows + 1
+
+
+def _difference(weights: Weights, name: str, classes: tuple[int, ...]) -> Iterator[Floats]:
+    """A score head's rows, or biases, of two labels as those of one."""
+    rows = np.concatenate(list(weights.rows(name)))
+    yield label_row(rows[list(classes)])[None]
 
 
 def _interleaved(weights: Weights, name: str, heads: int) -> Iterator[Floats]:

@@ -128,7 +128,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Torch
     model = load_model(folder, dtype=DTYPES[variant.precision])
     scoring = scorer(model, family).eval()
     if family.decoder:
-        theirs = partial(run_reference, model, labels=family.labels)
+        theirs = partial(run_reference, model, family=family)
         # In a separate thread, see `TorchBackend`.
         with ThreadPoolExecutor(1) as once:
             once.submit(_check, scoring, theirs, family, variant.precision).result()
