@@ -24,6 +24,7 @@ EXTRA_OF = {
     "prometheus_client": "serve",
     "safetensors": "convert",
     "scipy": "eval",
+    "sentencepiece": "convert",
     "torch": "convert",
     "transformers": "convert",
     "uvicorn": "serve",
