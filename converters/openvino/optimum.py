@@ -72,8 +72,11 @@ def convert(checkpoint: Checkpoint, asked: str, folder: Path, calibration: Seque
 
 def _export(checkpoint: Checkpoint, asked: str, folder: Path) -> str:
     """Write optimum-intel's graph, `openvino_model.xml`, into a folder; return its version."""
-    with _silence():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         intel = need("optimum.intel")
+    # Its import sets its log level.
+    with _silence():
         bits = intel.OVWeightQuantizationConfig(bits=8, sym=False)
         causal = is_causal(read_config(checkpoint.folder))
         kind = intel.OVModelForCausalLM if causal else intel.OVModelForSequenceClassification
