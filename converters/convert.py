@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qrank.bundle.manifest import MANIFEST, TOKENIZER, FileRecord, Manifest
-from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.makers import Failed, Maker, Name, nothing
 from qrank.converters.prebuilt import Request
 from qrank.converters.publish import check_output, workshop
@@ -45,6 +44,7 @@ def convert(
     offline: bool = False,
     force: bool = False,
     calibration: Path | None = None,
+    exporter: str | None = None,
     progress: Progress = lambda step: None,
 ) -> Converted:
     """Convert a checkpoint, or import prebuilt files, and prove every variant.
@@ -68,6 +68,8 @@ def convert(
         force: replace the bundle at `output`, whatever it was made from; no other file is touched.
         calibration: JSON lines with "query" and "document", used for calibration in addition to the
             pairs that come with qrank; None: only those.
+        exporter: another program that converts, such as "optimum" (optimum-intel) for OpenVINO;
+            None: qrank itself. Everything after it is the same.
         progress: called with each step.
 
     Raises:
@@ -80,15 +82,15 @@ def convert(
     with _disks_explained(output or Path.cwd()):
         if output is not None:
             check_output(output.absolute(), force=force)
-        model = read(source, variants, reference, family, revision, offline, calibration)
+        model = read(source, variants, reference, family, revision, offline, calibration, exporter)
         target = (output or Path(f"{model.checkpoint.name}-qrank")).absolute()
         check_output(target, model.sources, force=force)
-        old = None if force else _existing(target, model.checkpoint)
+        old = None if force else _existing(target, model, exporter)
     if old is not None and not _lacked(model.makers, old):
         return Converted(target, old, model.failed)
     with _disks_explained(target), workshop(target) as shop:
         # This run may have waited for another conversion, which wrote here in the meantime.
-        there = _replaced(target) if force else _existing(target, model.checkpoint)
+        there = _replaced(target) if force else _existing(target, model, exporter)
         old = None if force else there
         wanted = _lacked(model.makers, old)
         made = make(model, wanted, shop.new, old, progress)
@@ -143,13 +145,15 @@ def _disks_explained(path: Path) -> Iterator[None]:
         raise ConversionError(said or str(error)) from error
 
 
-def _existing(target: Path, checkpoint: Checkpoint) -> Manifest | None:
+def _existing(target: Path, model: Model, exporter: str | None) -> Manifest | None:
     """The manifest of the bundle to add variants to; None if there is no bundle.
 
     Raises:
         BundleError: the bundle is damaged.
-        ConversionError: the bundle belongs to another checkpoint.
+        ConversionError: the bundle belongs to another checkpoint, or has a wanted variant that the
+            exporter did not make.
     """
+    checkpoint = model.checkpoint
     if not (target / MANIFEST).is_file():
         return None
     old = Manifest.load(target)
@@ -158,6 +162,13 @@ def _existing(target: Path, checkpoint: Checkpoint) -> Manifest | None:
             f"{target} was converted from {old.source.id} (family {old.family.name}), and "
             f"{checkpoint.source.id} is another checkpoint; name another folder with -o, "
             "or --force to replace it"
+        )
+    there = [old.variants[name] for name in map("-".join, model.makers) if name in old.variants]
+    others = [variant.name for variant in there if exporter and exporter not in variant.note]
+    if others:
+        raise ConversionError(
+            f"{target} already has {', '.join(others)}, not made by {exporter}; name another "
+            "folder with -o, or --force to replace the bundle"
         )
     return old
 

@@ -46,6 +46,7 @@ def read(
     revision: str | None,
     offline: bool,
     calibration: Path | None,
+    exporter: str | None,
 ) -> Model:
     """Find what to convert and what can convert it.
 
@@ -57,6 +58,7 @@ def read(
         revision: revision of the hub repository.
         offline: do not contact the hub.
         calibration: a file of pairs.
+        exporter: another program that converts; None: qrank itself.
 
     Raises:
         QrankError: no requested variant can be made, or the source cannot be read.
@@ -65,6 +67,8 @@ def read(
     if isinstance(found, Prebuilt):
         if calibration is not None:
             raise ConversionError(f"--calibration is for quantizing; {source} is prebuilt")
+        if exporter is not None:
+            raise ConversionError(f"--exporter converts a checkpoint; {source} is prebuilt")
         model = _prebuilt(found, reference, family, offline)
     else:
         if reference is not None:
@@ -72,7 +76,7 @@ def read(
                 f"--reference is what prebuilt files are proven against; {source} is none of "
                 f"them: {', '.join(f'*{format.suffix}' for format in importable().values())}"
             )
-        model = _checkpoint(found, asked, family, calibration)
+        model = _checkpoint(found, asked, family, calibration, exporter)
     if isinstance(where := place(source), Path):
         model.sources.append(where)
     return model
@@ -84,9 +88,13 @@ def families() -> dict[str, str]:
 
 
 def _checkpoint(
-    found: Fetched, asked: Request | None, family: str | None, calibration: Path | None
+    found: Fetched,
+    asked: Request | None,
+    family: str | None,
+    calibration: Path | None,
+    exporter: str | None,
 ) -> Model:
-    able, failed = makers.of_checkpoint(asked)
+    able, failed = makers.of_checkpoint(asked, exporter)
     if not able:
         raise makers.nothing(failed)
     # Never only the user's pairs: they may be too similar, with no empty or long ones, and

@@ -27,7 +27,11 @@ from qrank.converters.checkpoint.configuration import (
 )
 from qrank.converters.checkpoint.json_files import explained
 from qrank.converters.checkpoint.logit_score import logit_score_card
-from qrank.converters.checkpoint.read_tokenizer import control_tokens, read_tokenizer
+from qrank.converters.checkpoint.read_tokenizer import (
+    SENTENCEPIECE,
+    control_tokens,
+    read_tokenizer,
+)
 from qrank.converters.checkpoint.refusals import INFERENCE
 from qrank.converters.checkpoint.sentence_transformers import read_metadata
 from qrank.converters.checkpoint.stored import INDEX
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
 DESCRIPTION = [
     *sentence_transformers.FILES,
     *module_chain.FILES,
+    *SENTENCEPIECE,
     logit_score.CONFIG,
     "adapter_config.json",
     "added_tokens.json",
@@ -54,12 +59,8 @@ DESCRIPTION = [
     "chat_template.jinja",
     "config.json",
     "merges.txt",
-    "sentencepiece.bpe.model",
     "special_tokens_map.json",
-    "spiece.model",
-    "spm.model",
     "tokenizer.json",
-    "tokenizer.model",
     "tokenizer_config.json",
     "vocab.json",
     "vocab.txt",

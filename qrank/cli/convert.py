@@ -41,6 +41,11 @@ from qrank.errors import ConversionError, FidelityError
     help='JSON lines with "query" and "document" to calibrate on, besides qrank\'s own pairs.',
 )
 @click.option(
+    "--exporter",
+    metavar="NAME",
+    help="Convert with another program: optimum (optimum-intel, to OpenVINO).",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
@@ -67,6 +72,7 @@ def convert(
     formats: tuple[str, ...],
     precisions: tuple[str, ...],
     calibration: Path | None,
+    exporter: str | None,
     output: Path | None,
     reference: str | None,
     family: str | None,
@@ -107,6 +113,7 @@ def convert(
             offline=offline,
             force=force,
             calibration=calibration,
+            exporter=exporter,
             progress=progress,
         )
     wanted = [v for v in result.manifest.variants.values() if not formats or v.format in formats]
