@@ -61,8 +61,8 @@ def _extra_of(format: str, module: str) -> str:
     return backend.extra if module in backend.modules else EXTRA_OF.get(module, "")
 
 
-def _obstacle(format: str) -> str:
-    """What prevents making a format, with the fix; "" if nothing does."""
+def obstacle(format: str) -> str:
+    """What prevents making and running a format, or the command that helps; "" if nothing does."""
     try:
         missing = [module for module in converter(format).MODULES if not installed(module)]
     except ConversionError as error:
@@ -84,7 +84,7 @@ def of_checkpoint(asked: Request | None) -> tuple[dict[Name, Maker], Failed]:
         ConversionError: there is no such format, or the format has no such precision.
     """
     if asked is None:
-        obstacles = {format: _obstacle(format) for format in formats()}
+        obstacles = {format: obstacle(format) for format in formats()}
         # If no format can be made, keep all: their errors say what is missing.
         at_hand = [format for format, what in obstacles.items() if not what] or list(obstacles)
         for absent in sorted(set(obstacles) - set(at_hand)):

@@ -12,7 +12,7 @@ import numpy as np
 
 from qrank import backends
 from qrank.backends.torch import as_bundle
-from qrank.bundle.locate import DEFAULT, locate
+from qrank.bundle.locate import DEFAULT
 from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits
 from qrank.engine import Engine
@@ -23,6 +23,7 @@ from qrank.scoring.inputs import LongDocuments, as_pairs, as_text, as_texts
 from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.scoring.ranking import Ranking, Rankings, ScoredPairs
 from qrank.select.measurements import PROFILES, Profile
+from qrank.select.obtain import obtain
 from qrank.select.selection import (
     POLICIES,
     Choice,
@@ -32,7 +33,6 @@ from qrank.select.selection import (
     first_that_works,
 )
 from qrank.select.targets import Target
-from qrank.system.machine import processors
 
 __all__ = ["Ranking", "Rankings", "Reranker"]
 
@@ -54,6 +54,8 @@ class Reranker:
         self,
         model: str | Path | Bundle = DEFAULT,
         *,
+        revision: str | None = None,
+        convert: bool = True,
         backend: str | None = None,
         device: str | None = None,
         threads: int | None = None,
@@ -77,10 +79,15 @@ class Reranker:
         error is raised.
 
         Args:
-            model: a bundled name, the folder `qrank convert` wrote, or a bundle's hub id
-                (`owner/name`, or `owner/name@revision`); with backend `torch`, a checkpoint's
-                folder or hub id. Or a `Bundle` from `qrank.bundle.locate`, which is not looked up
-                again.
+            model: a bundled name, the folder `qrank convert` wrote, or a hub id (`owner/name`, or
+                `owner/name@revision`) of a bundle or a checkpoint; with backend `torch`, a
+                checkpoint's folder or hub id. Or a `Bundle` from `qrank.bundle.locate`, which is
+                not looked up again.
+            revision: branch, tag or commit on the hub. None: what `model` says, or `main`.
+            convert: convert a checkpoint on the hub once, to the variant expected to be fastest
+                here, and keep it in the data folder (`$QRANK_DATA`, or the platform's). This takes
+                the packages of `qrank[convert]`, and minutes; warnings (logger "qrank") say what
+                is made and where. False: a checkpoint is an error.
             backend: a format (`onnx`), a variant (`openvino-int8`), `torch` (or `torch-fp16`, ...)
                 to run a checkpoint without converting it, or your own "module:function" (see
                 `qrank.backends`). None: the best target, by `policy`.
@@ -98,8 +105,8 @@ class Reranker:
                 machine, its container or the GPU has besides the model; a document that needs more
                 is computed while no other batch runs.
             max_length: maximum tokens in a pair. None: the model's limit.
-            family: with backend `torch`: the card that reads the checkpoint, by name or file, if
-                the checkpoint does not identify it. A bundle has its own.
+            family: the card that reads a checkpoint, by name or file, if the checkpoint does not
+                identify it. A bundle has its own.
             policy: `fastest`, `smallest` or `most-faithful`.
             min_kendall: least Kendall's tau against the original, on the bundle's probes.
             max_loss: largest nDCG@10 loss against fp32 that `qrank eval` may have measured on your
@@ -114,10 +121,12 @@ class Reranker:
         """
         self._arguments = {name: value for name, value in locals().items() if name != "self"}
         model = arguments.model(model)
+        revision = arguments.text("revision", revision)
+        convert = arguments.flag("convert", convert)
         arguments.text("backend", backend)
         arguments.text("device", device)
         arguments.text("compute_dtype", compute_dtype)
-        threads = arguments.whole("threads", threads, 1)
+        threads = arguments.threads(threads)
         max_batch_tokens = arguments.whole("max_batch_tokens", max_batch_tokens, 1)
         max_length = arguments.whole("max_length", max_length, 1)
         if family is not None:
@@ -133,20 +142,24 @@ class Reranker:
         tokenizer_json: Path | str
         if backend is not None and backend.partition("-")[0] == "torch":
             where = model.folder if isinstance(model, Bundle) else model
-            bundle, tokenizer_json = as_bundle(str(where), family)
+            bundle, tokenizer_json = as_bundle(str(where), family, revision)
         else:
-            if family is not None:
-                raise InputError("family is for checkpoints (backend torch); a bundle has its own")
-            bundle = locate(model, whole=False)
+            bundle = obtain(
+                model,
+                revision=revision,
+                convert=convert,
+                backends=() if backend is None else (backend,),
+                device=device,
+                family=family,
+                whole=False,
+            )
             tokenizer_json = bundle.tokenizer
         if isinstance(model, Bundle) or bundle.folder == Path(model):
             # A pickle may be loaded in a different current folder.
             self._arguments["model"] = bundle.folder.absolute()
         manifest = bundle.manifest
         bundle.check(manifest.files)
-        options = backends.Options(
-            threads or processors(), compute_dtype, max_batch_tokens, family=manifest.family
-        )
+        options = backends.Options(threads, compute_dtype, max_batch_tokens, family=manifest.family)
         tokenizer = PairTokenizer(
             tokenizer_json, manifest.family, max_length=max_length, threads=options.threads
         )

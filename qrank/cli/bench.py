@@ -11,9 +11,9 @@ from pathlib import Path
 
 import click
 
-from qrank.bundle.locate import locate
 from qrank.cli.common import FiniteRange, InputFile, debug_option, policy_options
 from qrank.cli.lazy import device_option
+from qrank.cli.obtain import obtained, revision_option
 from qrank.cli.plots import check_plot, plot_bench
 from qrank.cli.spinner import spinner
 from qrank.measure.bench import COUNTS, Row, chosen
@@ -25,6 +25,7 @@ from qrank.system.machine import cpu_name, processors
 
 @click.command()
 @click.argument("bundle")
+@revision_option
 @click.option(
     "--documents",
     type=InputFile(),
@@ -56,6 +57,7 @@ from qrank.system.machine import cpu_name, processors
 @debug_option
 def bench(
     bundle: str,
+    revision: str | None,
     documents: Path | None,
     query: str | None,
     backends: tuple[str, ...],
@@ -79,7 +81,7 @@ def bench(
     """
     if plot is not None:
         check_plot(plot)
-    located = locate(bundle)
+    located = obtained(bundle, revision, backends=backends, device=device)
     with spinner() as progress:
         rows = run(
             located,
