@@ -129,6 +129,8 @@ def _converted(
     )
     for variant, reason in result.failed.items():
         log.warning("%s was not made: %s", variant, reason)
+    if not result.manifest.probes.verified:
+        log.warning("%s was converted by somebody else: self-consistent, not verified", name)
     made = [v for v in result.manifest.variants if v in {"-".join(wish) for wish in able}]
     seconds = time.monotonic() - start
     log.warning("made %s in %.0f s, in %s", ", ".join(made), seconds, result.folder)
