@@ -1,12 +1,13 @@
 """Checkpoints on the hub that are converted on first use, and the bundles that come of it."""
 
 import json
-import logging
+import os
 import pickle
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,19 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+@pytest.fixture
+def ours(hub: Hub, bundle: Path, data: Path) -> Path:
+    """The bundle of MODEL, as a conversion leaves it in the data folder."""
+    folder = data / "bundles" / "they--their-model"
+    shutil.copytree(bundle / "onnx-int8", folder / "onnx-int8")
+    shutil.copy(bundle / TOKENIZER, folder)
+    manifest = Manifest.load(bundle)
+    source = replace(manifest.source, id=MODEL, revision=hub.commit(MODEL, "main"))
+    kept = {"onnx-int8": manifest.variants["onnx-int8"]}
+    replace(manifest, source=source, variants=kept).save(folder)
+    return folder
+
+
 def variants(folder: Path) -> list[str]:
     return list(Manifest.load(folder).variants)
 
@@ -85,9 +99,8 @@ def test_a_checkpoint_is_converted_once(
     assert (source.id, source.revision) == (MODEL, commit)
     lines = [record.getMessage() for record in caplog.records if record.name == "qrank"]
     assert f"{MODEL} is a checkpoint: converting it to onnx-int8, once" in lines
-    assert [line for line in lines if line.startswith("made onnx-int8 in ")][0].endswith(
-        f", in {folder}"
-    )
+    made = next(line for line in lines if line.startswith("made onnx-int8 in "))
+    assert made.endswith(f", in {folder}")
     assert capfd.readouterr() == ("", "")
     # The hub is not asked again, whether it can be reached or not; nothing is converted.
     requests, before = hub.requests, contents(data)
@@ -193,7 +206,7 @@ def test_the_expected_fastest_comes_first() -> None:
 def test_another_packages_backend_gets_a_format_that_it_reads(
     plug_in: Callable[..., None],
 ) -> None:
-    plug_in(other="doubles:READS_ONNX")
+    plug_in(other="doubles:RIGHT")
     assert convertible("other", None)[0] == ("onnx", "int8")
     assert convertible("other/onnx-fp32", None) == [("onnx", "fp32")]
 
@@ -246,7 +259,7 @@ def test_a_refused_variant_makes_way_for_the_next(
 def test_a_family_is_named_where_a_checkpoint_does_not_say(
     server: Hub, checkpoint_of: Callable[[str], Path], data: Path, onnx_alone: None
 ) -> None:
-    server.push("they/chat", checkpoint_of("qwen3-reranker"))
+    server.push("they/chat", checkpoint_of("qwen3"))
     with pytest.raises(FamilyError, match="say which with --family"):
         Reranker("they/chat")
     assert "model.safetensors" not in server.asked
@@ -255,10 +268,9 @@ def test_a_family_is_named_where_a_checkpoint_does_not_say(
         Reranker("they/chat", family="qwen4")
 
 
-def test_a_bundle_has_its_own_family(hub: Hub) -> None:
+def test_a_bundle_has_its_own_family(ours: Path) -> None:
     Reranker(MODEL, family="bert").close()
-    Reranker(MODEL, family="bert").close()
-    with pytest.raises(InputError, match="family is 'roberta', and .* a bundle of family bert"):
+    with pytest.raises(InputError, match=r"family is 'roberta', and .* a bundle of family bert"):
         Reranker(MODEL, family="roberta")
 
 
@@ -400,19 +412,19 @@ def test_a_data_folder_that_cannot_be_written_is_told(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QRANK_DATA", "/dev/null/data")
-    with pytest.raises(ConversionError, match="/dev/null/data/bundles cannot be .* set QRANK_DATA"):
+    with pytest.raises(
+        ConversionError, match=r"/dev/null/data/bundles cannot be .* set QRANK_DATA"
+    ):
         Reranker(MODEL)
     assert "model.safetensors" not in hub.asked
 
 
-def test_a_damaged_bundle_says_how_to_make_it_again(hub: Hub, data: Path) -> None:
-    Reranker(MODEL).close()
-    folder = data / "bundles" / "they--their-model"
-    (folder / "onnx-int8" / "model.onnx").write_bytes(b"short")
+def test_a_damaged_bundle_says_how_to_make_it_again(ours: Path) -> None:
+    (ours / "onnx-int8" / "model.onnx").write_bytes(b"short")
     advice = rf"remove it \(qrank models --remove {MODEL}\); the next use converts it again"
     with pytest.raises(BundleError, match=advice):
         Reranker(MODEL)
-    (folder / MANIFEST).write_text("{}", "utf-8")
+    (ours / MANIFEST).write_text("{}", "utf-8")
     with pytest.raises(BundleError, match=advice):
         Reranker(MODEL)
     assert f"  {MODEL} " in qrank_("models").stdout
@@ -439,16 +451,20 @@ def test_a_file_of_the_hub_that_is_not_the_manifests_is_refused(server: Hub, cop
 # qrank models
 
 
-def test_models_are_listed_and_removed(hub: Hub, bundle: Path, data: Path, tmp_path: Path) -> None:
+def test_models_are_listed_and_removed(
+    hub: Hub, ours: Path, bundle: Path, data: Path, tmp_path: Path
+) -> None:
     theirs = "they/their-bundle"
     old = hub.push(theirs, subset(bundle, tmp_path / "old", ["onnx-int8"]), "v1")
     hub.push(theirs, subset(bundle, tmp_path / "new", ["onnx-int8", "onnx-fp16"]))
-    for name in (MODEL, f"{MODEL}@{hub.commit(MODEL, 'main')}", theirs, f"{theirs}@v1"):
+    commit = str(hub.commit(MODEL, "main"))
+    shutil.copytree(ours, ours.with_name(f"{ours.name}@{commit}"))
+    for name in (MODEL, f"{MODEL}@{commit}", theirs, f"{theirs}@v1"):
         Reranker(name).close()
+    Reranker(MODEL, backend="torch").close()  # downloads the checkpoint
     listed = qrank_("models")
     assert listed.exit_code == 0, listed.output
     lines = [" ".join(line.split()) for line in listed.stdout.splitlines()]
-    commit = str(hub.commit(MODEL, "main"))
     at = lines.index(f"Converted on this machine, in {data / 'bundles'}")
     assert lines[at + 1].startswith(f"{MODEL} onnx-int8 0.")
     assert lines[at + 1].endswith(f" MB bert, of {commit[:8]}")
@@ -477,13 +493,12 @@ def test_models_are_listed_and_removed(hub: Hub, bundle: Path, data: Path, tmp_p
     assert "mini comes with qrank" in qrank_("models", "--remove", "mini").stderr
 
 
-def test_what_a_killed_removal_left_is_cleared(hub: Hub, data: Path) -> None:
-    Reranker(MODEL).close()
-    left = data / "bundles" / ".removed" / "they--other"
+def test_what_a_killed_removal_left_is_cleared(ours: Path) -> None:
+    left = ours.parent / ".removed" / "they--other"
     left.mkdir(parents=True)
     assert list(converted.converted()) == [MODEL]
     assert qrank_("models", "--remove", MODEL).exit_code == 0
-    assert list((data / "bundles").iterdir()) == []
+    assert list(ours.parent.iterdir()) == []
 
 
 # Real processes
@@ -514,8 +529,6 @@ def test_two_processes_convert_at_once(
         "HF_HOME": str(tmp_path / "home"),
         "QRANK_DATA": str(data),
     }
-    import os
-
     running = [
         subprocess.Popen(
             [sys.executable, "-c", CODE, str(graph), *command],
@@ -543,20 +556,15 @@ def test_two_processes_convert_at_once(
     assert (done.returncode, done.stdout, done.stderr) == (0, outputs[0][0], "")
 
 
-def test_a_folder_that_is_being_published_is_a_bundle_to_be(
-    hub: Hub, data: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.WARNING)
-    Reranker(MODEL).close()
-    folder = data / "bundles" / "they--their-model"
+def test_a_folder_that_is_being_published_is_a_bundle_to_be(ours: Path) -> None:
     # As a conversion that was killed between its last file and the manifest leaves it.
-    work = folder / ".qrank-work"
+    work = ours / ".qrank-work"
     (work / "new").mkdir(parents=True)
     names = [TOKENIZER, "onnx-int8/model.onnx"]
-    moves = {"digest": Manifest.load(folder).digest, "new": names, "old": []}
+    moves = {"digest": Manifest.load(ours).digest, "new": names, "old": []}
     (work / "moves.json").write_text(json.dumps(moves), "utf-8")
-    (folder / MANIFEST).unlink()
-    assert not isinstance(find(MODEL), type(locate("mini")))
+    (ours / MANIFEST).unlink()
+    assert find(MODEL) == parse(MODEL), "it is not a bundle yet"
     Reranker(MODEL).close()
     assert not work.exists()
-    assert variants(folder) == ["onnx-int8"]
+    assert variants(ours) == ["onnx-int8"]

@@ -10,7 +10,7 @@ from qrank.bundle.manifest import MANIFEST
 from qrank.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
-    from huggingface_hub import HFCacheInfo
+    from huggingface_hub import CachedRepoInfo
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,17 @@ class Cached:
         commit: on the hub.
         refs: branches and tags that point to the commit, as far as the cache knows.
         folder: of its files.
-        bytes: size of the files that were downloaded.
     """
 
     repository: str
     commit: str
     refs: frozenset[str]
     folder: Path
-    bytes: int
+
+    @property
+    def cache(self) -> Path:
+        """The cache's folder: the parent of `models--owner--name/snapshots/COMMIT`."""
+        return self.folder.parents[2]
 
     @property
     def name(self) -> str:
@@ -42,9 +45,8 @@ class Cached:
 def cached() -> list[Cached]:
     """The bundles in the cache, by name."""
     found = [
-        Cached(repo.repo_id, rev.commit_hash, rev.refs, rev.snapshot_path, rev.size_on_disk)
-        for repo in _scan().repos
-        if repo.repo_type == "model"
+        Cached(repo.repo_id, rev.commit_hash, rev.refs, rev.snapshot_path)
+        for repo in _repositories()
         for rev in repo.revisions
         if any(file.file_path == rev.snapshot_path / MANIFEST for file in rev.files)
     ]
@@ -53,8 +55,7 @@ def cached() -> list[Cached]:
 
 def size(repository: str) -> int:
     """Bytes that a model's repository takes in the cache; 0 if it is not there."""
-    models = (repo for repo in _scan().repos if repo.repo_type == "model")
-    return sum(repo.size_on_disk for repo in models if repo.repo_id == repository)
+    return sum(repo.size_on_disk for repo in _repositories() if repo.repo_id == repository)
 
 
 def remove(name: str) -> None:
@@ -66,17 +67,21 @@ def remove(name: str) -> None:
     Raises:
         ModelNotFoundError: it is not there.
     """
-    commits = [b.commit for b in cached() if name in (b.name, f"{b.repository}@{b.commit}")]
-    if not commits:
+    bundles = [b for b in cached() if name in (b.name, f"{b.repository}@{b.commit}")]
+    if not bundles:
         raise ModelNotFoundError(f"there is no bundle {name} to remove; qrank models lists them")
-    _scan().delete_revisions(*commits).execute()
+    from huggingface_hub import scan_cache_dir
+
+    scan_cache_dir(bundles[0].cache).delete_revisions(*(b.commit for b in bundles)).execute()
 
 
-def _scan() -> HFCacheInfo:
+def _repositories() -> list[CachedRepoInfo]:
+    """The models in the cache."""
     # Importing it takes 0.2 s, and most commands do not need it.
-    from huggingface_hub import CacheNotFound, HFCacheInfo, constants, scan_cache_dir
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:
-        return scan_cache_dir(constants.HF_HUB_CACHE)
+        found = scan_cache_dir(constants.HF_HUB_CACHE)
     except CacheNotFound:
-        return HFCacheInfo(0, frozenset(), [])
+        return []
+    return [repository for repository in found.repos if repository.repo_type == "model"]

@@ -50,7 +50,7 @@ def models(remove: tuple[str, ...]) -> None:
         for name, folder in ours.items():
             _list(name, folder)
     if theirs := hub_cache.cached():
-        click.echo(f"Downloaded from the hub, in {theirs[0].folder.parents[2]}")
+        click.echo(f"Downloaded from the hub, in {theirs[0].cache}")
         for each in theirs:
             _list(each.name, each.folder)
     click.echo("Families")
