@@ -155,7 +155,7 @@ def _etag(data: bytes) -> str:
     return hashlib.sha1(data).hexdigest()
 
 
-def use(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def use_hub(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Point huggingface_hub, which reads the variable only once, to another hub."""
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)

@@ -15,7 +15,7 @@ import huggingface_hub
 import pytest
 from click.testing import CliRunner
 from conftest import subset
-from hub_server import Hub, use
+from hub_server import Hub, use_hub
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from hypothesis import given
 from hypothesis import strategies as st
@@ -296,7 +296,7 @@ def test_no_such_repository_is_told(server: Hub) -> None:
 
 
 def test_no_network_is_told(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    use("http://127.0.0.1:9", monkeypatch)
+    use_hub("http://127.0.0.1:9", monkeypatch)
     assert "http://127.0.0.1:9 cannot be reached (" in refusal("they/anything")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from commands import qrank_
 from conftest import contents, subset
-from hub_server import Hub, use
+from hub_server import Hub, use_hub
 from judged import Data
 from test_surroundings import python
 
@@ -22,7 +22,6 @@ from qrank.bundle import converted
 from qrank.bundle.hub_names import parse
 from qrank.bundle.locate import find, locate
 from qrank.bundle.manifest import MANIFEST, TOKENIZER, Manifest
-from qrank.converters import makers
 from qrank.converters.onnx import export as onnx_converter
 from qrank.errors import (
     BundleError,
@@ -36,6 +35,7 @@ from qrank.errors import (
 )
 from qrank.select.obtain import obtain
 from qrank.select.targets import convertible
+from qrank.system.extras import installed
 
 MODEL = "they/their-model"
 DOCUMENTS = ["mars is red", "bread is baked", "the sky is blue"]
@@ -45,8 +45,9 @@ DOCUMENTS = ["mars is red", "bread is baked", "the sky is blue"]
 def onnx_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine where onnx is the only format whose packages are installed."""
     missing = ("openvino", "nncf", "gguf", "llama_cpp")
-    there = makers.installed
-    monkeypatch.setattr(makers, "installed", lambda name: name not in missing and there(name))
+    monkeypatch.setattr(
+        "qrank.converters.makers.installed", lambda name: name not in missing and installed(name)
+    )
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_a_checkpoint_is_converted_once(
     # The hub is not asked again, whether it can be reached or not; nothing is converted.
     requests, before = hub.requests, contents(data)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    use("http://127.0.0.1:9", monkeypatch)
+    use_hub("http://127.0.0.1:9", monkeypatch)
     monkeypatch.setattr("qrank.converters.convert.read", None)
     caplog.clear()
     for again in (Reranker(MODEL), Reranker(f"{MODEL}@main"), Reranker(MODEL, convert=False)):
@@ -156,8 +157,9 @@ def test_without_the_converters_there_is_one_line(
     Data().write(tmp_path / "judged")
     monkeypatch.chdir(tmp_path)
     server.push(MODEL, Path(bert), "v1")
-    there = makers.installed
-    monkeypatch.setattr(makers, "installed", lambda name: name != "transformers" and there(name))
+    monkeypatch.setattr(
+        "qrank.converters.makers.installed", lambda name: name != "transformers" and installed(name)
+    )
     refused = qrank_(*command, *revision, stdin="mars\n")
     assert refused.exit_code == MissingExtraError.exit_code, refused.output
     name = f"{MODEL}@v1" if revision else MODEL
@@ -506,7 +508,6 @@ def test_what_a_killed_removal_left_is_cleared(ours: Path) -> None:
 
 CODE = """
 import shutil, sys
-from qrank.converters import makers
 from qrank.converters.onnx import export
 from qrank.cli import main
 graph, rest = sys.argv[1], sys.argv[2:]
