@@ -23,7 +23,7 @@ from qrank.scoring.inputs import LongDocuments, as_pairs, as_text, as_texts
 from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.scoring.ranking import Ranking, Rankings, ScoredPairs
 from qrank.select.measurements import PROFILES, Profile
-from qrank.select.obtain import obtain
+from qrank.select.obtain import Wanted, obtain
 from qrank.select.selection import (
     POLICIES,
     Choice,
@@ -73,21 +73,16 @@ class Reranker:
         """Load a bundle.
 
         If no backend is named, the target is the best of those that `qrank.tune` measured on this
-        machine; without measurements, the one expected to be fastest on the CPU. Nothing is
-        measured here. If a target fails to open or to reproduce the probes, a warning says so
-        (logger "qrank") and the next one is tried. If a backend is named, its target is used, or an
-        error is raised.
+        machine; without measurements, the one expected to be fastest on the CPU. If a target fails
+        to open or to reproduce the probes, a warning says so (logger "qrank") and the next one is
+        tried. If a backend is named, its target is used, or an error is raised.
 
         Args:
             model: a bundled name, the folder `qrank convert` wrote, or a hub id (`owner/name`, or
-                `owner/name@revision`) of a bundle or a checkpoint; with backend `torch`, a
-                checkpoint's folder or hub id. Or a `Bundle` from `qrank.bundle.locate`, which is
-                not looked up again.
+                `owner/name@revision`) of a bundle or a checkpoint; with backend `torch`, also a
+                checkpoint's folder. Or a `Bundle` from `qrank.bundle.locate`, found already.
             revision: branch, tag or commit on the hub. None: what `model` says, or `main`.
-            convert: convert a checkpoint on the hub once, to the variant expected to be fastest
-                here, and keep it in the data folder (`$QRANK_DATA`, or the platform's). This takes
-                the packages of `qrank[convert]`, and minutes; warnings (logger "qrank") say what
-                is made and where. False: a checkpoint is an error.
+            convert: convert a hub's checkpoint on first use (`qrank.select.obtain`), or refuse it.
             backend: a format (`onnx`), a variant (`openvino-int8`), `torch` (or `torch-fp16`, ...)
                 to run a checkpoint without converting it, or your own "module:function" (see
                 `qrank.backends`). None: the best target, by `policy`.
@@ -105,8 +100,7 @@ class Reranker:
                 machine, its container or the GPU has besides the model; a document that needs more
                 is computed while no other batch runs.
             max_length: maximum tokens in a pair. None: the model's limit.
-            family: the card that reads a checkpoint, by name or file, if the checkpoint does not
-                identify it. A bundle has its own.
+            family: card of a checkpoint that does not identify itself, by name or file.
             policy: `fastest`, `smallest` or `most-faithful`.
             min_kendall: least Kendall's tau against the original, on the bundle's probes.
             max_loss: largest nDCG@10 loss against fp32 that `qrank eval` may have measured on your
@@ -144,15 +138,8 @@ class Reranker:
             where = model.folder if isinstance(model, Bundle) else model
             bundle, tokenizer_json = as_bundle(str(where), family, revision)
         else:
-            bundle = obtain(
-                model,
-                revision=revision,
-                convert=convert,
-                backends=() if backend is None else (backend,),
-                device=device,
-                family=family,
-                whole=False,
-            )
+            wanted = Wanted(() if backend is None else (backend,), device, family)
+            bundle = obtain(model, wanted, revision=revision, convert=convert, whole=False)
             tokenizer_json = bundle.tokenizer
         if isinstance(model, Bundle) or bundle.folder == Path(model):
             # A pickle may be loaded in a different current folder.

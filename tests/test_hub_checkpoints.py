@@ -33,7 +33,7 @@ from qrank.errors import (
     ModelNotFoundError,
     TargetError,
 )
-from qrank.select.obtain import obtain
+from qrank.select.obtain import Wanted, obtain
 from qrank.select.targets import convertible
 from qrank.system.extras import installed
 
@@ -231,7 +231,7 @@ def test_a_named_variant_is_added_to_what_is_there(hub: Hub, bert: str, data: Pa
     with pytest.raises(TargetError, match="has no variant for backend 'onnx-fp16'; it has: onnx"):
         Reranker(MODEL, backend="onnx-fp16", convert=False)
     assert hub.requests == requests
-    bundle = obtain(MODEL, backends=["onnx-fp16", "onnx-fp32", "onnx"])
+    bundle = obtain(MODEL, Wanted(["onnx-fp16", "onnx-fp32", "onnx"]))
     assert list(bundle.manifest.variants) == ["onnx-int8", "onnx-fp32", "onnx-fp16"]
 
 

@@ -19,6 +19,7 @@ from qrank.cli.spinner import spinner
 from qrank.measure.bench import COUNTS, Row, chosen
 from qrank.measure.bench import bench as run
 from qrank.quality.records import Texts
+from qrank.select.obtain import Wanted
 from qrank.select.selection import Criteria, Policy, deprioritized
 from qrank.system.machine import cpu_name, processors
 
@@ -81,7 +82,7 @@ def bench(
     """
     if plot is not None:
         check_plot(plot)
-    located = obtained(bundle, revision, backends=backends, device=device)
+    located = obtained(bundle, revision, Wanted(backends, device))
     with spinner() as progress:
         rows = run(
             located,

@@ -16,6 +16,7 @@ from qrank.cli.progress import progress_bars
 from qrank.quality.reliability import Part, Report
 from qrank.quality.reliability import calibrate as run
 from qrank.scoring.calibration import METHODS
+from qrank.select.obtain import Wanted
 
 
 @click.command()
@@ -70,8 +71,8 @@ def calibrate(
         pairs = opened.judged(options["max_queries"]) if judged else candidates(opened, options)[1]
         located: Bundle | str = bundle
         if not runs_checkpoint(backend):
-            where = options["device"]
-            located = obtained(bundle, revision, backends=named, device=where, whole=False)
+            wanted = Wanted(named, options["device"])
+            located = obtained(bundle, revision, wanted, whole=False)
         elif revision is not None:
             raise click.UsageError("with --backend torch, write owner/name@REVISION")
         with progress_bars() as progress:

@@ -20,6 +20,7 @@ from qrank.cli.progress import progress_bars
 from qrank.quality.evaluation import AGREEMENT, WITHIN, Evaluation
 from qrank.quality.evaluation import evaluate as run
 from qrank.quality.metrics import MEASURES, Difference
+from qrank.select.obtain import Wanted
 
 
 @click.command("eval")
@@ -71,7 +72,7 @@ def evaluate(
         check_plot(plot)
     with collection(options) as opened:
         first, found = candidates(opened, options)
-        located = obtained(bundle, revision, backends=backends, device=options["device"])
+        located = obtained(bundle, revision, Wanted(backends, options["device"]))
         with progress_bars() as progress:
             result = run(
                 located,

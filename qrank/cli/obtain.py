@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ import click
 from qrank.bundle.opened import Bundle
 from qrank.cli.spinner import spinner
 from qrank.reranker import Reranker
-from qrank.select.obtain import obtain
+from qrank.select.obtain import Wanted, obtain
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -25,13 +25,7 @@ def revision_option(command: Command) -> Command:
 
 
 def obtained(
-    model: str | Bundle,
-    revision: str | None,
-    *,
-    backends: Sequence[str] = (),
-    device: str | None = None,
-    family: str | None = None,
-    whole: bool = True,
+    model: str, revision: str | None, wanted: Wanted | None = None, *, whole: bool = True
 ) -> Bundle:
     """A model's bundle, converted first if it must be, with a spinner on a terminal meanwhile.
 
@@ -45,15 +39,7 @@ def obtained(
                 show.append(stack.enter_context(spinner()))
             show[0](step)
 
-        return obtain(
-            model,
-            revision=revision,
-            backends=backends,
-            device=device,
-            family=family,
-            whole=whole,
-            progress=progress,
-        )
+        return obtain(model, wanted, revision=revision, whole=whole, progress=progress)
 
 
 def runs_checkpoint(backend: str | None) -> bool:
@@ -61,12 +47,11 @@ def runs_checkpoint(backend: str | None) -> bool:
     return backend is not None and backend.partition("-")[0] == "torch"
 
 
-def opened(model: str | Bundle, revision: str | None, **opening: Any) -> Reranker:
+def opened(model: str, revision: str | None, **opening: Any) -> Reranker:
     """Open a command's model with the options of `qrank.cli.common.opening_options`."""
-    backend, family = opening["backend"], opening.get("family")
+    backend = opening["backend"]
     if runs_checkpoint(backend):
         return Reranker(model, revision=revision, **opening)
     named = () if backend is None else (backend,)
-    place = {"device": opening["device"], "family": family}
-    bundle = obtained(model, revision, backends=named, whole=False, **place)
-    return Reranker(bundle, **opening)
+    wanted = Wanted(named, opening["device"], opening.get("family"))
+    return Reranker(obtained(model, revision, wanted, whole=False), **opening)

@@ -22,7 +22,7 @@ from qrank.scoring import arguments
 from qrank.scoring.inputs import as_texts
 from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.select.measurements import Profile
-from qrank.select.obtain import obtain
+from qrank.select.obtain import Wanted, obtain
 from qrank.select.selection import Criteria, order
 from qrank.select.targets import TargetKey, named
 from qrank.system import machine
@@ -113,7 +113,7 @@ def bench(
     given = None if texts is None else as_texts(texts, "texts", "text")
     backends = as_texts(backends, "backends", "name")
     device = arguments.text("device", device)
-    bundle = obtain(model, backends=backends, device=device, progress=progress)
+    bundle = obtain(model, Wanted(backends, device), progress=progress)
     manifest = bundle.manifest
     given = documents(bundle, "passages") if given is None else given
     if not given:

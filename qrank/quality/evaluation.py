@@ -17,7 +17,7 @@ from qrank.quality.collection import Collection, Run
 from qrank.quality.metrics import MAIN, Difference, Order, kendall, measure, overlap
 from qrank.quality.score_cache import Progress, Scored, Setting, no_progress, score
 from qrank.select.losses import Loss, remember
-from qrank.select.obtain import obtain
+from qrank.select.obtain import Wanted, obtain
 from qrank.select.targets import Target, named
 from qrank.system.extras import need
 
@@ -138,7 +138,7 @@ def evaluate(
         )
     for package in ("ir_measures", "scipy.stats"):
         need(package)  # before hours of scoring, not after
-    bundle = obtain(model, backends=backends, device=setting.device)
+    bundle = obtain(model, Wanted(backends, setting.device))
     manifest = bundle.manifest
     selectors = _selectors(manifest, backends)
     exact = [v.name for v in manifest.variants.values() if v.precision == "fp32"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from qrank.bundle import converted
@@ -18,14 +19,27 @@ from qrank.system.extras import pip_line
 log = logging.getLogger("qrank")
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What to convert a checkpoint to.
+
+    Attributes:
+        backends: as for `qrank.select.targets.named`; there will be a variant for each.
+        device: as for `qrank.select.targets.guesses`; where the variant is to run.
+        family: a card's name or file, if the checkpoint does not identify itself.
+    """
+
+    backends: Sequence[str] = ()
+    device: str | None = None
+    family: str | None = None
+
+
 def obtain(
     model: str | Path | Bundle,
+    wanted: Wanted | None = None,
     *,
     revision: str | None = None,
     convert: bool = True,
-    backends: Sequence[str] = (),
-    device: str | None = None,
-    family: str | None = None,
     whole: bool = True,
     progress: Callable[[str], object] = log.info,
 ) -> Bundle:
@@ -39,31 +53,29 @@ def obtain(
 
     Args:
         model: as for `locate`, or a checkpoint's hub id.
+        wanted: what to convert a checkpoint to. What its bundle lacks is added to it.
         revision: branch, tag or commit on the hub, if `model` does not name it.
         convert: whether a checkpoint may be converted; if not, it is an error.
-        backends: as for `qrank.select.targets.named`; for each there will be a variant, if the
-            model was or is converted here.
-        device: as for `qrank.select.targets.guesses`; where the variant is to run.
-        family: a card's name or file, if the checkpoint does not identify itself.
         whole: as for `locate`.
         progress: called with each step of a conversion.
 
     Raises:
         ModelNotFoundError: there is nothing of that name, or a checkpoint and `convert` is False.
         MissingExtraError: the packages to convert it are not installed.
-        InputError: `family` is given, and the bundle has another one.
+        InputError: a family is wanted, and the bundle has another one.
         QrankError: it cannot be converted; nothing is stored then. See `qrank.errors`.
     """
+    wanted = wanted or Wanted()
     found = find(model, revision)
     if isinstance(found, HubName) and not convert:
         raise unconverted(found)
     if isinstance(found, Bundle):
-        _check_family(found, family)
+        _check_family(found, wanted.family)
     ours = isinstance(found, HubName) or converted.name_of(found.folder) is not None
     if ours and convert and not isinstance(model, Bundle):
-        for backend in backends or (None,):
-            if isinstance(found, HubName) or not _serves(found, backend, device):
-                found = _converted(found, backend, device, family, progress)
+        for backend in wanted.backends or (None,):
+            if isinstance(found, HubName) or not _serves(found, backend, wanted.device):
+                found = _converted(found, backend, wanted, progress)
     assert isinstance(found, Bundle)
     found.fetch(found.manifest.variants.values() if whole else ())
     return found
@@ -89,8 +101,7 @@ def _serves(bundle: Bundle, backend: str | None, device: str | None) -> bool:
 def _converted(
     found: HubName | Bundle,
     backend: str | None,
-    device: str | None,
-    family: str | None,
+    wanted: Wanted,
     progress: Callable[[str], object],
 ) -> Bundle:
     """Convert a checkpoint to one variant, or add one to the bundle that was made of it."""
@@ -105,7 +116,7 @@ def _converted(
         # The branch may have moved on: a bundle is of one commit.
         source, revision = found.manifest.source.id, found.manifest.source.revision
     name = converted.name_of(folder)
-    wishes = convertible(backend, device)
+    wishes = convertible(backend, wanted.device)
     obstacles = {format: obstacle(format) for format in dict.fromkeys(f for f, _ in wishes)}
     able = [wish for wish in wishes if not obstacles[wish[0]]]
     if not able:
@@ -122,7 +133,7 @@ def _converted(
         source,
         able,
         folder,
-        family=family,
+        family=wanted.family,
         revision=revision,
         first=True,
         progress=progress,
