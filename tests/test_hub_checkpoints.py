@@ -230,6 +230,8 @@ def test_a_named_variant_is_added_to_what_is_there(hub: Hub, bert: str, data: Pa
     Reranker(MODEL, backend="onnx-fp32").close()
     with pytest.raises(TargetError, match="has no variant for backend 'onnx-fp16'; it has: onnx"):
         Reranker(MODEL, backend="onnx-fp16", convert=False)
+    with pytest.raises(TargetError, match="has no variant for backend 'onnx-fp16'; it has: onnx"):
+        Reranker(folder, backend="onnx-fp16")
     assert hub.requests == requests
     bundle = obtain(MODEL, Wanted(["onnx-fp16", "onnx-fp32", "onnx"]))
     assert list(bundle.manifest.variants) == ["onnx-int8", "onnx-fp32", "onnx-fp16"]

@@ -63,14 +63,14 @@ def _list(name: str, folder: Path) -> None:
     try:
         bundle = Bundle.load(folder)
     except BundleError as error:
-        click.echo(f"  {name:34} damaged: {error}")
+        click.echo(f"  {name:28} damaged: {error}")
         return
     source = bundle.manifest.source
     commit = f", of {source.revision[:8]}" if source.revision else ""
     for variant in bundle.manifest.variants.values():
         size = "on the hub" if bundle.on_hub_only(variant) else megabytes(variant.bytes)
         family = f"{bundle.manifest.family.name}{commit}"
-        click.echo(f"  {name:34} {variant.name:18}{size:>11}  {family}")
+        click.echo(f"  {name:28} {variant.name:18}{size:>11}  {family}")
         name = ""
 
 

@@ -104,7 +104,7 @@ def score(
 
     \b
       qrank score -q "how do plants make food?" passages.txt
-      qrank score -m BAAI/bge-reranker-base -q "how do plants make food?" passages.txt
+      qrank score -m BAAI/bge-reranker-base -q "which planet is red?" notes.txt
       grep -i plant notes.txt | qrank score -q "how do plants make food?" -k 5
       qrank score --run bm25.trec --queries q.jsonl --documents d.jsonl > new.trec
     """

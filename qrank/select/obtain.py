@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qrank.bundle import converted
-from qrank.bundle.hub_names import HubName
+from qrank.bundle.hub_names import HubName, parse
 from qrank.bundle.locate import find, unconverted
 from qrank.bundle.opened import Bundle
 from qrank.errors import InputError, MissingExtraError, TargetError
@@ -71,8 +71,10 @@ def obtain(
         raise unconverted(found)
     if isinstance(found, Bundle):
         _check_family(found, wanted.family)
+    # Only what is named by a hub id is converted, not a folder that is named by its path.
+    named = not isinstance(model, Bundle) and parse(str(model)) is not None
     ours = isinstance(found, HubName) or converted.name_of(found.folder) is not None
-    if ours and convert and not isinstance(model, Bundle):
+    if named and ours and convert:
         for backend in wanted.backends or (None,):
             if isinstance(found, HubName) or not _serves(found, backend, wanted.device):
                 found = _converted(found, backend, wanted, progress)
