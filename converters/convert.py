@@ -45,6 +45,7 @@ def convert(
     force: bool = False,
     calibration: Path | None = None,
     exporter: str | None = None,
+    first: bool = False,
     progress: Progress = lambda step: None,
 ) -> Converted:
     """Convert a checkpoint, or import prebuilt files, and prove every variant.
@@ -70,6 +71,8 @@ def convert(
             pairs that come with qrank; None: only those.
         exporter: another program that converts, such as "optimum" (optimum-intel) for OpenVINO;
             None: qrank itself. Everything after it is the same.
+        first: `variants` are alternatives: make the first that can be made, unless the bundle
+            already has one of them.
         progress: called with each step.
 
     Raises:
@@ -86,14 +89,14 @@ def convert(
         target = (output or Path(f"{model.checkpoint.name}-qrank")).absolute()
         check_output(target, model.sources, force=force)
         old = None if force else _existing(target, model, exporter)
-    if old is not None and not _lacked(model.makers, old):
+    if old is not None and not _lacked(model.makers, old, first):
         return Converted(target, old, model.failed)
     with _disks_explained(target), workshop(target) as shop:
         # This run may have waited for another conversion, which wrote here in the meantime.
         there = _replaced(target) if force else _existing(target, model, exporter)
         old = None if force else there
-        wanted = _lacked(model.makers, old)
-        made = make(model, wanted, shop.new, old, progress)
+        wanted = _lacked(model.makers, old, first)
+        made = make(model, wanted, shop.new, old, progress, first=first)
         failed = {**model.failed, **made.failed}
         if not made.variants:
             if old is None or len(wanted) == len(model.makers):
@@ -104,10 +107,11 @@ def convert(
     return Converted(target, manifest, failed)
 
 
-def _lacked(wanted: Mapping[Name, Maker], old: Manifest | None) -> dict[Name, Maker]:
-    """The wanted variants that a bundle does not have yet."""
+def _lacked(wanted: Mapping[Name, Maker], old: Manifest | None, first: bool) -> dict[Name, Maker]:
+    """The wanted variants that a bundle does not have yet; none if it has one of alternatives."""
     there = {} if old is None else old.variants
-    return {name: maker for name, maker in wanted.items() if "-".join(name) not in there}
+    lacked = {name: maker for name, maker in wanted.items() if "-".join(name) not in there}
+    return {} if first and len(lacked) < len(wanted) else lacked
 
 
 def _with(made: Made, model: Model, folder: Path, old: Manifest | None) -> Manifest:

@@ -68,8 +68,8 @@ def _extra_of(format: str, module: str) -> str:
     )
 
 
-def _obstacle(format: str) -> str:
-    """What prevents making a format, with the fix; "" if nothing does."""
+def obstacle(format: str) -> str:
+    """What prevents making and running a format, or the command that helps; "" if nothing does."""
     try:
         missing = [module for module in converter(format).MODULES if not installed(module)]
     except ConversionError as error:
@@ -97,7 +97,7 @@ def of_checkpoint(
     if exporter is not None:
         asked = _exported(asked, exporter)
     if asked is None:
-        obstacles = {format: _obstacle(format) for format in formats()}
+        obstacles = {format: obstacle(format) for format in formats()}
         # If no format can be made, keep all: their errors say what is missing.
         at_hand = [format for format, what in obstacles.items() if not what] or list(obstacles)
         for absent in sorted(set(obstacles) - set(at_hand)):

@@ -63,7 +63,7 @@ def read(
     Raises:
         QrankError: no requested variant can be made, or the source cannot be read.
     """
-    found = find(source, asked, revision=revision, offline=offline)
+    found = find(source, asked, family=family, revision=revision, offline=offline)
     if isinstance(found, Prebuilt):
         if calibration is not None:
             raise ConversionError(f"--calibration is for quantizing; {source} is prebuilt")

@@ -40,10 +40,12 @@ def make(
     folder: Path,
     old: Manifest | None,
     progress: Progress,
+    *,
+    first: bool = False,
 ) -> Made:
-    """Fill a folder with variants, proving each of them."""
+    """Fill a folder with variants, proving each of them; with `first`, with one of them."""
     checkpoint = model.checkpoint
-    unfit = lacking(checkpoint, wanted, folder)
+    unfit = lacking(checkpoint, wanted, folder, together=not first)
     failed: Failed = {"-".join(name): error for name, error in unfit.items()}
     wanted = {name: maker for name, maker in wanted.items() if name not in unfit}
     if not wanted:
@@ -69,6 +71,8 @@ def make(
                 fidelity = measure(folder, variant, against, worker)
                 variants.append(replace(variant, fidelity=fidelity))
                 probes = against
+                if first:
+                    break
             # Library errors share no base; whatever it is, it affects only this variant.
             except Exception as error:
                 needed = space(checkpoint, name, maker)

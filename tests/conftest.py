@@ -20,6 +20,7 @@ import tiny
 import tiny_decoders
 import tiny_encoders
 from filelock import FileLock
+from hub_server import Hub, serving, use_hub
 from hypothesis import HealthCheck, settings
 
 from qrank import Reranker
@@ -208,6 +209,18 @@ def ready_graph(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path
 
     monkeypatch.setattr(onnx_converter, "convert", convert)
     return use
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that huggingface_hub connects to, with an empty cache and an empty data folder."""
+    with serving() as found:
+        use_hub(found.url, monkeypatch)
+        cache = str(tmp_path / "cache")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", cache)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("QRANK_DATA", str(tmp_path / "data"))
+        yield found
 
 
 @pytest.fixture

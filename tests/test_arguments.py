@@ -110,7 +110,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("something is loaded before the arguments are checked")
 
     for module in (qrank.reranker, qrank.measure.tuning, qrank.measure.bench):
-        monkeypatch.setattr(module, "locate", never)
+        monkeypatch.setattr(module, "obtain", never)
 
 
 @pytest.mark.parametrize(("name", "value"), cases(OPENING))

@@ -177,6 +177,11 @@ def of_fetched(found: Fetched, family: str | None) -> Checkpoint:
     )
 
 
+def check_description(found: Fetched, family: str | None) -> None:
+    """Check all but a checkpoint's weights, before they are downloaded; raises as `describe`."""
+    describe(found.folder, found.id, found.commit, family, lambda: [])
+
+
 def describe(
     folder: Path,
     identity: str,

@@ -11,20 +11,22 @@ from pathlib import Path
 
 import click
 
-from qrank.bundle.locate import locate
 from qrank.cli.common import FiniteRange, InputFile, debug_option, policy_options
 from qrank.cli.lazy import device_option
+from qrank.cli.obtain import obtained, revision_option
 from qrank.cli.plots import check_plot, plot_bench
 from qrank.cli.spinner import spinner
 from qrank.measure.bench import COUNTS, Row, chosen
 from qrank.measure.bench import bench as run
 from qrank.quality.records import Texts
+from qrank.select.obtain import Wanted
 from qrank.select.selection import Criteria, Policy, deprioritized
 from qrank.system.machine import cpu_name, processors
 
 
 @click.command()
 @click.argument("bundle")
+@revision_option
 @click.option(
     "--documents",
     type=InputFile(),
@@ -56,6 +58,7 @@ from qrank.system.machine import cpu_name, processors
 @debug_option
 def bench(
     bundle: str,
+    revision: str | None,
     documents: Path | None,
     query: str | None,
     backends: tuple[str, ...],
@@ -79,7 +82,7 @@ def bench(
     """
     if plot is not None:
         check_plot(plot)
-    located = locate(bundle)
+    located = obtained(bundle, revision, Wanted(backends, device))
     with spinner() as progress:
         rows = run(
             located,

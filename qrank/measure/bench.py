@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qrank.bundle.locate import DEFAULT, locate
+from qrank.bundle.locate import DEFAULT
 from qrank.bundle.opened import Bundle
 from qrank.errors import InputError, QrankError
 from qrank.measure.candidates import candidates
@@ -22,6 +22,7 @@ from qrank.scoring import arguments
 from qrank.scoring.inputs import as_texts
 from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.select.measurements import Profile
+from qrank.select.obtain import Wanted, obtain
 from qrank.select.selection import Criteria, order
 from qrank.select.targets import TargetKey, named
 from qrank.system import machine
@@ -105,14 +106,14 @@ def bench(
         QrankError: there is no such bundle, or it has no such target.
     """
     model = arguments.model(model)
-    threads = arguments.whole("threads", threads, 1) or machine.processors()
+    threads = arguments.threads(threads)
     arguments.number("seconds", seconds, "a number, 0 or more", lambda x: x >= 0, none=False)
     arguments.function("progress", progress)
     query = arguments.text("query", query) or QUERY
     given = None if texts is None else as_texts(texts, "texts", "text")
     backends = as_texts(backends, "backends", "name")
     device = arguments.text("device", device)
-    bundle = locate(model)
+    bundle = obtain(model, Wanted(backends, device), progress=progress)
     manifest = bundle.manifest
     given = documents(bundle, "passages") if given is None else given
     if not given:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits
 from qrank.errors import InputError
 from qrank.quality.collection import Collection, Run
@@ -99,7 +100,7 @@ class Report:
 
 
 def calibrate(
-    model: str | Path,
+    model: str | Path | Bundle,
     collection: Collection,
     candidates: Run,
     setting: Setting,

@@ -12,7 +12,7 @@ from qrank.bundle.manifest import Manifest
 from qrank.errors import BundleError, InputError, MissingExtraError, TargetError
 from qrank.select.losses import losses
 from qrank.select.measurements import PROFILES, Measurement, Profile, recalled
-from qrank.select.targets import Target, TargetKey, guesses, named
+from qrank.select.targets import NEEDS_EVAL, Target, TargetKey, guesses, named
 
 Taken = TypeVar("Taken")
 
@@ -22,10 +22,6 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 TIE_MARGIN = 0.05
 """Targets whose speeds differ by less than this share count as equally fast: the more faithful one
 is taken."""
-
-NEEDS_EVAL = ("int8-w8a8",)
-"""Precisions whose loss the probes cannot reveal: activation scales come from calibration data, and
-a variant that passed its probes lost 0.048 nDCG@10 (docs/benchmarks.md)."""
 
 MAX_LOSS = 0.01
 """Measured nDCG@10 loss above which a variant is taken last."""
