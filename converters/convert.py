@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qrank.bundle.agreement import LEAST, RankingData
 from qrank.bundle.manifest import MANIFEST, TOKENIZER, FileRecord, Manifest
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.makers import Failed, Maker, Name, nothing
@@ -45,6 +46,8 @@ def convert(
     offline: bool = False,
     force: bool = False,
     calibration: Path | None = None,
+    ranking: RankingData | None = None,
+    min_agreement: float = LEAST,
     progress: Progress = lambda step: None,
 ) -> Converted:
     """Convert a checkpoint, or import prebuilt files, and prove every variant.
@@ -68,6 +71,10 @@ def convert(
         force: replace the bundle at `output`, whatever it was made from; no other file is touched.
         calibration: JSON lines with "query" and "document", used for calibration in addition to the
             pairs that come with qrank; None: only those.
+        ranking: queries and passages on which variants must rank like the original; None: those
+            that come with qrank.
+        min_agreement: least agreement of a variant's rankings with the original's: `ndcg` of
+            `qrank.bundle.agreement.Agreement`. Variants below it are refused.
         progress: called with each step.
 
     Raises:
@@ -76,11 +83,13 @@ def convert(
     """
     if variants is not None and not variants:
         raise InputError("variants is empty; name some, or None for all")
+    if not -1 <= min_agreement <= 1:
+        raise InputError(f"min_agreement is {min_agreement}; an agreement is at most 1")
     progress("reading the model")
     with _disks_explained(output or Path.cwd()):
         if output is not None:
             check_output(output.absolute(), force=force)
-        model = read(source, variants, reference, family, revision, offline, calibration)
+        model = read(source, variants, reference, family, revision, offline, calibration, ranking)
         target = (output or Path(f"{model.checkpoint.name}-qrank")).absolute()
         check_output(target, model.sources, force=force)
         old = None if force else _existing(target, model.checkpoint)
@@ -91,7 +100,7 @@ def convert(
         there = _replaced(target) if force else _existing(target, model.checkpoint)
         old = None if force else there
         wanted = _lacked(model.makers, old)
-        made = make(model, wanted, shop.new, old, progress)
+        made = make(model, wanted, shop.new, old, min_agreement, progress)
         failed = {**model.failed, **made.failed}
         if not made.variants:
             if old is None or len(wanted) == len(model.makers):
@@ -119,7 +128,11 @@ def _with(made: Made, model: Model, folder: Path, old: Manifest | None) -> Manif
         probes=made.probes,
     )
     # Older bundles do not record the dimensions.
-    manifest = replace(manifest, dimensions=model.checkpoint.dimensions)
+    manifest = replace(
+        manifest,
+        dimensions=model.checkpoint.dimensions,
+        ranking=made.ranking or manifest.ranking,
+    )
     for variant in made.variants:
         manifest = manifest.with_variant(variant)
     return manifest
