@@ -24,7 +24,7 @@ from qrank.bundle.manifest import Manifest
 from qrank.bundle.sequences import Logits, Sequences, padded
 from qrank.converters.checkpoint.ids import encode_pairs
 from qrank.converters.checkpoint.probes import calibration_pairs
-from qrank.converters.checkpoint.ranking import ranking_queries
+from qrank.converters.checkpoint.ranking import ranking_data
 from qrank.converters.checkpoint.read import Checkpoint, read_checkpoint
 from qrank.quality.collection import Collection
 from qrank.quality.metrics import MAIN, Difference, kendall, measure
@@ -137,7 +137,7 @@ def _readable(checkpoint: Checkpoint, tokenizer: str) -> list[Sequences]:
     """qrank's queries, without those in scripts that the tokenizer does not know."""
     works = [
         encode_pairs([(query, text) for text in texts], tokenizer, checkpoint.family)
-        for query, texts in ranking_queries()
+        for query, texts in ranking_data().queries
     ]
     unknown = checkpoint.tokenizer.unk_token_id
     return [w for w in works if np.mean(np.concatenate(w.ids) == unknown) < 0.2]
