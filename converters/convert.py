@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qrank.bundle.agreement import LEAST, RankingData
-from qrank.bundle.manifest import MANIFEST, TOKENIZER, FileRecord, Manifest
+from qrank.bundle.manifest import MANIFEST, TOKENIZER, FileRecord, Manifest, Variant
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.makers import Failed, Maker, Name, nothing
 from qrank.converters.prebuilt import Request
 from qrank.converters.publish import check_output, workshop
 from qrank.converters.sources import Model, read
-from qrank.converters.variants import Made, Progress, make
+from qrank.converters.variants import Existing, Made, Progress, make
 from qrank.errors import BundleError, ConversionError, InputError, QrankError
 from qrank.system import disk
 
@@ -27,7 +27,8 @@ class Converted:
         folder: the bundle's folder.
         manifest: the bundle's manifest, including earlier variants.
         failed: why a variant is not in the bundle, by variant name (by file name if a prebuilt file
-            cannot be read). Every other requested variant is in it.
+            cannot be read). Every other requested variant is in it. A variant that was in it before
+            stays in it, even if it is not proven again.
     """
 
     folder: Path
@@ -58,8 +59,9 @@ def convert(
         source: folder or hub id of a checkpoint or of prebuilt files, or one prebuilt file; see
             `qrank.bundle.locate.place`.
         variants: (format, precision) pairs to make; a precision of None is the default. Variants
-            the bundle already has are kept. None: every format that the family supports and whose
-            packages are installed, or every format with a prebuilt file.
+            the bundle already has are kept, and proven on rankings if they were not. None: every
+            format that the family supports and whose packages are installed, or every format with
+            a prebuilt file.
         output: the bundle's folder; None: `NAME-qrank` in the working directory. The variants are
             added to an existing bundle of the same checkpoint. Waits while another conversion
             writes there.
@@ -93,14 +95,15 @@ def convert(
         target = (output or Path(f"{model.checkpoint.name}-qrank")).absolute()
         check_output(target, model.sources, force=force)
         old = None if force else _existing(target, model.checkpoint)
-    if old is not None and not _lacked(model.makers, old):
+    if old is not None and not _lacked(model.makers, old) and not _unranked(model, old):
         return Converted(target, old, model.failed)
     with _disks_explained(target), workshop(target) as shop:
         # This run may have waited for another conversion, which wrote here in the meantime.
         there = _replaced(target) if force else _existing(target, model.checkpoint)
         old = None if force else there
         wanted = _lacked(model.makers, old)
-        made = make(model, wanted, shop.new, old, min_agreement, progress)
+        bundle = None if old is None else Existing(target, old, _unranked(model, old))
+        made = make(model, wanted, shop.new, bundle, min_agreement, progress)
         failed = {**model.failed, **made.failed}
         if not made.variants:
             if old is None or len(wanted) == len(model.makers):
@@ -115,6 +118,16 @@ def _lacked(wanted: Mapping[Name, Maker], old: Manifest | None) -> dict[Name, Ma
     """The wanted variants that a bundle does not have yet."""
     there = {} if old is None else old.variants
     return {name: maker for name, maker in wanted.items() if "-".join(name) not in there}
+
+
+def _unranked(model: Model, old: Manifest) -> list[Variant]:
+    """The wanted variants of a bundle to prove on rankings: those that were not, or on own data."""
+    there = [old.variants[key] for name in model.makers if (key := "-".join(name)) in old.variants]
+    return [
+        variant
+        for variant in there
+        if model.verified and (variant.ranking is None or model.ranking is not None)
+    ]
 
 
 def _with(made: Made, model: Model, folder: Path, old: Manifest | None) -> Manifest:

@@ -38,11 +38,26 @@ class Made:
     ranking: Reference | None = None
 
 
+@dataclass(frozen=True)
+class Existing:
+    """The bundle that variants are made for.
+
+    Attributes:
+        folder: its folder.
+        manifest: its manifest.
+        unranked: its variants that are proven on rankings now; their files stay.
+    """
+
+    folder: Path
+    manifest: Manifest
+    unranked: list[Variant]
+
+
 def make(
     model: Model,
     wanted: Mapping[Name, Maker],
     folder: Path,
-    old: Manifest | None,
+    bundle: Existing | None,
     min_agreement: float,
     progress: Progress,
 ) -> Made:
@@ -52,7 +67,7 @@ def make(
         model: what is converted.
         wanted: makers of the variants.
         folder: an empty one.
-        old: the bundle that the variants are for; None: a new one.
+        bundle: what the variants are for; None: a new one.
         min_agreement: see `qrank.converters.convert.convert`.
         progress: see `Progress`.
     """
@@ -60,12 +75,14 @@ def make(
     unfit = lacking(checkpoint, wanted, folder)
     failed: Failed = {"-".join(name): error for name, error in unfit.items()}
     wanted = {name: maker for name, maker in wanted.items() if name not in unfit}
-    if not wanted:
+    unranked = [] if bundle is None else bundle.unranked
+    if not wanted and not unranked:
         return Made([], None, failed)
     tokenizer = folder / TOKENIZER
     content = checkpoint.text_tokenizer()
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     tokenizer.write_text(text, "utf-8")
+    old = None if bundle is None else bundle.manifest
     probes = None if old is None else old.probes
     ranking = None
     if model.verified:
@@ -74,6 +91,15 @@ def make(
     calibration = encode_pairs(model.pairs, tokenizer, checkpoint.family)
     variants = []
     with Worker() as worker:
+        for variant in unranked:
+            assert bundle is not None  # it has them
+            assert probes is not None
+            try:
+                progress(f"proving {variant.name}")
+                _, rank = measure(bundle.folder, variant, probes, worker, ranking, min_agreement)
+                variants.append(replace(variant, ranking=rank))
+            except QrankError as error:
+                failed[variant.name] = error
         for name, maker in wanted.items():
             variant = Variant(*name, {}, Fidelity(0.0, 0.0, 0.0, 0.0), {})
             try:

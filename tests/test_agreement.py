@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +20,9 @@ from test_selection import measurement
 from test_selection import remember as remember_speeds
 
 from qrank import Reranker
-from qrank.backends import isolation, spec
-from qrank.bundle.agreement import LEAST, TOP, Agreement, RankingData, Reference
-from qrank.bundle.manifest import Manifest
+from qrank.backends import isolation
+from qrank.bundle.agreement import LEAST, TOP, Agreement, RankingData
+from qrank.bundle.manifest import MANIFEST, Manifest
 from qrank.bundle.sequences import Logits, Sequences
 from qrank.cli import main
 from qrank.converters import fidelity, ranking
@@ -315,10 +315,27 @@ def test_a_bundle_without_rankings_opens_and_gains_them(without_fp32: Path, bert
     shown = qrank_("inspect", without_fp32)
     assert shown.exit_code == 0
     assert "rankings" not in shown.stdout
-    made = convert(bert, FP32, without_fp32).manifest
+    files = contents(without_fp32)
+    made = convert(bert, [*FP32, ("onnx", "int8")], without_fp32).manifest
     assert made.ranking is not None
     assert made.variants["onnx-fp32"].ranking is not None
-    assert made.variants["onnx-int8"].ranking is None
+    # This one is proven as it is.
+    assert made.variants["onnx-int8"].ranking is not None
+    assert made.variants["onnx-fp16"].ranking is None
+    after = contents(without_fp32)
+    assert all(after[name] == content for name, content in files.items() if name != MANIFEST)
+
+
+@pytest.mark.usefixtures("ready_graph")
+def test_an_old_variant_that_ranks_otherwise_stays_and_is_told(
+    copy: Path, bert: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ranking(copy)
+    shuffled(monkeypatch)
+    before = contents(copy)
+    result = convert(bert, FP32, copy)
+    assert "onnx-fp32 does not rank like the original" in str(result.failed["onnx-fp32"])
+    assert contents(copy) == before
 
 
 def test_a_tokenizer_that_reads_no_query_is_told(
@@ -424,8 +441,8 @@ def test_a_bad_line_is_named(bert: str, tmp_path: Path) -> None:
 
 def test_force_does_not_replace_the_data(copy: Path, bert: str) -> None:
     paths = written(copy, {"a": "which planet?"}, DOCUMENTS)
+    data = RankingData("mine", [("a", list(DOCUMENTS.values()))], paths)
     with pytest.raises(ConversionError, match="--force does not replace"):
-        data = RankingData("mine", [("a", list(DOCUMENTS.values()))], paths)
         convert(bert, FP32, copy, force=True, ranking=data)
 
 
@@ -506,9 +523,3 @@ def test_bench_shows_the_agreement(copy: Path) -> None:
     assert head.split()[-1] == "nDCG"
     assert row.endswith("0.9876")
     assert max(map(len, result.stdout.splitlines())) <= 80
-
-
-def test_references_are_equal_by_content() -> None:
-    one = Reference("d", "0", (tuple(np.arange(12.0).tolist()),))
-    assert one == Reference(**{**asdict(one), "logits": tuple(map(tuple, one.logits))})
-    assert spec("onnx").open is not None
