@@ -79,6 +79,7 @@ def main() -> None:
         losses = dict(item.split("=") for item in options.loss)
         rows = [*_variants(options.bundle, losses), *rows]
     sample = f"{options.queries} queries x {options.candidates}, {options.tokens} tokens"
+    rows.sort(key=lambda row: -float(row["nDCG"]))
     report(f"Agreement and loss: {sample}", COLUMNS, rows, as_json=options.json)
     if options.plot:
         _draw(rows, options.plot)
