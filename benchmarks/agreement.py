@@ -221,8 +221,11 @@ def _round_inputs(model: Any, layers: Sequence[Any], tried: Sequences, levels: i
 
 
 def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss against each of the three figures, with half of its 95 % interval."""
+    """Loss against what each of the three figures lacks of 1, with half of its 95 % interval."""
+    import matplotlib
     from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.fonttype"] = "none"
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     grey = "#808080"
@@ -232,7 +235,7 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         for kind, color in (("rounded", "#7a7a7a"), ("variant", "#d97706")):
             chosen = [row for row in rows if row["kind"] == kind]
             axes.errorbar(
-                [row[name] for row in chosen],
+                [1 - row[name] for row in chosen],
                 [row["nDCG@10 lost"] for row in chosen],
                 yerr=[row.get("±") or 0.0 for row in chosen],
                 fmt="o",
@@ -240,18 +243,20 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 elinewidth=0.5,
                 label={"rounded": "weights rounded", "variant": "variants"}[kind],
             )
-            for row in chosen if kind == "variant" else ():
+            for row in chosen:
                 axes.annotate(
                     row["what"],
-                    (row[name], row["nDCG@10 lost"]),
+                    (1 - row[name], row["nDCG@10 lost"]),
                     xytext=(4, 4),
                     textcoords="offset points",
                     fontsize=8,
                     color=color,
                 )
         axes.axhline(0, color=grey, linewidth=0.6)
-        axes.set_xlabel({"tau": "Kendall's tau", "top 10": "top 10 shared", "nDCG": "nDCG"}[name])
-        axes.tick_params(colors=grey)
+        axes.set_xscale("log")
+        what = {"tau": "Kendall's tau", "top 10": "shared top 10", "nDCG": "nDCG"}[name]
+        axes.set_xlabel(f"1 - {what}")
+        axes.tick_params(colors=grey, which="both")
         axes.xaxis.label.set_color(grey)
         axes.yaxis.label.set_color(grey)
         for side in axes.spines.values():

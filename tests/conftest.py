@@ -16,6 +16,7 @@ os.environ["QRANK_CACHE"] = tempfile.mkdtemp(prefix="qrank-tests-")
 os.environ["QRANK_DATA"] = tempfile.mkdtemp(prefix="qrank-tests-")
 os.environ.pop("TOKENIZERS_PARALLELISM", None)
 
+import bound  # noqa: F401 (sets bounds that others take over)
 import tiny
 import tiny_decoders
 import tiny_encoders
@@ -25,7 +26,6 @@ from hypothesis import HealthCheck, settings
 from qrank import Reranker
 from qrank.bundle.manifest import Manifest
 from qrank.bundle.sequences import Sequences
-from qrank.converters import ranking
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.convert import convert
 from qrank.converters.onnx import export as onnx_converter
@@ -34,9 +34,6 @@ from qrank.system import paths
 # A slow run on a busy machine is not a failure.
 settings.register_profile("qrank", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("qrank")
-
-# Conversions rank as long as their probes take, which is a few queries.
-ranking.SECONDS = 0.0
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A run in a shell's background ignores Ctrl-C, and so would the commands that tests start.

@@ -14,7 +14,7 @@ from qrank.bundle.fidelity import Fidelity
 TOP = 10
 """Length of the top of a ranking that counts; queries need more passages than this."""
 
-LEAST = 0.99
+LEAST = 0.995
 """Agreement that a conversion requires, and below which a variant is taken last. It separates
 variants that lose clearly from the others, not 0.02 nDCG@10 from 0.005 (docs/benchmarks.md)."""
 
