@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qrank.bundle.manifest import MANIFEST, TOKENIZER, FileRecord, Manifest
+from qrank.bundle.agreement import LEAST, RankingData
+from qrank.bundle.manifest import MANIFEST, TOKENIZER, FileRecord, Manifest, Variant
 from qrank.converters.makers import Failed, Maker, Name, nothing
 from qrank.converters.prebuilt import Request
 from qrank.converters.publish import check_output, workshop
 from qrank.converters.sources import Model, read
-from qrank.converters.variants import Made, Progress, make
+from qrank.converters.variants import Existing, Made, Progress, make
 from qrank.errors import BundleError, ConversionError, InputError, QrankError
 from qrank.system import disk
 
@@ -25,7 +26,8 @@ class Converted:
         folder: the bundle's folder.
         manifest: the bundle's manifest, including earlier variants.
         failed: why a variant is not in the bundle, by variant name (by file name if a prebuilt file
-            cannot be read). Every other requested variant is in it.
+            cannot be read). Every other requested variant is in it. A variant that was in it before
+            stays in it, even if it is not proven again.
     """
 
     folder: Path
@@ -46,6 +48,8 @@ def convert(
     calibration: Path | None = None,
     exporter: str | None = None,
     first: bool = False,
+    ranking: RankingData | None = None,
+    min_agreement: float = LEAST,
     progress: Progress = lambda step: None,
 ) -> Converted:
     """Convert a checkpoint, or import prebuilt files, and prove every variant.
@@ -56,8 +60,9 @@ def convert(
         source: folder or hub id of a checkpoint or of prebuilt files, or one prebuilt file; see
             `qrank.bundle.locate.place`.
         variants: (format, precision) pairs to make; a precision of None is the default. Variants
-            the bundle already has are kept. None: every format that the family supports and whose
-            packages are installed, or every format with a prebuilt file.
+            the bundle already has are kept, and proven on rankings if they were not. None: every
+            format that the family supports and whose packages are installed, or every format with
+            a prebuilt file.
         output: the bundle's folder; None: `NAME-qrank` in the working directory. The variants are
             added to an existing bundle of the same checkpoint. Waits while another conversion
             writes there.
@@ -73,6 +78,10 @@ def convert(
             None: qrank itself. Everything after it is the same.
         first: `variants` are alternatives: make the first that can be made, unless the bundle
             already has one of them.
+        ranking: queries and passages on which variants must rank like the original; None: those
+            that come with qrank.
+        min_agreement: least agreement of a variant's rankings with the original's: `ndcg` of
+            `qrank.bundle.agreement.Agreement`. Variants below it are refused.
         progress: called with each step.
 
     Raises:
@@ -81,22 +90,27 @@ def convert(
     """
     if variants is not None and not variants:
         raise InputError("variants is empty; name some, or None for all")
+    if not -1 <= min_agreement <= 1:
+        raise InputError(f"min_agreement is {min_agreement}; an agreement is at most 1")
     progress("reading the model")
     with _disks_explained(output or Path.cwd()):
         if output is not None:
             check_output(output.absolute(), force=force)
-        model = read(source, variants, reference, family, revision, offline, calibration, exporter)
+        model = read(
+            source, variants, reference, family, revision, offline, calibration, exporter, ranking
+        )
         target = (output or Path(f"{model.checkpoint.name}-qrank")).absolute()
         check_output(target, model.sources, force=force)
         old = None if force else _existing(target, model, exporter)
-    if old is not None and not _lacked(model.makers, old, first):
+    if old is not None and not _lacked(model.makers, old, first) and not _unranked(model, old):
         return Converted(target, old, model.failed)
     with _disks_explained(target), workshop(target) as shop:
         # This run may have waited for another conversion, which wrote here in the meantime.
         there = _replaced(target) if force else _existing(target, model, exporter)
         old = None if force else there
         wanted = _lacked(model.makers, old, first)
-        made = make(model, wanted, shop.new, old, progress, first=first)
+        bundle = None if old is None else Existing(target, old, _unranked(model, old))
+        made = make(model, wanted, shop.new, bundle, min_agreement, progress, first=first)
         failed = {**model.failed, **made.failed}
         if not made.variants:
             if old is None or len(wanted) == len(model.makers):
@@ -114,6 +128,16 @@ def _lacked(wanted: Mapping[Name, Maker], old: Manifest | None, first: bool) -> 
     return {} if first and len(lacked) < len(wanted) else lacked
 
 
+def _unranked(model: Model, old: Manifest) -> list[Variant]:
+    """The wanted variants of a bundle to prove on rankings: those that were not, or on own data."""
+    there = [old.variants[key] for name in model.makers if (key := "-".join(name)) in old.variants]
+    return [
+        variant
+        for variant in there
+        if model.verified and (variant.ranking is None or model.ranking is not None)
+    ]
+
+
 def _with(made: Made, model: Model, folder: Path, old: Manifest | None) -> Manifest:
     """The bundle's manifest with the new variants added."""
     assert made.probes is not None  # variants were proven against them
@@ -125,7 +149,11 @@ def _with(made: Made, model: Model, folder: Path, old: Manifest | None) -> Manif
         probes=made.probes,
     )
     # Older bundles do not record the dimensions.
-    manifest = replace(manifest, dimensions=model.checkpoint.dimensions)
+    manifest = replace(
+        manifest,
+        dimensions=model.checkpoint.dimensions,
+        ranking=made.ranking or manifest.ranking,
+    )
     for variant in made.variants:
         manifest = manifest.with_variant(variant)
     return manifest

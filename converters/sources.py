@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qrank.bundle.agreement import RankingData
 from qrank.bundle.locate import Fetched, place
 from qrank.converters import makers
 from qrank.converters.checkpoint.card import Card, cards
@@ -28,6 +29,7 @@ class Model:
         pairs: pairs for calibration.
         verified: whether variants are compared with the original.
         sources: paths that are read and must not be written to.
+        ranking: the user's own ranking data; None: qrank's.
     """
 
     checkpoint: Checkpoint
@@ -36,6 +38,7 @@ class Model:
     pairs: list[tuple[str, str]]
     verified: bool
     sources: list[Path]
+    ranking: RankingData | None = None
 
 
 def read(
@@ -47,6 +50,7 @@ def read(
     offline: bool,
     calibration: Path | None,
     exporter: str | None,
+    ranking: RankingData | None = None,
 ) -> Model:
     """Find what to convert and what can convert it.
 
@@ -59,6 +63,7 @@ def read(
         offline: do not contact the hub.
         calibration: a file of pairs.
         exporter: another program that converts; None: qrank itself.
+        ranking: the user's own ranking data; None: qrank's.
 
     Raises:
         QrankError: no requested variant can be made, or the source cannot be read.
@@ -79,7 +84,14 @@ def read(
         model = _checkpoint(found, asked, family, calibration, exporter)
     if isinstance(where := place(source), Path):
         model.sources.append(where)
-    return model
+    if ranking is None:
+        return model
+    if not model.verified:
+        raise ConversionError(
+            f"--ranking-data compares with the original, and {source} is prebuilt: name the "
+            "original by --reference"
+        )
+    return replace(model, ranking=ranking, sources=[*model.sources, *ranking.files])
 
 
 def families() -> dict[str, str]:

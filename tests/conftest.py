@@ -16,6 +16,7 @@ os.environ["QRANK_CACHE"] = tempfile.mkdtemp(prefix="qrank-tests-")
 os.environ["QRANK_DATA"] = tempfile.mkdtemp(prefix="qrank-tests-")
 os.environ.pop("TOKENIZERS_PARALLELISM", None)
 
+import bound  # noqa: F401 (sets bounds that others take over)
 import tiny
 import tiny_decoders
 import tiny_encoders

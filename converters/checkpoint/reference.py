@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +15,33 @@ from qrank.system.extras import need
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from qrank.converters.checkpoint.read import Checkpoint
+
+
+class Original:
+    """A checkpoint's own model in fp32, loaded when it is first needed.
+
+    Attributes:
+        checkpoint: the checkpoint.
+        seconds: time spent on forward passes so far.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.seconds = 0.0
+
+    def logits(self, work: Sequences) -> Logits:
+        """See `run_reference`."""
+        model = self._model
+        begun = time.perf_counter()
+        found = run_reference(model, work, self.checkpoint.family)
+        self.seconds += time.perf_counter() - begun
+        return found
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        return self.checkpoint.load(lean=True)
 
 
 def run_reference(model: PreTrainedModel, work: Sequences, family: Family) -> Logits:

@@ -124,14 +124,15 @@ def _lines(rows: Sequence[Row], best: Row | None) -> Iterator[str]:
     width = max([len(name) for name in names.values()] + [6]) + 1
     yield (
         f"{'target':{width}}{'pairs/s':>8}{'tokens/s':>9}{'load s':>7}{'peak MB':>8}"
-        f"{'MB':>7}{'Kendall':>8}"
+        f"{'MB':>6}{'tau':>7}{'nDCG':>7}"
     )
     for row in usable:
         mark = "*" if row is best else ""
         peak = "" if row.peak is None else f"{row.peak / 1e6:,.0f}"
+        agreement = "" if row.agreement is None else f"{row.agreement:.4f}"
         yield (
             f"{names[id(row)] + mark:{width}}{row.pairs:>8.1f}{row.tokens:>9,.0f}"
-            f"{row.load:>7.1f}{peak:>8}{row.bytes / 1e6:>7,.0f}{row.kendall:>8.4f}"
+            f"{row.load:>7.1f}{peak:>8}{row.bytes / 1e6:>6.0f}{row.kendall:>7.4f}{agreement:>7}"
         )
     yield ""
     heads = "".join(f"{f'{count} p50':>9}{'p95':>8}" for count in COUNTS)

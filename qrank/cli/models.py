@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -14,6 +14,9 @@ from qrank.bundle.opened import Bundle
 from qrank.cli.common import debug_option, megabytes, notice
 from qrank.cli.obtain import revision_option
 from qrank.errors import BundleError, InputError
+
+_NAME = 20
+"""Letters of a file's name that a table shows."""
 
 
 @click.command()
@@ -135,7 +138,7 @@ def inspect(bundle: str, revision: str | None, verify: bool) -> None:
 
 
 def fidelity_lines(variants: Iterable[Variant]) -> Iterator[str]:
-    """Size and fidelity of variants as a table of 80 columns or fewer."""
+    """Size, fidelity and agreement of variants: two tables of 80 columns or fewer, and notes."""
     variants = list(variants)
     width = max(len(name) for name in ["variant", *(variant.name for variant in variants)])
     yield (
@@ -149,9 +152,24 @@ def fidelity_lines(variants: Iterable[Variant]) -> Iterator[str]:
             f"{variant.name:{width}}{megabytes(variant.bytes):>10}{f.max_abs:>15.2g}"
             f"{share:>11.2%}{f.spearman:>10.4f}{f.kendall:>9.4f}"
         )
+    yield from _ranking_lines(variants, width)
     for variant in variants:
         if variant.note:
             yield f"{variant.name}: {variant.note}"
+
+
+def _ranking_lines(variants: Sequence[Variant], width: int) -> Iterator[str]:
+    """How far variants rank like the original, for those that were compared."""
+    ranked = {v.name: v.ranking for v in variants if v.ranking is not None}
+    if not ranked:
+        return
+    yield ""
+    yield f"{'rankings':{width}}{'nDCG':>10}{'top 10':>10}{'Kendall':>10}{'queries':>9}  of"
+    for name, found in ranked.items():
+        yield (
+            f"{name:{width}}{found.ndcg:>10.4f}{found.top10:>10.1%}{found.kendall:>10.4f}"
+            f"{found.queries:>9}  {found.data[:_NAME]}"
+        )
 
 
 def verification_note(manifest: Manifest) -> Iterator[str]:

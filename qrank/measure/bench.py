@@ -53,6 +53,8 @@ class Row:
             system does not report it.
         bytes: size of its files.
         kendall: Kendall's tau against the original, on the bundle's probes.
+        agreement: of its variant's rankings with the original's at conversion (nDCG@10); None if
+            they were not compared.
         rounds: timed requests, by number of documents.
     """
 
@@ -67,6 +69,7 @@ class Row:
     peak: int | None = None
     bytes: int = 0
     kendall: float = -1.0
+    agreement: float | None = None
     rounds: dict[int, int] = field(default_factory=dict)
 
     def speed(self, profile: Profile) -> float:
@@ -185,6 +188,7 @@ def bench(
                     peak=contest.peak(opened),
                     bytes=target.variant.bytes,
                     kendall=opened.kendall,
+                    agreement=ranking.ndcg if (ranking := target.variant.ranking) else None,
                     rounds={count: len(ms[count]) for count in COUNTS},
                 )
             )

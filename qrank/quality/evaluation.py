@@ -13,7 +13,8 @@ from qrank.bundle.manifest import Manifest
 from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits
 from qrank.errors import InputError, MissingExtraError, TargetError
-from qrank.quality.collection import Collection, Run
+from qrank.quality.bm25 import Run
+from qrank.quality.collection import Collection
 from qrank.quality.metrics import MAIN, Difference, Order, kendall, measure, overlap
 from qrank.quality.score_cache import Progress, Scored, Setting, no_progress, score
 from qrank.select.losses import Loss, remember

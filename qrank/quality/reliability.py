@@ -12,7 +12,8 @@ import numpy as np
 from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits
 from qrank.errors import InputError
-from qrank.quality.collection import Collection, Run
+from qrank.quality.bm25 import Run
+from qrank.quality.collection import Collection
 from qrank.quality.score_cache import Progress, Setting, no_progress, score
 from qrank.scoring.activation import Scores, activate
 from qrank.scoring.calibration import METHODS, Labels, check_folder, save

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar, get_args
 
 from qrank.backends import Options
-from qrank.bundle.manifest import Manifest
+from qrank.bundle.agreement import LEAST
+from qrank.bundle.manifest import Manifest, Variant
 from qrank.errors import BundleError, InputError, MissingExtraError, TargetError
 from qrank.select.losses import losses
 from qrank.select.measurements import PROFILES, Measurement, Profile, recalled
@@ -121,7 +122,10 @@ def _least_kendall(choice: Choice, criteria: Criteria) -> float | None:
 
 
 def deprioritized(manifest: Manifest, criteria: Criteria) -> set[str]:
-    """Names of variants to take last: they lose over MAX_LOSS, or are unmeasured and NEEDS_EVAL.
+    """Names of variants to take last.
+
+    They lose over MAX_LOSS. If `qrank eval` has not measured them, they agree with the original by
+    less than LEAST on the conversion's rankings, or are of NEEDS_EVAL.
 
     Empty if a backend or a bound on the loss is given: then that decides.
     """
@@ -131,8 +135,14 @@ def deprioritized(manifest: Manifest, criteria: Criteria) -> set[str]:
     return {
         name
         for name, variant in manifest.variants.items()
-        if (known[name].mean > MAX_LOSS if name in known else variant.precision in NEEDS_EVAL)
+        if (known[name].mean > MAX_LOSS if name in known else _doubtful(variant))
     }
+
+
+def _doubtful(variant: Variant) -> bool:
+    """Whether a variant that `qrank eval` has not measured may lose more than MAX_LOSS."""
+    disagrees = variant.ranking is not None and variant.ranking.ndcg < LEAST
+    return disagrees or variant.precision in NEEDS_EVAL
 
 
 def _within_loss(manifest: Manifest, criteria: Criteria) -> set[str]:
