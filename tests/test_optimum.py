@@ -16,7 +16,7 @@ import pytest
 import tiny
 import tiny_decoders
 from click.testing import CliRunner
-from test_rewriting import ETTIN, chain
+from tiny_chains import ETTIN, chain
 
 from qrank import Reranker
 from qrank.bundle.manifest import Manifest

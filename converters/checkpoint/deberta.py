@@ -66,8 +66,9 @@ def exportable(model: PreTrainedModel, max_length: int) -> Iterator[None]:
             """Scores of a row's token with its distance to a column's, [batch * heads, n, n]."""
             rows = (towards * buckets + span).clamp(0, 2 * span - 1)[near]
             found = torch.nn.functional.embedding(rows, tables[self][kind])
-            found = found.unflatten(-1, (heads, -1)).permute(1, 2, 0)
-            return _shifted(states.unflatten(0, (-1, heads)) @ found).flatten(0, 1) / scale
+            found = found.view(-1, heads, states.size(-1)).permute(1, 2, 0)
+            split = states.view(-1, heads, length, states.size(-1))
+            return _shifted(split @ found).flatten(0, 1) / scale
 
         total = 0
         if "c2p" in tables[self]:
