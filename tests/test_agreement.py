@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 from test_selection import measurement
-from test_selection import remember as remember_speeds
 
 from qrank import Reranker
 from qrank.backends import isolation
@@ -31,6 +30,7 @@ from qrank.converters.convert import convert
 from qrank.errors import BundleError, ConversionError, FidelityError, InputError
 from qrank.select import losses
 from qrank.select.losses import Loss
+from qrank.select.measurements import remember as remember_speeds
 from qrank.system import machine
 
 FP32 = [("onnx", "fp32")]
