@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from qrank.bundle.sequences import Floats
 
-GROUPS = (64, 32)
-"""Weights per group: the first that divides a row. Rows that none divides stay at 8 bits."""
+_GROUP, _WIDE = 32, 1024
+"""Weights per group; twice as many in rows of this width: larger models lose less."""
 
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 """Shares of a group's range that are tried."""
@@ -43,8 +43,9 @@ class FourBits:
 
 
 def group_of(width: int) -> int | None:
-    """Weights per group in rows of a width; None if they do not fit any."""
-    return next((group for group in GROUPS if width % group == 0), None)
+    """Weights per group in rows of a width; None if they do not fit: they stay at 8 bits."""
+    group = 2 * _GROUP if width >= _WIDE else _GROUP
+    return next((size for size in (group, _GROUP) if width % size == 0), None)
 
 
 def four_bits(rows: Floats) -> FourBits | None:

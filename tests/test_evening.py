@@ -27,7 +27,7 @@ from qrank.converters.checkpoint.probes import calibration_pairs, probe_pairs
 from qrank.converters.checkpoint.read import Checkpoint, read_checkpoint
 from qrank.converters.checkpoint.reference import run_reference
 from qrank.converters.convert import convert
-from qrank.converters.four_bits import GROUPS, four_bits, group_of, packed
+from qrank.converters.four_bits import four_bits, group_of, packed
 from qrank.system.extras import need
 
 KINDS = list(tiny.CHECKPOINTS | tiny_decoders.CHECKPOINTS | tiny_encoders.CHECKPOINTS)
@@ -154,7 +154,7 @@ def test_a_large_weight_is_cut_off_if_the_others_gain() -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "group"), [(1024, 64), (576, 64), (96, 32), (32, 32), (48, None), (100, None)]
+    ("width", "group"), [(1024, 64), (1056, 32), (576, 32), (32, 32), (48, None), (1000, None)]
 )
 def test_the_group_divides_the_width(width: int, group: int | None) -> None:
     assert group_of(width) == group
@@ -170,12 +170,16 @@ def test_packing_loses_nothing(integers: Any) -> None:
     np.testing.assert_array_equal(both[:, : integers.shape[1]], integers)
 
 
-def test_int4_graphs_hold_four_bits_but_for_the_words(bundle_of: Callable[[str], Path]) -> None:
+def test_int4_graphs_hold_four_bits_but_for_the_words_and_the_ends_of_attention(
+    bundle_of: Callable[[str], Path],
+) -> None:
     """Alike in both formats: they are made by the same function."""
     bundle = bundle_of("qwen3")
     graph = onnx.load(bundle / "onnx-int4" / "model.onnx").graph
     products = [node for node in graph.node if node.op_type == "MatMulNBits"]
-    assert len(products) == 2 * 7
+    assert len(products) == 2 * 6
+    ends = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert len(ends) == 2, "one at the end of each layer's attention"
     weights = {i.name: i for i in graph.initializer}
     assert not [n for n in graph.node if n.op_type == "MatMul" and n.input[1] in weights]
     assert any(numpy_helper.to_array(i).dtype == np.int8 for i in graph.initializer)
@@ -183,6 +187,6 @@ def test_int4_graphs_hold_four_bits_but_for_the_words(bundle_of: Callable[[str],
     nodes = ov.Core().read_model(bundle / "openvino-int4" / "model.xml").get_ops()
     constants = [node for node in nodes if node.get_type_name() == "Constant"]
     four = [c for c in constants if c.get_element_type() == ov.Type.u4]
-    assert len(four) == 2 * 2 * 7, "weights and zero points"
-    assert {c.shape[-1] for c in four if c.shape[-1] > 1} == {GROUPS[0]}
+    assert len(four) == 2 * 2 * 6, "weights and zero points"
+    assert {c.shape[-1] for c in four if c.shape[-1] > 1} == {32}
     assert [c for c in constants if c.get_element_type() == ov.Type.u8], "the words"

@@ -49,7 +49,8 @@ def quantize(
     Args:
         model: fp32; external weights are read one by one. Afterwards it contains all weights.
         folder: the folder of the model's file.
-        precision: `int8` or `int4`, of the products' weights; tables are int8.
+        precision: `int8` or `int4`. In `int4`, tables and the products that end attention are int8:
+            4 bits there cost the most.
         keep: names of nodes to leave unchanged: the score head's.
         maxima: from `channel_maxima`.
     """
@@ -114,6 +115,8 @@ class _Quantizer:
         self._keep = keep
         self._maxima = maxima
         self._weights = {i.name: i for i in model.graph.initializer}
+        # Heads are put together again at the end of attention.
+        self._joined = {n.output[0] for n in model.graph.node if n.op_type == "Reshape"}
         self._nodes: list[onnx.NodeProto] = []
         self._added: dict[str, onnx.TensorProto] = {}
         self._rows: dict[str, tuple[str, str]] = {}
@@ -176,7 +179,7 @@ class _Quantizer:
         weights = self._array(node.input[1]).astype(np.float32)
         if smoothing is not None:
             weights *= smoothing[:, None]
-        if self._precision == "int4":
+        if self._precision == "int4" and node.input[0] not in self._joined:
             found = four_bits(np.ascontiguousarray(weights.T))
             if found is not None:
                 self._groups(node, found, smoothing)

@@ -28,7 +28,8 @@ def shrink(graph: openvino.Model, precision: str, *, keep: set[str]) -> None:
 
     Args:
         graph: changed in place.
-        precision: `fp16`, `int8` or `int4`; embedding tables are int8 in int4, too.
+        precision: `fp16`, `int8` or `int4`. In `int4`, embedding tables and the products that end
+            attention are int8: 4 bits there cost the most.
         keep: names of nodes to leave unchanged: the score head's.
     """
     ov = need("openvino")
@@ -53,7 +54,10 @@ def shrink(graph: openvino.Model, precision: str, *, keep: set[str]) -> None:
         else:
             # Use one row per output: what the graph transposes is already stored like that.
             turned ^= node.get_attributes()["transpose_b"]
-            weights = matrix(rows if turned else np.ascontiguousarray(rows.T))
+            # Heads are put together again at the end of attention.
+            ends = node.input(0).get_source_output().get_node().get_type_name() == "Reshape"
+            make = table if ends else matrix
+            weights = make(rows if turned else np.ascontiguousarray(rows.T))
             product = ov.opset13.matmul(node.input(0).get_source_output(), weights, False, True)
             product.set_friendly_name(node.get_friendly_name())
             for user in node.output(0).get_target_inputs():
@@ -102,7 +106,9 @@ def _int4(rows: Floats) -> Any:
         return _int8(rows)
 
     def uint4(values: NDArray[np.uint8]) -> Any:
-        tensor = ov.Tensor(packed(values.reshape(1, -1)), list(values.shape), ov.Type.u4)
+        # Filled here: a constant would share the memory of a given array without keeping it.
+        tensor = ov.Tensor(ov.Type.u4, ov.Shape(values.shape))
+        tensor.data[:] = packed(values.reshape(1, -1)).reshape(tensor.data.shape)
         return opset.convert(opset.constant(tensor), "f16")
 
     shifted = opset.subtract(uint4(found.integers), uint4(found.zeros[..., None]))
