@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from qrank.backends.gguf import FILE, TYPE_STRIDE
 from qrank.backends.gguf_decoder import HEAD
 from qrank.backends.llama import complaint, library
 from qrank.bundle.sequences import Sequences
+from qrank.converters.checkpoint import evening
 from qrank.converters.checkpoint.configuration import make_settings, read_config
 from qrank.converters.checkpoint.probes import probe_pairs
 from qrank.converters.checkpoint.read import Checkpoint
@@ -81,7 +82,7 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
         checkpoint: read from its folder, one tensor at a time.
         precision: one of the format's `made` precisions. The score head is always f32.
         folder: exists and is empty.
-        calibration: not used.
+        calibration: pairs whose activations the channels are evened out by, but for f16.
 
     Returns:
         A note on the fallback types that replace the precision in some matrices; or "".
@@ -90,7 +91,8 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
         ConversionError: llama.cpp cannot represent the model, or its quantizer fails.
     """
     path = folder / FILE
-    matrices = _write(checkpoint, path)
+    scalings = {} if precision == "f16" else evening.scalings(checkpoint, calibration)
+    matrices = _write(checkpoint, path, scalings)
     if precision == "f16":
         return ""
     block = _BLOCKS[precision]
@@ -123,13 +125,15 @@ def _fallback_types(matrices: Sequence[Tensor], block: int) -> dict[str, str]:
     }
 
 
-def _write(checkpoint: Checkpoint, path: Path) -> list[Tensor]:
-    """Write the whole file in f16 and return the tensors in f16: the rest are f32."""
+def _write(
+    checkpoint: Checkpoint, path: Path, scalings: Mapping[str, evening.Scaling]
+) -> list[Tensor]:
+    """Write the whole file in f16, evened out, and return the tensors in f16: the rest are f32."""
     gguf = need("gguf")
     layout = Layout.of(checkpoint.family.architecture)
     config = make_settings(read_config(checkpoint.folder))
     layout.check(config, checkpoint.window)
-    weights = Weights(checkpoint.folder)
+    weights = Weights(checkpoint.folder, scalings)
     writer = gguf.GGUFWriter(path, layout.arch)
     writer.add_type("model")
     writer.add_name(checkpoint.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 from qrank.bundle.family import Family, label_row
 from qrank.bundle.sequences import Floats
 from qrank.converters.checkpoint.configuration import NEMOTRON, auto_class
+from qrank.converters.checkpoint.evening import Scaling
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.checkpoint.weights import read_weights
 from qrank.converters.gguf.layouts import Layout, rotary_factors
@@ -51,15 +52,16 @@ class Tensor:
 
 
 class Weights:
-    """A checkpoint's weights, read some rows at a time."""
+    """A checkpoint's weights, read some rows at a time and evened out."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, scalings: Mapping[str, Scaling]) -> None:
         # Before 2019, layer norms called their parameters gamma and beta.
         old = {"gamma": "weight", "beta": "bias"}
         self._found = {}
         for stored, part in read_weights(folder).items():
             module, _, parameter = stored.rpartition(".")
             self._found[f"{module}.{old.get(parameter, parameter)}"] = part
+        self._scalings = scalings
         self.shapes = {name: list(part.shape) for name, part in self._found.items()}
 
     def row(self, name: str, number: int) -> Floats:
@@ -68,7 +70,9 @@ class Weights:
 
     def rows(self, name: str, first: int = 0) -> Iterator[Floats]:
         """The rows of a weight from `first` on, in pieces."""
-        return self._found[name].rows(first)
+        for rows in self._found[name].rows(first):
+            yield self._scalings[name].apply(rows, first) if name in self._scalings else rows
+            first += len(rows)
 
 
 def llama_scores(family: Family) -> bool:

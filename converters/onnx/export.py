@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from qrank.bundle.family import Family
 from qrank.bundle.sequences import Sequences
+from qrank.converters.checkpoint.evening import even, scalings
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.graph_file import fits, save_graph
 from qrank.converters.logs import errors_only
@@ -49,7 +50,7 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
         checkpoint: loaded here, in fp32.
         precision: one of the format's `made` precisions. The head's weights are always fp32.
         folder: exists and is empty.
-        calibration: pairs whose activations int8 is calibrated on.
+        calibration: pairs whose activations int8 and int4 are calibrated on.
 
     Returns:
         "": there is no note.
@@ -58,7 +59,12 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
         ConversionError: the graph cannot be exported.
     """
     path = folder / "model.onnx"
-    export(checkpoint.load(), checkpoint.family, path, in_one_file=precision == "fp32")
+    quantized = precision in ("int8", "int4")
+    found = scalings(checkpoint, calibration) if quantized else {}
+    model = checkpoint.load()
+    even(model, found)
+    export(model, checkpoint.family, path, in_one_file=precision == "fp32")
+    del model
     if precision == "fp32":
         return ""
     onnx = need("onnx")
@@ -68,7 +74,7 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
     else:
         maxima = channel_maxima(path, calibration)
         graph = onnx.load(path, load_external_data=False)
-        quantize(graph, folder, keep=head_nodes(graph), maxima=maxima)
+        quantize(graph, folder, precision, keep=head_nodes(graph), maxima=maxima)
     for file in folder.iterdir():
         file.unlink()
     save_graph(graph, path)

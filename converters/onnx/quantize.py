@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrank.bundle.sequences import Floats, Sequences, feed, no_prefix
+from qrank.converters.checkpoint.evening import balance
+from qrank.converters.four_bits import FourBits, four_bits, packed
 from qrank.system.extras import need
 
 if TYPE_CHECKING:
@@ -30,19 +32,29 @@ if TYPE_CHECKING:
 _LARGE_TABLE = 2**16
 """Minimum elements of an embedding table to quantize: words and positions, not token types."""
 
+_GROUPED = ("weight", "scale", "zero")
+"""A grouped product's constants, in the order of its inputs."""
+
 
 def quantize(
-    model: onnx.ModelProto, folder: Path, *, keep: set[str], maxima: dict[str, Floats]
+    model: onnx.ModelProto,
+    folder: Path,
+    precision: str,
+    *,
+    keep: set[str],
+    maxima: dict[str, Floats],
 ) -> None:
     """Quantize a graph's matrix products and large tables in place.
 
     Args:
         model: fp32; external weights are read one by one. Afterwards it contains all weights.
         folder: the folder of the model's file.
+        precision: `int8` or `int4`. In `int4`, tables and the products that end attention are int8:
+            4 bits there cost the most.
         keep: names of nodes to leave unchanged: the score head's.
         maxima: from `channel_maxima`.
     """
-    _Quantizer(model, folder, keep, maxima).run()
+    _Quantizer(model, folder, precision, keep, maxima).run()
 
 
 def channel_maxima(path: Path, calibration: Sequences) -> dict[str, Floats]:
@@ -89,14 +101,22 @@ class _Quantizer:
     """Rewrites one graph; holds what its nodes share."""
 
     def __init__(
-        self, model: onnx.ModelProto, folder: Path, keep: set[str], maxima: dict[str, Floats]
+        self,
+        model: onnx.ModelProto,
+        folder: Path,
+        precision: str,
+        keep: set[str],
+        maxima: dict[str, Floats],
     ) -> None:
         self._onnx = need("onnx")
         self._model = model
         self._folder = folder
+        self._precision = precision
         self._keep = keep
         self._maxima = maxima
         self._weights = {i.name: i for i in model.graph.initializer}
+        # Heads are put together again at the end of attention.
+        self._joined = {n.output[0] for n in model.graph.node if n.op_type == "Reshape"}
         self._nodes: list[onnx.NodeProto] = []
         self._added: dict[str, onnx.TensorProto] = {}
         self._rows: dict[str, tuple[str, str]] = {}
@@ -151,15 +171,19 @@ class _Quantizer:
                 largest[x] = np.maximum(largest.get(x, rows), rows)
         smoothing = {}
         for name, weights in largest.items():
-            s = np.sqrt(np.maximum(self._maxima[name], 1e-5) / np.maximum(weights, 1e-5))
-            smoothing[name] = (s / s.mean()).astype(np.float32)
+            smoothing[name] = balance(self._maxima[name], weights)
         return smoothing
 
     def _product(self, node: onnx.NodeProto, smoothing: Floats | None) -> None:
-        """x @ W -> (int8 x @ int8 W) * column scale * row scale."""
+        """x @ W -> (int8 x @ int8 W) * column scale * row scale; or with int4 W."""
         weights = self._array(node.input[1]).astype(np.float32)
         if smoothing is not None:
             weights *= smoothing[:, None]
+        if self._precision == "int4" and node.input[0] not in self._joined:
+            found = four_bits(np.ascontiguousarray(weights.T))
+            if found is not None:
+                self._groups(node, found, smoothing)
+                return
         quantized, scale = _int8(weights, axis=0)
         integers, row_scale = self._quantized_rows(node.input[0], smoothing)
         out = node.output[0]
@@ -176,11 +200,7 @@ class _Quantizer:
     def _quantized_rows(self, x: str, smoothing: Floats | None) -> tuple[str, str]:
         """Names of x as uint8 around 128 and of the maximum absolute value of each row."""
         if x not in self._rows:
-            even = x
-            if smoothing is not None:
-                even = f"{x}.even"
-                self._constant(f"{x}.smoothing", (1 / smoothing).astype(np.float32))
-                self._node("Mul", [x, f"{x}.smoothing"], even)
+            even = self._even(x, smoothing)
             self._node("Abs", [even], f"{x}.abs")
             self._node("ReduceMax", [f"{x}.abs", "qrank.last"], f"{x}.max", keepdims=1)
             self._node("Max", [f"{x}.max", "qrank.tiny"], f"{x}.row")
@@ -188,6 +208,34 @@ class _Quantizer:
             self._node("QuantizeLinear", [f"{x}.unit", "qrank.step", "qrank.zero"], f"{x}.int")
             self._rows[x] = (f"{x}.int", f"{x}.row")
         return self._rows[x]
+
+    def _groups(self, node: onnx.NodeProto, weights: FourBits, smoothing: Floats | None) -> None:
+        """x @ W, with W in groups of 4 bits and, if the runtime can, blocks of x in 8 bits."""
+        out = node.output[0]
+        self._constant(f"{out}.weight", packed(weights.integers))
+        self._constant(f"{out}.scale", weights.scales.reshape(-1))
+        self._constant(f"{out}.zero", packed(weights.zeros).reshape(-1))
+        columns, groups, group = weights.integers.shape
+        self._node(
+            "MatMulNBits",
+            [self._even(node.input[0], smoothing), *(f"{out}.{s}" for s in _GROUPED)],
+            out,
+            domain="com.microsoft",
+            K=groups * group,
+            N=columns,
+            bits=4,
+            block_size=group,
+            accuracy_level=4,
+        )
+
+    def _even(self, x: str, smoothing: Floats | None) -> str:
+        """Name of x, with its channels evened out."""
+        if smoothing is None:
+            return x
+        if f"{x}.smoothing" not in self._added:
+            self._constant(f"{x}.smoothing", (1 / smoothing).astype(np.float32))
+            self._node("Mul", [x, f"{x}.smoothing"], f"{x}.even")
+        return f"{x}.even"
 
     def _table(self, node: onnx.NodeProto) -> None:
         """table[ids] -> int8 table[ids] * scale[ids]."""

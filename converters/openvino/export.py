@@ -21,6 +21,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from qrank.bundle.sequences import Sequences, feed
+from qrank.converters.checkpoint.evening import even, scalings
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.logs import errors_only
 from qrank.converters.onnx.export import HEAD, export
@@ -61,10 +62,10 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
 
     Args:
         checkpoint: loaded here; a decoder's matrices in their stored data type.
-        precision: one of the format's `made` precisions. `int8` quantizes only weights, `int8-w8a8`
-            activations too. The head stays fp32.
+        precision: one of the format's `made` precisions. `int8` and `int4` quantize only weights,
+            `int8-w8a8` activations too. The head stays fp32.
         folder: exists and is empty.
-        calibration: pairs whose activations `int8-w8a8` is calibrated on.
+        calibration: pairs whose activations quantization is calibrated on.
 
     Returns:
         "": there is no note.
@@ -83,7 +84,9 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
     with TemporaryDirectory(dir=folder.parent) as temporary:
         path = Path(temporary) / "model.onnx"
         activations = precision == "int8-w8a8"
+        found = {} if precision == "fp16" else scalings(checkpoint, calibration)
         model = checkpoint.load(lean=True)
+        even(model, found)
         # Folding constants takes memory; instead, weights are handled one by one here.
         export(model, checkpoint.family, path, in_one_file=False, optimize=False)
         del model

@@ -2,7 +2,7 @@
 
 NNCF holds a whole model in fp32 before it compresses it: 16 GB for 4 billion parameters. Here each
 weight is read, quantized and released, into the same nodes that NNCF makes: int8 with a scale and a
-zero point per row.
+zero point per row, int4 with a scale and a zero point per group of a row's weights.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qrank.bundle.sequences import Floats
+from qrank.converters.four_bits import four_bits, packed
 from qrank.system.extras import need
 
 if TYPE_CHECKING:
@@ -26,11 +28,13 @@ def shrink(graph: openvino.Model, precision: str, *, keep: set[str]) -> None:
 
     Args:
         graph: changed in place.
-        precision: `int8` or `fp16`.
+        precision: `fp16`, `int8` or `int4`. In `int4`, embedding tables and the products that end
+            attention are int8: 4 bits there cost the most.
         keep: names of nodes to leave unchanged: the score head's.
     """
     ov = need("openvino")
-    make = _half if precision == "fp16" else _int8
+    table = _half if precision == "fp16" else _int8
+    matrix = _int4 if precision == "int4" else table
     # Several nodes may use one table, which is shrunk once.
     made: dict[str, Any] = {}
     for node in graph.get_ordered_ops():
@@ -45,11 +49,14 @@ def shrink(graph: openvino.Model, precision: str, *, keep: set[str]) -> None:
             continue
         name = constant.get_friendly_name()
         if place == 0:
-            made[name] = made[name] if name in made else make(rows)
+            made[name] = made[name] if name in made else table(rows)
             node.input(0).replace_source_output(made[name].output(0))
         else:
             # Use one row per output: what the graph transposes is already stored like that.
             turned ^= node.get_attributes()["transpose_b"]
+            # Heads are put together again at the end of attention.
+            ends = node.input(0).get_source_output().get_node().get_type_name() == "Reshape"
+            make = table if ends else matrix
             weights = make(rows if turned else np.ascontiguousarray(rows.T))
             product = ov.opset13.matmul(node.input(0).get_source_output(), weights, False, True)
             product.set_friendly_name(node.get_friendly_name())
@@ -88,3 +95,25 @@ def _int8(rows: Floats) -> Any:
     zeros = opset.convert(opset.constant(zero.astype(np.uint8)), "f16")
     shifted = opset.subtract(integers, zeros)
     return opset.convert(opset.multiply(shifted, opset.constant(scale.astype(np.float16))), "f32")
+
+
+def _int4(rows: Floats) -> Any:
+    """rows -> (uint4 - zero point) * scale, per group; int8 if the rows do not fit any group."""
+    ov = need("openvino")
+    opset = ov.opset13
+    found = four_bits(rows)
+    if found is None:
+        return _int8(rows)
+
+    def uint4(values: NDArray[np.uint8]) -> Any:
+        # Filled here: a constant would share the memory of a given array without keeping it.
+        tensor = ov.Tensor(ov.Type.u4, ov.Shape(values.shape))
+        tensor.data[:] = packed(values.reshape(1, -1)).reshape(tensor.data.shape)
+        return opset.convert(opset.constant(tensor), "f16")
+
+    shifted = opset.subtract(uint4(found.integers), uint4(found.zeros[..., None]))
+    scales = opset.constant(found.scales[..., None].astype(np.float16))
+    whole = opset.reshape(
+        opset.multiply(shifted, scales), np.array(rows.shape, np.int64), special_zero=False
+    )
+    return opset.convert(whole, "f32")

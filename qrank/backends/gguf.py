@@ -206,9 +206,9 @@ SPEC = BackendSpec(
     extra="gguf",
     format=Format(
         precisions=(
-            Precision("q4_k_m", FOUR_BITS, bytes=0.5, cpu=8, elsewhere=7, stem="q4_k_m$"),
-            Precision("q8_0", EIGHT_BITS, cpu=7, elsewhere=6, stem="q8_0$"),
-            Precision("f16", FLOAT16, bytes=2, cpu=9, elsewhere=5, stem="f16$"),
+            Precision("q4_k_m", FOUR_BITS, bytes=0.5, cpu=10, elsewhere=7, stem="q4_k_m$"),
+            Precision("q8_0", EIGHT_BITS, cpu=9, elsewhere=6, stem="q8_0$"),
+            Precision("f16", FLOAT16, bytes=2, cpu=11, elsewhere=5, stem="f16$"),
             Precision("f32", FLOAT32, made=False),
             Precision("bf16", BFLOAT16, made=False, elsewhere=8),
             *(Precision(name, EIGHT_BITS, made=False) for name in _LIKE_EIGHT_BITS),

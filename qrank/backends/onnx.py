@@ -237,9 +237,9 @@ SPEC = BackendSpec(
     format=Format(
         precisions=(
             Precision("int8", EIGHT_BITS, cpu=2, elsewhere=2, stem=GRAPH_STEMS["int8"]),
-            Precision("fp16", FLOAT16, bytes=2, cpu=6, elsewhere=1, stem=GRAPH_STEMS["fp16"]),
-            Precision("fp32", FLOAT32, bytes=4, cpu=5, elsewhere=3, stem=GRAPH_STEMS["fp32"]),
-            Precision("int4", FOUR_BITS, made=False, stem=GRAPH_STEMS["int4"]),
+            Precision("fp16", FLOAT16, bytes=2, cpu=8, elsewhere=1, stem=GRAPH_STEMS["fp16"]),
+            Precision("fp32", FLOAT32, bytes=4, cpu=6, elsewhere=3, stem=GRAPH_STEMS["fp32"]),
+            Precision("int4", FOUR_BITS, bytes=0.6, cpu=7, elsewhere=9, stem=GRAPH_STEMS["int4"]),
             Precision("bf16", BFLOAT16, made=False, elsewhere=8),
         ),
         converter="qrank.converters.onnx.export",

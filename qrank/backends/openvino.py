@@ -254,8 +254,8 @@ SPEC = BackendSpec(
             # Slightly faster than int8 on some machines, and farther from the original.
             Precision("int8-w8a8", EIGHT_BITS, cpu=3, elsewhere=4),
             Precision("fp16", FLOAT16, bytes=2, cpu=4, elsewhere=1, stem=GRAPH_STEMS["fp16"]),
+            Precision("int4", FOUR_BITS, bytes=0.6, cpu=5, elsewhere=9, stem=GRAPH_STEMS["int4"]),
             Precision("fp32", FLOAT32, made=False, elsewhere=3, stem=GRAPH_STEMS["fp32"]),
-            Precision("int4", FOUR_BITS, made=False, stem=GRAPH_STEMS["int4"]),
             Precision("bf16", BFLOAT16, made=False, elsewhere=8),
         ),
         converter="qrank.converters.openvino.export",

@@ -251,9 +251,9 @@ SPEC = BackendSpec(
     # No converter, importer or files: it runs checkpoints directly.
     format=Format(
         precisions=(
-            Precision("fp32", FLOAT32, cpu=10, elsewhere=3),
-            Precision("bf16", BFLOAT16, cpu=11, elsewhere=8),
-            Precision("fp16", FLOAT16, cpu=12, elsewhere=1),
+            Precision("fp32", FLOAT32, cpu=12, elsewhere=3),
+            Precision("bf16", BFLOAT16, cpu=13, elsewhere=8),
+            Precision("fp16", FLOAT16, cpu=14, elsewhere=1),
         ),
     ),
     memory=memory,
