@@ -122,7 +122,7 @@ def conforms(
     pairs: list[tuple[str, str]],
     theirs: Logits,
     alone_bounds: dict[str, float],
-    **options: str,
+    **options: str | None,
 ) -> None:
     """Assert that `model` on `backend` scores pairs like the reference, in any batch."""
     format, _, precision = backend.partition("-")

@@ -12,8 +12,6 @@ from qrank.converters.convert import convert
 
 Folders = Callable[[str], Path]
 FAMILIES = {"camembert": "roberta"}
-NAMED = {"bert-two-labels": {"family": "bert-two-labels"}}
-"""Families that no config.json tells from others."""
 VARIANTS = [("onnx", "int8"), ("openvino", "int8"), ("gguf", "q8_0")]
 MORE = {"deberta-v2": [("onnx", "fp16"), ("openvino", "fp16")]}
 """DeBERTa's buckets of distances would be wrong if they were computed in fp16."""
@@ -27,19 +25,19 @@ def encoder(request: pytest.FixtureRequest) -> str:
 
 def test_the_original_conforms(encoder: str, checkpoint_of: Folders) -> None:
     folder = checkpoint_of(encoder)
-    named = NAMED.get(encoder, {})
-    found = read_checkpoint(str(folder), **named)  # type: ignore[arg-type]
+    family = tiny_encoders.FAMILIES.get(encoder)
+    found = read_checkpoint(str(folder), family=family)
     assert found.family.name == FAMILIES.get(encoder, encoder)
-    conforms(folder, "torch-fp32", PAIRS, reference(folder)[0], ALONE, **named)
+    conforms(folder, "torch-fp32", PAIRS, reference(folder)[0], ALONE, family=family)
 
 
 def test_conformance(encoder: str, checkpoint_of: Folders, tmp_path: Path) -> None:
     folder = checkpoint_of(encoder)
-    named = NAMED.get(encoder, {})
-    card = read_checkpoint(str(folder), **named).card  # type: ignore[arg-type]
+    family = tiny_encoders.FAMILIES.get(encoder)
+    card = read_checkpoint(str(folder), family=family).card
     rows = [*VARIANTS, *MORE.get(encoder, [])]
     variants = [row for row in rows if row[0] not in card.unsupported]
-    made = convert(str(folder), variants, tmp_path / "bundle", **named)  # type: ignore[arg-type]
+    made = convert(str(folder), variants, tmp_path / "bundle", family=family)
     assert not made.failed
     for row in variants:
         conforms(made.folder, "-".join(row), PAIRS, reference(folder)[0], ALONE)

@@ -31,12 +31,13 @@ from qrank.converters.four_bits import four_bits, group_of, packed
 from qrank.system.extras import need
 
 KINDS = list(tiny.CHECKPOINTS | tiny_decoders.CHECKPOINTS | tiny_encoders.CHECKPOINTS)
+FAMILIES = tiny_decoders.FAMILIES | tiny_encoders.FAMILIES
 UNEVEN = 16.0
 
 
 def read(folder: Path, kind: str, target: Path) -> tuple[Checkpoint, Sequences, Sequences]:
     """A checkpoint, some of its probes, and pairs for calibration."""
-    checkpoint = read_checkpoint(str(folder), family=tiny_decoders.FAMILIES.get(kind))
+    checkpoint = read_checkpoint(str(folder), family=FAMILIES.get(kind))
     path = target / TOKENIZER
     path.write_text(json.dumps(checkpoint.text_tokenizer()), "utf-8")
     pairs = (probe_pairs()[:8], calibration_pairs()[:8])
@@ -74,7 +75,7 @@ def test_evening_is_exact(
     folder = uneven(checkpoint_of(kind), tmp_path / kind)
     checkpoint, probes, calibration = read(folder, kind, tmp_path)
     model = checkpoint.load().to(dtype)
-    expected = run_reference(model, probes, checkpoint.family.labels)
+    expected = run_reference(model, probes, checkpoint.family)
     found = evening.scalings(checkpoint, calibration)
     assert found, "no rules for this class"
     evening.even(model, found)
@@ -84,8 +85,8 @@ def test_evening_is_exact(
     # Gemma's norms are stored minus 1: near 0, a digit is lost.
     bound = 1e-5 if kind == "gemma" and dtype == torch.float32 else 0
     if kind != "gemma" or bound:
-        after = run_reference(model, probes, checkpoint.family.labels)
-        np.testing.assert_allclose(after, expected, rtol=0, atol=bound * np.ptp(expected))
+        after = run_reference(model, probes, checkpoint.family)
+        np.testing.assert_allclose(after, expected, rtol=0, atol=bound * float(np.ptp(expected)))
 
 
 def test_a_class_without_rules_stays_as_it_is(
@@ -103,7 +104,9 @@ def test_evening_brings_a_quantized_model_closer_to_the_original(
     folder = uneven(checkpoint_of("qwen3"), tmp_path / "uneven")
 
     def error(target: Path) -> float:
-        manifest = convert(str(folder), [("gguf", "q8_0")], target).manifest
+        manifest = convert(
+            str(folder), [("gguf", "q8_0")], target, family="qwen3-reranker"
+        ).manifest
         return manifest.variants["gguf-q8_0"].fidelity.max_abs
 
     evened = error(tmp_path / "evened")

@@ -38,7 +38,7 @@ def test_its_layers_are_those_of_llama_cpp(
     writer.add_tokenizer_model("none")
     writer.add_token_type_count(model.config.type_vocab_size)
     writer.add_vocab_size(model.config.vocab_size)
-    weights = tensors.Weights(checkpoint.folder)
+    weights = tensors.Weights(checkpoint.folder, {})
     for tensor in tensors.tensors_of(weights, model.config, layout, checkpoint):
         if not tensor.name.startswith("cls"):
             whole = np.concatenate(list(tensor.pieces()))

@@ -195,3 +195,6 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "jina-reranker-v1": jina_v1,
 }
 """Every kind, by a name that is its family's, except for CamemBERT: RoBERTa's."""
+
+FAMILIES = {"bert-two-labels": "bert-two-labels"}
+"""Families that no config.json tells from others."""

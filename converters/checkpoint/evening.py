@@ -13,6 +13,7 @@ Such vectors are, by family:
 |---|---|---|---|
 | Qwen2, Qwen3, Llama, Gemma | both norms of a layer | yes | yes: `up` is linear |
 | ModernBERT | both, but for the first layer's attention | yes | yes: half of `Wi` is linear |
+| gte, jina-reranker-v1 | no: the residual sum reads them too | yes | yes: half is linear |
 | BERT and its relatives | no: the residual sum reads them too | yes | no: GELU is not linear |
 
 A norm that is followed by a residual sum feeds the next norm, whose mean and variance would change.
@@ -56,6 +57,11 @@ _RULES: Mapping[str, tuple[Rule, ...]] = {
         ("attn.Wqkv", ("attn.Wo",)),
         ("mlp.Wi", ("mlp.Wo",)),
     ),
+    "gte": (
+        ("self_attn.v_proj", ("self_attn.o_proj",)),
+        ("mlp.up_proj", ("mlp.down_proj",)),
+    ),
+    "jina_bert": (*_BERT, ("mlp.gated_layers", ("mlp.wo",))),
     **dict.fromkeys(("bert", "electra", "roberta", "xlm-roberta", "camembert"), _BERT),
     "deberta-v2": (("attention.self.value_proj", ("attention.output.dense",)),),
     "distilbert": (("attention.v_lin", ("attention.out_lin",)),),
@@ -206,9 +212,7 @@ def _maxima(
     return largest
 
 
-def _channels(
-    model: PreTrainedModel, made: torch.nn.Module, read: torch.nn.Module
-) -> tuple[int, int, int]:
+def _channels(model: PreTrainedModel, made: Any, read: Any) -> tuple[int, int, int]:
     """The shape of what is read: heads, repetitions of each head, channels of a head.
 
     Several query heads share a head of values, which is then read once per query head.
@@ -221,7 +225,7 @@ def _channels(
     return own // head, width // own, head
 
 
-def _factors(x: Floats, read: list[torch.nn.Module], shape: tuple[int, int, int]) -> Floats:
+def _factors(x: Floats, read: list[Any], shape: tuple[int, int, int]) -> Floats:
     """s for every channel that is read, in `shape`: powers of two, the same for all repetitions."""
     w = np.max([m.weight.detach().abs().amax(0).float().numpy() for m in read], axis=0)
     s = balance(*(values.reshape(shape).max(1, keepdims=True) for values in (x, w)))

@@ -245,10 +245,7 @@ def _check_labels(settings: PretrainedConfig, card: Card, source: str) -> None:
         )
     count, expected = settings.num_labels, len(card.classes) or 1
     if count != expected:
-        two = (
-            ". If one of the two means relevant, say so: --family bert-two-labels, or a card of "
-            "your own with classes = [1, 0]"
-        )
+        two = ". If one of the two means relevant: --family bert-two-labels, or a card with classes"
         raise FamilyError(
             f"{source} has {count} labels (id2label, num_labels in config.json); family "
             f"{card.name} has {expected}: it is a classifier, or a model without a trained head"
