@@ -36,7 +36,7 @@ from qrank.system.machine import peak_memory, processors
 
 SHAPE = "Qwen3-Reranker-0.6B"
 PREFIX = 64
-VARIANTS = ("openvino-int8", "onnx-int8", "gguf-q4_k_m", "gguf-q8_0")
+VARIANTS = ("openvino-int8", "openvino-int4", "onnx-int8", "gguf-q4_k_m", "gguf-q8_0")
 UBATCH = 512
 """llama.cpp's own default for the number of tokens computed at once."""
 

@@ -151,7 +151,7 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {
 """Name -> a tiny checkpoint of the tests, and the real model's values for its configuration."""
 
 VARIANTS = ("onnx-int8", "openvino-int8", "openvino-int8-w8a8", "gguf-q4_k_m", "gguf-q8_0")
-DECODER_VARIANTS = ("openvino-int8", "gguf-q4_k_m", "gguf-q8_0")
+DECODER_VARIANTS = ("openvino-int8", "openvino-int4", "gguf-q4_k_m", "gguf-q8_0")
 LENGTHS = (128, 512)
 HEAD_GAIN = 6.0
 """Factor for the classifier's weights, so that logits spread over some units."""

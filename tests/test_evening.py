@@ -173,16 +173,16 @@ def test_packing_loses_nothing(integers: Any) -> None:
     np.testing.assert_array_equal(both[:, : integers.shape[1]], integers)
 
 
-def test_int4_graphs_hold_four_bits_but_for_the_words_and_the_ends_of_attention(
+def test_int4_graphs_hold_four_bits_but_for_the_words_and_what_is_summed(
     bundle_of: Callable[[str], Path],
 ) -> None:
     """Alike in both formats: they are made by the same function."""
     bundle = bundle_of("qwen3")
     graph = onnx.load(bundle / "onnx-int4" / "model.onnx").graph
     products = [node for node in graph.node if node.op_type == "MatMulNBits"]
-    assert len(products) == 2 * 6
+    assert len(products) == 2 * 5
     ends = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
-    assert len(ends) == 2, "one at the end of each layer's attention"
+    assert len(ends) == 2 * 2, "those that add to the residual sum"
     weights = {i.name: i for i in graph.initializer}
     assert not [n for n in graph.node if n.op_type == "MatMul" and n.input[1] in weights]
     assert any(numpy_helper.to_array(i).dtype == np.int8 for i in graph.initializer)
@@ -190,6 +190,6 @@ def test_int4_graphs_hold_four_bits_but_for_the_words_and_the_ends_of_attention(
     nodes = ov.Core().read_model(bundle / "openvino-int4" / "model.xml").get_ops()
     constants = [node for node in nodes if node.get_type_name() == "Constant"]
     four = [c for c in constants if c.get_element_type() == ov.Type.u4]
-    assert len(four) == 2 * 2 * 6, "weights and zero points"
+    assert len(four) == 2 * 2 * 5, "weights and zero points"
     assert {c.shape[-1] for c in four if c.shape[-1] > 1} == {32}
     assert [c for c in constants if c.get_element_type() == ov.Type.u8], "the words"

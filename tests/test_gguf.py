@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from qrank import Reranker
@@ -198,6 +199,26 @@ def test_gguf_is_made_in_q4_k_m_unless_told(
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     assert "gguf-q4_k_m: rows of" in result.stdout
+
+
+def test_where_token_types_are_flags_what_carries_them_stays_exact(
+    checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint_of("bert"), tmp_path / "flags"))
+    weights = load_file(folder / "model.safetensors")
+    types = weights["bert.embeddings.token_type_embeddings.weight"]
+    types[1] = types[0]
+    types[1, ::20] += 2
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    made = convert(str(folder), [("gguf", "q8_0"), ("gguf", "q4_k_m")], tmp_path / "out")
+    for precision, count in (("q8_0", 5), ("q4_k_m", 4)):
+        found = {t.name: t.tensor_type.name for t in read(made.folder, precision).tensors}
+        exact = {name for name, kind in found.items() if kind == "F16"}
+        words = {"token_embd.weight"} if precision == "q8_0" else set()
+        carriers = {f"blk.{i}.attn_{x}.weight" for i in range(2) for x in "qk"}
+        assert exact == carriers | words
+        note = made.manifest.variants[f"gguf-{precision}"].note
+        assert note.endswith(f"token types are flags: {count} of 13 matrices stay F16")
 
 
 def test_where_rows_fit_nothing_stands_in(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ from qrank.converters.gguf.layouts import Layout, describe
 from qrank.converters.gguf.tensors import (
     Tensor,
     Weights,
+    has_flags,
     llama_scores,
     score_head,
     tensors_of,
@@ -92,21 +93,37 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
     """
     path = folder / FILE
     scalings = {} if precision == "f16" else evening.scalings(checkpoint, calibration)
-    matrices = _write(checkpoint, path, scalings)
+    weights = Weights(checkpoint.folder, scalings)
+    matrices = _write(checkpoint, weights, path)
     if precision == "f16":
         return ""
     block = _BLOCKS[precision]
     kinds = _fallback_types(matrices, block)
+    flags = _flags(matrices, precision) if has_flags(weights, checkpoint) else {}
     plain = path.rename(folder / "f16.gguf")
-    _quantize(plain, path, precision, kinds)
+    _quantize(plain, path, precision, kinds | flags)
     plain.unlink()
-    if not kinds:
-        return ""
-    unfit = sorted({t.shape[-1] for t in matrices if t.shape[-1] % block})
-    return (
-        f"rows of {', '.join(map(str, unfit))} do not fit {block}: "
-        f"{len(kinds)} of {len(matrices)} matrices are {', '.join(sorted(set(kinds.values())))}"
-    )
+    notes = []
+    if kinds:
+        unfit = sorted({t.shape[-1] for t in matrices if t.shape[-1] % block})
+        notes.append(
+            f"rows of {', '.join(map(str, unfit))} do not fit {block}: "
+            f"{len(kinds)} of {len(matrices)} matrices are {', '.join(sorted(set(kinds.values())))}"
+        )
+    if flags:
+        notes.append(f"token types are flags: {len(flags)} of {len(matrices)} matrices stay F16")
+    return "; ".join(notes)
+
+
+def _flags(matrices: Sequence[Tensor], precision: str) -> dict[str, str]:
+    """The type of matrices that a model with flags (see `has_flags`) needs exactly.
+
+    A flag should be the same for all tokens of a text, and attention multiplies it by large
+    numbers. Rounded activations, in blocks of 32, and rounded words make it differ from token to
+    token. In q4_k_m the words' rounding does not matter beside that of other weights.
+    """
+    exact = ("attn_q.weight", "attn_k.weight", *([_WORDS] if precision == "q8_0" else []))
+    return {t.name: "F16" for t in matrices if t.name.endswith(exact)}
 
 
 def _fallback_types(matrices: Sequence[Tensor], block: int) -> dict[str, str]:
@@ -125,15 +142,12 @@ def _fallback_types(matrices: Sequence[Tensor], block: int) -> dict[str, str]:
     }
 
 
-def _write(
-    checkpoint: Checkpoint, path: Path, scalings: Mapping[str, evening.Scaling]
-) -> list[Tensor]:
-    """Write the whole file in f16, evened out, and return the tensors in f16: the rest are f32."""
+def _write(checkpoint: Checkpoint, weights: Weights, path: Path) -> list[Tensor]:
+    """Write the whole file in f16 and return the tensors in f16: the rest are f32."""
     gguf = need("gguf")
     layout = Layout.of(checkpoint.family.architecture)
     config = make_settings(read_config(checkpoint.folder))
     layout.check(config, checkpoint.window)
-    weights = Weights(checkpoint.folder, scalings)
     writer = gguf.GGUFWriter(path, layout.arch)
     writer.add_type("model")
     writer.add_name(checkpoint.name)

@@ -24,6 +24,9 @@ from qrank.system.extras import need
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+_FLAG = 10
+"""How much more than in most channels the token types differ in a flag's."""
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -83,6 +86,25 @@ def llama_scores(family: Family) -> bool:
 def token_types(checkpoint: Checkpoint) -> int:
     """Number of token types that the template uses."""
     return max(checkpoint.family.segments or [0]) + 1
+
+
+def has_flags(weights: Weights, checkpoint: Checkpoint) -> bool:
+    """Whether a model tells its two texts apart by a few channels, which its token types switch.
+
+    In them, the types differ by more than words do, and by ten times more than in most others.
+    """
+    if token_types(checkpoint) < 2:
+        return False
+    (words,) = (name for name in weights.shapes if name.endswith("word_embeddings.weight"))
+    (types,) = weights.rows(_types_beside(words))
+    shift = np.abs(types[1] - types[0])
+    squares = sum(float(np.square(rows, dtype=np.float64).sum()) for rows in weights.rows(words))
+    usual = math.sqrt(squares / math.prod(weights.shapes[words]))
+    return bool(shift.max() > max(usual, _FLAG * np.median(shift)))
+
+
+def _types_beside(words: str) -> str:
+    return words.replace("word_embeddings", "token_type_embeddings")
 
 
 def score_head(weights: Weights, config: PretrainedConfig, family: Family) -> Floats:
@@ -173,7 +195,7 @@ def _interleaved(weights: Weights, name: str, heads: int) -> Iterator[Floats]:
 
 def _shifted(weights: Weights, name: str, types: int) -> Iterator[Floats]:
     """The vocabulary once per token type; llama.cpp adds type 0 itself."""
-    (shifts,) = weights.rows(name.replace("word_embeddings", "token_type_embeddings"))
+    (shifts,) = weights.rows(_types_beside(name))
     for number in range(types):
         for words in weights.rows(name):
             yield words + (shifts[number] - shifts[0])

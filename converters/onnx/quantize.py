@@ -49,8 +49,8 @@ def quantize(
     Args:
         model: fp32; external weights are read one by one. Afterwards it contains all weights.
         folder: the folder of the model's file.
-        precision: `int8` or `int4`. In `int4`, tables and the products that end attention are int8:
-            4 bits there cost the most.
+        precision: `int8` or `int4`. In `int4`, tables and the products that add to the residual sum
+            are int8: 4 bits there cost the most.
         keep: names of nodes to leave unchanged: the score head's.
         maxima: from `channel_maxima`.
     """
@@ -115,8 +115,7 @@ class _Quantizer:
         self._keep = keep
         self._maxima = maxima
         self._weights = {i.name: i for i in model.graph.initializer}
-        # Heads are put together again at the end of attention.
-        self._joined = {n.output[0] for n in model.graph.node if n.op_type == "Reshape"}
+        self._sums = [n for n in model.graph.node if n.op_type == "Add"]
         self._nodes: list[onnx.NodeProto] = []
         self._added: dict[str, onnx.TensorProto] = {}
         self._rows: dict[str, tuple[str, str]] = {}
@@ -161,6 +160,11 @@ class _Quantizer:
             )
         return False
 
+    def _is_summed(self, node: onnx.NodeProto) -> bool:
+        """Whether a product's output, with its bias, is added to other activations."""
+        users = [add for add in self._sums if node.output[0] in add.input]
+        return any(not set(add.input) & set(self._weights) or self._is_summed(add) for add in users)
+
     def _smoothing(self) -> dict[str, Floats]:
         """s for every norm's output that is multiplied by weights; shape [channels]."""
         largest: dict[str, Floats] = {}
@@ -179,7 +183,7 @@ class _Quantizer:
         weights = self._array(node.input[1]).astype(np.float32)
         if smoothing is not None:
             weights *= smoothing[:, None]
-        if self._precision == "int4" and node.input[0] not in self._joined:
+        if self._precision == "int4" and not self._is_summed(node):
             found = four_bits(np.ascontiguousarray(weights.T))
             if found is not None:
                 self._groups(node, found, smoothing)

@@ -28,8 +28,8 @@ def shrink(graph: openvino.Model, precision: str, *, keep: set[str]) -> None:
 
     Args:
         graph: changed in place.
-        precision: `fp16`, `int8` or `int4`. In `int4`, embedding tables and the products that end
-            attention are int8: 4 bits there cost the most.
+        precision: `fp16`, `int8` or `int4`. In `int4`, embedding tables and the products that add
+            to the residual sum are int8: 4 bits there cost the most.
         keep: names of nodes to leave unchanged: the score head's.
     """
     ov = need("openvino")
@@ -54,9 +54,7 @@ def shrink(graph: openvino.Model, precision: str, *, keep: set[str]) -> None:
         else:
             # Use one row per output: what the graph transposes is already stored like that.
             turned ^= node.get_attributes()["transpose_b"]
-            # Heads are put together again at the end of attention.
-            ends = node.input(0).get_source_output().get_node().get_type_name() == "Reshape"
-            make = table if ends else matrix
+            make = table if _is_summed(node) else matrix
             weights = make(rows if turned else np.ascontiguousarray(rows.T))
             product = ov.opset13.matmul(node.input(0).get_source_output(), weights, False, True)
             product.set_friendly_name(node.get_friendly_name())
@@ -71,6 +69,16 @@ def _constant(node: Any) -> tuple[Any, bool]:
         turned ^= node.get_type_name() == "Transpose"
         node = node.input(0).get_source_output().get_node()
     return (node if node.get_type_name() == "Constant" else None), turned
+
+
+def _is_summed(node: Any) -> bool:
+    """Whether a product's output, with its bias, is added to other activations."""
+    for user in (target.get_node() for target in node.output(0).get_target_inputs()):
+        if user.get_type_name() == "Add":
+            sources = [i.get_source_output().get_node() for i in user.inputs()]
+            if all(_constant(source)[0] is None for source in sources) or _is_summed(user):
+                return True
+    return False
 
 
 def _half(rows: Floats) -> Any:
