@@ -36,9 +36,14 @@ from qrank.system import paths
 settings.register_profile("qrank", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("qrank")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A run in a shell's background ignores Ctrl-C, and so would the commands that tests start.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A run in a shell's background or under nohup ignores these, and so would the commands that tests
+# start.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 def pytest_unconfigure() -> None:
