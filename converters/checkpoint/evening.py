@@ -4,8 +4,8 @@ Numbers that are quantized together share a scale, so one large channel makes it
 Where a vector is made linearly, by a norm or a product, and only products read it, channel j can be
 divided by s_j where it is made and multiplied by s_j where it is read. As in SmoothQuant (arXiv
 2211.10438, with alpha = 0.5), s_j = sqrt(max |x_j| / max |w_j|): the activations' range and the
-weights' range then meet in the middle. Each s_j is a power of two, which changes exponents and no
-digits: the result is exact in every data type.
+weights' range then meet in the middle. Each s_j is a power of two, rounded towards 1, which changes
+exponents and no digits: the result is exact in every data type. Usual channels stay as they are.
 
 Such vectors are, by family:
 
@@ -224,5 +224,5 @@ def _factors(x: Floats, read: list[torch.nn.Module], shape: tuple[int, int, int]
     """s for every channel that is read, in `shape`: powers of two, the same for all repetitions."""
     w = np.max([m.weight.detach().abs().amax(0).float().numpy() for m in read], axis=0)
     s = balance(*(values.reshape(shape).max(1, keepdims=True) for values in (x, w)))
-    exponents = np.rint(np.log2(s)).clip(-_MOST, _MOST)
+    exponents = np.trunc(np.log2(s)).clip(-_MOST, _MOST)
     return np.broadcast_to(np.exp2(exponents), shape)
