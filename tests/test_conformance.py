@@ -4,9 +4,9 @@
 
 | kinds | onnx | openvino | gguf | torch |
 |---|---|---|---|---|
-| encoders: `tiny.CHECKPOINTS` (here) | all | all | all | fp32 |
+| encoders: `tiny.CHECKPOINTS` (here) | but int4 | but int4 | all | fp32 |
 | decoders: `tiny_decoders.CHECKPOINTS` (there) | all | but int8-w8a8 | all | fp32 |
-| nemotron (its own file) | all | all | all | fp32 |
+| nemotron (its own file) | but int4 | but int4 | all | fp32 |
 | encoders: `tiny_encoders.CHECKPOINTS` (test_encoders.py) | int8 | int8 | q8_0 | fp32 |
 
 "All" is what the backends declare (`qrank.backends.formats`); openvino's int8-w8a8 is left out on

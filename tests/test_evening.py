@@ -33,6 +33,10 @@ from qrank.system.extras import need
 KINDS = list(tiny.CHECKPOINTS | tiny_decoders.CHECKPOINTS | tiny_encoders.CHECKPOINTS)
 FAMILIES = tiny_decoders.FAMILIES | tiny_encoders.FAMILIES
 UNEVEN = 16.0
+VALUES = ("value.weight", "value.bias", "value_proj.weight", "v_lin.weight", "attn.v.weight")
+NORMS = ("layernorm.weight", "attn_norm.weight", "mlp_norm.weight")
+BEHIND = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
+BEHIND += ("Wqkv.weight", "mlp.Wi.weight")
 
 
 def read(folder: Path, kind: str, target: Path) -> tuple[Checkpoint, Sequences, Sequences]:
@@ -48,19 +52,17 @@ def read(folder: Path, kind: str, target: Path) -> tuple[Checkpoint, Sequences, 
 def uneven(source: Path, target: Path) -> Path:
     """A copy of a checkpoint with a few channels that are far larger than their neighbours.
 
-    The values' weights and biases are larger in some rows, and after Qwen's norms, the weight is
-    larger and the products' columns are smaller: the model computes the same.
+    The values' weights and biases are larger in some rows. In models without such values, a norm's
+    weights are larger and the columns of the products behind it smaller: they compute the same.
     """
     shutil.copytree(source, target)
     weights = load_file(target / "model.safetensors")
     for name, weight in weights.items():
-        if name.endswith(("value.weight", "value.bias", "v_lin.weight", "attn.v.weight")):
+        if name.endswith(VALUES):
             weight[::9] *= UNEVEN
-        if name.endswith("layernorm.weight"):
+        if name.endswith(NORMS):
             weight[::9] *= UNEVEN
-        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-            weight[:, ::9] /= UNEVEN
-        if name.endswith(("gate_proj.weight", "up_proj.weight")):
+        if name.endswith(BEHIND):
             weight[:, ::9] /= UNEVEN
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     return target
@@ -112,6 +114,13 @@ def test_evening_brings_a_quantized_model_closer_to_the_original(
     evened = error(tmp_path / "evened")
     monkeypatch.setattr(evening, "scalings", lambda checkpoint, calibration: {})
     assert evened < 0.5 * error(tmp_path / "plain")
+
+
+def test_channels_that_carry_nothing_stay_as_they_are() -> None:
+    x, w = np.array([4, 0, 1, 2], np.float32), np.array([1, 1, 0, 0.5], np.float32)
+    np.testing.assert_allclose(evening.balance(x, w), [1, 1, 1, 1])
+    np.testing.assert_allclose(evening.balance(x[:1] * [16, 1], w[:1] * [1, 1]), [2, 0.5])
+    np.testing.assert_allclose(evening.balance(np.zeros(2), np.zeros(2)), [1, 1])
 
 
 # Four bits

@@ -26,7 +26,7 @@ from transformers import (
 
 from qrank.converters.checkpoint.card import cards
 
-VARIANTS = tuple(row for row in tiny.VARIANTS if row != ("openvino", "int8-w8a8"))
+VARIANTS = tuple(row for row in tiny.MADE if row != ("openvino", "int8-w8a8"))
 """Every (format, precision) that is available for decoders."""
 
 MAX_LENGTH = 2304

@@ -4,8 +4,8 @@ Numbers that are quantized together share a scale, so one large channel makes it
 Where a vector is made linearly, by a norm or a product, and only products read it, channel j can be
 divided by s_j where it is made and multiplied by s_j where it is read. As in SmoothQuant (arXiv
 2211.10438, with alpha = 0.5), s_j = sqrt(max |x_j| / max |w_j|): the activations' range and the
-weights' range then meet in the middle. Each s_j is a power of two, which changes exponents and no
-digits: the result is exact in every data type.
+weights' range then meet in the middle. Each s_j is a power of two, rounded towards 1, which changes
+exponents and no digits: the result is exact in every data type. Usual channels stay as they are.
 
 Such vectors are, by family:
 
@@ -36,7 +36,7 @@ from qrank.system.extras import need
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Rule = tuple[str, tuple[str, ...]]
 """Within a layer: the module whose output is a vector, or ends with it, and all that read it."""
@@ -73,8 +73,11 @@ _RULES: Mapping[str, tuple[Rule, ...]] = {
 _MOST = 6
 """Largest exponent of a factor: no number may leave fp16's range."""
 
+_PAIRS = 16
+"""Pairs that are enough to know a channel's range: all would take as long as the reference."""
+
 _LEAST = 1e-5
-"""Smallest range of a channel: those that are 0 stay as they are."""
+"""Channels of a smaller range carry nothing and stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,10 @@ def balance(x: Floats, w: Floats) -> Floats:
         x: max |x_j| of a vector's channels.
         w: max |w_j| of the weights that channel j is multiplied by, of the same shape.
     """
-    s = np.sqrt(np.maximum(x, _LEAST) / np.maximum(w, _LEAST))
-    even: Floats = (s / np.exp(np.log(s).mean())).astype(np.float32)
+    live = (x > _LEAST) & (w > _LEAST)
+    s = np.sqrt(np.where(live, x, 1) / np.where(live, w, 1))
+    middle = np.exp(np.log(s[live]).mean()) if live.any() else 1
+    even: Floats = np.where(live, s / middle, 1).astype(np.float32)
     return even
 
 
@@ -160,12 +165,16 @@ def _measured(checkpoint: Checkpoint, calibration: Sequences) -> Mapping[str, Sc
         return {}
     model = checkpoint.load(lean=True)
     vectors = list(_vectors(model))
+    calibration = calibration.take(np.arange(0, len(calibration), -(-len(calibration) // _PAIRS)))
     names = {readers[0] for _, readers in vectors}
     largest = _maxima(model, names, calibration, checkpoint.family)
     found: dict[str, Scaling] = {}
     for maker, readers in vectors:
-        made, read = model.get_submodule(maker), [model.get_submodule(name) for name in readers]
-        s = _factors(largest[readers[0]], read, _channels(model, made, read[0]))
+        made = model.get_submodule(maker)
+        read = [model.get_parameter(f"{name}.weight").detach() for name in readers]
+        outputs = len(model.get_parameter(f"{maker}.weight"))
+        shape = _shape(outputs, read[0].shape[1], model.config)
+        s = _factors(largest[readers[0]], read, shape)
         shift = 1.0 if type(made).__name__ == "GemmaRMSNorm" else 0.0
         changes = {
             f"{name}.weight": Scaling(np.ones(1, np.float32), s.reshape(-1)) for name in readers
@@ -212,22 +221,25 @@ def _maxima(
     return largest
 
 
-def _channels(model: PreTrainedModel, made: Any, read: Any) -> tuple[int, int, int]:
-    """The shape of what is read: heads, repetitions of each head, channels of a head.
+def _shape(outputs: int, inputs: int, config: PretrainedConfig) -> tuple[int, int, int]:
+    """The shape of a vector that is read: heads, repetitions of each head, channels of a head.
 
-    Several query heads share a head of values, which is then read once per query head.
+    Several query heads may share a head of values, which is then read once per query head.
+
+    Args:
+        outputs: of the module that makes the vector.
+        inputs: of those that read it.
+        config: the model's.
     """
-    width = read.weight.shape[1]
-    own = min(len(made.weight), width)
-    if own == width:
-        return 1, 1, width
-    head = made.weight.shape[0] // model.config.num_key_value_heads
-    return own // head, width // own, head
+    if outputs >= inputs:
+        return 1, 1, inputs
+    heads: int = config.num_key_value_heads
+    return heads, inputs // outputs, outputs // heads
 
 
-def _factors(x: Floats, read: list[Any], shape: tuple[int, int, int]) -> Floats:
+def _factors(x: Floats, read: list[torch.Tensor], shape: tuple[int, int, int]) -> Floats:
     """s for every channel that is read, in `shape`: powers of two, the same for all repetitions."""
-    w = np.max([m.weight.detach().abs().amax(0).float().numpy() for m in read], axis=0)
+    w = np.max([weight.abs().amax(0).float().numpy() for weight in read], axis=0)
     s = balance(*(values.reshape(shape).max(1, keepdims=True) for values in (x, w)))
-    exponents = np.rint(np.log2(s)).clip(-_MOST, _MOST)
+    exponents = np.trunc(np.log2(s)).clip(-_MOST, _MOST)
     return np.broadcast_to(np.exp2(exponents), shape)

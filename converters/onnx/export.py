@@ -72,7 +72,8 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
         graph = onnx.load(path)
         graph = _half(graph, head_nodes(graph))
     else:
-        maxima = channel_maxima(path, calibration)
+        # In int4, an activation shares its scale with few neighbours.
+        maxima = channel_maxima(path, calibration) if precision == "int8" else {}
         graph = onnx.load(path, load_external_data=False)
         quantize(graph, folder, precision, keep=head_nodes(graph), maxima=maxima)
     for file in folder.iterdir():
