@@ -19,8 +19,10 @@ from hypothesis.extra.numpy import arrays
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
+from qrank.bundle.fidelity import Tolerance
 from qrank.bundle.manifest import TOKENIZER
 from qrank.bundle.sequences import Floats, Sequences
+from qrank.converters import fidelity
 from qrank.converters.checkpoint import evening
 from qrank.converters.checkpoint.ids import encode_pairs
 from qrank.converters.checkpoint.probes import calibration_pairs, probe_pairs
@@ -104,8 +106,12 @@ def test_evening_brings_a_quantized_model_closer_to_the_original(
     """llama.cpp's q8_0 shares a scale among 32 activations, and so loses the small ones."""
     folder = uneven(checkpoint_of("qwen3"), tmp_path / "uneven")
 
+    # Without evening, the conversion would be refused.
+    monkeypatch.setattr(fidelity, "tolerance", lambda *name: Tolerance(np.inf))
+
     def error(target: Path) -> float:
-        manifest = convert(str(folder), [("gguf", "q8_0")], target).manifest
+        family = tiny_decoders.FAMILIES["qwen3"]
+        manifest = convert(str(folder), [("gguf", "q8_0")], target, family=family).manifest
         return manifest.variants["gguf-q8_0"].fidelity.max_abs
 
     evened = error(tmp_path / "evened")
@@ -156,10 +162,9 @@ def test_four_bits_are_as_close_as_the_best_range_allows(rows: Floats) -> None:
 def test_a_large_weight_is_cut_off_if_the_others_gain() -> None:
     rows = np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
     rows[:, 0] = 4.5
-    found, scales = values_of(rows)
+    _, scales = values_of(rows)
     whole = (np.maximum(rows.max(1), 0) - np.minimum(rows.min(1), 0)) / 15
     assert (scales[:, 0] < 0.99 * whole).any()
-    assert np.abs(found - rows).max() > 0.5 * scales.max()
 
 
 @pytest.mark.parametrize(
