@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test lint bench build clean
+.PHONY: help setup demo test optimum lint bench build clean
 
 help: ## Show this
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 10
@@ -15,6 +15,9 @@ demo: $(VENV)/.demo ## Make .venv with the light runtime and rerank a sample fil
 
 test: $(VENV)/.test ## Run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+optimum: $(VENV)-optimum/.optimum ## Run the tests of --exporter optimum, in an environment of its own
+	$(VENV)-optimum/bin/python -m pytest tests/test_optimum.py
 
 lint: $(VENV)/.test ## Check format, lint and types
 	$(BIN)/ruff format --check .
@@ -36,7 +39,7 @@ build: $(VENV)/.test ## Build wheel and sdist into dist/
 	$(BIN)/python -m build
 
 clean: ## Remove what was made, .venv included
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-optimum build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,3 +51,10 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
 	touch $@ $(VENV)/.demo
+
+# optimum-intel takes older packages than .venv has.
+$(VENV)-optimum/.optimum: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-optimum
+	$(VENV)-optimum/bin/pip install --quiet --disable-pip-version-check -e ".[cpu,optimum]" \
+	  filelock hypothesis pytest
+	touch $@

@@ -37,7 +37,10 @@ def sentence_transformers(model: str, work: Path, threads: int, **settings: Any)
     torch.set_num_threads(threads)
     if settings.get("backend", "torch") == "torch":
         settings.setdefault("model_kwargs", {"torch_dtype": torch.float32})
-    encoder = CrossEncoder(model, device="cpu", local_files_only=True, **settings)
+    tokens = int(os.environ.get("QRANK_PEER_TOKENS", TOKENS))
+    encoder = CrossEncoder(
+        model, device="cpu", local_files_only=True, max_length=tokens, **settings
+    )
 
     def score(query: str, documents: list[str]) -> Sequence[float]:
         pairs = [(query, document) for document in documents]

@@ -3,9 +3,10 @@
 Needs no hub: a tiny checkpoint of the tests gets a real model's dimensions. Time and memory are
 those of the real model. Fidelity is that of random weights, so no variant is refused here: 24
 layers of them amplify rounding, unlike trained ones. Every variant is converted in its own process.
-Then all variants, and the checkpoint itself in torch, score the same pairs of 128 and of 512 tokens
-in turns. For decoders, whose speed `decoders.py` measures, this measures the memory of a process
-that ranks 20 documents of 128 tokens: all of it, and the part that is not file-backed.
+Then all variants, the checkpoint itself in torch and, with `--peer-python`, sentence-transformers
+score the same pairs of 128 and of 512 tokens in turns. For decoders, whose speed `decoders.py`
+measures, this measures the memory of a process that ranks 20 documents of 128 tokens: all of it,
+and the part that is not file-backed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -31,18 +33,29 @@ from transformers import (
     AutoModelForSequenceClassification,
     set_seed,
 )
+from vs_peers import DEFAULT, opened
 
 from qrank import Reranker
 from qrank.bundle.manifest import Manifest
 from qrank.converters import fidelity, sources
 from qrank.converters.convert import convert as make_bundle
-from qrank.system.machine import peak_memory
+from qrank.system.machine import peak_memory, processors
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import tiny
+import tiny_chains
 import tiny_decoders
+import tiny_encoders
+
+ENCODERS = tiny.CHECKPOINTS | tiny_encoders.CHECKPOINTS
 
 _MINILM = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+_ETTIN = {
+    "vocab_size": 50368,
+    "max_position_embeddings": 7999,
+    "global_attn_every_n_layers": 3,
+    "local_attention": 128,
+}
 _QWEN3 = {
     "vocab_size": 151669,
     "num_key_value_heads": 8,
@@ -57,6 +70,26 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {
     "MiniLM-L12": (
         "bert",
         {**_MINILM, "num_hidden_layers": 12, "vocab_size": 30522, "max_position_embeddings": 512},
+    ),
+    "ettin-reranker-17m": (
+        "modernbert-cls",
+        {
+            **_ETTIN,
+            "hidden_size": 256,
+            "num_hidden_layers": 7,
+            "num_attention_heads": 4,
+            "intermediate_size": 384,
+        },
+    ),
+    "ettin-reranker-150m": (
+        "modernbert-cls",
+        {
+            **_ETTIN,
+            "hidden_size": 768,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 12,
+            "intermediate_size": 1152,
+        },
     ),
     "gte-reranker-modernbert-base": (
         "modernbert-mean",
@@ -80,6 +113,19 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {
             "intermediate_size": 4096,
             "vocab_size": 250002,
             "max_position_embeddings": 8194,
+        },
+    ),
+    "mxbai-rerank-base-v1": (
+        "deberta-v2",
+        {
+            "hidden_size": 768,
+            "pooler_hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+            "vocab_size": 128100,
+            "max_position_embeddings": 512,
+            "position_buckets": 256,
         },
     ),
     "Qwen3-Reranker-0.6B": (
@@ -143,7 +189,7 @@ BAR = (1.25, 1e9)
 def main() -> None:
     """Make, convert and time every shape."""
     parser = arguments(__doc__)
-    encoders = [shape for shape, (kind, _) in SHAPES.items() if kind in tiny.CHECKPOINTS]
+    encoders = [shape for shape, (kind, _) in SHAPES.items() if kind in ENCODERS]
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=encoders)
     parser.add_argument(
         "--variants", nargs="+", help="[default: int8 of each format, and q4_k_m, q8_0]"
@@ -161,6 +207,7 @@ def main() -> None:
         action="store_true",
         help=f"cut texts of probes and calibration to {SHORT} characters: a tenth of the time",
     )
+    parser.add_argument("--peer-python", type=Path, help="that has sentence-transformers")
     parser.add_argument("--work", type=Path, help="folder to keep checkpoints and bundles in")
     options = parser.parse_args()
     tolerate_anything()
@@ -193,7 +240,9 @@ def main() -> None:
                 rows = [scoring(bundle, variant) for variant in variants]
                 report(f"Memory of scoring, {title}", SCORING, rows, as_json=options.json)
                 continue
-            rows = speed(checkpoint, bundle, variants, options.pairs, options.rounds)
+            rows = speed(
+                checkpoint, bundle, variants, options.pairs, options.rounds, options.peer_python
+            )
             columns = {"target": "", **{f"pairs/s at {length}": ",.1f" for length in LENGTHS}}
             report(f"Scoring with {title}", columns, rows, as_json=options.json)
 
@@ -201,12 +250,12 @@ def main() -> None:
 def make(shape: str, folder: Path) -> None:
     """Write a random checkpoint of a shape in fp32."""
     name, sizes = SHAPES[shape]
-    (tiny.CHECKPOINTS | tiny_decoders.CHECKPOINTS)[name](folder)
+    (ENCODERS | tiny_decoders.CHECKPOINTS)[name](folder)
     if name in tiny_decoders.CHECKPOINTS:
         _make_decoder(folder, sizes)
         return
     settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-    settings["model_max_length"] = 512 if "MiniLM" in shape else 8192
+    settings["model_max_length"] = min(sizes["max_position_embeddings"], 8192)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
     # The list with an item per layer is the tiny model's; None derives it from the sizes.
     tiny.edit_config(folder, **sizes, layer_types=None)
@@ -221,6 +270,9 @@ def make(shape: str, folder: Path) -> None:
             if parameter_name.endswith(INTO_RESIDUAL):
                 parameter.mul_(RESIDUAL)
     model.save_pretrained(folder)
+    if shape.startswith("ettin"):
+        plain = folder.rename(folder.with_name(f"{folder.name}-plain"))
+        tiny_chains.chain(plain, folder, tiny_chains.ETTIN)
 
 
 def _make_decoder(folder: Path, sizes: dict[str, int]) -> None:
@@ -317,9 +369,15 @@ def _scoring(bundle: str, variant: str) -> dict[str, float | None]:
 
 
 def speed(
-    checkpoint: Path, bundle: Path, variants: list[str], pairs: int, rounds: int
+    checkpoint: Path,
+    bundle: Path,
+    variants: list[str],
+    pairs: int,
+    rounds: int,
+    peer: Path | None,
 ) -> list[dict[str, object]]:
-    """Median pairs per second of every target at every length."""
+    """Median pairs per second of every target at every length, and of sentence-transformers."""
+    threads = processors()
     rows: dict[str, dict[str, object]] = {}
     for length in LENGTHS:
         count = max(2, pairs * LENGTHS[0] // length)
@@ -336,7 +394,14 @@ def speed(
             targets["torch-fp32"] = stack.enter_context(
                 Reranker(checkpoint, backend="torch", max_length=length)
             )
-            cases = {n: partial(target.score, texts, raw=True) for n, target in targets.items()}
+            cases: dict[str, Callable[[], object]] = {
+                n: partial(target.score, texts, raw=True) for n, target in targets.items()
+            }
+            if peer is not None:
+                script = Path(__file__).with_name("peer.py")
+                command = [*map(str, (peer, script, DEFAULT, checkpoint, bundle, threads))]
+                ask = stack.enter_context(opened(command, threads, tokens=length))
+                cases[DEFAULT] = partial(ask, texts[0][0], [document for _, document in texts])
             seconds = alternate(cases, rounds)
         for name, found in seconds.items():
             row = rows.setdefault(name, {"target": name})

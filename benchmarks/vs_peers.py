@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import alternate, arguments, report
-from peer import OURS, PEERS
+from peer import OURS, PEERS, TOKENS
 
 from qrank import Reranker
 from qrank.bundle.manifest import TOKENIZER, Manifest
@@ -89,8 +89,8 @@ def main() -> None:
         systems: dict[str, Ask] = {}
         for label, system, python, model in _systems(options, chosen):
             command = [str(python), str(Path(__file__).with_name("peer.py")), system, str(model)]
-            opened = _opened([*command, work, str(options.threads)], options.threads)
-            systems[label] = stack.enter_context(opened)
+            process = opened([*command, work, str(options.threads)], options.threads)
+            systems[label] = stack.enter_context(process)
         ndcg = {}
         for label, ask in systems.items():
             order = {}
@@ -155,14 +155,25 @@ def _systems(options: Any, chosen: str) -> Iterator[tuple[str, str, Path, Path]]
 
 
 @contextmanager
-def _opened(command: list[str], threads: int) -> Iterator[Ask]:
-    """Run a system in a process that ends with the context."""
+def opened(command: list[str], threads: int, tokens: int = TOKENS) -> Iterator[Ask]:
+    """Run a system in a process that ends with the context.
+
+    Args:
+        command: `peer.py` with its arguments.
+        threads: threads to compute with.
+        tokens: maximum tokens of a pair in sentence-transformers.
+    """
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1",
+            "QRANK_PEER_TOKENS": str(tokens),
+        },
         text=True,
     )
     assert process.stdin is not None

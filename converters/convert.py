@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qrank.bundle.manifest import MANIFEST, TOKENIZER, FileRecord, Manifest
-from qrank.converters.checkpoint.read import Checkpoint
+from qrank.bundle.agreement import LEAST, RankingData
+from qrank.bundle.manifest import MANIFEST, TOKENIZER, FileRecord, Manifest, Variant
 from qrank.converters.makers import Failed, Maker, Name, nothing
 from qrank.converters.prebuilt import Request
 from qrank.converters.publish import check_output, workshop
 from qrank.converters.sources import Model, read
-from qrank.converters.variants import Made, Progress, make
+from qrank.converters.variants import Existing, Made, Progress, make
 from qrank.errors import BundleError, ConversionError, InputError, QrankError
 from qrank.system import disk
 
@@ -26,7 +26,8 @@ class Converted:
         folder: the bundle's folder.
         manifest: the bundle's manifest, including earlier variants.
         failed: why a variant is not in the bundle, by variant name (by file name if a prebuilt file
-            cannot be read). Every other requested variant is in it.
+            cannot be read). Every other requested variant is in it. A variant that was in it before
+            stays in it, even if it is not proven again.
     """
 
     folder: Path
@@ -45,6 +46,10 @@ def convert(
     offline: bool = False,
     force: bool = False,
     calibration: Path | None = None,
+    exporter: str | None = None,
+    first: bool = False,
+    ranking: RankingData | None = None,
+    min_agreement: float = LEAST,
     progress: Progress = lambda step: None,
 ) -> Converted:
     """Convert a checkpoint, or import prebuilt files, and prove every variant.
@@ -55,8 +60,9 @@ def convert(
         source: folder or hub id of a checkpoint or of prebuilt files, or one prebuilt file; see
             `qrank.bundle.locate.place`.
         variants: (format, precision) pairs to make; a precision of None is the default. Variants
-            the bundle already has are kept. None: every format that the family supports and whose
-            packages are installed, or every format with a prebuilt file.
+            the bundle already has are kept, and proven on rankings if they were not. None: every
+            format that the family supports and whose packages are installed, or every format with
+            a prebuilt file.
         output: the bundle's folder; None: `NAME-qrank` in the working directory. The variants are
             added to an existing bundle of the same checkpoint. Waits while another conversion
             writes there.
@@ -68,6 +74,14 @@ def convert(
         force: replace the bundle at `output`, whatever it was made from; no other file is touched.
         calibration: JSON lines with "query" and "document", used for calibration in addition to the
             pairs that come with qrank; None: only those.
+        exporter: another program that converts, such as "optimum" (optimum-intel) for OpenVINO;
+            None: qrank itself. Everything after it is the same.
+        first: `variants` are alternatives: make the first that can be made, unless the bundle
+            already has one of them.
+        ranking: queries and passages on which variants must rank like the original; None: those
+            that come with qrank.
+        min_agreement: least agreement of a variant's rankings with the original's: `ndcg` of
+            `qrank.bundle.agreement.Agreement`. Variants below it are refused.
         progress: called with each step.
 
     Raises:
@@ -76,22 +90,27 @@ def convert(
     """
     if variants is not None and not variants:
         raise InputError("variants is empty; name some, or None for all")
+    if not -1 <= min_agreement <= 1:
+        raise InputError(f"min_agreement is {min_agreement}; an agreement is at most 1")
     progress("reading the model")
     with _disks_explained(output or Path.cwd()):
         if output is not None:
             check_output(output.absolute(), force=force)
-        model = read(source, variants, reference, family, revision, offline, calibration)
+        model = read(
+            source, variants, reference, family, revision, offline, calibration, exporter, ranking
+        )
         target = (output or Path(f"{model.checkpoint.name}-qrank")).absolute()
         check_output(target, model.sources, force=force)
-        old = None if force else _existing(target, model.checkpoint)
-    if old is not None and not _lacked(model.makers, old):
+        old = None if force else _existing(target, model, exporter)
+    if old is not None and not _lacked(model.makers, old, first) and not _unranked(model, old):
         return Converted(target, old, model.failed)
     with _disks_explained(target), workshop(target) as shop:
         # This run may have waited for another conversion, which wrote here in the meantime.
-        there = _replaced(target) if force else _existing(target, model.checkpoint)
+        there = _replaced(target) if force else _existing(target, model, exporter)
         old = None if force else there
-        wanted = _lacked(model.makers, old)
-        made = make(model, wanted, shop.new, old, progress)
+        wanted = _lacked(model.makers, old, first)
+        bundle = None if old is None else Existing(target, old, _unranked(model, old))
+        made = make(model, wanted, shop.new, bundle, min_agreement, progress, first=first)
         failed = {**model.failed, **made.failed}
         if not made.variants:
             if old is None or len(wanted) == len(model.makers):
@@ -102,10 +121,21 @@ def convert(
     return Converted(target, manifest, failed)
 
 
-def _lacked(wanted: Mapping[Name, Maker], old: Manifest | None) -> dict[Name, Maker]:
-    """The wanted variants that a bundle does not have yet."""
+def _lacked(wanted: Mapping[Name, Maker], old: Manifest | None, first: bool) -> dict[Name, Maker]:
+    """The wanted variants that a bundle does not have yet; none if it has one of alternatives."""
     there = {} if old is None else old.variants
-    return {name: maker for name, maker in wanted.items() if "-".join(name) not in there}
+    lacked = {name: maker for name, maker in wanted.items() if "-".join(name) not in there}
+    return {} if first and len(lacked) < len(wanted) else lacked
+
+
+def _unranked(model: Model, old: Manifest) -> list[Variant]:
+    """The wanted variants of a bundle to prove on rankings: those that were not, or on own data."""
+    there = [old.variants[key] for name in model.makers if (key := "-".join(name)) in old.variants]
+    return [
+        variant
+        for variant in there
+        if model.verified and (variant.ranking is None or model.ranking is not None)
+    ]
 
 
 def _with(made: Made, model: Model, folder: Path, old: Manifest | None) -> Manifest:
@@ -119,7 +149,11 @@ def _with(made: Made, model: Model, folder: Path, old: Manifest | None) -> Manif
         probes=made.probes,
     )
     # Older bundles do not record the dimensions.
-    manifest = replace(manifest, dimensions=model.checkpoint.dimensions)
+    manifest = replace(
+        manifest,
+        dimensions=model.checkpoint.dimensions,
+        ranking=made.ranking or manifest.ranking,
+    )
     for variant in made.variants:
         manifest = manifest.with_variant(variant)
     return manifest
@@ -143,13 +177,15 @@ def _disks_explained(path: Path) -> Iterator[None]:
         raise ConversionError(said or str(error)) from error
 
 
-def _existing(target: Path, checkpoint: Checkpoint) -> Manifest | None:
+def _existing(target: Path, model: Model, exporter: str | None) -> Manifest | None:
     """The manifest of the bundle to add variants to; None if there is no bundle.
 
     Raises:
         BundleError: the bundle is damaged.
-        ConversionError: the bundle belongs to another checkpoint.
+        ConversionError: the bundle belongs to another checkpoint, or has a wanted variant that the
+            exporter did not make.
     """
+    checkpoint = model.checkpoint
     if not (target / MANIFEST).is_file():
         return None
     old = Manifest.load(target)
@@ -158,6 +194,13 @@ def _existing(target: Path, checkpoint: Checkpoint) -> Manifest | None:
             f"{target} was converted from {old.source.id} (family {old.family.name}), and "
             f"{checkpoint.source.id} is another checkpoint; name another folder with -o, "
             "or --force to replace it"
+        )
+    there = [old.variants[name] for name in map("-".join, model.makers) if name in old.variants]
+    others = [variant.name for variant in there if exporter and exporter not in variant.note]
+    if others:
+        raise ConversionError(
+            f"{target} already has {', '.join(others)}, not made by {exporter}; name another "
+            "folder with -o, or --force to replace the bundle"
         )
     return old
 

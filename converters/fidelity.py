@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
 
 from qrank.backends import Options, isolation, spec, tolerance
+from qrank.bundle.agreement import LEAST, Agreement
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import Probes, Variant
 from qrank.bundle.sequences import Logits, Sequences
 from qrank.converters.checkpoint.ids import check_ids, encode_pairs
 from qrank.converters.checkpoint.probes import probe_pairs
 from qrank.converters.checkpoint.read import Checkpoint
-from qrank.converters.checkpoint.reference import run_reference
+from qrank.converters.checkpoint.reference import Original
+from qrank.converters.ranking import Ranking
 from qrank.errors import ConversionError, FidelityError, TargetError
 from qrank.system.extras import need
 from qrank.system.machine import processors
@@ -23,8 +26,9 @@ from qrank.system.subprocess_rpc import NoChildError
 log = logging.getLogger("qrank")
 
 
-def make_probes(checkpoint: Checkpoint, tokenizer: Path) -> Probes:
+def make_probes(original: Original, tokenizer: Path) -> Probes:
     """The probe pairs with the reference's logits."""
+    checkpoint = original.checkpoint
     pairs = probe_pairs(checkpoint.words)
     work = encode_pairs(pairs, tokenizer, checkpoint.family)
     check_ids(pairs, work, checkpoint)
@@ -32,7 +36,7 @@ def make_probes(checkpoint: Checkpoint, tokenizer: Path) -> Probes:
     kind = checkpoint.read_as or checkpoint.family.architecture
     return Probes(
         work,
-        run_reference(checkpoint.load(lean=True), work, checkpoint.family.labels),
+        original.logits(work),
         f"{kind}, fp32, transformers {transformers.__version__}, torch {torch.__version__}",
     )
 
@@ -66,20 +70,31 @@ def own_probes(
     return Probes(work, logits, f"the prebuilt {variant.name} itself, {runtime}", verified=False)
 
 
-def measure(folder: Path, variant: Variant, probes: Probes, worker: isolation.Worker) -> Fidelity:
-    """Measure a variant's fidelity on the probes with the backend that will run it.
+def measure(
+    folder: Path,
+    variant: Variant,
+    probes: Probes,
+    worker: isolation.Worker,
+    ranking: Ranking | None = None,
+    least: float = LEAST,
+) -> tuple[Fidelity, Agreement | None]:
+    """Measure a variant on the probes, and on rankings, with the backend that will run it.
 
     Args:
         folder: the bundle's folder.
         variant: a variant of the bundle.
         probes: the reference to compare with.
         worker: the process for native libraries that may crash.
+        ranking: the original's rankings; None: there are none.
+        least: agreement of the rankings that is required.
 
     Raises:
-        FidelityError: the variant misses the tolerance of its precision.
+        FidelityError: the variant misses the tolerance of its precision, or does not rank like the
+            original.
         ConversionError: the variant does not load or run.
     """
-    (logits,) = _run(folder, variant, [probes.work], worker)
+    works = [] if ranking is None else ranking.works
+    logits, *ranked = _run(folder, variant, [probes.work, *works], worker)
     fidelity = Fidelity.of(logits, probes.logits)
     bar = tolerance(variant.format, variant.precision)
     if missed := bar.shortfall(fidelity):
@@ -88,7 +103,27 @@ def measure(folder: Path, variant: Variant, probes: Probes, worker: isolation.Wo
             f"{variant.name} does not rank like {like}: {missed} "
             f"(spread of the reference {fidelity.spread:.4g})"
         )
-    return fidelity
+    return fidelity, None if ranking is None else _agreement(variant, ranked, ranking, least)
+
+
+def _agreement(variant: Variant, logits: list[Logits], ranking: Ranking, least: float) -> Agreement:
+    """Compare rankings.
+
+    Raises:
+        FidelityError: they do not agree.
+    """
+    reference = ranking.reference
+    try:
+        found = Agreement.of(logits, reference.logits, reference.data)
+    except ValueError as error:
+        raise FidelityError(f"{variant.name} does not rank: {error}") from error
+    if missed := found.shortfall(least):
+        raise FidelityError(
+            f"{variant.name} does not rank like the original: {missed}. Convert to another "
+            "precision, prove it on your own queries (--ranking-data), or accept it "
+            f"(--min-agreement {math.floor(found.ndcg * 1000) / 1000:g})"
+        )
+    return found
 
 
 def _run(

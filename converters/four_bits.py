@@ -72,8 +72,9 @@ def packed(integers: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Two neighbours of the last axis in one byte, the first in the low half; 0 if one is alone."""
     if integers.shape[-1] % 2:
         integers = np.pad(integers, [(0, 0)] * (integers.ndim - 1) + [(0, 1)])
-    pairs: NDArray[np.uint8] = integers[..., ::2] | (integers[..., 1::2] << np.uint8(4))
-    return pairs
+    high: NDArray[np.uint8] = integers[..., 1::2] << np.uint8(4)
+    both: NDArray[np.uint8] = integers[..., ::2] | high
+    return both
 
 
 def _best(groups: Floats) -> tuple[NDArray[np.uint8], NDArray[np.uint8], Floats]:

@@ -42,13 +42,18 @@ class Maker(Protocol):
         """Write the variant's files; return a note for the manifest, mostly ""."""
 
 
-def converter(format: str) -> ModuleType:
-    """The converter module of a format.
+def converter(format: str, exporter: str | None = None) -> ModuleType:
+    """The module that converts checkpoints to a format.
+
+    Args:
+        format: its name.
+        exporter: another program that does it, by its name in the format; None: qrank itself.
 
     Raises:
         ConversionError: the module cannot be imported; it may belong to another package.
     """
-    name = formats()[format].converter
+    known = formats()[format]
+    name = known.converter if exporter is None else known.exporters[exporter]
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -58,11 +63,13 @@ def converter(format: str) -> ModuleType:
 def _extra_of(format: str, module: str) -> str:
     """The extra that installs a module needed to make or run a format; "" if there is none."""
     backend = spec(format)
-    return backend.extra if module in backend.modules else EXTRA_OF.get(module, "")
+    return (
+        backend.extra if module in backend.modules else EXTRA_OF.get(module.partition(".")[0], "")
+    )
 
 
-def _obstacle(format: str) -> str:
-    """What prevents making a format, with the fix; "" if nothing does."""
+def obstacle(format: str) -> str:
+    """What prevents making and running a format, or the command that helps; "" if nothing does."""
     try:
         missing = [module for module in converter(format).MODULES if not installed(module)]
     except ConversionError as error:
@@ -73,18 +80,24 @@ def _obstacle(format: str) -> str:
     return pip_line(",".join(extras)) if extras else ""
 
 
-def of_checkpoint(asked: Request | None) -> tuple[dict[Name, Maker], Failed]:
+def of_checkpoint(
+    asked: Request | None, exporter: str | None = None
+) -> tuple[dict[Name, Maker], Failed]:
     """The maker of each variant of a checkpoint, and variants whose packages are missing.
 
     Args:
         asked: formats and precisions; None: the default precision of each format whose packages
-            are installed.
+            are installed, or of each that the exporter writes.
+        exporter: another program that converts; None: qrank itself.
 
     Raises:
-        ConversionError: there is no such format, or the format has no such precision.
+        ConversionError: there is no such format, the format has no such precision, or the exporter
+            does not write it.
     """
+    if exporter is not None:
+        asked = _exported(asked, exporter)
     if asked is None:
-        obstacles = {format: _obstacle(format) for format in formats()}
+        obstacles = {format: obstacle(format) for format in formats()}
         # If no format can be made, keep all: their errors say what is missing.
         at_hand = [format for format, what in obstacles.items() if not what] or list(obstacles)
         for absent in sorted(set(obstacles) - set(at_hand)):
@@ -101,12 +114,30 @@ def of_checkpoint(asked: Request | None) -> tuple[dict[Name, Maker], Failed]:
                 f"{format} has no {precision}; it has: {', '.join(known[format].made)}"
             )
         try:
-            maker = cast(Maker, converter(format))
+            maker = cast(Maker, converter(format, exporter))
             _require(format, maker)
             makers[format, precision] = maker
         except QrankError as error:
             failed[f"{format}-{precision}"] = error
     return makers, failed
+
+
+def _exported(asked: Request | None, exporter: str) -> Request:
+    """The request, or every format that an exporter writes if there is none.
+
+    Raises:
+        ConversionError: the exporter is unknown, or does not write a requested format.
+    """
+    able = [name for name, format in formats().items() if exporter in format.exporters]
+    if not able:
+        known = sorted({name for format in formats().values() for name in format.exporters})
+        raise ConversionError(f"there is no exporter {exporter!r}; there are: {', '.join(known)}")
+    others = [format for format, _ in asked or () if format in formats() and format not in able]
+    if others:
+        raise ConversionError(
+            f"the exporter {exporter} writes {', '.join(able)} and not {', '.join(others)}"
+        )
+    return asked or [(format, None) for format in able]
 
 
 def of_files(found: Prebuilt) -> tuple[dict[Name, Maker], Failed]:

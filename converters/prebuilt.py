@@ -72,12 +72,7 @@ class Importer:
         self, checkpoint: Checkpoint, precision: str, folder: Path, calibration: Sequences
     ) -> str:
         """Fill a variant's folder; see the converters of checkpoints."""
-        if checkpoint.window is not None:
-            raise ConversionError(
-                f"config.json has sliding_window = {checkpoint.window}: whether {self.path.name} "
-                "keeps to it beyond the length of the probes, nobody can see. Convert the "
-                "checkpoint itself"
-            )
+        refuse_windows(checkpoint, self.path.name)
         note: str = self._module.import_file(self.path, checkpoint, folder)
         return f"prebuilt, from {self.path.name}" + (f"; {note}" if note else "")
 
@@ -126,6 +121,19 @@ class Prebuilt:
     @property
     def _names(self) -> str:
         return ", ".join(importer.path.name for importer in self.importers)
+
+
+def refuse_windows(checkpoint: Checkpoint, graph: str) -> None:
+    """Refuse a graph made by someone else if its model has a sliding window.
+
+    Raises:
+        ConversionError: it has one.
+    """
+    if checkpoint.window is not None:
+        raise ConversionError(
+            f"config.json has sliding_window = {checkpoint.window}: whether {graph} keeps to it "
+            "beyond the length of the probes, nobody can see. Convert the checkpoint itself"
+        )
 
 
 def importable() -> dict[str, Format]:

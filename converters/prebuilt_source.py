@@ -12,7 +12,7 @@ from qrank.backends.contract import PLAIN, Precision
 from qrank.bundle.hub import download, listing
 from qrank.bundle.hub_names import HubName
 from qrank.bundle.locate import Fetched, fetch, place, refuse_bundle
-from qrank.converters.checkpoint.read import DESCRIPTION, WEIGHTS
+from qrank.converters.checkpoint.read import DESCRIPTION, WEIGHTS, check_description
 from qrank.converters.prebuilt import Importer, Prebuilt, Request, format_of, patterns
 from qrank.errors import ConversionError, ModelNotFoundError, QrankError
 
@@ -23,23 +23,31 @@ _NOT_MODELS = ("openvino_tokenizer", "openvino_detokenizer")
 
 
 def find(
-    source: str, asked: Request | None, *, revision: str | None = None, offline: bool = False
+    source: str,
+    asked: Request | None,
+    *,
+    family: str | None = None,
+    revision: str | None = None,
+    offline: bool = False,
 ) -> Prebuilt | Fetched:
     """The prebuilt files of a source; its location if it holds a checkpoint or nothing known.
 
     Args:
         source: a folder, a file or a name on the hub, as in `qrank.bundle.locate.place`.
         asked: the requested variants; None: every format found.
+        family: a card's name or file; None to match by config.json.
         revision: revision of the hub repository.
         offline: use only what is already downloaded.
 
     Raises:
         ConversionError: no requested variant is there.
         ModelNotFoundError: the hub repository is unavailable, or the source is already a bundle.
+        FamilyError: it is a checkpoint on the hub that cannot be converted; its weights are not
+            downloaded then.
     """
     where = place(source, revision)
     if isinstance(where, HubName):
-        return _on_hub(where, asked, source, offline)
+        return _on_hub(where, asked, source, family, offline)
     if where.is_dir():
         return _in_folder(fetch(where, source, []), asked, source)
     refuse_bundle(source, where)
@@ -62,21 +70,26 @@ def _in_folder(found: Fetched, asked: Request | None, source: str) -> Prebuilt |
     return Prebuilt(home, origin.id, origin.commit, made, missing)
 
 
-def _on_hub(name: HubName, asked: Request | None, source: str, offline: bool) -> Prebuilt | Fetched:
+def _on_hub(
+    name: HubName, asked: Request | None, source: str, family: str | None, offline: bool
+) -> Prebuilt | Fetched:
     """Handle a repository, or a file or known folder in it."""
     whole = replace(name, path="")
     format = format_of(name.path)
     if name.path and format is None and name.path not in _FOLDERS:
         return fetch(name, source, [])
-    found = fetch(
-        whole, source, DESCRIPTION if name.path else [*DESCRIPTION, *WEIGHTS], offline=offline
-    )
-    if any(found.folder.glob("*.safetensors")) and not name.path:
+    wanted = [*DESCRIPTION, *WEIGHTS] if offline and not name.path else DESCRIPTION
+    found = fetch(whole, source, wanted, offline=offline)
+    names = _names(found.folder)
+    if not offline and format is None and (name.path or not _weighed(names)):
+        names = listing(found.id, found.folder.name)
+    if not name.path and _weighed(names):
+        check_description(found, family)
+        download(found.id, WEIGHTS, revision=found.folder.name, offline=offline)
         return found
     if format is not None:
         candidates = {format: [name.path]}
     else:
-        names = _names(found.folder) if offline else listing(found.id, found.folder.name)
         candidates = _candidates(n for n in names if n.startswith(name.path))
     if not candidates and name.path:
         raise ModelNotFoundError(f"{found.id} on the hub has no model in {name.path} ({source})")
@@ -88,6 +101,11 @@ def _on_hub(name: HubName, asked: Request | None, source: str, offline: bool) ->
     if absent := [importer.path.name for importer in made if not importer.path.exists()]:
         raise ModelNotFoundError(f"{found.id} on the hub has no file {absent[0]} ({source})")
     return Prebuilt(found.folder, found.id, found.commit, made, missing)
+
+
+def _weighed(names: Iterable[str]) -> bool:
+    """Whether files are those of a checkpoint: its weights are at the top level."""
+    return any("/" not in name and name.endswith(".safetensors") for name in names)
 
 
 def _home(*folders: Path) -> Path:

@@ -83,9 +83,12 @@ def check_output(target: Path, sources: Iterable[Path] = (), *, force: bool = Fa
 
 def _foreign(folder: Path) -> list[str]:
     """Names in a folder that are not left by a conversion."""
-    if (folder / WORK / _OLD / MANIFEST).is_file():
-        return []  # a bundle, left by a run that was killed while replacing it
-    return sorted(path.name for path in folder.iterdir() if path.name not in _OF_NOBODY)
+    names = sorted(path.name for path in folder.iterdir() if path.name not in _OF_NOBODY)
+    # Looked at last: another run may have published its bundle in the meantime, or still does, or
+    # was killed while it did.
+    if (folder / WORK / _MOVES).is_file() or (folder / MANIFEST).is_file():
+        return []
+    return names
 
 
 def _meet(target: Path, source: Path) -> bool:

@@ -19,7 +19,7 @@ which may be as large as the embeddings."""
 
 
 def lacking(
-    checkpoint: Checkpoint, wanted: Mapping[Name, Maker], folder: Path
+    checkpoint: Checkpoint, wanted: Mapping[Name, Maker], folder: Path, *, together: bool = True
 ) -> dict[Name, QrankError]:
     """The variants that this machine lacks the memory or disk space for, with the reasons.
 
@@ -27,6 +27,7 @@ def lacking(
         checkpoint: the checkpoint to convert.
         wanted: the variants, in the order they are made.
         folder: where they are made.
+        together: whether all of them are to be stored, or only one.
 
     Raises:
         ConversionError: a file of the checkpoint is damaged.
@@ -40,7 +41,7 @@ def lacking(
             found[name] = ConversionError(reason)
         elif needed > free:
             found[name] = ConversionError(f"{what}: {disk.no_room(folder, needed)}")
-        else:
+        elif together:
             written += space(checkpoint, name, maker, made=True)
     return found
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qrank.bundle.agreement import RankingData
 from qrank.bundle.locate import Fetched, place
 from qrank.converters import makers
 from qrank.converters.checkpoint.card import Card, cards
@@ -28,6 +29,7 @@ class Model:
         pairs: pairs for calibration.
         verified: whether variants are compared with the original.
         sources: paths that are read and must not be written to.
+        ranking: the user's own ranking data; None: qrank's.
     """
 
     checkpoint: Checkpoint
@@ -36,6 +38,7 @@ class Model:
     pairs: list[tuple[str, str]]
     verified: bool
     sources: list[Path]
+    ranking: RankingData | None = None
 
 
 def read(
@@ -46,6 +49,8 @@ def read(
     revision: str | None,
     offline: bool,
     calibration: Path | None,
+    exporter: str | None,
+    ranking: RankingData | None = None,
 ) -> Model:
     """Find what to convert and what can convert it.
 
@@ -57,14 +62,18 @@ def read(
         revision: revision of the hub repository.
         offline: do not contact the hub.
         calibration: a file of pairs.
+        exporter: another program that converts; None: qrank itself.
+        ranking: the user's own ranking data; None: qrank's.
 
     Raises:
         QrankError: no requested variant can be made, or the source cannot be read.
     """
-    found = find(source, asked, revision=revision, offline=offline)
+    found = find(source, asked, family=family, revision=revision, offline=offline)
     if isinstance(found, Prebuilt):
         if calibration is not None:
             raise ConversionError(f"--calibration is for quantizing; {source} is prebuilt")
+        if exporter is not None:
+            raise ConversionError(f"--exporter converts a checkpoint; {source} is prebuilt")
         model = _prebuilt(found, reference, family, offline)
     else:
         if reference is not None:
@@ -72,10 +81,17 @@ def read(
                 f"--reference is what prebuilt files are proven against; {source} is none of "
                 f"them: {', '.join(f'*{format.suffix}' for format in importable().values())}"
             )
-        model = _checkpoint(found, asked, family, calibration)
+        model = _checkpoint(found, asked, family, calibration, exporter)
     if isinstance(where := place(source), Path):
         model.sources.append(where)
-    return model
+    if ranking is None:
+        return model
+    if not model.verified:
+        raise ConversionError(
+            f"--ranking-data compares with the original, and {source} is prebuilt: name the "
+            "original by --reference"
+        )
+    return replace(model, ranking=ranking, sources=[*model.sources, *ranking.files])
 
 
 def families() -> dict[str, str]:
@@ -84,9 +100,13 @@ def families() -> dict[str, str]:
 
 
 def _checkpoint(
-    found: Fetched, asked: Request | None, family: str | None, calibration: Path | None
+    found: Fetched,
+    asked: Request | None,
+    family: str | None,
+    calibration: Path | None,
+    exporter: str | None,
 ) -> Model:
-    able, failed = makers.of_checkpoint(asked)
+    able, failed = makers.of_checkpoint(asked, exporter)
     if not able:
         raise makers.nothing(failed)
     # Never only the user's pairs: they may be too similar, with no empty or long ones, and

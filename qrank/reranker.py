@@ -12,7 +12,7 @@ import numpy as np
 
 from qrank import backends
 from qrank.backends.torch import as_bundle
-from qrank.bundle.locate import DEFAULT, locate
+from qrank.bundle.locate import DEFAULT
 from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits
 from qrank.engine import Engine
@@ -23,6 +23,7 @@ from qrank.scoring.inputs import LongDocuments, as_pairs, as_text, as_texts
 from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.scoring.ranking import Ranking, Rankings, ScoredPairs
 from qrank.select.measurements import PROFILES, Profile
+from qrank.select.obtain import Wanted, obtain
 from qrank.select.selection import (
     POLICIES,
     Choice,
@@ -32,7 +33,6 @@ from qrank.select.selection import (
     first_that_works,
 )
 from qrank.select.targets import Target
-from qrank.system.machine import processors
 
 __all__ = ["Ranking", "Rankings", "Reranker"]
 
@@ -54,6 +54,8 @@ class Reranker:
         self,
         model: str | Path | Bundle = DEFAULT,
         *,
+        revision: str | None = None,
+        convert: bool = True,
         backend: str | None = None,
         device: str | None = None,
         threads: int | None = None,
@@ -71,16 +73,16 @@ class Reranker:
         """Load a bundle.
 
         If no backend is named, the target is the best of those that `qrank.tune` measured on this
-        machine; without measurements, the one expected to be fastest on the CPU. Nothing is
-        measured here. If a target fails to open or to reproduce the probes, a warning says so
-        (logger "qrank") and the next one is tried. If a backend is named, its target is used, or an
-        error is raised.
+        machine; without measurements, the one expected to be fastest on the CPU. If a target fails
+        to open or to reproduce the probes, a warning says so (logger "qrank") and the next one is
+        tried. If a backend is named, its target is used, or an error is raised.
 
         Args:
-            model: a bundled name, the folder `qrank convert` wrote, or a bundle's hub id
-                (`owner/name`, or `owner/name@revision`); with backend `torch`, a checkpoint's
-                folder or hub id. Or a `Bundle` from `qrank.bundle.locate`, which is not looked up
-                again.
+            model: a bundled name, the folder `qrank convert` wrote, or a hub id (`owner/name`, or
+                `owner/name@revision`) of a bundle or a checkpoint; with backend `torch`, also a
+                checkpoint's folder. Or a `Bundle` from `qrank.bundle.locate`, found already.
+            revision: branch, tag or commit on the hub. None: what `model` says, or `main`.
+            convert: convert a hub's checkpoint on first use (`qrank.select.obtain`), or refuse it.
             backend: a format (`onnx`), a variant (`openvino-int8`), `torch` (or `torch-fp16`, ...)
                 to run a checkpoint without converting it, or your own "module:function" (see
                 `qrank.backends`). None: the best target, by `policy`.
@@ -98,8 +100,7 @@ class Reranker:
                 machine, its container or the GPU has besides the model; a document that needs more
                 is computed while no other batch runs.
             max_length: maximum tokens in a pair. None: the model's limit.
-            family: with backend `torch`: the card that reads the checkpoint, by name or file, if
-                the checkpoint does not identify it. A bundle has its own.
+            family: card of a checkpoint that does not identify itself, by name or file.
             policy: `fastest`, `smallest` or `most-faithful`.
             min_kendall: least Kendall's tau against the original, on the bundle's probes.
             max_loss: largest nDCG@10 loss against fp32 that `qrank eval` may have measured on your
@@ -114,10 +115,12 @@ class Reranker:
         """
         self._arguments = {name: value for name, value in locals().items() if name != "self"}
         model = arguments.model(model)
+        revision = arguments.text("revision", revision)
+        convert = arguments.flag("convert", convert)
         arguments.text("backend", backend)
         arguments.text("device", device)
         arguments.text("compute_dtype", compute_dtype)
-        threads = arguments.whole("threads", threads, 1)
+        threads = arguments.threads(threads)
         max_batch_tokens = arguments.whole("max_batch_tokens", max_batch_tokens, 1)
         max_length = arguments.whole("max_length", max_length, 1)
         if family is not None:
@@ -133,20 +136,17 @@ class Reranker:
         tokenizer_json: Path | str
         if backend is not None and backend.partition("-")[0] == "torch":
             where = model.folder if isinstance(model, Bundle) else model
-            bundle, tokenizer_json = as_bundle(str(where), family)
+            bundle, tokenizer_json = as_bundle(str(where), family, revision)
         else:
-            if family is not None:
-                raise InputError("family is for checkpoints (backend torch); a bundle has its own")
-            bundle = locate(model, whole=False)
+            wanted = Wanted(() if backend is None else (backend,), device, family)
+            bundle = obtain(model, wanted, revision=revision, convert=convert, whole=False)
             tokenizer_json = bundle.tokenizer
         if isinstance(model, Bundle) or bundle.folder == Path(model):
             # A pickle may be loaded in a different current folder.
             self._arguments["model"] = bundle.folder.absolute()
         manifest = bundle.manifest
         bundle.check(manifest.files)
-        options = backends.Options(
-            threads or processors(), compute_dtype, max_batch_tokens, family=manifest.family
-        )
+        options = backends.Options(threads, compute_dtype, max_batch_tokens, family=manifest.family)
         tokenizer = PairTokenizer(
             tokenizer_json, manifest.family, max_length=max_length, threads=options.threads
         )

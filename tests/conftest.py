@@ -16,10 +16,12 @@ os.environ["QRANK_CACHE"] = tempfile.mkdtemp(prefix="qrank-tests-")
 os.environ["QRANK_DATA"] = tempfile.mkdtemp(prefix="qrank-tests-")
 os.environ.pop("TOKENIZERS_PARALLELISM", None)
 
+import bound  # noqa: F401 (sets bounds that others take over)
 import tiny
 import tiny_decoders
 import tiny_encoders
 from filelock import FileLock
+from hub_server import Hub, serving, use_hub
 from hypothesis import HealthCheck, settings
 
 from qrank import Reranker
@@ -34,9 +36,14 @@ from qrank.system import paths
 settings.register_profile("qrank", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("qrank")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A run in a shell's background ignores Ctrl-C, and so would the commands that tests start.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A run in a shell's background or under nohup ignores these, and so would the commands that tests
+# start.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 def pytest_unconfigure() -> None:
@@ -208,6 +215,18 @@ def ready_graph(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path
 
     monkeypatch.setattr(onnx_converter, "convert", convert)
     return use
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that huggingface_hub connects to, with an empty cache and an empty data folder."""
+    with serving() as found:
+        use_hub(found.url, monkeypatch)
+        cache = str(tmp_path / "cache")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", cache)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("QRANK_DATA", str(tmp_path / "data"))
+        yield found
 
 
 @pytest.fixture

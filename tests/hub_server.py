@@ -14,6 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
+import pytest
+
 API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?")
 FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
@@ -27,6 +30,9 @@ class Hub:
         refs: repository -> branch or tag -> commit.
         refused: repository -> HTTP status and error code to refuse its files with.
         asked: paths of files that were downloaded, oldest first.
+        ranges: the Range header of each of these requests; "" for a whole file.
+        requests: number of requests of any kind.
+        cuts: file name -> bytes after which its next download is cut off.
         url: address of the server.
     """
 
@@ -34,6 +40,9 @@ class Hub:
     refs: dict[str, dict[str, str]] = field(default_factory=dict)
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)
+    requests: int = 0
+    cuts: dict[str, int] = field(default_factory=dict)
     url: str = ""
 
     def push(self, repository: str, folder: Path, *names: str) -> str:
@@ -64,6 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        self.hub.requests += 1
         path = urlsplit(self.path).path
         if found := API.fullmatch(path):
             self._api(found[1], found[2], unquote(found[3] or "main"))
@@ -97,9 +107,19 @@ class _Handler(BaseHTTPRequestHandler):
         data = self.hub.commits[repository][commit].get(name)
         if data is None:
             return self._refuse(404, "EntryNotFound")
-        if self.command == "GET":
-            self.hub.asked.append(name)
-        self._answer(200, data, {"X-Repo-Commit": commit, "ETag": f'"{_etag(data)}"'})
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{_etag(data)}"', "Accept-Ranges": "bytes"}
+        if self.command == "HEAD":
+            return self._answer(200, data, {**headers, "X-Linked-Size": str(len(data))})
+        asked = self.headers.get("Range", "")
+        self.hub.asked.append(name)
+        self.hub.ranges.append(asked)
+        cut = self.hub.cuts.pop(name, None)
+        if asked:
+            start = int(asked.removeprefix("bytes=").rstrip("-"))
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            self._answer(206, data[start:], headers, cut)
+        else:
+            self._answer(200, data, headers, cut)
 
     def _commit(self, repository: str, revision: str) -> str | None:
         if repository not in self.hub.commits:
@@ -116,13 +136,16 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, status: int, code: str) -> None:
         self._answer(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
 
-    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+    def _answer(
+        self, status: int, body: bytes, headers: dict[str, str], cut: int | None = None
+    ) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
+            self.wfile.write(body[:cut])
+            self.close_connection = cut is not None
 
     def log_message(self, format: str, *args: object) -> None:
         """Log nothing: tests read `Hub.asked` instead."""
@@ -130,6 +153,15 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _etag(data: bytes) -> str:
     return hashlib.sha1(data).hexdigest()
+
+
+def use_hub(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Point huggingface_hub, which reads the variable only once, to another hub."""
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", huggingface_hub.HfApi().list_repo_files)
 
 
 @contextmanager

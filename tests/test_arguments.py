@@ -50,6 +50,8 @@ OPENING: dict[str, list[Any]] = {
     "max_batch_tokens": [*WHOLE, 0],
     "max_memory": [True, 2.0, "2X", "", "G", 0, -1, "0", "0G", b"2G", "-2G", "9" * 400],
     "max_length": [*WHOLE, 0],
+    "revision": [3, b"x", True],
+    "convert": [1, "yes", None],
     "family": [3, b"x", "", ["x"]],
     "policy": [None, 3, "quickest", ["fastest"]],
     "min_kendall": [*NUMBER, 1.5, -2],
@@ -106,11 +108,11 @@ def refused(call: Callable[..., object], name: str, value: object) -> None:
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail if anything looks for a model."""
 
-    def never(*_: object) -> None:
+    def never(*_: object, **__: object) -> None:
         raise AssertionError("something is loaded before the arguments are checked")
 
     for module in (qrank.reranker, qrank.measure.tuning, qrank.measure.bench):
-        monkeypatch.setattr(module, "locate", never)
+        monkeypatch.setattr(module, "obtain", never)
 
 
 @pytest.mark.parametrize(("name", "value"), cases(OPENING))

@@ -7,6 +7,7 @@
 | encoders: `tiny.CHECKPOINTS` (here) | but int4 | but int4 | all | fp32 |
 | decoders: `tiny_decoders.CHECKPOINTS` (there) | all | but int8-w8a8 | all | fp32 |
 | nemotron (its own file) | but int4 | but int4 | all | fp32 |
+| encoders: `tiny_encoders.CHECKPOINTS` (test_encoders.py) | int8 | int8 | q8_0 | fp32 |
 
 "All" is what the backends declare (`qrank.backends.formats`); openvino's int8-w8a8 is left out on
 CPUs without VNNI, where it is refused. Pairs scored together, alone, in reverse order and by many
@@ -81,7 +82,9 @@ def reference(folder: Path) -> tuple[Logits, tuple[int, ...]]:
             return_tensors="pt",
         )
         with torch.inference_mode():
-            logits.append(model(**inputs).logits.item())
+            (row,) = model(**inputs).logits
+        # Of two labels, the second means relevant: the logarithm of the odds.
+        logits.append((row[-1] - row[:-1].sum()).item())
         lengths.append(inputs["input_ids"].shape[1])
     return np.array(logits, np.float32), tuple(lengths)
 
@@ -119,7 +122,7 @@ def conforms(
     pairs: list[tuple[str, str]],
     theirs: Logits,
     alone_bounds: dict[str, float],
-    **options: str,
+    **options: str | None,
 ) -> None:
     """Assert that `model` on `backend` scores pairs like the reference, in any batch."""
     format, _, precision = backend.partition("-")

@@ -25,16 +25,19 @@ def encoder(request: pytest.FixtureRequest) -> str:
 
 def test_the_original_conforms(encoder: str, checkpoint_of: Folders) -> None:
     folder = checkpoint_of(encoder)
-    assert read_checkpoint(str(folder)).family.name == FAMILIES.get(encoder, encoder)
-    conforms(folder, "torch-fp32", PAIRS, reference(folder)[0], ALONE)
+    family = tiny_encoders.FAMILIES.get(encoder)
+    found = read_checkpoint(str(folder), family=family)
+    assert found.family.name == FAMILIES.get(encoder, encoder)
+    conforms(folder, "torch-fp32", PAIRS, reference(folder)[0], ALONE, family=family)
 
 
 def test_conformance(encoder: str, checkpoint_of: Folders, tmp_path: Path) -> None:
     folder = checkpoint_of(encoder)
-    card = read_checkpoint(str(folder)).card
+    family = tiny_encoders.FAMILIES.get(encoder)
+    card = read_checkpoint(str(folder), family=family).card
     rows = [*VARIANTS, *MORE.get(encoder, [])]
     variants = [row for row in rows if row[0] not in card.unsupported]
-    made = convert(str(folder), variants, tmp_path / "bundle")
+    made = convert(str(folder), variants, tmp_path / "bundle", family=family)
     assert not made.failed
     for row in variants:
         conforms(made.folder, "-".join(row), PAIRS, reference(folder)[0], ALONE)

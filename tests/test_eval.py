@@ -17,7 +17,7 @@ from judged import Data, opened
 from qrank import Reranker
 from qrank.bundle.manifest import Manifest
 from qrank.cli import main
-from qrank.quality.collection import Run
+from qrank.quality.bm25 import Run
 from qrank.quality.evaluation import Evaluation, evaluate
 from qrank.quality.metrics import MEASURES
 from qrank.quality.score_cache import Setting

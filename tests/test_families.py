@@ -56,10 +56,13 @@ def test_cards_parse_and_are_the_supported_families() -> None:
     found = {card.name: card.architectures for card in cards()}
     assert found == {
         "bert": ("BertForSequenceClassification",),
+        "bert-two-labels": ("BertForSequenceClassification",),
         "bge-reranker-gemma": ("GemmaForCausalLM",),
         "deberta-v2": ("DebertaV2ForSequenceClassification",),
         "distilbert": ("DistilBertForSequenceClassification",),
         "electra": ("ElectraForSequenceClassification",),
+        "gte-multilingual": ("GteForSequenceClassification",),
+        "jina-reranker-v1": ("JinaBertForSequenceClassification",),
         "modernbert": ("ModernBertForSequenceClassification",),
         "mpnet": ("MPNetForSequenceClassification",),
         "nemotron-rerank": ("LlamaBidirectionalForSequenceClassification",),
@@ -91,6 +94,7 @@ def test_a_card_as_a_user_writes_it() -> None:
         ('"{cls}"', '"[CLS]"', "[CLS]"),
         ('["{cls}", ', "[101, ", "template"),
         ("[0, 0, 0, 1, 1]", "[0, 0, 1]", "segments"),
+        ('pooling = "pooler"', 'pooling = "pooler"\nclasses = [1, 2]', "classes is [1, 2]"),
         ("[0, 0, 0, 1, 1]", '["0"]', "segments"),
         ('"identity"', '"softmax"', "softmax"),
         ('"identity"', "3", "activation"),
@@ -207,9 +211,10 @@ def test_an_unknown_architecture_is_refused_by_name(copy_of: Callable[..., Path]
     ("architecture", "reason"),
     [
         ("JinaForRanking", "is listwise"),
-        ("Qwen3VLForConditionalGeneration", "reads images"),
+        ("Qwen2VLForConditionalGeneration", "reads images"),
         ("T5ForConditionalGeneration", "is an encoder-decoder"),
-        ("LayerWiseMiniCPMForCausalLM", "has a score head in every layer"),
+        ("Qwen3_5ForConditionalGeneration", "mixes attention with gated delta nets"),
+        ("CostWiseGemmaForCausalLM", "has a score head in every layer"),
         ("HF_ColBERT", "compares token embeddings"),
     ],
 )
@@ -239,7 +244,9 @@ def test_more_labels_than_one_are_refused(
     config: dict[str, Any], labels: int, copy_of: Callable[..., Path]
 ) -> None:
     """Also if the config does not mention labels: transformers' default is two."""
-    assert f"{labels} labels" in refusal(copy_of("bert", **config))
+    message = refusal(copy_of("bert", **config))
+    assert f"{labels} labels" in message
+    assert ("--family bert-two-labels" in message) == (labels == 2)
 
 
 def test_pickles_are_refused(copy_of: Callable[..., Path]) -> None:

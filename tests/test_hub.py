@@ -15,7 +15,7 @@ import huggingface_hub
 import pytest
 from click.testing import CliRunner
 from conftest import subset
-from hub_server import Hub, serving
+from hub_server import Hub, use_hub
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,25 +30,6 @@ from qrank.converters.convert import convert
 from qrank.errors import InputError, ModelNotFoundError
 
 REPOSITORY = "they/their-bundle"
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that huggingface_hub connects to, with an empty cache."""
-    with serving() as found:
-        use(found.url, monkeypatch)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        yield found
-
-
-def use(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Point huggingface_hub, which reads the variable only once, to another hub."""
-    monkeypatch.setenv("HF_ENDPOINT", url)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
-    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr("huggingface_hub.list_repo_files", huggingface_hub.HfApi().list_repo_files)
 
 
 # Names
@@ -228,7 +209,7 @@ def test_a_bundle_is_not_converted_and_a_checkpoint_not_run(
     ):
         convert(REPOSITORY)
     with pytest.raises(ModelNotFoundError, match=r"their-model on the hub is no bundle; convert"):
-        Reranker("they/their-model")
+        Reranker("they/their-model", convert=False)
     with pytest.raises(ModelNotFoundError, match=r"on the hub, a bundle is a whole repository"):
         Reranker(f"{REPOSITORY}/onnx-int8/model.onnx")
 
@@ -254,7 +235,7 @@ def test_a_checkpoint_is_converted_from_where_it_is_pasted(
     address = f"{server.url}/they/their-model/blob/v1/config.json"
     made = CliRunner().invoke(main, [*command, address])
     assert made.exit_code == 0, made.output
-    assert downloads == ["they/their-model"], "the hub is asked once for a checkpoint's files"
+    assert downloads == ["they/their-model"] * 2, "the description, then the weights"
     source = Manifest.load(Path(target)).source
     assert (source.id, source.revision) == ("they/their-model", commit)
     made = CliRunner().invoke(main, [*command, "they/their-model", "--revision", "v1"])
@@ -315,7 +296,7 @@ def test_no_such_repository_is_told(server: Hub) -> None:
 
 
 def test_no_network_is_told(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    use("http://127.0.0.1:9", monkeypatch)
+    use_hub("http://127.0.0.1:9", monkeypatch)
     assert "http://127.0.0.1:9 cannot be reached (" in refusal("they/anything")
 
 

@@ -47,6 +47,7 @@ REACH_CONVERTERS = {
     "qrank.cli.convert": {"convert"},
     "qrank.cli.models": {"models"},
     "qrank.backends.torch": {"as_bundle", "open"},
+    "qrank.select.obtain": {"_converted"},
 }
 
 

@@ -45,7 +45,8 @@ def once(option: click.Option) -> list[str]:
     name = max(option.opts, key=len)
     if option.is_flag:
         return [name]
-    return [name, option.type.choices[0] if isinstance(option.type, click.Choice) else "1"]
+    value = option.type.choices[0] if isinstance(option.type, click.Choice) else "1"
+    return [name, *[value] * option.nargs]
 
 
 SINGLE = [(name, o) for name, o in OPTIONS if not (o.multiple or o.count)]

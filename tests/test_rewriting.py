@@ -1,6 +1,5 @@
 """Checkpoints that are read as another class score exactly as the original computation."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -8,144 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracles
 import pytest
+import tiny
+import tiny_decoders
 import torch
 from safetensors.torch import load_file, save_file
 from test_conformance import PAIRS
-from transformers import AutoModel, AutoTokenizer
+from tiny_chains import ACTIVATIONS, ETTIN, PLAIN, chain
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from qrank import Reranker
 from qrank.backends import tolerance
 from qrank.bundle.fidelity import Fidelity
-from qrank.bundle.sequences import Logits
+from qrank.converters.checkpoint.ids import checkpoint_ids
 from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.convert import convert
 from qrank.errors import ConversionError, FamilyError
 
 Folders = Callable[[str], Path]
-ACTIVATIONS = "torch.nn.modules.activation."
-
-
-def write(path: Path, content: Any) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content), "utf-8")
-
-
-def module(kind: str, number: int) -> dict[str, Any]:
-    home = "base" if kind in ("Transformer", "Dense") else "sentence_transformer"
-    name = re.sub(r"(?<!^)(?=[A-Z])", "_", kind).lower()
-    return {
-        "idx": number,
-        "name": str(number),
-        "path": f"{number}_{kind}" if number else "",
-        "type": f"sentence_transformers.{home}.modules.{name}.{kind}",
-    }
-
-
-class Chain:
-    """A checkpoint of modules, and its own computation in plain torch.
-
-    Attributes:
-        folder: the checkpoint.
-        kinds: its modules.
-    """
-
-    def __init__(self, folder: Path, kinds: list[str]) -> None:
-        self.folder = folder
-        self.kinds = kinds
-        self.layers: list[torch.nn.Module] = []
-        self.mean = False
-
-    def logits(self) -> Logits:
-        """As sentence-transformers computes them, one pair at a time."""
-        model = AutoModel.from_pretrained(self.folder, dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        found = []
-        with torch.inference_mode():
-            for query, document in PAIRS:
-                # As a batch of one: otherwise an empty document would count as no document.
-                inputs = tokenizer(
-                    [query], [document], truncation="only_second", return_tensors="pt"
-                )
-                states = model(**inputs).last_hidden_state
-                x = states.mean(1) if self.mean else states[:, 0]
-                for layer in self.layers:
-                    x = layer(x)
-                found.append(x.item())
-        return np.array(found, np.float32)
-
-
-def chain(
-    base: Path,
-    folder: Path,
-    kinds: list[str],
-    *,
-    activation: str = "GELU",
-    bias: bool = False,
-    pooling: dict[str, Any] | None = None,
-) -> Chain:
-    """A chain of modules behind the model of a tiny checkpoint, whose head is dropped."""
-    shutil.copytree(base, folder)
-    made = Chain(folder, kinds)
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    name = config["architectures"][0].replace("ForSequenceClassification", "Model")
-    for key in ("id2label", "label2id", "num_labels", "classifier_pooling", "classifier_bias"):
-        config.pop(key, None)
-    write(folder / "config.json", config | {"architectures": [name]})
-    stored = load_file(folder / "model.safetensors")
-    prefix = {"ModernBertModel": "model.", "BertModel": "bert."}.get(name, "roberta.")
-    trunk = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
-    save_file(trunk, folder / "model.safetensors", {"format": "pt"})
-    write(folder / "modules.json", [module(kind, i) for i, kind in enumerate(kinds)])
-    write(
-        folder / "config_sentence_transformers.json",
-        {"model_type": "CrossEncoder", "activation_fn": "torch.nn.modules.linear.Identity"},
-    )
-    write(folder / "sentence_bert_config.json", {"transformer_task": "feature-extraction"})
-    pooling = pooling or {"embedding_dimension": config["hidden_size"], "pooling_mode": "cls"}
-    made.mean = pooling.get("pooling_mode_mean_tokens", False)
-    size = config["hidden_size"]
-    torch.manual_seed(5)
-    for number, kind in enumerate(kinds):
-        place = folder / f"{number}_{kind}"
-        if kind == "Pooling":
-            write(place / "config.json", pooling)
-        elif kind == "LayerNorm":
-            norm = torch.nn.LayerNorm(size)
-            torch.nn.init.normal_(norm.weight, 1, 0.3)
-            torch.nn.init.normal_(norm.bias)
-            made.layers.append(norm)
-            write(place / "config.json", {"dimension": size})
-            save_file(
-                {f"norm.{k}": v for k, v in norm.state_dict().items()}, place / "model.safetensors"
-            )
-        elif kind == "Dense":
-            last = number == len(kinds) - 1
-            linear = torch.nn.Linear(size, 1 if last else size, bias=bias or last)
-            torch.nn.init.normal_(linear.weight, std=0.3)
-            made.layers.append(linear)
-            if not last:
-                made.layers.append(getattr(torch.nn, activation)())
-            write(
-                place / "config.json",
-                {
-                    "in_features": size,
-                    "out_features": linear.out_features,
-                    "bias": linear.bias is not None,
-                    "activation_function": "torch.nn.modules.linear.Identity"
-                    if last
-                    else ACTIVATIONS + activation,
-                    "module_input_name": "sentence_embedding",
-                    "module_output_name": "scores" if last else "sentence_embedding",
-                },
-            )
-            weights = {f"linear.{k}": v for k, v in linear.state_dict().items()}
-            save_file(weights, place / "model.safetensors")
-    return made
-
-
-ETTIN = ["Transformer", "Pooling", "Dense", "LayerNorm", "Dense"]
-PLAIN = ["Transformer", "Pooling", "Dense", "Dense"]
 
 
 @pytest.mark.parametrize(
@@ -165,14 +45,14 @@ def test_a_chain_of_modules_scores_as_its_modules_do(
     with Reranker(made.folder, backend="torch") as reranker:
         ours = reranker.score(PAIRS, raw=True)
         assert reranker.engine.manifest.family.activation == "identity"
-    theirs = made.logits()
+    theirs = made.logits(PAIRS)
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1.0, float(np.ptp(theirs))))
 
 
 def test_ettin_converts(checkpoint_of: Folders, tmp_path: Path) -> None:
     """To every format of its class; which precision does not matter to a rewriting."""
     made = chain(checkpoint_of("modernbert-mean"), tmp_path / "ettin", ETTIN)
-    theirs = made.logits()
+    theirs = made.logits(PAIRS)
     variants = [("onnx", "int8"), ("openvino", "int8"), ("gguf", "q8_0")]
     bundle = convert(str(made.folder), variants, tmp_path / "bundle")
     assert re.match(
@@ -207,8 +87,7 @@ def test_a_chain_that_no_class_computes_is_refused(
     tmp_path: Path,
 ) -> None:
     folder = chain(checkpoint_of("modernbert-mean"), tmp_path / "chain", kinds).folder
-    path = folder / name / "config.json"
-    write(path, json.loads(path.read_text("utf-8")) | content)
+    tiny.edit_config(folder / name, **content)
     with pytest.raises(FamilyError, match=re.escape(message)):
         read_checkpoint(str(folder))
 
@@ -229,16 +108,11 @@ def test_a_module_without_its_file_is_told(checkpoint_of: Folders, tmp_path: Pat
 def jina(base: Path, folder: Path) -> Path:
     """A tiny XLM-RoBERTa as jina's script stores it: renamed, with queries, keys, values joined."""
     shutil.copytree(base, folder)
-    config = json.loads((folder / "config.json").read_text("utf-8"))
     code = {
         "AutoConfig": "configuration_xlm_roberta.XLMRobertaFlashConfig",
         "AutoModelForSequenceClassification": "modeling.XLMRobertaForSequenceClassification",
     }
-    config.pop("model_type")
-    write(
-        folder / "config.json",
-        config | {"auto_map": code, "position_embedding_type": "absolute"},
-    )
+    tiny.edit_config(folder, auto_map=code, position_embedding_type="absolute", model_type=None)
     names = {
         "roberta.embeddings.LayerNorm": "roberta.emb_ln",
         ".layer.": ".layers.",
@@ -297,7 +171,91 @@ def test_jina_v2_converts_to_gguf(checkpoint_of: Folders, tmp_path: Path) -> Non
 def test_other_models_of_jinas_class_are_refused(
     content: dict[str, Any], message: str, checkpoint_of: Folders, tmp_path: Path
 ) -> None:
-    path = jina(checkpoint_of("xlm-roberta"), tmp_path / "jina") / "config.json"
-    write(path, json.loads(path.read_text("utf-8")) | content)
+    folder = jina(checkpoint_of("xlm-roberta"), tmp_path / "jina")
+    tiny.edit_config(folder, **content)
     with pytest.raises(FamilyError, match=message):
-        read_checkpoint(str(path.parent))
+        read_checkpoint(str(folder))
+
+
+def test_jina_v1_as_published_scores_as_its_class_does(
+    checkpoint_of: Folders, tmp_path: Path
+) -> None:
+    theirs = checkpoint_of("jina-reranker-v1")
+    ours = shutil.copytree(theirs, tmp_path / "jina")
+    code = {"AutoConfig": "jinaai/jina-bert-implementation--configuration_bert.JinaBertConfig"}
+    tiny.edit_config(
+        ours,
+        architectures=["JinaBertForMaskedLM"],
+        auto_map=code,
+        feed_forward_type="geglu",
+        id2label=None,
+        label2id=None,
+        model_type="bert",
+        position_embedding_type="alibi",
+    )
+    with Reranker(theirs, backend="torch") as original, Reranker(ours, backend="torch") as read:
+        np.testing.assert_array_equal(original.score(PAIRS, raw=True), read.score(PAIRS, raw=True))
+    tiny.edit_config(ours, feed_forward_type="original")
+    with pytest.raises(FamilyError, match="feed_forward_type = 'original'"):
+        read_checkpoint(str(ours))
+
+
+# Decoders
+
+
+def test_minicpm_converts(checkpoint_of: Folders, tmp_path: Path) -> None:
+    """Its exactness is shown in test_oracles.py; here its prompt, cut layers and scales."""
+    folder = oracles.write("minicpm", tmp_path / "minicpm", vocab_size=1200)
+    for path in checkpoint_of("gemma").glob("tokenizer*"):
+        shutil.copy(path, folder)
+    variants = [("onnx", "fp32"), ("openvino", "fp16"), ("gguf", "f16")]
+    made = convert(str(folder), variants, tmp_path / "bundle")
+    assert made.manifest.family.name == "bge-reranker-gemma"
+    pairs = [pair for pair in PAIRS if len(pair[1]) < 200]
+    with Reranker(folder, backend="torch") as original:
+        expected = original.score(pairs, raw=True)
+    for variant in variants:
+        with Reranker(made.folder, backend="-".join(variant)) as reranker:
+            found = Fidelity.of(reranker.score(pairs, raw=True), expected)
+        assert tolerance(*variant).shortfall(found) is None, variant
+
+
+def test_qwen3_vl_scores_text_as_its_own_class_does(tmp_path: Path) -> None:
+    """Its reranker in sentence-transformers: a chat template of its own name, and LogitScore."""
+    text = {k: v for k, v in tiny_decoders.SIZES.items() if k != "max_position_embeddings"}
+    rotary = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2]}
+    config = Qwen3VLConfig(
+        text_config=text
+        | {
+            "head_dim": 16,
+            "max_position_embeddings": tiny_decoders.MAX_LENGTH,
+            "rope_parameters": rotary | {"mrope_interleaved": True},
+        },
+        vision_config={"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 64}
+        | {"intermediate_size": 16, "deepstack_visual_indexes": []},
+        tie_word_embeddings=True,
+    )
+    folder = tiny_decoders.save(tmp_path / "vl", Qwen3VLForConditionalGeneration, config)
+    tiny_decoders.describe(folder)
+    tiny.edit(folder / "sentence_bert_config.json", transformer_task="any-to-any")
+    templates = folder / "additional_chat_templates"
+    templates.mkdir()
+    (folder / "chat_template.jinja").rename(templates / "reranker.jinja")
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}", "utf-8")
+    options = {"chat_template": {"add_generation_prompt": True, "chat_template": "reranker"}}
+    tiny.edit(folder / "sentence_bert_config.json", processing_kwargs=options)
+
+    pairs = [pair for pair in PAIRS if len(pair[1]) < 200]
+    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    checkpoint = read_checkpoint(str(folder))
+    yes, no = checkpoint.family.labels
+    expected = []
+    for query, document in pairs:
+        ids = torch.tensor([checkpoint_ids(checkpoint, query, document, tiny_decoders.MAX_LENGTH)])
+        with torch.inference_mode():
+            logits = model(input_ids=ids).logits[0, -1]
+        expected.append((logits[yes] - logits[no]).item())
+    with Reranker(folder, backend="torch") as reranker:
+        ours = reranker.score(pairs, raw=True)
+    np.testing.assert_allclose(ours, expected, atol=2e-5 * max(1.0, float(np.ptp(expected))))
+    assert checkpoint.read_as == "the text part of Qwen3-VL read as Qwen3ForCausalLM"

@@ -12,6 +12,7 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from odd_texts import odd_texts
 from tokenizers import Tokenizer
 
 from qrank.bundle.manifest import TOKENIZER
@@ -155,7 +156,7 @@ def real(name: str) -> tuple[Tokenizer, Tokenizer]:
 def test_the_real_tokenizer_of_xlm_roberta() -> None:
     original, made = real("xlm-roberta")
     assert made.get_vocab_size() == original.get_vocab_size()
-    for text in TEXTS:
+    for text in [*TEXTS, *odd_texts(2000)]:
         assert made.encode(text).ids == original.encode(text, add_special_tokens=False).ids
     for special in ("<s>", "<pad>", "</s>", "<mask>"):
         for text in (special, f"red {special} mars", f"red{special}mars", special * 2):
@@ -167,7 +168,7 @@ def test_the_real_tokenizer_of_xlm_roberta() -> None:
 def test_the_real_tokenizer_of_qwen() -> None:
     original, made = real("qwen")
     added = set(original.get_added_tokens_decoder())
-    for text in TEXTS:
+    for text in [*TEXTS, *odd_texts(2000)]:
         assert made.encode(text).ids == original.encode(text, add_special_tokens=False).ids
     for special in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>"):
         for text in (special, f"red {special} mars", f"red{special}mars", special * 2):

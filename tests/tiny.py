@@ -28,7 +28,6 @@ from transformers import (
     ModernBertConfig,
     ModernBertForSequenceClassification,
     PreTrainedModel,
-    XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
 )
 from transformers.utils.logging import disable_progress_bar
@@ -106,10 +105,18 @@ def bert_one_segment(folder: Path) -> Path:
 
 def xlm_roberta(folder: Path) -> Path:
     """XLM-RoBERTa: Unigram pieces that include `<s>`, `<pad>` and `<mask>`, like the real ones."""
-    torch.manual_seed(2)
-    model = XLMRobertaForSequenceClassification(XLMRobertaConfig(**SIZES, **AFTER_PAD))
-    head, kind = model.classifier.out_proj, "XLMRobertaTokenizer"
-    return save(folder, model, head, POOLER_GAIN, unigram(), kind, ROBERTA_NAMES)
+    model = XLMRobertaForSequenceClassification
+    return robertas_relative(folder, 2, model, unigram(), "XLMRobertaTokenizer")
+
+
+def robertas_relative(
+    folder: Path, seed: int, kind: type[PreTrainedModel], tokenizer: Tokenizer, its_class: str
+) -> Path:
+    """A class with RoBERTa's positions, head and special tokens."""
+    torch.manual_seed(seed)
+    model = kind(kind.config_class(**SIZES, **AFTER_PAD))
+    head = model.classifier.out_proj
+    return save(folder, model, head, POOLER_GAIN, tokenizer, its_class, ROBERTA_NAMES)
 
 
 def modernbert_mean(folder: Path) -> Path:
@@ -134,9 +141,13 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
 
 def edit_config(folder: Path, **values: Any) -> None:
     """Set keys of a checkpoint's config.json; None removes one."""
-    path = folder / "config.json"
-    config = {**json.loads(path.read_text("utf-8")), **values}
-    kept = {key: value for key, value in config.items() if key not in values or value is not None}
+    edit(folder / "config.json", **values)
+
+
+def edit(path: Path, **values: Any) -> None:
+    """Set keys of a JSON file; None removes one."""
+    content = {**json.loads(path.read_text("utf-8")), **values}
+    kept = {key: value for key, value in content.items() if key not in values or value is not None}
     path.write_text(json.dumps(kept), "utf-8")
 
 

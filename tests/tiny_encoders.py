@@ -13,6 +13,8 @@ from tiny import (
     POOLER_GAIN,
     ROBERTA_NAMES,
     SIZES,
+    edit,
+    robertas_relative,
     save,
     texts,
     unigram,
@@ -20,7 +22,8 @@ from tiny import (
 )
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
-    CamembertConfig,
+    BertConfig,
+    BertForSequenceClassification,
     CamembertForSequenceClassification,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
@@ -30,25 +33,37 @@ from transformers import (
     ElectraForSequenceClassification,
     MPNetConfig,
     MPNetForSequenceClassification,
-    RobertaConfig,
     RobertaForSequenceClassification,
+)
+
+from qrank.converters.checkpoint.gte_class import GteConfig, GteForSequenceClassification
+from qrank.converters.checkpoint.jina_v1_class import (
+    JinaBertConfig,
+    JinaBertForSequenceClassification,
 )
 
 
 def roberta(folder: Path) -> Path:
     """RoBERTa: byte-level BPE."""
-    torch.manual_seed(6)
-    model = RobertaForSequenceClassification(RobertaConfig(**SIZES, **AFTER_PAD))
-    head, kind = model.classifier.out_proj, "RobertaTokenizer"
-    return save(folder, model, head, POOLER_GAIN, _byte_bpe(), kind, ROBERTA_NAMES)
+    kind = RobertaForSequenceClassification
+    return robertas_relative(folder, 6, kind, _byte_bpe(), "RobertaTokenizer")
+
+
+def bert_two_labels(folder: Path) -> Path:
+    """BERT with two labels, the second of which means relevant."""
+    torch.manual_seed(13)
+    sizes = SIZES | {"num_labels": 2}
+    model = BertForSequenceClassification(
+        BertConfig(**sizes, max_position_embeddings=MAX_LENGTH, type_vocab_size=2)
+    )
+    head, kind = model.classifier, "BertTokenizer"
+    return save(folder, model, head, POOLER_GAIN, wordpiece(), kind, BERT_NAMES)
 
 
 def camembert(folder: Path) -> Path:
     """CamemBERT: Unigram."""
-    torch.manual_seed(7)
-    model = CamembertForSequenceClassification(CamembertConfig(**SIZES, **AFTER_PAD))
-    head, kind = model.classifier.out_proj, "PreTrainedTokenizerFast"
-    return save(folder, model, head, POOLER_GAIN, unigram(), kind, ROBERTA_NAMES)
+    kind = CamembertForSequenceClassification
+    return robertas_relative(folder, 7, kind, unigram(), "PreTrainedTokenizerFast")
 
 
 def electra(folder: Path) -> Path:
@@ -120,6 +135,34 @@ def deberta_v2(folder: Path) -> Path:
     )
 
 
+def gte(folder: Path) -> Path:
+    """gte-multilingual-reranker: rotary positions, scaled, and a gated feed-forward network."""
+    torch.manual_seed(11)
+    config = GteConfig(
+        **SIZES,
+        hidden_act="gelu",
+        max_position_embeddings=MAX_LENGTH,
+        rope_parameters={"rope_type": "linear", "rope_theta": 160_000.0, "factor": 1.07},
+        **{key: AFTER_PAD[key] for key in ("type_vocab_size", "pad_token_id")},
+    )
+    model = GteForSequenceClassification(config)
+    head, kind = model.classifier, "XLMRobertaTokenizer"
+    return save(folder, model, head, POOLER_GAIN, unigram(), kind, ROBERTA_NAMES)
+
+
+def jina_v1(folder: Path) -> Path:
+    """jina-reranker-v1: ALiBi and a gated feed-forward network. Six heads: no power of two."""
+    torch.manual_seed(12)
+    sizes = SIZES | {"hidden_size": 96, "num_attention_heads": 6}
+    config = JinaBertConfig(**sizes, max_position_embeddings=MAX_LENGTH)
+    model = JinaBertForSequenceClassification(config)
+    head, kind = model.classifier, "RobertaTokenizer"
+    names = ROBERTA_NAMES
+    folder = save(folder, model, head, POOLER_GAIN, _byte_bpe(), kind, names)
+    edit(folder / "tokenizer_config.json", model_input_names=["input_ids", "attention_mask"])
+    return folder
+
+
 def _byte_bpe() -> Tokenizer:
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     tokenizer = Tokenizer(models.BPE())
@@ -142,10 +185,16 @@ def _byte_bpe() -> Tokenizer:
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "roberta": roberta,
+    "bert-two-labels": bert_two_labels,
     "camembert": camembert,
     "electra": electra,
     "distilbert": distilbert,
     "mpnet": mpnet,
     "deberta-v2": deberta_v2,
+    "gte-multilingual": gte,
+    "jina-reranker-v1": jina_v1,
 }
 """Every kind, by a name that is its family's, except for CamemBERT: RoBERTa's."""
+
+FAMILIES = {"bert-two-labels": "bert-two-labels"}
+"""Families that no config.json tells from others."""

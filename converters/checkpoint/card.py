@@ -45,9 +45,11 @@ class Card:
         instructed: the template with an instruction, if it differs.
         labels: for causal language models: the token that means "relevant" and, if the score is the
             difference of the two, the one that means "not".
+        classes: for a score head with two labels: the number of the label that means relevant, and
+            of the other.
         max_length: tokens the model was made for, if its config has a larger number.
-        models: hub ids. Decoder families share architectures with chat models, so they match only
-            these; other models need `--family`.
+        models: hub ids. Decoder families share architectures with chat models, and those with
+            classes with other classifiers, so they match only these; other models need `--family`.
         unsupported: formats that cannot run models of this family: `gguf`.
     """
 
@@ -63,6 +65,7 @@ class Card:
     instruction: str = ""
     instructed: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    classes: tuple[int, ...] = ()
     max_length: int | None = None
     models: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = ()
@@ -135,6 +138,12 @@ class Card:
                 f"{where}: labels are one or two tokens where pooling is last, and none elsewhere"
             )
 
+        if self.classes and (sorted(self.classes) != [0, 1] or self.pooling == "last"):
+            raise FamilyError(
+                f"{where}: classes is {list(self.classes)}; expected [1, 0] or [0, 1], and a "
+                "pooling other than last"
+            )
+
     def _check_template(self, template: tuple[str, ...], where: str) -> None:
         names = [name for item in template for name in slots(item)]
         if bad := [name for name in names if name not in (*ROLES, *SLOTS)]:
@@ -167,6 +176,7 @@ _LISTS = {
     "segments": int,
     "instructed": str,
     "labels": str,
+    "classes": int,
     "models": str,
     "unsupported": str,
 }
@@ -217,7 +227,10 @@ def find_card(family: str | None, config: dict[str, Any], hub_id: str | None = N
         )
     readers = [card for card in known if set(card.architectures) & set(found)]
     for card in readers:
-        if card.pooling != "last" or hub_id in card.models:
+        if hub_id in card.models:
+            return card
+    for card in readers:
+        if card.pooling != "last" and not card.classes:
             return card
     if readers:
         raise FamilyError(

@@ -73,8 +73,9 @@ def concrete(card: Card, said: Said) -> Family:
             raise FamilyError(
                 f"card {card.name}: {item!r} holds the special token {held[0]}; make it an item"
             )
-    labels = [said.tokenizer(label, add_special_tokens=False)["input_ids"] for label in card.labels]
-    if longer := [label for label, ids in zip(card.labels, labels, strict=True) if len(ids) != 1]:
+    compared = card.labels if is_causal(dict(said.config)) else ()
+    labels = [said.tokenizer(label, add_special_tokens=False)["input_ids"] for label in compared]
+    if longer := [label for label, ids in zip(compared, labels, strict=True) if len(ids) != 1]:
         raise FamilyError(
             f"the label {longer[0]!r} of family {card.name} is no single token of this tokenizer"
         )
@@ -93,7 +94,8 @@ def concrete(card: Card, said: Said) -> Family:
         temperature=card.temperature,
         instruction=card.instruction,
         instructed=made(instructed) or None,
-        labels=tuple(ids[0] for ids in labels) if is_causal(dict(said.config)) else (),
+        labels=tuple(ids[0] for ids in labels),
+        classes=card.classes,
     )
 
 

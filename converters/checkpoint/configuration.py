@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from qrank.converters.checkpoint import jina_v2, module_chain
+from qrank.converters.checkpoint import gte, jina_v1, jina_v2, minicpm, module_chain, qwen3_vl
 from qrank.converters.checkpoint.json_files import check_kinds, explained, read_json
 from qrank.converters.checkpoint.rewriting import Rewriting
 from qrank.converters.checkpoint.stored import parts_of, safetensors_files
@@ -19,9 +20,18 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 NEMOTRON = "llama_bidirec"
-"""The `model_type` of the class in `qrank.converters.checkpoint.nemotron`."""
 
-_KINDS_OF_REWRITING = (module_chain.rewriting, jina_v2.rewriting)
+_CLASSES = {NEMOTRON: "nemotron", "gte": "gte_class", "jina_bert": "jina_v1_class"}
+"""`model_type` of a class that transformers lacks -> the module here that has it."""
+
+_KINDS_OF_REWRITING = (
+    module_chain.rewriting,
+    jina_v1.rewriting,
+    jina_v2.rewriting,
+    gte.rewriting,
+    minicpm.rewriting,
+    qwen3_vl.rewriting,
+)
 
 log = logging.getLogger("qrank")
 
@@ -94,7 +104,7 @@ def read_settings(config: dict[str, Any], source: str) -> PretrainedConfig:
             f"{source}: config.json has model_type = {kind!r}, which transformers "
             f"{transformers.__version__} does not know{code}"
         )
-    if code and kind != NEMOTRON:
+    if code and kind not in _CLASSES:
         log.warning(
             "%s: config.json names code of its own (auto_map). qrank does not run it: scores are "
             "those of transformers' own class for %s",
@@ -142,9 +152,9 @@ def transformers_for(config: dict[str, Any]) -> Any:
     Only then: the class needs torch, which prebuilt models do not.
     """
     transformers = need("transformers")
-    if config.get("model_type") == NEMOTRON:
+    if (module := _CLASSES.get(config.get("model_type", ""))) is not None:
         need("torch")
-        import qrank.converters.checkpoint.nemotron  # noqa: F401 (the import registers the class)
+        import_module(f"qrank.converters.checkpoint.{module}")  # this registers the class
     return transformers
 
 

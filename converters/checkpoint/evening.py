@@ -13,6 +13,7 @@ Such vectors are, by family:
 |---|---|---|---|
 | Qwen2, Qwen3, Llama, Gemma | both norms of a layer | yes | yes: `up` is linear |
 | ModernBERT | both, but for the first layer's attention | yes | yes: half of `Wi` is linear |
+| gte, jina-reranker-v1 | no: the residual sum reads them too | yes | yes: half is linear |
 | BERT and its relatives | no: the residual sum reads them too | yes | no: GELU is not linear |
 
 A norm that is followed by a residual sum feeds the next norm, whose mean and variance would change.
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qrank.bundle.family import Family
 from qrank.bundle.sequences import Floats, Sequences
 from qrank.converters.checkpoint.configuration import read_config
 from qrank.converters.checkpoint.read import Checkpoint
@@ -55,6 +57,11 @@ _RULES: Mapping[str, tuple[Rule, ...]] = {
         ("attn.Wqkv", ("attn.Wo",)),
         ("mlp.Wi", ("mlp.Wo",)),
     ),
+    "gte": (
+        ("self_attn.v_proj", ("self_attn.o_proj",)),
+        ("mlp.up_proj", ("mlp.down_proj",)),
+    ),
+    "jina_bert": (*_BERT, ("mlp.gated_layers", ("mlp.wo",))),
     **dict.fromkeys(("bert", "electra", "roberta", "xlm-roberta", "camembert"), _BERT),
     "deberta-v2": (("attention.self.value_proj", ("attention.output.dense",)),),
     "distilbert": (("attention.v_lin", ("attention.out_lin",)),),
@@ -160,7 +167,7 @@ def _measured(checkpoint: Checkpoint, calibration: Sequences) -> Mapping[str, Sc
     vectors = list(_vectors(model))
     calibration = calibration.take(np.arange(0, len(calibration), -(-len(calibration) // _PAIRS)))
     names = {readers[0] for _, readers in vectors}
-    largest = _maxima(model, names, calibration, checkpoint.family.labels)
+    largest = _maxima(model, names, calibration, checkpoint.family)
     found: dict[str, Scaling] = {}
     for maker, readers in vectors:
         made = model.get_submodule(maker)
@@ -194,7 +201,7 @@ def _vectors(model: PreTrainedModel) -> Iterator[Rule]:
 
 
 def _maxima(
-    model: PreTrainedModel, names: set[str], calibration: Sequences, labels: tuple[int, ...]
+    model: PreTrainedModel, names: set[str], calibration: Sequences, family: Family
 ) -> dict[str, Floats]:
     """max |x_j| over all tokens, for the inputs of some modules."""
     largest: dict[str, Floats] = {}
@@ -208,7 +215,7 @@ def _maxima(
 
     handles = [model.get_submodule(n).register_forward_pre_hook(seeing(n)) for n in names]
     if handles:
-        run_reference(model, calibration.whole(), labels)
+        run_reference(model, calibration.whole(), family)
     for handle in handles:
         handle.remove()
     return largest

@@ -19,7 +19,7 @@ import numpy as np
 
 from qrank.converters.checkpoint.json_files import read_json
 from qrank.converters.checkpoint.rewriting import Rewriting, WeightMap
-from qrank.converters.checkpoint.stored import parts_of, safetensors_files
+from qrank.converters.checkpoint.stored import Values, parts_of, safetensors_files
 from qrank.errors import ConversionError, FamilyError
 
 MODULES = "modules.json"
@@ -260,8 +260,8 @@ def _weights(chain: _Chain, trunk: _Trunk, norm_bias: bool, files: list[Path]) -
         # out(x * weight + bias) = out(x * weight) + out(bias)
         row, bias = (_values(part) for part in (out["linear.weight"], norm["norm.bias"]))
         own = _values(out["linear.bias"]) if "linear.bias" in out else 0.0
-        found[f"{trunk.out}.bias"] = (own + row @ bias).astype(np.float32)
-    found.setdefault(f"{trunk.out}.bias", np.zeros(1, np.float32))
+        found[f"{trunk.out}.bias"] = Values((own + row @ bias).astype(np.float32))
+    found.setdefault(f"{trunk.out}.bias", Values(np.zeros(1, np.float32)))
     return found
 
 

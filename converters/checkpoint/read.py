@@ -27,7 +27,11 @@ from qrank.converters.checkpoint.configuration import (
 )
 from qrank.converters.checkpoint.json_files import explained
 from qrank.converters.checkpoint.logit_score import logit_score_card
-from qrank.converters.checkpoint.read_tokenizer import control_tokens, read_tokenizer
+from qrank.converters.checkpoint.read_tokenizer import (
+    SENTENCEPIECE,
+    control_tokens,
+    read_tokenizer,
+)
 from qrank.converters.checkpoint.refusals import INFERENCE
 from qrank.converters.checkpoint.sentence_transformers import read_metadata
 from qrank.converters.checkpoint.stored import INDEX
@@ -47,18 +51,16 @@ if TYPE_CHECKING:
 DESCRIPTION = [
     *sentence_transformers.FILES,
     *module_chain.FILES,
+    *SENTENCEPIECE,
     logit_score.CONFIG,
     "adapter_config.json",
     "added_tokens.json",
+    "additional_chat_templates/*.jinja",
     "chat_template.jinja",
     "config.json",
     "merges.txt",
-    "sentencepiece.bpe.model",
     "special_tokens_map.json",
-    "spiece.model",
-    "spm.model",
     "tokenizer.json",
-    "tokenizer.model",
     "tokenizer_config.json",
     "vocab.json",
     "vocab.txt",
@@ -175,6 +177,11 @@ def of_fetched(found: Fetched, family: str | None) -> Checkpoint:
     )
 
 
+def check_description(found: Fetched, family: str | None) -> None:
+    """Check all but a checkpoint's weights, before they are downloaded; raises as `describe`."""
+    describe(found.folder, found.id, found.commit, family, lambda: [])
+
+
 def describe(
     folder: Path,
     identity: str,
@@ -206,9 +213,9 @@ def describe(
     if family is None and causal and metadata.logit_score is not None:
         card = logit_score_card(folder, source, config, metadata, tokenizer())
     else:
-        card = find_card(family, config, identity if commit else None)
+        card = find_card(family or rewriting.family, config, identity if commit else None)
     if not causal:
-        _check_labels(settings(), source)
+        _check_labels(settings(), card, source)
     files = weights()
     control = control_tokens(tokenizer(), [*card.template, *card.instructed])
     said = Said(source, config, settings(), metadata, tokenizer(), control)
@@ -228,7 +235,7 @@ def describe(
     )
 
 
-def _check_labels(settings: PretrainedConfig, source: str) -> None:
+def _check_labels(settings: PretrainedConfig, card: Card, source: str) -> None:
     names = {str(name).lower() for name in settings.id2label.values()}
     if names >= INFERENCE:
         raise FamilyError(
@@ -236,10 +243,13 @@ def _check_labels(settings: PretrainedConfig, source: str) -> None:
             "config.json): it tells entailment from contradiction (NLI), which ranks nothing. Use "
             "a reranker, such as cross-encoder/ettin-reranker-32m-v1"
         )
-    if settings.num_labels != 1:
+    count, expected = settings.num_labels, len(card.classes) or 1
+    if count != expected:
+        two = ". If one of the two means relevant: --family bert-two-labels, or a card with classes"
         raise FamilyError(
-            f"{source} has {settings.num_labels} labels (id2label, num_labels in config.json); a "
-            "reranker has one: it is a classifier, or a model without a trained head"
+            f"{source} has {count} labels (id2label, num_labels in config.json); family "
+            f"{card.name} has {expected}: it is a classifier, or a model without a trained head"
+            f"{two if count == 2 else ''}"
         )
 
 

@@ -17,6 +17,7 @@ from qrank.converters.checkpoint.json_files import check_kinds, explained, read_
 from qrank.converters.checkpoint.probes import probe_pairs
 from qrank.converters.checkpoint.tokenizer import is_control
 from qrank.errors import ConversionError, FamilyError
+from qrank.system.extras import need
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -36,6 +37,16 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 """Types that transformers accepts for keys of tokenizer_config.json that change ids."""
 
+SENTENCEPIECE = ("sentencepiece.bpe.model", "spiece.model", "spm.model", "tokenizer.model")
+"""Names of sentencepiece's files, from which a tokenizer is made if there is no tokenizer.json."""
+
+_OPTIONS = {
+    "normalizer": ("BertNormalizer", ("handle_chinese_chars", "lowercase", "strip_accents")),
+    "pre_tokenizer": ("ByteLevel", ("add_prefix_space",)),
+}
+"""Parts of a tokenizer.json, by kind, whose options tokenizer_config.json sets: BERT's and
+RoBERTa's."""
+
 _ODD = (
     "ＦＵＬＬ　ｗｉｄｔｈ ﬁne ①② ™ ½",
     "Ångström naïve E\u0301cole CAFÉ",
@@ -53,7 +64,7 @@ def read_tokenizer(
 
     transformers 5 rebuilds most tokenizers from the vocabulary in tokenizer.json, with the
     normalizer and pre-tokenizer of its class; earlier versions and other programs use the file
-    unchanged. If the two read some text differently, the file counts.
+    unchanged, except for a few options. Unless the two are the same, the file counts.
 
     Args:
         folder: the checkpoint's folder.
@@ -63,10 +74,15 @@ def read_tokenizer(
 
     Raises:
         ConversionError: there is no tokenizer, or it is damaged.
+        MissingExtraError: it is a file of sentencepiece, which is not installed.
         FamilyError: it reads text in a way that qrank does not support.
     """
     transformers = transformers_for(config)
     _check_config(folder, source)
+    pieces = _sentencepiece_file(folder)
+    if pieces is not None:
+        # Without it, transformers reads the file as another format.
+        need("sentencepiece")
     files = "its tokenizer (tokenizer.json, tokenizer_config.json)"
     with explained(f"transformers cannot read {source}, {files}"), warnings.catch_warnings():
         # When it reads a vocab.txt, it warns about its own method.
@@ -79,7 +95,10 @@ def read_tokenizer(
     # Without files, transformers makes up a tokenizer of special tokens only.
     if not tokenizer.is_fast or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ConversionError(f"{source} has no tokenizer.json, and none can be made from it")
-    tokenizer = _as_written(folder, source, tokenizer, pairs=not is_causal(config))
+    if pieces is None:
+        tokenizer = _as_written(folder, source, tokenizer, pairs=not is_causal(config))
+    else:
+        _add_charsmap(tokenizer.backend_tokenizer, pieces)
     _check(tokenizer, source)
     read: PreTrainedTokenizerBase = tokenizer
     return read
@@ -138,10 +157,31 @@ def _check(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
         raise FamilyError(f"{name} model_max_length = {limit!r}; expected a number from 1 on")
 
 
+def _sentencepiece_file(folder: Path) -> Path | None:
+    """The file that a checkpoint's tokenizer is made from, if it is one of sentencepiece."""
+    if (folder / "tokenizer.json").is_file():
+        return None
+    return next((path for name in SENTENCEPIECE if (path := folder / name).is_file()), None)
+
+
+def _add_charsmap(tokenizer: Tokenizer, pieces: Path) -> None:
+    """Normalize text as a file of sentencepiece says, if transformers left that out.
+
+    transformers 5 does for DeBERTa and CamemBERT; earlier versions and sentencepiece do not.
+    """
+    model = need("sentencepiece.sentencepiece_model_pb2").ModelProto()
+    model.ParseFromString(pieces.read_bytes())
+    charsmap = model.normalizer_spec.precompiled_charsmap
+    theirs = tokenizer.normalizer
+    if charsmap and b'"Precompiled"' not in (b"" if theirs is None else theirs.__getstate__()):
+        mapped = normalizers.Precompiled(charsmap)
+        tokenizer.normalizer = normalizers.Sequence([mapped, *([] if theirs is None else [theirs])])
+
+
 def _as_written(
     folder: Path, source: str, rebuilt: PreTrainedTokenizerBase, *, pairs: bool
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of tokenizer.json if transformers' gives other ids, else transformers'.
+    """The tokenizer of tokenizer.json, unless transformers' is the same; warns of other ids.
 
     Args:
         folder: the checkpoint's folder.
@@ -158,11 +198,7 @@ def _as_written(
     backend = rebuilt.backend_tokenizer
     with explained(f"tokenizers cannot read {path}"):
         written = Tokenizer.from_file(str(path))
-        if {type(t.normalizer) for t in (backend, written)} == {normalizers.BertNormalizer}:
-            # Every version of transformers sets its options from tokenizer_config.json.
-            content = json.loads(path.read_text("utf-8"))
-            content["normalizer"] = json.loads(backend.normalizer.__getstate__())
-            written = Tokenizer.from_str(json.dumps(content))
+        written = _with_options(written, backend)
     special = set(rebuilt.all_special_tokens)
     words = {
         token.content
@@ -174,15 +210,17 @@ def _as_written(
     for query, document in [*probe_pairs(), *((text, text) for text in texts)]:
         a, b = (t.encode(query, document, add_special_tokens=pairs) for t in (backend, written))
         if (a.ids, a.type_ids) != (b.ids, b.type_ids):
+            log.warning(
+                "%s: transformers %s reads some texts as other tokens than the checkpoint's "
+                "tokenizer.json does; qrank takes the file, as earlier versions of transformers do",
+                source,
+                transformers.__version__,
+            )
             break
     else:
-        return rebuilt
-    log.warning(
-        "%s: transformers %s reads some texts as other tokens than the checkpoint's tokenizer.json "
-        "does; qrank takes the file, as earlier versions of transformers do",
-        source,
-        transformers.__version__,
-    )
+        # Texts cannot show every difference: the rules must be the same, too.
+        if _rules(backend) == _rules(written):
+            return rebuilt
     return transformers.TokenizersBackend(
         tokenizer_object=written,
         added_tokens_decoder=rebuilt.added_tokens_decoder,
@@ -192,3 +230,21 @@ def _as_written(
         truncation_side=rebuilt.truncation_side,
         **rebuilt.special_tokens_map,
     )
+
+
+def _with_options(written: Tokenizer, rebuilt: Tokenizer) -> Tokenizer:
+    """The file's tokenizer with the options that tokenizer_config.json sets in every transformers.
+
+    transformers' class reads them, and has put them into `rebuilt`.
+    """
+    content, theirs = (json.loads(tokenizer.to_str()) for tokenizer in (written, rebuilt))
+    for part, (kind, names) in _OPTIONS.items():
+        if all((t[part] or {}).get("type") == kind for t in (content, theirs)):
+            content[part] |= {name: theirs[part][name] for name in names}
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def _rules(tokenizer: Tokenizer) -> tuple[bytes, ...]:
+    """What splits text into tokens, other than added tokens."""
+    parts = (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.model)
+    return tuple(b"" if part is None else part.__getstate__() for part in parts)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qrank.bundle.family import label_row
+from qrank.bundle.family import Family, label_row
 from qrank.bundle.sequences import Logits, Sequences
 from qrank.errors import ConversionError
 from qrank.system.extras import need
@@ -14,14 +16,41 @@ from qrank.system.extras import need
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qrank.converters.checkpoint.read import Checkpoint
 
-def run_reference(model: PreTrainedModel, work: Sequences, labels: tuple[int, ...] = ()) -> Logits:
+
+class Original:
+    """A checkpoint's own model in fp32, loaded when it is first needed.
+
+    Attributes:
+        checkpoint: the checkpoint.
+        seconds: time spent on forward passes so far.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.seconds = 0.0
+
+    def logits(self, work: Sequences) -> Logits:
+        """See `run_reference`."""
+        model = self._model
+        begun = time.perf_counter()
+        found = run_reference(model, work, self.checkpoint.family)
+        self.seconds += time.perf_counter() - begun
+        return found
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        return self.checkpoint.load(lean=True)
+
+
+def run_reference(model: PreTrainedModel, work: Sequences, family: Family) -> Logits:
     """Logits of transformers' own forward pass in fp32, one pair at a time, shape [n].
 
     Args:
         model: transformers' own model.
         work: whole sequences.
-        labels: the labels of a causal language model; see `qrank.bundle.family.Family`.
+        family: the checkpoint's; its labels or classes say which logits are the score.
     """
     torch = need("torch")
     logits = []
@@ -32,12 +61,14 @@ def run_reference(model: PreTrainedModel, work: Sequences, labels: tuple[int, ..
             if work.segments is not None:
                 types = torch.tensor(work.segments[i][None], dtype=torch.int64)
                 inputs["token_type_ids"] = types
-            if labels:
+            if family.labels:
                 # The vocabulary's logits at the last token.
                 last = model(**inputs, logits_to_keep=1).logits[0, -1].double()
-                logits.append(label_row(last[list(labels)]).item())
+                logits.append(label_row(last[list(family.labels)]).item())
             else:
-                logits.append(model(**inputs).logits.item())
+                (row,) = model(**inputs).logits
+                score = label_row(row[list(family.classes)]) if family.classes else row
+                logits.append(score.item())
     if not np.isfinite(logits).all():
         raise ConversionError("the checkpoint itself gives scores that are not finite")
     return np.array(logits, np.float32)

@@ -19,6 +19,11 @@ _ENCODER_DECODER = (
     "cross-encoder/mmarco-mMiniLMv2-L12-H384-v1"
 )
 
+_HYBRID = (
+    "mixes attention with gated delta nets, whose state qrank's graphs do not have. Use a reranker "
+    "with attention alone, such as Qwen/Qwen3-Reranker-0.6B"
+)
+
 _WHY = {
     "CostWiseGemmaForCausalLM": _LAYERS,
     "HF_ColBERT": (
@@ -26,11 +31,11 @@ _WHY = {
         "cross-encoder, such as cross-encoder/ettin-reranker-32m-v1"
     ),
     "JinaForRanking": _LISTWISE,
-    "LayerWiseMiniCPMForCausalLM": _LAYERS,
     "ListConRankerModel": _LISTWISE,
     "MT5ForConditionalGeneration": _ENCODER_DECODER,
     "Qwen2VLForConditionalGeneration": _IMAGES,
-    "Qwen3VLForConditionalGeneration": _IMAGES,
+    "Qwen3_5ForCausalLM": _HYBRID,
+    "Qwen3_5ForConditionalGeneration": _HYBRID,
     "T5ForConditionalGeneration": _ENCODER_DECODER,
 }
 

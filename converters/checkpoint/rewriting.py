@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qrank.bundle.sequences import Floats
-from qrank.converters.checkpoint.stored import Part
+from qrank.converters.checkpoint.stored import Weight
 
-WeightMap = Mapping[str, Part | Floats]
-"""Name of a weight -> where it is stored, or its values in fp32."""
+WeightMap = Mapping[str, Weight]
+"""Name of a weight in the class -> the weight."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,14 @@ class Rewriting:
         files: finds the safetensors files that hold its weights. Raises FamilyError if there are
             none.
         weights: the weights of that class, given these files.
+        family: the card that reads it; None: the one that matches the configuration.
     """
 
     what: str
     config: dict[str, Any]
     files: Callable[[], list[Path]]
     weights: Callable[[list[Path]], WeightMap]
+    family: str | None = None
 
     @property
     def about(self) -> str:

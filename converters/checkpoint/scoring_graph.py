@@ -22,7 +22,7 @@ def scorer(model: PreTrainedModel, family: Family) -> EncoderScorer | DecoderSco
             # Both rescale positions above a length that exceeds the family's limit.
             module.rope_type = "default"
     if not family.decoder:
-        return EncoderScorer(model)
+        return EncoderScorer(model, family.classes)
     return DecoderScorer(model, head_row(model, family), family.max_length)
 
 
@@ -45,16 +45,18 @@ def head_row(model: PreTrainedModel, family: Family) -> torch.Tensor:
 
 
 class EncoderScorer(torch.nn.Module):
-    """A cross-encoder with one label, as transformers computes it.
+    """A cross-encoder, as transformers computes it.
 
     Inputs, int64 of shape [batch, length], have the field's usual names so that other tools can run
     the exported graph too: `input_ids`, `attention_mask`, and with token types `token_type_ids`.
     Output: `logits`, float32 of shape [batch, 1].
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, classes: tuple[int, ...] = ()) -> None:
+        """Wrap a model with one label, or with two; see `qrank.bundle.family.Family`."""
         super().__init__()
         self.model = model
+        self.classes = classes
 
     def forward(
         self,
@@ -66,8 +68,11 @@ class EncoderScorer(torch.nn.Module):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
-        logits: torch.Tensor = self.model(**inputs).logits
-        return logits.float()
+        logits: torch.Tensor = self.model(**inputs).logits.float()
+        if self.classes:
+            first, second = self.classes
+            return logits[:, first : first + 1] - logits[:, second : second + 1]
+        return logits
 
 
 class DecoderScorer(torch.nn.Module):

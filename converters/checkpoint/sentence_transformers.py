@@ -22,11 +22,11 @@ TRANSFORMER = "sentence_bert_config.json"
 FILES = (MODULES, MODEL, TRANSFORMER)
 
 _TASKS = {
-    "Transformer": "sequence-classification",
-    "LogitScore": "text-generation",
-    "Dense": "feature-extraction",
+    "Transformer": ("sequence-classification",),
+    "LogitScore": ("text-generation", "any-to-any"),
+    "Dense": ("feature-extraction",),
 }
-"""The last module -> what Transformer is loaded for."""
+"""The last module -> what Transformer may be loaded for; `any-to-any` reads images, too."""
 
 _OTHERS = ("model_kwargs", "model_args")
 """How weights are loaded: data type and device. The reference is computed in fp32 anyway."""
@@ -110,8 +110,8 @@ def read_metadata(folder: Path, source: str) -> Metadata:
     reader = _Reader(source, TRANSFORMER, _optional(folder / TRANSFORMER, dict, source) or {})
     expected = _TASKS[names[-1]]
     task = reader.take("transformer_task", (str,), "a text")
-    if task not in (None, expected):
-        reader.refuse(f"has transformer_task = {task!r}; expected {expected!r} by {MODULES}")
+    if task is not None and task not in expected:
+        reader.refuse(f"has transformer_task = {task!r}; expected {expected[0]!r} by {MODULES}")
     _check_options(reader)
     chat, structured = _chat(reader)
     return Metadata(

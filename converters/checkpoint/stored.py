@@ -1,4 +1,4 @@
-"""A checkpoint's safetensors files, and parts of the tensors in them."""
+"""A checkpoint's weights: parts of the tensors in its safetensors files, and computed ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from qrank.bundle.sequences import Floats
 from qrank.converters.checkpoint.json_files import explained, read_json
@@ -22,6 +24,27 @@ _PIECE = 2**24
 """Number of elements read at once."""
 
 
+class Weight(Protocol):
+    """A weight of a model, read when it is needed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def computed(self) -> bool:
+        """Whether it is computed in fp32, so that another data type would change it."""
+
+    def tensor(self) -> torch.Tensor:
+        """All of it, in its stored data type; in fp32 if it is computed."""
+
+    def row(self, number: int) -> Floats:
+        """One row, in fp32."""
+
+    def rows(self, first: int = 0) -> Iterator[Floats]:
+        """The rows from `first` on in fp32, some at a time."""
+
+
 @dataclass(frozen=True)
 class Part:
     """Some rows of a stored tensor; nothing is read yet.
@@ -33,24 +56,33 @@ class Part:
         name: the tensor's name in it.
         shape: the part's shape.
         start: its first row in the tensor.
+        factor: multiplies the values, in fp32.
     """
 
     path: Path
     name: str
     shape: tuple[int, ...]
     start: int = 0
+    factor: float = 1.0
+
+    @property
+    def computed(self) -> bool:
+        """Whether it is not as stored."""
+        return self.factor != 1
 
     def tensor(self) -> torch.Tensor:
-        """The whole part, in its stored data type."""
+        """The whole part."""
         with _opened(self.path) as file:
             found: torch.Tensor = file.get_tensor(self.name)
-        return found[self.start : self.start + self.shape[0]] if self.shape else found
+        if self.shape:
+            found = found[self.start : self.start + self.shape[0]]
+        return found.float() * self.factor if self.computed else found
 
     def row(self, number: int) -> Floats:
         """One row, in fp32."""
         with _opened(self.path) as file:
             found: Floats = file.get_slice(self.name)[self.start + number].float().numpy()
-        return found
+        return found * np.float32(self.factor)
 
     def rows(self, first: int = 0) -> Iterator[Floats]:
         """The rows from `first` on in fp32, some at a time."""
@@ -59,7 +91,34 @@ class Part:
         for begin in range(first, count, step):
             with _opened(self.path) as file:
                 rows = slice(self.start + begin, self.start + min(begin + step, count))
-                yield file.get_slice(self.name)[rows].float().numpy()
+                yield file.get_slice(self.name)[rows].float().numpy() * np.float32(self.factor)
+
+
+@dataclass(frozen=True)
+class Values:
+    """A weight that is computed while the checkpoint is read; `values` is in fp32."""
+
+    values: Floats
+    computed: bool = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.values.shape
+
+    def tensor(self) -> torch.Tensor:
+        """All of it."""
+        found: torch.Tensor = need("torch").from_numpy(self.values)
+        return found
+
+    def row(self, number: int) -> Floats:
+        """One row."""
+        found: Floats = self.values[number]
+        return found
+
+    def rows(self, first: int = 0) -> Iterator[Floats]:
+        """The rows from `first` on."""
+        yield self.values[first:]
 
 
 def parts_of(files: Iterable[Path]) -> dict[str, Part]:

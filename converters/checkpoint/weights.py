@@ -13,7 +13,6 @@ from qrank.converters.checkpoint.configuration import (
 )
 from qrank.converters.checkpoint.json_files import explained, read_json
 from qrank.converters.checkpoint.rewriting import WeightMap
-from qrank.converters.checkpoint.stored import Part
 from qrank.errors import ConversionError, FamilyError
 from qrank.system.extras import need
 
@@ -74,7 +73,8 @@ def load_model(folder: Path, *, dtype: str, attention: str | None = None) -> Pre
 
     Args:
         folder: the checkpoint's folder.
-        dtype: torch's name of the data type.
+        dtype: torch's name of the data type; "auto" for that of the file, or fp32 if the checkpoint
+            is read as another class whose weights are computed.
         attention: transformers' name of the attention implementation. None: the fastest that the
             class has.
 
@@ -89,10 +89,11 @@ def load_model(folder: Path, *, dtype: str, attention: str | None = None) -> Pre
         if rewriting.what:
             settings = make_settings(config)
             kind = kind._model_mapping[type(settings)]  # the class itself takes no files
-            given = {
-                "config": settings,
-                "state_dict": _tensors(rewriting.weights(rewriting.files())),
-            }
+            weights = rewriting.weights(rewriting.files())
+            if dtype == "auto" and any(weight.computed for weight in weights.values()):
+                dtype = "float32"
+            tensors = {name: weight.tensor() for name, weight in weights.items()}
+            given = {"config": settings, "state_dict": tensors}
         model, info = kind.from_pretrained(
             None if given else folder,
             **given,
@@ -105,6 +106,12 @@ def load_model(folder: Path, *, dtype: str, attention: str | None = None) -> Pre
             output_loading_info=True,
         )
     unread = sorted(info["unexpected_keys"])
+    if unread and rewriting.what:
+        raise ConversionError(
+            f"{folder} holds weights that {type(model).__name__} has no place for: "
+            f"{', '.join(unread[:3])}{', ...' if len(unread) > 3 else ''}. So it is not what "
+            f"config.json says: {rewriting.what}"
+        )
     if adapted := [name for name in unread if any(part in name for part in _ADAPTED)]:
         raise ConversionError(
             f"{folder} holds weights of an adapter that is not merged: {adapted[0]} and "
@@ -123,14 +130,6 @@ def load_model(folder: Path, *, dtype: str, attention: str | None = None) -> Pre
         )
     evaluated: PreTrainedModel = model.eval()
     return evaluated
-
-
-def _tensors(weights: WeightMap) -> dict[str, Any]:
-    torch = need("torch")
-    return {
-        name: part.tensor() if isinstance(part, Part) else torch.from_numpy(part)
-        for name, part in weights.items()
-    }
 
 
 def upcast_lazily(model: PreTrainedModel) -> PreTrainedModel:

@@ -133,6 +133,7 @@ _LAYOUTS = {
     "Qwen2ForCausalLM": _decoder("qwen2"),
     "Qwen2ForSequenceClassification": _decoder("qwen2"),
     "LlamaForCausalLM": _decoder("llama", interleaved_rope=True),
+    "LlamaForSequenceClassification": _decoder("llama", interleaved_rope=True),
     "LlamaBidirectionalForSequenceClassification": _decoder("llama-embed", interleaved_rope=True),
     "GemmaForCausalLM": _decoder(
         "gemma",

@@ -16,7 +16,6 @@ from qrank.bundle.sequences import Floats
 from qrank.converters.checkpoint.configuration import NEMOTRON, auto_class
 from qrank.converters.checkpoint.evening import Scaling
 from qrank.converters.checkpoint.read import Checkpoint
-from qrank.converters.checkpoint.stored import Part
 from qrank.converters.checkpoint.weights import read_weights
 from qrank.converters.gguf.layouts import Layout, rotary_factors
 from qrank.errors import ConversionError
@@ -70,13 +69,11 @@ class Weights:
 
     def row(self, name: str, number: int) -> Floats:
         """One row of a weight."""
-        part = self._found[name]
-        return part.row(number) if isinstance(part, Part) else part[number]
+        return self._found[name].row(number)
 
     def rows(self, name: str, first: int = 0) -> Iterator[Floats]:
         """The rows of a weight from `first` on, in pieces."""
-        part = self._found[name]
-        for rows in part.rows(first) if isinstance(part, Part) else [part[first:]]:
+        for rows in self._found[name].rows(first):
             yield self._scalings[name].apply(rows, first) if name in self._scalings else rows
             first += len(rows)
 
@@ -153,6 +150,9 @@ def tensors_of(
         elif theirs == "token_embd" and (types := token_types(checkpoint)) > 1:
             shape[0] *= types
             load = partial(_shifted, weights, name, types)
+        elif theirs == "cls.output" and (classes := checkpoint.family.classes):
+            shape[0] = 1
+            load = partial(_difference, weights, name, classes)
         elif layout.norms_minus_one and theirs.endswith("norm"):
             load = partial(_plus_one, weights, name)
         elif layout.interleaved_rope and theirs.endswith(("attn_q", "attn_k")):
@@ -178,6 +178,12 @@ def _plus_one(weights: Weights, name: str) -> Iterator[Floats]:
     """A norm's weights as llama.cpp expects them; the checkpoint stores them minus 1."""
     for rows in weights.rows(name):
         yield rows + 1
+
+
+def _difference(weights: Weights, name: str, classes: tuple[int, ...]) -> Iterator[Floats]:
+    """A score head's rows, or biases, of two labels as those of one."""
+    rows = np.concatenate(list(weights.rows(name)))
+    yield label_row(rows[list(classes)])[None]
 
 
 def _interleaved(weights: Weights, name: str, heads: int) -> Iterator[Floats]:

@@ -174,7 +174,7 @@ def _quantize(graph: openvino.Model, head: set[str], calibration: Sequences) -> 
     nncf = need("nncf")
     names = [i.any_name for i in graph.inputs]
     pairs = [feed(names, calibration.take(np.array([i]))) for i in range(len(calibration))]
-    with _quiet():
+    with quiet():
         quantized: openvino.Model = nncf.quantize(
             graph,
             nncf.Dataset(pairs),
@@ -186,7 +186,7 @@ def _quantize(graph: openvino.Model, head: set[str], calibration: Sequences) -> 
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence NNCF: it logs every node it leaves out and draws progress bars, all on stdout."""
     with errors_only("nncf"), redirect_stdout(io.StringIO()):
         yield

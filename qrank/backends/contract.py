@@ -7,7 +7,7 @@ help texts and the README's tables, what `qrank doctor` checks and what `qrank t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -117,6 +117,8 @@ class Format:
         precisions: the default precision comes first.
         converter: the module that converts checkpoints to it; see
             `qrank.converters.makers.Maker`. "": there is none.
+        exporters: other programs that convert checkpoints to it, by name, with the module that
+            runs each; like `converter`.
         importer: the module that imports prebuilt files, with `precision`, `import_file` and
             MODULES. "": there is none.
         suffix: of prebuilt files.
@@ -126,6 +128,7 @@ class Format:
 
     precisions: tuple[Precision, ...]
     converter: str = ""
+    exporters: Mapping[str, str] = field(default_factory=dict)
     importer: str = ""
     suffix: str = ""
     weights: str = ""

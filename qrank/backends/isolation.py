@@ -171,6 +171,7 @@ def _logits(
         **variant,
         "files": {name: FileRecord(**record) for name, record in variant["files"].items()},
         "fidelity": Fidelity(**variant["fidelity"]),
+        "ranking": None,  # no backend needs it
     }
     opened = spec(backend).open(Path(folder), Variant(**fields), device, Options(**options))
     try:

@@ -259,6 +259,7 @@ SPEC = BackendSpec(
             Precision("bf16", BFLOAT16, made=False, elsewhere=8),
         ),
         converter="qrank.converters.openvino.export",
+        exporters={"optimum": "qrank.converters.openvino.optimum"},
         importer="qrank.converters.openvino.prebuilt",
         suffix=".xml",
         weights="{stem}.bin",

@@ -40,7 +40,9 @@ DEVICE_BATCH = 16_384
 """Padded tokens per batch on an accelerator, which needs large batches."""
 
 
-def as_bundle(model: str, family: str | None = None) -> tuple[Bundle, str]:
+def as_bundle(
+    model: str, family: str | None = None, revision: str | None = None
+) -> tuple[Bundle, str]:
     """A checkpoint as if it were a bundle, and the text of its tokenizer.json.
 
     The manifest has one variant per precision and no probes: there is nothing to compare the
@@ -49,6 +51,7 @@ def as_bundle(model: str, family: str | None = None) -> tuple[Bundle, str]:
     Args:
         model: a folder, or a hub id.
         family: a card's name or file; None to find the card from the checkpoint.
+        revision: of the hub repository, if `model` does not name it.
 
     Raises:
         MissingExtraError: torch, transformers or safetensors is not installed.
@@ -60,7 +63,7 @@ def as_bundle(model: str, family: str | None = None) -> tuple[Bundle, str]:
     from qrank.converters.checkpoint.probes import probe_pairs
     from qrank.converters.checkpoint.read import read_checkpoint
 
-    checkpoint = read_checkpoint(model, family=family)
+    checkpoint = read_checkpoint(model, family=family, revision=revision)
     tokenizer = json.dumps(checkpoint.text_tokenizer())
     pairs = probe_pairs(checkpoint.words)
     check_ids(pairs, encode_pairs(pairs, tokenizer, checkpoint.family), checkpoint)
@@ -128,7 +131,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Torch
     model = load_model(folder, dtype=DTYPES[variant.precision])
     scoring = scorer(model, family).eval()
     if family.decoder:
-        theirs = partial(run_reference, model, labels=family.labels)
+        theirs = partial(run_reference, model, family=family)
         # In a separate thread, see `TorchBackend`.
         with ThreadPoolExecutor(1) as once:
             once.submit(_check, scoring, theirs, family, variant.precision).result()

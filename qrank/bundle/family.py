@@ -37,6 +37,8 @@ class Family:
         instructed: the template with an instruction, if it differs; otherwise None.
         labels: token ids that a causal language model is scored by: the logit of the first minus
             that of the second, if there is one. Empty for models with a score head.
+        classes: of a score head with two labels, the number of the one that means relevant and of
+            the other: the logit of the first minus that of the second. Empty for one label.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Family:
     instruction: str = ""
     instructed: tuple[int | str, ...] | None = None
     labels: tuple[int, ...] = ()
+    classes: tuple[int, ...] = ()
 
     @property
     def decoder(self) -> bool:
@@ -92,7 +95,7 @@ def fill(item: str, **texts: str) -> str:
 
 
 def label_row(rows: Any) -> Any:
-    """Combine a decoder's rows per label into its score: the first minus the second, if any.
+    """Combine the rows of labels into the score: the first minus the second, if any.
 
     Args:
         rows: an array or tensor of shape [labels, ...]: rows of the output matrix, or logits.

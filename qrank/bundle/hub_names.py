@@ -37,6 +37,11 @@ class HubName:
     revision: str | None = None
     path: str = ""
 
+    def __str__(self) -> str:
+        """`owner/name`, or `owner/name@revision`, as `parse` takes it."""
+        at = "" if self.revision is None else f"@{self.revision}"
+        return f"{self.repository}{at}{self.path and f'/{self.path}'}"
+
     def at(self, revision: str | None) -> HubName:
         """The same name at a separately given revision; None keeps its own.
 

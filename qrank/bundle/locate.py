@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from qrank.bundle import hub
+from qrank.bundle import converted, hub
 from qrank.bundle.hub_names import HubName, newest_snapshot, parse, snapshot
 from qrank.bundle.manifest import MANIFEST, TOKENIZER, Manifest
 from qrank.bundle.opened import Bundle
@@ -59,13 +59,15 @@ def place(model: str | Path, revision: str | None = None) -> Path | HubName:
         raise ModelNotFoundError(f"{text} cannot be looked at: {error}") from error
     if exists:
         if revision is not None:
-            raise ModelNotFoundError(f"{text} is a folder or file; --revision is for hub ids")
+            raise ModelNotFoundError(f"{text} is a folder or file; a revision is for hub ids")
         if path.is_file() and _is_part(path.name):
             return path.parent
         return newest_snapshot(path) or path
     if (name := parse(text)) is not None:
         return replace(name.at(revision), path="" if _is_part(name.path) else name.path)
     if (bundle := (found := bundled()).get(text)) is not None:
+        if revision is not None:
+            raise ModelNotFoundError(f"{text} comes with qrank; a revision is for hub ids")
         return bundle
     raise ModelNotFoundError(
         f"no model {text!r}: it is neither a bundled model ({', '.join(found) or 'none'}), nor a "
@@ -77,12 +79,16 @@ def _is_part(name: str) -> bool:
     return any(PurePosixPath(name).match(part) for part in _PARTS)
 
 
-def locate(model: str | Path | Bundle, *, whole: bool = True) -> Bundle:
+def locate(
+    model: str | Path | Bundle, *, revision: str | None = None, whole: bool = True
+) -> Bundle:
     """Find a bundle and read its manifest; a bundle on the hub is looked up only here.
 
     Args:
-        model: a bundled name ("mini"), a folder, or a bundle's hub id: "owner/name", or
+        model: a bundled name ("mini"), a folder, or the hub id of a bundle, or of a checkpoint
+            that was converted before (`qrank.bundle.converted`): "owner/name", or
             "owner/name@revision" for a branch, a tag or a commit. Or a `Bundle`.
+        revision: of the hub repository, if given separately.
         whole: download all files of a hub bundle. If not, only the files that every variant needs;
             `Bundle.provide` then downloads those of the variant to run.
 
@@ -90,17 +96,43 @@ def locate(model: str | Path | Bundle, *, whole: bool = True) -> Bundle:
         ModelNotFoundError: there is nothing, or a checkpoint that must be converted first.
         BundleError: the manifest is damaged.
     """
-    bundle = model if isinstance(model, Bundle) else _found(model)
-    bundle.fetch(bundle.manifest.variants.values() if whole else ())
-    return bundle
+    found = find(model, revision)
+    if isinstance(found, HubName):
+        raise unconverted(found)
+    found.fetch(found.manifest.variants.values() if whole else ())
+    return found
 
 
-def _found(model: str | Path) -> Bundle:
-    where = bundled().get(str(model)) or place(model)
-    folder = where if isinstance(where, Path) else _described_on_hub(model, where)
+def find(model: str | Path | Bundle, revision: str | None = None) -> Bundle | HubName:
+    """A bundle; or the hub's name of a checkpoint that has not been converted yet.
+
+    Raises as `locate`.
+    """
+    if isinstance(model, Bundle):
+        if revision is not None:
+            raise InputError(f"{model.folder} is a Bundle; a revision is for hub ids")
+        return model
+    own = bundled().get(str(model)) if revision is None else None
+    where = own or place(model, revision)
+    if isinstance(where, Path):
+        folder = where
+    else:
+        folder = converted.place_of(where)
+        if where.path or not (folder / MANIFEST).is_file():
+            folder = _described_on_hub(model, where)
+            if not (folder / MANIFEST).is_file():
+                return where
     if not (folder / MANIFEST).is_file():
         raise ModelNotFoundError(_no_bundle(model, folder))
     return Bundle.load(folder)
+
+
+def unconverted(name: HubName) -> ModelNotFoundError:
+    """The error for a checkpoint on the hub where a bundle is needed."""
+    return ModelNotFoundError(
+        f"{name.repository} on the hub is no bundle; convert it first: qrank convert {name} "
+        "(or run it as it is, with --backend torch)"
+    )
 
 
 def _described_on_hub(model: str | Path, name: HubName) -> Path:
@@ -120,11 +152,6 @@ def _no_bundle(model: str | Path, path: Path) -> str:
         return f"{path} is a part of the bundle {bundle}: name that, and --backend for the variant"
     if path.is_file():
         return f"{path} is a file, not a bundle; convert it first: qrank convert {path}"
-    if (found := snapshot(path)) is not None:
-        return (
-            f"{found.repository} on the hub is no bundle; convert it first: qrank convert {model} "
-            "(or run it as it is, with --backend torch)"
-        )
     if (path / "config.json").is_file():
         return (
             f"{path} is a checkpoint, not a bundle; convert it first: qrank convert {path} "

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from qrank.bundle.agreement import Agreement, Reference
 from qrank.bundle.dimensions import Dimensions
 from qrank.bundle.family import ACTIVATIONS, POOLINGS, Family
 from qrank.bundle.fidelity import Fidelity
@@ -64,6 +65,7 @@ class Variant:
         fidelity: measured on the probes at conversion.
         tools: versions of the tools that made it.
         note: details that the precision's name does not convey; usually "".
+        ranking: how far it ranks like the original; None: not compared.
     """
 
     format: str
@@ -72,6 +74,7 @@ class Variant:
     fidelity: Fidelity
     tools: dict[str, str]
     note: str = ""
+    ranking: Agreement | None = None
 
     @property
     def name(self) -> str:
@@ -124,7 +127,10 @@ class Probes:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All metadata of a bundle; `dimensions` is None if the model's are unknown."""
+    """All metadata of a bundle.
+
+    `dimensions` is None if the model's are unknown, `ranking` if the original did not rank.
+    """
 
     name: str
     family: Family
@@ -133,6 +139,7 @@ class Manifest:
     probes: Probes
     variants: dict[str, Variant] = field(default_factory=dict)
     dimensions: Dimensions | None = None
+    ranking: Reference | None = None
 
     def with_variant(self, variant: Variant) -> Manifest:
         """The manifest with one variant added or replaced."""
@@ -240,6 +247,7 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
     # Written only if not verified, so that manifests from before this key do not change.
     verification_note = {} if probes.verified else {"verified": False}
     size = {} if manifest.dimensions is None else {"dimensions": manifest.dimensions.to_json()}
+    ranking = {} if manifest.ranking is None else {"ranking": asdict(manifest.ranking)}
     return {
         "schema": SCHEMA,
         "name": manifest.name,
@@ -255,15 +263,17 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
             "sequences": [s.tolist() for s in probes.work.ids],
             "segments": None if segments is None else [s.tolist() for s in segments],
         },
+        **ranking,
     }
+
+
+_LATER = ("note", "ranking")
 
 
 def _variant(variant: Variant) -> dict[str, Any]:
     content = asdict(variant)
-    # Written only if there is one, so that manifests from before this key do not change.
-    if not variant.note:
-        del content["note"]
-    return content
+    # Written only if there is one, so that manifests from before these keys do not change.
+    return {key: value for key, value in content.items() if value or key not in _LATER}
 
 
 def _from_json(content: dict[str, Any]) -> Manifest:
@@ -273,12 +283,13 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         [np.asarray(s, np.int32) for s in probes["sequences"]],
         None if segments is None else [np.asarray(s, np.int8) for s in segments],
     )
-    dimensions = content.get("dimensions")
+    dimensions, ranking = content.get("dimensions"), content.get("ranking")
     variants = {}
     for name, item in content["variants"].items():
         fields = {
             "files": _records(item["files"]),
             "fidelity": Fidelity(**item["fidelity"]),
+            "ranking": Agreement(**item["ranking"]) if "ranking" in item else None,
             "precision": RENAMED.get(item["precision"], item["precision"]),
         }
         variant = Variant(**{**item, **fields})
@@ -299,7 +310,12 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         ),
         variants=variants,
         dimensions=None if dimensions is None else Dimensions.from_json(dimensions),
+        ranking=None if ranking is None else _reference(ranking),
     )
+
+
+def _reference(content: dict[str, Any]) -> Reference:
+    return Reference(**{**content, "logits": tuple(map(tuple, content["logits"]))})
 
 
 def _records(content: dict[str, Any]) -> dict[str, FileRecord]:

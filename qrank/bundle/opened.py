@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from qrank.bundle import hub
+from qrank.bundle import converted, hub
 from qrank.bundle.hub_names import snapshot
 from qrank.bundle.manifest import CONVERT_AGAIN, TOKENIZER, FileRecord, Manifest, Variant
 from qrank.errors import BundleError
@@ -23,7 +23,11 @@ class Bundle:
     @classmethod
     def load(cls, folder: Path) -> Bundle:
         """Read the manifest; see `Manifest.load`."""
-        return cls(folder, Manifest.load(folder))
+        try:
+            return cls(folder, Manifest.load(folder))
+        except BundleError as error:
+            advised = str(error).replace(CONVERT_AGAIN, _advice(folder))
+            raise BundleError(advised) from error
 
     @property
     def tokenizer(self) -> Path:
@@ -77,11 +81,12 @@ class Bundle:
                 stat = path.stat()
             except OSError as error:
                 raise BundleError(
-                    f"{self.folder} lacks {name} ({error.strerror}); {CONVERT_AGAIN}"
+                    f"{self.folder} lacks {name} ({error.strerror}); {_advice(self.folder)}"
                 ) from error
             if stat.st_size != record.bytes:
                 raise BundleError(
-                    f"{path} has {stat.st_size:,} bytes, {record.bytes:,} expected; {CONVERT_AGAIN}"
+                    f"{path} has {stat.st_size:,} bytes, {record.bytes:,} expected; "
+                    f"{_advice(self.folder)}"
                 )
             state = _Hashed(stat.st_size, stat.st_mtime_ns, stat.st_ino, record.sha256)
             key = {"path": str(path)}
@@ -90,9 +95,19 @@ class Bundle:
                 if found != record.sha256:
                     raise BundleError(
                         f"{path} is damaged: its sha256 is {found[:12]}…, "
-                        f"{record.sha256[:12]}… expected; {CONVERT_AGAIN}"
+                        f"{record.sha256[:12]}… expected; {_advice(self.folder)}"
                     )
                 cache.store("hashes", key, asdict(state))
+
+
+def _advice(folder: Path) -> str:
+    """What to do about a damaged bundle."""
+    on_hub = snapshot(folder)
+    name = converted.name_of(folder) or (on_hub and f"{on_hub.repository}@{on_hub.commit}")
+    if name is None:
+        return CONVERT_AGAIN
+    again = "downloads" if on_hub else "converts"
+    return f"remove it (qrank models --remove {name}); the next use {again} it again"
 
 
 @dataclass(frozen=True)

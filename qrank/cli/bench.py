@@ -11,20 +11,22 @@ from pathlib import Path
 
 import click
 
-from qrank.bundle.locate import locate
 from qrank.cli.common import FiniteRange, InputFile, debug_option, policy_options
 from qrank.cli.lazy import device_option
+from qrank.cli.obtain import obtained, revision_option
 from qrank.cli.plots import check_plot, plot_bench
 from qrank.cli.spinner import spinner
 from qrank.measure.bench import COUNTS, Row, chosen
 from qrank.measure.bench import bench as run
 from qrank.quality.records import Texts
+from qrank.select.obtain import Wanted
 from qrank.select.selection import Criteria, Policy, deprioritized
 from qrank.system.machine import cpu_name, processors
 
 
 @click.command()
 @click.argument("bundle")
+@revision_option
 @click.option(
     "--documents",
     type=InputFile(),
@@ -56,6 +58,7 @@ from qrank.system.machine import cpu_name, processors
 @debug_option
 def bench(
     bundle: str,
+    revision: str | None,
     documents: Path | None,
     query: str | None,
     backends: tuple[str, ...],
@@ -79,7 +82,7 @@ def bench(
     """
     if plot is not None:
         check_plot(plot)
-    located = locate(bundle)
+    located = obtained(bundle, revision, Wanted(backends, device))
     with spinner() as progress:
         rows = run(
             located,
@@ -121,14 +124,15 @@ def _lines(rows: Sequence[Row], best: Row | None) -> Iterator[str]:
     width = max([len(name) for name in names.values()] + [6]) + 1
     yield (
         f"{'target':{width}}{'pairs/s':>8}{'tokens/s':>9}{'load s':>7}{'peak MB':>8}"
-        f"{'MB':>7}{'Kendall':>8}"
+        f"{'MB':>6}{'tau':>7}{'nDCG':>7}"
     )
     for row in usable:
         mark = "*" if row is best else ""
         peak = "" if row.peak is None else f"{row.peak / 1e6:,.0f}"
+        agreement = "" if row.agreement is None else f"{row.agreement:.4f}"
         yield (
             f"{names[id(row)] + mark:{width}}{row.pairs:>8.1f}{row.tokens:>9,.0f}"
-            f"{row.load:>7.1f}{peak:>8}{row.bytes / 1e6:>7,.0f}{row.kendall:>8.4f}"
+            f"{row.load:>7.1f}{peak:>8}{row.bytes / 1e6:>6.0f}{row.kendall:>7.4f}{agreement:>7}"
         )
     yield ""
     heads = "".join(f"{f'{count} p50':>9}{'p95':>8}" for count in COUNTS)

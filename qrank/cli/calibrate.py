@@ -8,16 +8,20 @@ from typing import Any
 
 import click
 
+from qrank.bundle.opened import Bundle
 from qrank.cli.common import debug_option
 from qrank.cli.data import candidates, collection, data_options, setting
+from qrank.cli.obtain import obtained, revision_option, runs_checkpoint
 from qrank.cli.progress import progress_bars
 from qrank.quality.reliability import Part, Report
 from qrank.quality.reliability import calibrate as run
 from qrank.scoring.calibration import METHODS
+from qrank.select.obtain import Wanted
 
 
 @click.command()
 @click.argument("bundle")
+@revision_option
 @click.option(
     "--method",
     type=click.Choice(list(METHODS)),
@@ -41,6 +45,7 @@ from qrank.scoring.calibration import METHODS
 @debug_option
 def calibrate(
     bundle: str,
+    revision: str | None,
     method: str,
     backend: str | None,
     relevant: int,
@@ -61,18 +66,26 @@ def calibrate(
     """
     if judged and options["run"] is not None:
         raise click.UsageError("--judged takes no --run")
-    with collection(options) as opened, progress_bars() as progress:
+    named = () if backend is None else (backend,)
+    with collection(options) as opened:
         pairs = opened.judged(options["max_queries"]) if judged else candidates(opened, options)[1]
-        report = run(
-            bundle,
-            opened,
-            pairs,
-            setting(options),
-            backend=backend,
-            method=method,
-            relevant=relevant,
-            progress=progress,
-        )
+        located: Bundle | str = bundle
+        if not runs_checkpoint(backend):
+            wanted = Wanted(named, options["device"])
+            located = obtained(bundle, revision, wanted, whole=False)
+        elif revision is not None:
+            raise click.UsageError("with --backend torch, write owner/name@REVISION")
+        with progress_bars() as progress:
+            report = run(
+                located,
+                opened,
+                pairs,
+                setting(options),
+                backend=backend,
+                method=method,
+                relevant=relevant,
+                progress=progress,
+            )
     if as_json:
         click.echo(json.dumps(asdict(report), ensure_ascii=False, indent=2))
         return

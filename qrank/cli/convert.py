@@ -8,11 +8,13 @@ from pathlib import Path
 
 import click
 
-from qrank.cli.common import InputFile, debug_option, notice
+from qrank.bundle.agreement import LEAST
+from qrank.cli.common import FiniteRange, InputFile, debug_option, notice
 from qrank.cli.lazy import FormatName, LazyOption, made_precisions
 from qrank.cli.models import fidelity_lines, verification_note
 from qrank.cli.spinner import spinner
 from qrank.errors import ConversionError, FidelityError
+from qrank.quality.ranking_data import read_ranking_data
 
 
 @click.command()
@@ -41,6 +43,27 @@ from qrank.errors import ConversionError, FidelityError
     help='JSON lines with "query" and "document" to calibrate on, besides qrank\'s own pairs.',
 )
 @click.option(
+    "--exporter",
+    metavar="NAME",
+    help="Convert with another program: optimum (optimum-intel, to OpenVINO).",
+)
+@click.option(
+    "--ranking-data",
+    nargs=2,
+    type=InputFile(),
+    metavar="QUERIES DOCUMENTS",
+    help="JSONL files with id and text: rankings to prove variants on, instead of qrank's own. "
+    "Documents are found by BM25 (extra eval).",
+)
+@click.option(
+    "--min-agreement",
+    type=FiniteRange(-1, 1),
+    default=LEAST,
+    show_default=True,
+    help="Least agreement of a variant's rankings with the original's: nDCG@10, with the "
+    "original's scores as gains.",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
@@ -67,6 +90,9 @@ def convert(
     formats: tuple[str, ...],
     precisions: tuple[str, ...],
     calibration: Path | None,
+    exporter: str | None,
+    ranking_data: tuple[Path, Path] | None,
+    min_agreement: float,
     output: Path | None,
     reference: str | None,
     family: str | None,
@@ -78,9 +104,10 @@ def convert(
 
     SOURCE is the folder of a checkpoint (config.json, *.safetensors, tokenizer) or a hub id. If
     the output is a bundle of the same checkpoint, missing variants are added. Every variant is
-    compared with the original in fp32 on probe pairs. A variant that is not faithful is refused
-    and reported; the others are kept. The exit code is 0 if the bundle contains everything that
-    --to and --precision name, or anything at all if neither is given.
+    compared with the original in fp32: its logits on probe pairs, and its rankings of passages for
+    queries. A variant that is not faithful is refused and reported; the others are kept. The exit
+    code is 0 if the bundle contains everything that --to and --precision name, or anything at all
+    if neither is given.
 
     SOURCE may also be a converted model: an OpenVINO, ONNX or GGUF file, or a folder or hub
     repository of such files, with config.json and the tokenizer. Without --reference the bundle is
@@ -95,6 +122,7 @@ def convert(
 
     if precisions and len(set(formats)) != 1:
         raise click.UsageError("--precision goes with exactly one --to")
+    ranking = None if ranking_data is None else read_ranking_data(*ranking_data)
     named = [(f, p) for f in dict.fromkeys(formats) for p in dict.fromkeys(precisions or (None,))]
     with spinner() as progress:
         result = run(
@@ -107,6 +135,9 @@ def convert(
             offline=offline,
             force=force,
             calibration=calibration,
+            exporter=exporter,
+            ranking=ranking,
+            min_agreement=min_agreement,
             progress=progress,
         )
     wanted = [v for v in result.manifest.variants.values() if not formats or v.format in formats]

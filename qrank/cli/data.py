@@ -10,7 +10,8 @@ from typing import Any, TypeVar, get_args
 import click
 
 from qrank.cli.common import InputFile, notice, run_options
-from qrank.quality.collection import Collection, Files, Run
+from qrank.quality.bm25 import Run
+from qrank.quality.collection import Collection, Files
 from qrank.quality.score_cache import Setting
 from qrank.scoring.inputs import LongDocuments
 

@@ -14,15 +14,18 @@ from rich.text import Text
 
 from qrank.cli.common import debug_option, notice
 from qrank.cli.data import candidates, collection, data_options, setting
+from qrank.cli.obtain import obtained, revision_option
 from qrank.cli.plots import check_plot, plot_evaluation
 from qrank.cli.progress import progress_bars
 from qrank.quality.evaluation import AGREEMENT, WITHIN, Evaluation
 from qrank.quality.evaluation import evaluate as run
 from qrank.quality.metrics import MEASURES, Difference
+from qrank.select.obtain import Wanted
 
 
 @click.command("eval")
 @click.argument("bundle")
+@revision_option
 @click.option(
     "--backend",
     "backends",
@@ -45,6 +48,7 @@ from qrank.quality.metrics import MEASURES, Difference
 @debug_option
 def evaluate(
     bundle: str,
+    revision: str | None,
     backends: tuple[str, ...],
     reference: str | None,
     family: str | None,
@@ -66,19 +70,21 @@ def evaluate(
         raise click.UsageError("--family goes with --reference")
     if plot is not None:
         check_plot(plot)
-    with collection(options) as opened, progress_bars() as progress:
+    with collection(options) as opened:
         first, found = candidates(opened, options)
-        result = run(
-            bundle,
-            opened,
-            found,
-            setting(options),
-            first=first,
-            backends=backends,
-            reference=reference,
-            family=family,
-            progress=progress,
-        )
+        located = obtained(bundle, revision, Wanted(backends, options["device"]))
+        with progress_bars() as progress:
+            result = run(
+                located,
+                opened,
+                found,
+                setting(options),
+                first=first,
+                backends=backends,
+                reference=reference,
+                family=family,
+                progress=progress,
+            )
     for name, reason in result.failed.items():
         notice(f"left out {name}: {reason}")
     if as_json:

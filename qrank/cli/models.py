@@ -2,44 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import click
 
+from qrank.bundle import converted, hub_cache
 from qrank.bundle.locate import bundled, locate
 from qrank.bundle.manifest import Manifest, Variant
-from qrank.cli.common import debug_option, megabytes
+from qrank.bundle.opened import Bundle
+from qrank.cli.common import debug_option, megabytes, notice
+from qrank.cli.obtain import revision_option
+from qrank.errors import BundleError, InputError
+
+_NAME = 20
+"""Letters of a file's name that a table shows."""
 
 
 @click.command()
+@click.option(
+    "--remove",
+    multiple=True,
+    metavar="NAME",
+    help="Delete this converted or downloaded bundle, named as in the list; can be repeated.",
+)
 @debug_option
-def models() -> None:
-    """List the bundled models, and the families that can be converted."""
+def models(remove: tuple[str, ...]) -> None:
+    """List the models on this machine with their sizes, and the families that can be converted.
+
+    A checkpoint's hub id is converted on first use; the bundle is stored in your data folder
+    ($QRANK_DATA, or the platform's) and stays as it is when the branch moves on: remove it, and the
+    next use converts what is there then. Bundles of the hub are stored in the hub's cache
+    (HF_HOME). Bundles that you wrote with qrank convert are where you put them.
+
+    \b
+      qrank models
+      qrank models --remove BAAI/bge-reranker-base
+    """
+    if remove:
+        for name in remove:
+            _remove(name)
+        return
     from qrank.converters.sources import families
 
-    click.echo("Bundles")
-    for name in bundled():
-        manifest = locate(name).manifest
-        for variant in manifest.variants.values():
-            click.echo(
-                f"  {name:18} {manifest.family.name}, {variant.name}, {megabytes(variant.bytes)}"
-            )
+    click.echo("Bundled with qrank")
+    for name, folder in bundled().items():
+        _list(name, folder)
+    if ours := converted.converted():
+        click.echo(f"Converted on this machine, in {next(iter(ours.values())).parent}")
+        for name, folder in ours.items():
+            _list(name, folder)
+    if theirs := hub_cache.cached():
+        click.echo(f"Downloaded from the hub, in {theirs[0].cache}")
+        for each in theirs:
+            _list(each.name, each.folder)
     click.echo("Families")
     for name, about in families().items():
         click.echo(f"  {name:18} {about}")
 
 
+def _list(name: str, folder: Path) -> None:
+    """Print a line for each variant of a bundle."""
+    try:
+        bundle = Bundle.load(folder)
+    except BundleError as error:
+        click.echo(f"  {name:28} damaged: {error}")
+        return
+    source = bundle.manifest.source
+    commit = f", of {source.revision[:8]}" if source.revision else ""
+    for variant in bundle.manifest.variants.values():
+        size = "on the hub" if bundle.on_hub_only(variant) else megabytes(variant.bytes)
+        family = f"{bundle.manifest.family.name}{commit}"
+        click.echo(f"  {name:28} {variant.name:18}{size:>11}  {family}")
+        name = ""
+
+
+def _remove(name: str) -> None:
+    """Remove a bundle from the data folder or from the hub's cache."""
+    if name in bundled():
+        raise InputError(f"{name} comes with qrank and is not removed")
+    if name in converted.converted():
+        converted.remove(name)
+        repository = name.partition("@")[0]
+        if left := hub_cache.size(repository):
+            notice(
+                f"the hub's cache still holds the checkpoint, {megabytes(left)}; to remove it: "
+                f"hf cache rm model/{repository}"
+            )
+    else:
+        hub_cache.remove(name)
+    click.echo(f"removed {name}")
+
+
 @click.command()
 @click.argument("bundle")
+@revision_option
 @click.option("--verify", is_flag=True, help="Check the hash of every file.")
 @debug_option
-def inspect(bundle: str, verify: bool) -> None:
+def inspect(bundle: str, revision: str | None, verify: bool) -> None:
     """Show what a bundle's manifest says: origin, sizes, fidelity.
 
     BUNDLE is a bundled name, a folder or a hub id. Variants of a bundle on the hub are downloaded
     when they first run.
     """
-    located = locate(bundle, whole=False)
+    located = locate(bundle, revision=revision, whole=False)
     manifest = located.manifest
     family, source = manifest.family, manifest.source
     facts = {
@@ -72,7 +138,7 @@ def inspect(bundle: str, verify: bool) -> None:
 
 
 def fidelity_lines(variants: Iterable[Variant]) -> Iterator[str]:
-    """Size and fidelity of variants as a table of 80 columns or fewer."""
+    """Size, fidelity and agreement of variants: two tables of 80 columns or fewer, and notes."""
     variants = list(variants)
     width = max(len(name) for name in ["variant", *(variant.name for variant in variants)])
     yield (
@@ -86,9 +152,24 @@ def fidelity_lines(variants: Iterable[Variant]) -> Iterator[str]:
             f"{variant.name:{width}}{megabytes(variant.bytes):>10}{f.max_abs:>15.2g}"
             f"{share:>11.2%}{f.spearman:>10.4f}{f.kendall:>9.4f}"
         )
+    yield from _ranking_lines(variants, width)
     for variant in variants:
         if variant.note:
             yield f"{variant.name}: {variant.note}"
+
+
+def _ranking_lines(variants: Sequence[Variant], width: int) -> Iterator[str]:
+    """How far variants rank like the original, for those that were compared."""
+    ranked = {v.name: v.ranking for v in variants if v.ranking is not None}
+    if not ranked:
+        return
+    yield ""
+    yield f"{'rankings':{width}}{'nDCG':>10}{'top 10':>10}{'Kendall':>10}{'queries':>9}  of"
+    for name, found in ranked.items():
+        yield (
+            f"{name:{width}}{found.ndcg:>10.4f}{found.top10:>10.1%}{found.kendall:>10.4f}"
+            f"{found.queries:>9}  {found.data[:_NAME]}"
+        )
 
 
 def verification_note(manifest: Manifest) -> Iterator[str]:

@@ -19,6 +19,7 @@ from qrank.cli.common import (
     notice,
     opening_options,
 )
+from qrank.cli.obtain import opened, revision_option
 from qrank.cli.output import WRITERS, Result
 from qrank.cli.progress import progress_bars
 from qrank.cli.tune import measure as measure_targets
@@ -35,6 +36,7 @@ from qrank.system.textfiles import STANDARD_INPUT, TextFile
 @click.argument("files", nargs=-1, type=InputFile())
 @click.option("--instruction", help="What relevant means, for models that take an instruction.")
 @click.option("-m", "--model", help=f"Bundled name, bundle folder or hub id.  [default: {DEFAULT}]")
+@revision_option
 @click.option(
     "--jsonl", is_flag=True, help='Lines are JSON objects with a "text" and an optional "title".'
 )
@@ -54,7 +56,7 @@ from qrank.system.textfiles import STANDARD_INPUT, TextFile
     help="If the targets have not been measured (qrank tune), measure them first, or guess "
     "without a notice.  [default: guess, with a notice on a terminal]",
 )
-@click.option("--family", help="With --backend torch: the checkpoint's family card.")
+@click.option("--family", help="The checkpoint's family card, if it does not identify itself.")
 @click.option(
     "--long-documents",
     type=click.Choice(get_args(LongDocuments)),
@@ -77,6 +79,7 @@ def score(
     files: tuple[Path, ...],
     instruction: str | None,
     model: str | None,
+    revision: str | None,
     jsonl: bool,
     format: str | None,
     top_k: int | None,
@@ -96,8 +99,12 @@ def score(
     --queries and --documents rerank a whole TREC run. All files may be pipes, and may be
     compressed with gzip, bzip2, xz or zstd.
 
+    A checkpoint on the hub is converted on first use, to the variant expected to be fastest here,
+    and kept in your data folder (qrank models). That takes: pip install "qrank[convert]".
+
     \b
       qrank score -q "how do plants make food?" passages.txt
+      qrank score -m BAAI/bge-reranker-base -q "which planet is red?" notes.txt
       grep -i plant notes.txt | qrank score -q "how do plants make food?" -k 5
       qrank score --run bm25.trec --queries q.jsonl --documents d.jsonl > new.trec
     """
@@ -105,7 +112,7 @@ def score(
         notice(f"no --model given: using the bundled {DEFAULT}")
 
     def load() -> Reranker:
-        reranker = Reranker(model or DEFAULT, **opening)
+        reranker = opened(model or DEFAULT, revision, **opening)
         choice = reranker.choice
         if choice.measured or choice.among == 1 or measure is False:
             return reranker

@@ -13,6 +13,8 @@ from click.core import ParameterSource
 from qrank.bundle.locate import DEFAULT
 from qrank.cli.common import FiniteRange, debug_option, notice, opening_options
 from qrank.cli.names import parse_aliases, split_name
+from qrank.cli.obtain import opened as open_model
+from qrank.cli.obtain import revision_option
 from qrank.errors import InputError
 from qrank.reranker import Reranker
 from qrank.system.extras import need
@@ -56,6 +58,7 @@ _SECONDS = FiniteRange(min=0, min_open=True)
     "--instruction",
     help="Default instruction of requests, for models that take one.",
 )
+@revision_option
 @opening_options
 @click.option(
     "--api-key-file",
@@ -128,6 +131,7 @@ def serve(
     root_path: str,
     aliases: tuple[str, ...],
     instruction: str | None,
+    revision: str | None,
     api_key_file: Path | None,
     cors_origin: tuple[str, ...],
     tls_cert: Path | None,
@@ -143,7 +147,8 @@ def serve(
 ) -> None:
     """Answer rerank requests over HTTP, in the dialects of other servers.
 
-    MODEL is a bundled name, a bundle's folder or a hub id, "mini" by default. Requests choose a
+    MODEL is a bundled name, a bundle's folder or a hub id, "mini" by default; --revision goes with
+    a single one. A checkpoint on the hub is converted first, as in qrank score. Requests choose a
     model by its NAME, or get the first. A single model answers to any name. Clients of TEI, Jina,
     Cohere, vLLM, llama.cpp and Ollama work without changes; /docs describes all routes.
 
@@ -168,6 +173,8 @@ def serve(
         if context.get_parameter_source("host") is not ParameterSource.DEFAULT:
             raise click.UsageError("give --host or --unix-socket, not both")
         host = f"{UNIX}{unix_socket}"
+    if revision is not None and len(models) != 1:
+        raise click.UsageError("--revision goes with one MODEL; or write owner/name@REVISION")
     root = f"/{root_path.strip('/')}" if root_path.strip("/") else ""
     keys = read_keys(api_key_file) if api_key_file else ()
     limits = Limits(
@@ -183,7 +190,7 @@ def serve(
         served: dict[str, Reranker] = {}
         for model in models or (DEFAULT,):
             name, source = split_name(model)
-            reranker = opened.enter_context(Reranker(source, **opening))
+            reranker = opened.enter_context(open_model(source, revision, **opening))
             # A folder's path is not a usable name: the bundle has one.
             name = name or (reranker.engine.manifest.name if Path(source).is_dir() else source)
             if name in served:

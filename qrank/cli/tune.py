@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from qrank.bundle.locate import locate
 from qrank.bundle.opened import Bundle
 from qrank.cli.common import FiniteRange, criteria_options, debug_option, megabytes
+from qrank.cli.obtain import obtained, revision_option
 from qrank.cli.spinner import spinner
 from qrank.select.measurements import PROFILES, Measurement, Profile
 from qrank.select.selection import Criteria, Policy, deprioritized, order
@@ -19,6 +19,7 @@ from qrank.select.selection import Criteria, Policy, deprioritized, order
 
 @click.command()
 @click.argument("bundle")
+@revision_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @criteria_options
 @click.option(
@@ -31,6 +32,7 @@ from qrank.select.selection import Criteria, Policy, deprioritized, order
 @debug_option
 def tune(
     bundle: str,
+    revision: str | None,
     threads: int | None,
     policy: Policy,
     min_kendall: float | None,
@@ -50,7 +52,7 @@ def tune(
       qrank tune my-bundle --min-kendall 0.97
     """
     criteria = Criteria(policy=policy, min_kendall=min_kendall, profile=profile)
-    located = locate(bundle)
+    located = obtained(bundle, revision)
     measured = measure(located, threads, timeout)
     last = deprioritized(located.manifest, criteria)
     usable = order(measured, criteria, last)

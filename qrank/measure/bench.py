@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qrank.bundle.locate import DEFAULT, locate
+from qrank.bundle.locate import DEFAULT
 from qrank.bundle.opened import Bundle
 from qrank.errors import InputError, QrankError
 from qrank.measure.candidates import candidates
@@ -22,6 +22,7 @@ from qrank.scoring import arguments
 from qrank.scoring.inputs import as_texts
 from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.select.measurements import Profile
+from qrank.select.obtain import Wanted, obtain
 from qrank.select.selection import Criteria, order
 from qrank.select.targets import TargetKey, named
 from qrank.system import machine
@@ -52,6 +53,8 @@ class Row:
             system does not report it.
         bytes: size of its files.
         kendall: Kendall's tau against the original, on the bundle's probes.
+        agreement: of its variant's rankings with the original's at conversion (nDCG@10); None if
+            they were not compared.
         rounds: timed requests, by number of documents.
     """
 
@@ -66,6 +69,7 @@ class Row:
     peak: int | None = None
     bytes: int = 0
     kendall: float = -1.0
+    agreement: float | None = None
     rounds: dict[int, int] = field(default_factory=dict)
 
     def speed(self, profile: Profile) -> float:
@@ -105,14 +109,14 @@ def bench(
         QrankError: there is no such bundle, or it has no such target.
     """
     model = arguments.model(model)
-    threads = arguments.whole("threads", threads, 1) or machine.processors()
+    threads = arguments.threads(threads)
     arguments.number("seconds", seconds, "a number, 0 or more", lambda x: x >= 0, none=False)
     arguments.function("progress", progress)
     query = arguments.text("query", query) or QUERY
     given = None if texts is None else as_texts(texts, "texts", "text")
     backends = as_texts(backends, "backends", "name")
     device = arguments.text("device", device)
-    bundle = locate(model)
+    bundle = obtain(model, Wanted(backends, device), progress=progress)
     manifest = bundle.manifest
     given = documents(bundle, "passages") if given is None else given
     if not given:
@@ -184,6 +188,7 @@ def bench(
                     peak=contest.peak(opened),
                     bytes=target.variant.bytes,
                     kendall=opened.kendall,
+                    agreement=ranking.ndcg if (ranking := target.variant.ranking) else None,
                     rounds={count: len(ms[count]) for count in COUNTS},
                 )
             )

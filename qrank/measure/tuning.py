@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qrank.bundle.locate import DEFAULT, locate
+from qrank.bundle.locate import DEFAULT
 from qrank.bundle.opened import Bundle
 from qrank.errors import QrankError
 from qrank.measure.candidates import Candidate, candidates
@@ -20,6 +20,7 @@ from qrank.measure.tournament import Look, Tournament, room
 from qrank.scoring import arguments
 from qrank.select import measurements
 from qrank.select.measurements import PROFILES, Measurement
+from qrank.select.obtain import obtain
 from qrank.select.selection import TIE_MARGIN
 from qrank.select.targets import TargetKey
 from qrank.system import machine
@@ -35,6 +36,7 @@ log = logging.getLogger("qrank")
 def tune(
     model: str | Path | Bundle = DEFAULT,
     *,
+    revision: str | None = None,
     threads: int | None = None,
     timeout: float | None = None,
     progress: Callable[[str], object] = log.info,
@@ -46,7 +48,8 @@ def tune(
     The total time is bounded: slow models rank fewer documents.
 
     Args:
-        model: as for `Reranker`.
+        model: as for `Reranker`; a checkpoint is converted to one variant.
+        revision: as for `Reranker`.
         threads: CPU threads a target may use. None: all.
         timeout: seconds a backend may take to open or to answer. None: ten times as long as
             expected from earlier answers, with more time for large files.
@@ -59,10 +62,11 @@ def tune(
         QrankError: there is no such bundle.
     """
     model = arguments.model(model)
-    threads = arguments.whole("threads", threads, 1) or machine.processors()
+    revision = arguments.text("revision", revision)
+    threads = arguments.threads(threads)
     timeout = arguments.number("timeout", timeout, "seconds, more than 0", lambda x: x > 0)
     arguments.function("progress", progress)
-    bundle = locate(model)
+    bundle = obtain(model, revision=revision, progress=progress)
     manifest = bundle.manifest
     found = surveys(manifest, timeout or 60.0, progress)
     contest = Tournament(

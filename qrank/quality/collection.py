@@ -9,18 +9,12 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from qrank.errors import InputError
+from qrank.quality.bm25 import Run, bm25
 from qrank.quality.records import Texts, judgements, run_lines
-from qrank.quality.words import words
-from qrank.system.extras import need
 from qrank.system.textfiles import STANDARD_INPUT, SUFFIXES, TextFile
 
 log = logging.getLogger("qrank")
-
-Run = dict[str, dict[str, float]]
-"""Query id -> document id -> the first stage's score, best first."""
 
 LAYOUTS = (
     {"documents": "corpus.jsonl", "queries": "queries.jsonl", "qrels": "qrels/test.tsv"},
@@ -134,37 +128,16 @@ class Collection:
     def bm25(self, depth: int = 100, max_queries: int | None = None) -> Run:
         """BM25's best documents for each query, without those that share no word with it.
 
-        Uses bm25s with its default parameters, on `words` without English stop words. A query that
-        is also a document is not a candidate for itself: see `_itself`.
+        See `qrank.quality.bm25`. A query that is also a document is not a candidate for itself:
+        see `_itself`.
 
         Args:
             depth: maximum number of documents per query.
             max_queries: use only the first `max_queries` queries. None: all.
         """
-        bm25s = need("bm25s")
-        stop = frozenset(need("bm25s.stopwords").STOPWORDS_EN)
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it asks for DEBUG
-        names = list(self.documents)
         queries = dict(list(self.queries.items())[:max_queries])
-        if not names or not queries:
-            return {}
-
-        def tokens(texts: Iterable[str]) -> list[list[str]]:
-            return [[word for word in words(text) if word not in stop] for text in texts]
-
-        corpus = tokens(self.documents[name] for name in names)
-        if not any(corpus):
-            return {query: {} for query in queries}
-        index = bm25s.BM25()
-        index.index(corpus, show_progress=False)
         itself = self._itself(queries)
-        found, scores = index.retrieve(
-            tokens(queries.values()), k=min(depth + bool(itself), len(names)), show_progress=False
-        )
-        run = {
-            query: {names[place]: float(score) for place, score in zip(*best, strict=True) if score}
-            for query, *best in zip(queries, found, np.asarray(scores), strict=True)
-        }
+        run = bm25(queries, self.documents, depth + bool(itself))
         return _without(run, itself, depth)
 
     def run(self, path: Path, depth: int = 100, max_queries: int | None = None) -> Run:

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from qrank.bundle.locate import locate
 from qrank.bundle.manifest import Manifest
+from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits
 from qrank.errors import InputError, MissingExtraError, TargetError
-from qrank.quality.collection import Collection, Run
+from qrank.quality.bm25 import Run
+from qrank.quality.collection import Collection
 from qrank.quality.metrics import MAIN, Difference, Order, kendall, measure, overlap
 from qrank.quality.score_cache import Progress, Scored, Setting, no_progress, score
 from qrank.select.losses import Loss, remember
+from qrank.select.obtain import Wanted, obtain
 from qrank.select.targets import Target, named
 from qrank.system.extras import need
 
@@ -88,7 +90,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: str | Path,
+    model: str | Path | Bundle,
     collection: Collection,
     candidates: Run,
     setting: Setting,
@@ -137,7 +139,7 @@ def evaluate(
         )
     for package in ("ir_measures", "scipy.stats"):
         need(package)  # before hours of scoring, not after
-    bundle = locate(model)
+    bundle = obtain(model, Wanted(backends, setting.device))
     manifest = bundle.manifest
     selectors = _selectors(manifest, backends)
     exact = [v.name for v in manifest.variants.values() if v.precision == "fp32"]

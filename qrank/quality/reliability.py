@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits
 from qrank.errors import InputError
-from qrank.quality.collection import Collection, Run
+from qrank.quality.bm25 import Run
+from qrank.quality.collection import Collection
 from qrank.quality.score_cache import Progress, Setting, no_progress, score
 from qrank.scoring.activation import Scores, activate
 from qrank.scoring.calibration import METHODS, Labels, check_folder, save
@@ -99,7 +101,7 @@ class Report:
 
 
 def calibrate(
-    model: str | Path,
+    model: str | Path | Bundle,
     collection: Collection,
     candidates: Run,
     setting: Setting,

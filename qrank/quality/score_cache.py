@@ -13,7 +13,8 @@ import numpy as np
 
 from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits
-from qrank.quality.collection import Collection, Run
+from qrank.quality.bm25 import Run
+from qrank.quality.collection import Collection
 from qrank.reranker import Reranker
 from qrank.scoring.inputs import LongDocuments
 from qrank.select.targets import Target

@@ -21,6 +21,7 @@ import numpy as np
 
 from qrank.bundle.opened import Bundle
 from qrank.errors import InputError
+from qrank.system.machine import processors
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT]?)(?:I?B)?")
 
@@ -51,6 +52,11 @@ def whole(name: str, value: object, least: int) -> int | None:
             if (found := operator.index(value)) >= least:
                 return found
     raise wrong(name, value, f"a whole number, {least} or more, or None")
+
+
+def threads(value: object) -> int:
+    """The argument `threads`; None: every CPU this process may use."""
+    return whole("threads", value, 1) or processors()
 
 
 def number(

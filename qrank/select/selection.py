@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar, get_args
 
 from qrank.backends import Options
-from qrank.bundle.manifest import Manifest
+from qrank.bundle.agreement import LEAST
+from qrank.bundle.manifest import Manifest, Variant
 from qrank.errors import BundleError, InputError, MissingExtraError, TargetError
 from qrank.select.losses import losses
 from qrank.select.measurements import PROFILES, Measurement, Profile, recalled
-from qrank.select.targets import Target, TargetKey, guesses, named
+from qrank.select.targets import NEEDS_EVAL, Target, TargetKey, guesses, named
 
 Taken = TypeVar("Taken")
 
@@ -22,10 +23,6 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 TIE_MARGIN = 0.05
 """Targets whose speeds differ by less than this share count as equally fast: the more faithful one
 is taken."""
-
-NEEDS_EVAL = ("int8-w8a8",)
-"""Precisions whose loss the probes cannot reveal: activation scales come from calibration data, and
-a variant that passed its probes lost 0.048 nDCG@10 (docs/benchmarks.md)."""
 
 MAX_LOSS = 0.01
 """Measured nDCG@10 loss above which a variant is taken last."""
@@ -125,7 +122,10 @@ def _least_kendall(choice: Choice, criteria: Criteria) -> float | None:
 
 
 def deprioritized(manifest: Manifest, criteria: Criteria) -> set[str]:
-    """Names of variants to take last: they lose over MAX_LOSS, or are unmeasured and NEEDS_EVAL.
+    """Names of variants to take last.
+
+    They lose over MAX_LOSS. If `qrank eval` has not measured them, they agree with the original by
+    less than LEAST on the conversion's rankings, or are of NEEDS_EVAL.
 
     Empty if a backend or a bound on the loss is given: then that decides.
     """
@@ -135,8 +135,14 @@ def deprioritized(manifest: Manifest, criteria: Criteria) -> set[str]:
     return {
         name
         for name, variant in manifest.variants.items()
-        if (known[name].mean > MAX_LOSS if name in known else variant.precision in NEEDS_EVAL)
+        if (known[name].mean > MAX_LOSS if name in known else _doubtful(variant))
     }
+
+
+def _doubtful(variant: Variant) -> bool:
+    """Whether a variant that `qrank eval` has not measured may lose more than MAX_LOSS."""
+    disagrees = variant.ranking is not None and variant.ranking.ndcg < LEAST
+    return disagrees or variant.precision in NEEDS_EVAL
 
 
 def _within_loss(manifest: Manifest, criteria: Criteria) -> set[str]:

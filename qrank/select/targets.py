@@ -11,6 +11,10 @@ from qrank.backends import BACKENDS, format_of, formats, keys, others, reads, sp
 from qrank.bundle.manifest import Manifest, Variant
 from qrank.errors import TargetError
 
+NEEDS_EVAL = ("int8-w8a8",)
+"""Precisions whose loss the probes cannot reveal: activation scales come from calibration data, and
+a variant that passed its probes lost 0.048 nDCG@10 (docs/benchmarks.md)."""
+
 log = logging.getLogger("qrank")
 
 
@@ -165,13 +169,54 @@ def named(manifest: Manifest, backend: str) -> list[tuple[Variant, str]]:
 
 def expected(target: Target) -> tuple[float, int]:
     """Sort key: smaller for targets that are expected to be faster."""
-    variant = target.variant
-    format = format_of(variant.format)
-    precision = format and format.precision(variant.precision)
+    return _rank(target.variant.format, target.variant.precision, target.device)
+
+
+def _rank(format: str, precision: str, device: str) -> tuple[float, int]:
+    known = format_of(format)
+    found = known and known.precision(precision)
     place = math.inf
-    if precision:
-        place = precision.cpu if target.device == "cpu" else precision.elsewhere
-    return place, [*BACKENDS, variant.format].index(variant.format)
+    if found:
+        place = found.cpu if device == "cpu" else found.elsewhere
+    return place, [*BACKENDS, format].index(format)
+
+
+def convertible(backend: str | None, device: str | None) -> list[tuple[str, str]]:
+    """What a checkpoint can be converted to, as (format, precision), the expected fastest first.
+
+    Args:
+        backend: as for `named`; None: any. Precisions of NEEDS_EVAL are only for those who name
+            them.
+        device: as for `guesses`.
+
+    Raises:
+        TargetError: there is no such backend, or none that knows such a device.
+    """
+    device = device or "cpu"
+    every = [(name, made) for name, format in formats().items() for made in format.made]
+    found = [v for v in every if v[1] not in NEEDS_EVAL]
+    if backend is not None and ":" not in backend:
+        known = [v for v in every if backend == "-".join(v)]
+        known = known or [v for v in found if backend == v[0]]
+        name, _, variant = backend.partition("/")
+        if not known and name not in BACKENDS and name in others():
+            readable = reads(name)
+            known = [v for v in every if v[0] in readable and variant in ("", "-".join(v))]
+        if not known:
+            names = ", ".join("-".join(v) for v in every)
+            raise TargetError(
+                f"no checkpoint can be converted for backend {backend!r}; it can be converted to: "
+                f"{names}; backends are: {', '.join((*BACKENDS, *others()))}"
+            )
+        found = known
+    fitting = [v for v in found if _kind(device) in spec(v[0]).kinds]
+    if not fitting:
+        kinds = {name: ", ".join(spec(name).kinds) for name in dict.fromkeys(v[0] for v in found)}
+        raise TargetError(
+            f"no device {device!r} for a converted model; formats may have: "
+            + "; ".join(f"{name} {known}" for name, known in kinds.items())
+        )
+    return sorted(fitting, key=lambda v: _rank(v[0], v[1], device))
 
 
 def _kind(device: str) -> str:

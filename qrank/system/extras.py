@@ -21,9 +21,11 @@ EXTRA_OF = {
     "onnx": "convert",
     "onnxscript": "convert",
     "openvino": "convert",
+    "optimum": "optimum",
     "prometheus_client": "serve",
     "safetensors": "convert",
     "scipy": "eval",
+    "sentencepiece": "convert",
     "torch": "convert",
     "transformers": "convert",
     "uvicorn": "serve",
@@ -46,8 +48,11 @@ def pip_line(extra: str) -> str:
 
 
 def installed(module: str) -> bool:
-    """Whether a module can be found, without importing it."""
-    return importlib.util.find_spec(module) is not None
+    """Whether a module can be found, without importing it; its package may be imported."""
+    package = module.partition(".")[0]
+    # find_spec imports a module's package, which must be there.
+    found = importlib.util.find_spec(package) is not None
+    return found and (module == package or importlib.util.find_spec(module) is not None)
 
 
 def need(module: str, *, extra: str | None = None) -> ModuleType:
