@@ -19,8 +19,10 @@ from hypothesis.extra.numpy import arrays
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
+from qrank.bundle.fidelity import Tolerance
 from qrank.bundle.manifest import TOKENIZER
 from qrank.bundle.sequences import Floats, Sequences
+from qrank.converters import fidelity
 from qrank.converters.checkpoint import evening
 from qrank.converters.checkpoint.ids import encode_pairs
 from qrank.converters.checkpoint.probes import calibration_pairs, probe_pairs
@@ -35,8 +37,10 @@ FAMILIES = tiny_decoders.FAMILIES | tiny_encoders.FAMILIES
 UNEVEN = 16.0
 VALUES = ("value.weight", "value.bias", "value_proj.weight", "v_lin.weight", "attn.v.weight")
 NORMS = ("layernorm.weight", "attn_norm.weight", "mlp_norm.weight")
-BEHIND = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
-BEHIND += ("Wqkv.weight", "mlp.Wi.weight")
+BEHIND = (
+    *("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight"),
+    *("Wqkv.weight", "mlp.Wi.weight"),
+)
 
 
 def read(folder: Path, kind: str, target: Path) -> tuple[Checkpoint, Sequences, Sequences]:
@@ -105,10 +109,12 @@ def test_evening_brings_a_quantized_model_closer_to_the_original(
     """llama.cpp's q8_0 shares a scale among 32 activations, and so loses the small ones."""
     folder = uneven(checkpoint_of("qwen3"), tmp_path / "uneven")
 
+    # Without evening, the conversion would be refused.
+    monkeypatch.setattr(fidelity, "tolerance", lambda *name: Tolerance(np.inf))
+
     def error(target: Path) -> float:
-        manifest = convert(
-            str(folder), [("gguf", "q8_0")], target, family="qwen3-reranker"
-        ).manifest
+        family = tiny_decoders.FAMILIES["qwen3"]
+        manifest = convert(str(folder), [("gguf", "q8_0")], target, family=family).manifest
         return manifest.variants["gguf-q8_0"].fidelity.max_abs
 
     evened = error(tmp_path / "evened")
@@ -118,9 +124,10 @@ def test_evening_brings_a_quantized_model_closer_to_the_original(
 
 def test_channels_that_carry_nothing_stay_as_they_are() -> None:
     x, w = np.array([4, 0, 1, 2], np.float32), np.array([1, 1, 0, 0.5], np.float32)
-    np.testing.assert_allclose(evening.balance(x, w), [1, 1, 1, 1])
-    np.testing.assert_allclose(evening.balance(x[:1] * [16, 1], w[:1] * [1, 1]), [2, 0.5])
-    np.testing.assert_allclose(evening.balance(np.zeros(2), np.zeros(2)), [1, 1])
+    assert [*evening.balance(x, w)] == [1, 1, 1, 1]
+    x, w = np.array([64, 4], np.float32), np.ones(2, np.float32)
+    assert [*evening.balance(x, w)] == [2, 0.5]
+    assert [*evening.balance(0 * x, 0 * w)] == [1, 1]
 
 
 # Four bits
@@ -159,10 +166,9 @@ def test_four_bits_are_as_close_as_the_best_range_allows(rows: Floats) -> None:
 def test_a_large_weight_is_cut_off_if_the_others_gain() -> None:
     rows = np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
     rows[:, 0] = 4.5
-    found, scales = values_of(rows)
+    _, scales = values_of(rows)
     whole = (np.maximum(rows.max(1), 0) - np.minimum(rows.min(1), 0)) / 15
     assert (scales[:, 0] < 0.99 * whole).any()
-    assert np.abs(found - rows).max() > 0.5 * scales.max()
 
 
 @pytest.mark.parametrize(
