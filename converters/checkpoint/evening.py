@@ -183,10 +183,8 @@ def _measured(checkpoint: Checkpoint, calibration: Sequences) -> Mapping[str, Sc
             rows = np.ones(len(parameter), np.float32)
             rows[len(parameter) - s[:, 0].size :] = 1 / s[:, 0].reshape(-1)
             changes[f"{maker}.{name}"] = Scaling(rows, shift=shift)
-        for name, scaling in changes.items():
-            parameter = model.get_parameter(name)
-            parameter.data = scaling.apply(parameter.data)
-            found[name] = scaling.after(found.get(name))
+        even(model, changes)
+        found |= {name: scaling.after(found.get(name)) for name, scaling in changes.items()}
     return found
 
 

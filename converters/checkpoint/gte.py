@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qrank.converters.checkpoint.rewriting import Rewriting, WeightMap
+from qrank.converters.checkpoint.rewriting import Rewriting, WeightMap, check_keys
 from qrank.converters.checkpoint.stored import Part, parts_of, safetensors_files
 from qrank.errors import FamilyError
 
@@ -52,12 +52,7 @@ def rewriting(folder: Path, config: dict[str, Any], source: str) -> Rewriting | 
     """
     if (config.get("architectures") or [""])[0] not in _ARCHITECTURES:
         return None
-    for key, expected in _EXPECTED.items():
-        if config.get(key, expected) != expected:
-            raise FamilyError(
-                f"{source}: config.json has {key} = {config[key]!r}; qrank reads this class with "
-                f"{expected!r} alone"
-            )
+    check_keys(config, _EXPECTED, "this class", source)
     made = {k: v for k, v in config.items() if k not in ("auto_map", "rope_scaling", *_EXPECTED)}
     made |= {
         "architectures": ["GteForSequenceClassification"],
@@ -111,10 +106,8 @@ def _weights(files: list[Path]) -> WeightMap:
         if fused := _FUSED.fullmatch(name):
             before, matrix, parameter = fused.groups()
             kinds = _PARTS[matrix]
-            rows, *rest = part.shape[0] // len(kinds), *part.shape[1:]
-            for number, kind in enumerate(kinds):
-                place = f"{before}{kind}.{parameter}"
-                found[place] = Part(part.path, part.name, (rows, *rest), number * rows)
+            for kind, one in zip(kinds, part.split(len(kinds)), strict=True):
+                found[f"{before}{kind}.{parameter}"] = one
         else:
             found[name] = part
     return found

@@ -1,7 +1,8 @@
 """GteForSequenceClassification, which transformers has from 5.19 on, made of its own layers.
 
 A BERT with rotary positions and a gated feed-forward network. Importing this module registers the
-class with transformers and needs torch. `tests/test_gte.py` compares it with transformers' class.
+class with transformers and needs torch. `tests/test_oracles.py` compares it with
+transformers' class.
 """
 
 from __future__ import annotations
@@ -12,11 +13,17 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from qrank.converters.checkpoint.encoder_parts import (
+    Embeddings,
+    FirstTokenClassifier,
+    Pooler,
+    mixed,
+    padding_mask,
+    split_heads,
+)
 from qrank.errors import FamilyError
 
 
@@ -37,8 +44,8 @@ class GteConfig(PretrainedConfig):  # type: ignore[misc]
     rope_parameters: dict[str, Any] | None = None
 
 
-class GteForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
-    """The logit is a row times the tanh of a dense layer of the first token's final state.
+class GteForSequenceClassification(FirstTokenClassifier):
+    """See `FirstTokenClassifier`.
 
     Raises:
         FamilyError: the configuration scales rotary positions in an unknown way.
@@ -48,28 +55,15 @@ class GteForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
     base_model_prefix = "gte"
 
     def __init__(self, config: GteConfig) -> None:
-        super().__init__(config)
-        self.gte = _Model(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        token_type_ids: torch.Tensor | None = None,
-    ) -> SequenceClassifierOutput:
-        """Logits of shape [batch, labels]; all inputs are int64 of shape [batch, length]."""
-        pooled = self.gte(input_ids, attention_mask, token_type_ids)
-        return SequenceClassifierOutput(logits=self.classifier(pooled))
+        super().__init__(config, _Model(config))
 
 
 class _Model(nn.Module):
     def __init__(self, config: GteConfig) -> None:
         super().__init__()
-        self.embeddings = _Embeddings(config)
+        self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList([_Layer(config) for _ in range(config.num_hidden_layers)])
-        self.pooler = _Pooler(config.hidden_size)
+        self.pooler = Pooler(config.hidden_size)
         self.config = config
 
     def forward(
@@ -79,8 +73,7 @@ class _Model(nn.Module):
         token_type_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         hidden = self.embeddings(input_ids, token_type_ids)
-        seen = attention_mask[:, None, None].bool()
-        mask = torch.where(seen, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
+        mask = padding_mask(attention_mask, hidden.dtype)
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         angles = places[:, None].float() * _frequencies(self.config).to(input_ids.device)
         angles = torch.cat((angles, angles), -1)[None]
@@ -89,24 +82,6 @@ class _Model(nn.Module):
             hidden = layer(hidden, mask, rotation)
         pooled: torch.Tensor = self.pooler(hidden[:, 0])
         return pooled
-
-
-class _Embeddings(nn.Module):
-    def __init__(self, config: GteConfig) -> None:
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        types = config.type_vocab_size
-        self.token_type_embeddings = nn.Embedding(types, config.hidden_size) if types else None
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, input_ids: torch.Tensor, types: torch.Tensor | None) -> torch.Tensor:
-        hidden = self.word_embeddings(input_ids)
-        if self.token_type_embeddings is not None:
-            if types is None:
-                types = torch.zeros_like(input_ids)
-            hidden = hidden + self.token_type_embeddings(types)
-        normal: torch.Tensor = self.LayerNorm(hidden)
-        return normal
 
 
 class _Layer(nn.Module):
@@ -137,15 +112,13 @@ class _Attention(nn.Module):
     def forward(
         self, hidden: torch.Tensor, mask: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        batch, length, _ = hidden.shape
         queries, keys, values = (
-            linear(hidden).view(batch, length, -1, self.width).transpose(1, 2)
+            split_heads(linear(hidden), self.width)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
         queries, keys = apply_rotary_pos_emb(queries, keys, *rotation)
         scores = queries @ keys.transpose(2, 3) * self.width**-0.5 + mask
-        mixed = (scores.softmax(-1) @ values).transpose(1, 2).reshape(batch, length, -1)
-        out: torch.Tensor = self.o_proj(mixed)
+        out: torch.Tensor = self.o_proj(mixed(scores, values))
         return out
 
 
@@ -163,15 +136,6 @@ class _FeedForward(nn.Module):
             self.activation(self.gate_proj(hidden)) * self.up_proj(hidden)
         )
         return out
-
-
-class _Pooler(nn.Module):
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(size, size)
-
-    def forward(self, first: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.dense(first))
 
 
 def _frequencies(config: GteConfig) -> torch.Tensor:

@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qrank.converters.checkpoint.rewriting import Rewriting
+from qrank.converters.checkpoint.rewriting import ONE_LABEL, Rewriting, brings, check_keys
 from qrank.converters.checkpoint.stored import parts_of, safetensors_files
-from qrank.errors import FamilyError
 
 _CONFIG = "JinaBertConfig"
 """The repository's own configuration class."""
@@ -30,20 +29,13 @@ def rewriting(folder: Path, config: dict[str, Any], source: str) -> Rewriting | 
     Raises:
         FamilyError: config.json asks for what the class does not compute.
     """
-    code = config.get("auto_map")
-    if not isinstance(code, dict) or not any(_CONFIG in str(name) for name in code.values()):
+    if not brings(config, _CONFIG):
         return None
-    for key, expected in _EXPECTED.items():
-        if (found := config.get(key, expected)) != expected:
-            raise FamilyError(
-                f"{source}: config.json has {key} = {found!r}; qrank reads jina's BERT with "
-                f"{expected!r} alone"
-            )
+    check_keys(config, _EXPECTED, "jina's BERT", source)
     made = {key: value for key, value in config.items() if key not in ("auto_map", "num_labels")}
     made |= {
         "architectures": ["JinaBertForSequenceClassification"],
-        "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0},
         "model_type": "jina_bert",
+        **ONE_LABEL,
     }
     return Rewriting("jina-reranker-v1", made, partial(safetensors_files, folder, source), parts_of)

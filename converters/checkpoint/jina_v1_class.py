@@ -12,8 +12,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.modeling_utils import PreTrainedModel
+
+from qrank.converters.checkpoint.encoder_parts import (
+    Embeddings,
+    FirstTokenClassifier,
+    Pooler,
+    mixed,
+    padding_mask,
+    split_heads,
+)
 
 
 class JinaBertConfig(BertConfig):  # type: ignore[misc]
@@ -22,35 +29,22 @@ class JinaBertConfig(BertConfig):  # type: ignore[misc]
     model_type = "jina_bert"
 
 
-class JinaBertForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
-    """The logit is a row times the tanh of a dense layer of the first token's final state."""
+class JinaBertForSequenceClassification(FirstTokenClassifier):
+    """See `FirstTokenClassifier`."""
 
     config_class = JinaBertConfig
     base_model_prefix = "bert"
 
     def __init__(self, config: JinaBertConfig) -> None:
-        super().__init__(config)
-        self.bert = _Model(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        token_type_ids: torch.Tensor | None = None,
-    ) -> SequenceClassifierOutput:
-        """Logits of shape [batch, labels]; all inputs are int64 of shape [batch, length]."""
-        pooled = self.bert(input_ids, attention_mask, token_type_ids)
-        return SequenceClassifierOutput(logits=self.classifier(pooled))
+        super().__init__(config, _Model(config))
 
 
 class _Model(nn.Module):
     def __init__(self, config: JinaBertConfig) -> None:
         super().__init__()
-        self.embeddings = _Embeddings(config)
+        self.embeddings = Embeddings(config)
         self.encoder = _Encoder(config)
-        self.pooler = _Pooler(config.hidden_size)
+        self.pooler = Pooler(config.hidden_size)
         self.slopes = alibi_slopes(config.num_attention_heads)
 
     def forward(
@@ -60,29 +54,13 @@ class _Model(nn.Module):
         token_type_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         hidden = self.embeddings(input_ids, token_type_ids)
-        seen = attention_mask[:, None, None].bool()
-        mask = torch.where(seen, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
+        mask = padding_mask(attention_mask, hidden.dtype)
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         distances = (places[:, None] - places[None]).abs().float()
         slopes = torch.tensor(self.slopes, device=input_ids.device)
         bias = (-slopes[:, None, None] * distances)[None].to(hidden.dtype)
         pooled: torch.Tensor = self.pooler(self.encoder(hidden, mask, bias)[:, 0])
         return pooled
-
-
-class _Embeddings(nn.Module):
-    def __init__(self, config: JinaBertConfig) -> None:
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, input_ids: torch.Tensor, types: torch.Tensor | None) -> torch.Tensor:
-        if types is None:
-            types = torch.zeros_like(input_ids)
-        hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(types)
-        normal: torch.Tensor = self.LayerNorm(hidden)
-        return normal
 
 
 class _Encoder(nn.Module):
@@ -94,15 +72,6 @@ class _Encoder(nn.Module):
         for layer in self.layer:
             hidden = layer(hidden, mask, bias)
         return hidden
-
-
-class _Pooler(nn.Module):
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(size, size)
-
-    def forward(self, first: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.dense(first))
 
 
 class _Layer(nn.Module):
@@ -135,14 +104,11 @@ class _SelfAttention(nn.Module):
         self.query, self.key, self.value = (nn.Linear(size, size) for _ in range(3))
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        batch, length, _ = hidden.shape
         queries, keys, values = (
-            linear(hidden).view(batch, length, -1, self.width).transpose(1, 2)
-            for linear in (self.query, self.key, self.value)
+            split_heads(linear(hidden), self.width) for linear in (self.query, self.key, self.value)
         )
         scores = queries @ keys.transpose(2, 3) / math.sqrt(self.width) + bias + mask
-        mixed: torch.Tensor = (scores.softmax(-1) @ values).transpose(1, 2)
-        return mixed.reshape(batch, length, -1)
+        return mixed(scores, values)
 
 
 class _Output(nn.Module):

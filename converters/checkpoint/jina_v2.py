@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qrank.converters.checkpoint.rewriting import Rewriting, WeightMap
+from qrank.converters.checkpoint.rewriting import Rewriting, WeightMap, brings
 from qrank.converters.checkpoint.stored import Part, parts_of, safetensors_files
 from qrank.errors import FamilyError
 
@@ -40,8 +40,7 @@ def rewriting(folder: Path, config: dict[str, Any], source: str) -> Rewriting | 
     Raises:
         FamilyError: it has rotary positions or adapters, which XLM-RoBERTa does not.
     """
-    code = config.get("auto_map")
-    if not isinstance(code, dict) or not any(_CONFIG in str(name) for name in code.values()):
+    if not brings(config, _CONFIG):
         return None
     if (positions := config.get("position_embedding_type")) != "absolute":
         raise FamilyError(
@@ -61,10 +60,8 @@ def _weights(files: list[Path]) -> WeightMap:
     found: dict[str, Part] = {}
     for name, part in parts_of(files).items():
         if fused := _FUSED.fullmatch(name):
-            rows, *rest = part.shape[0] // 3, *part.shape[1:]
-            for number, kind in enumerate(("query", "key", "value")):
-                place = f"roberta.encoder.layer.{fused[1]}.attention.self.{kind}.{fused[2]}"
-                found[place] = Part(part.path, part.name, (rows, *rest), number * rows)
+            for kind, one in zip(("query", "key", "value"), part.split(3), strict=True):
+                found[f"roberta.encoder.layer.{fused[1]}.attention.self.{kind}.{fused[2]}"] = one
         else:
             found[_PART.sub(lambda match: _NAMES[match[0]], name)] = part
     return found

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qrank.converters.checkpoint.rewriting import Rewriting, WeightMap
+from qrank.converters.checkpoint.rewriting import ONE_LABEL, Rewriting, WeightMap
 from qrank.converters.checkpoint.stored import Part, parts_of, safetensors_files
 from qrank.errors import ConversionError, FamilyError
 
@@ -58,11 +58,10 @@ def rewriting(folder: Path, config: dict[str, Any], source: str) -> Rewriting | 
     made = {key: value for key, value in config.items() if key not in (*_OWN, "start_layer")}
     made |= {
         "architectures": ["LlamaForSequenceClassification"],
-        "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0},
         "model_type": "llama",
         "num_hidden_layers": layers,
         "tie_word_embeddings": False,
+        **ONE_LABEL,
     }
     return Rewriting(
         f"bge-reranker-v2-minicpm-layerwise ({layers} layers)",

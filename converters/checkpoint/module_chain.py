@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from qrank.converters.checkpoint.json_files import read_json
-from qrank.converters.checkpoint.rewriting import Rewriting, WeightMap
+from qrank.converters.checkpoint.rewriting import ONE_LABEL, Rewriting, WeightMap
 from qrank.converters.checkpoint.stored import Values, parts_of, safetensors_files
 from qrank.errors import ConversionError, FamilyError
 
@@ -191,8 +191,7 @@ def rewriting(folder: Path, config: dict[str, Any], source: str) -> Rewriting | 
     made = {
         **config,
         "architectures": [trunk.architecture],
-        "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0},
+        **ONE_LABEL,
         **_head(chain, config, trunk, pooling),
     }
     made.pop("num_labels", None)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaCo
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
+from qrank.converters.checkpoint.encoder_parts import padding_mask
 from qrank.errors import FamilyError
 
 
@@ -52,8 +53,7 @@ class LlamaBidirectionalForSequenceClassification(LlamaPreTrainedModel):  # type
         """Logits of shape [batch, labels]; both inputs are int64 of shape [batch, length]."""
         batch, length = input_ids.shape
         dtype = self.model.embed_tokens.weight.dtype
-        seen = attention_mask[:, None, None].bool()
-        mask = torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
+        mask = padding_mask(attention_mask, dtype)
         hidden = self.model(
             input_ids=input_ids,
             attention_mask=mask.expand(batch, 1, length, length),

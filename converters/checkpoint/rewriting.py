@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qrank.converters.checkpoint.stored import Weight
+from qrank.errors import FamilyError
 
 WeightMap = Mapping[str, Weight]
 """Name of a weight in the class -> the weight."""
@@ -41,3 +42,35 @@ class Rewriting:
     def about(self) -> str:
         """What is read as which class; "" if it is read as it is."""
         return self.what and f"{self.what} read as {self.config['architectures'][0]}"
+
+
+ONE_LABEL = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+"""The keys of config.json that give a classifier one label."""
+
+
+def brings(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a repository brings code of its own (`auto_map`) with a class of this name."""
+    code = config.get("auto_map")
+    return isinstance(code, dict) and any(name in str(value) for value in code.values())
+
+
+def check_keys(
+    config: Mapping[str, Any], expected: Mapping[str, Any], what: str, source: str
+) -> None:
+    """Check that keys of config.json, if present, have the values that a class computes.
+
+    Args:
+        config: the checkpoint's config.json.
+        expected: the values by key.
+        what: what is read, in errors.
+        source: the checkpoint's name in errors.
+
+    Raises:
+        FamilyError: a key has another value.
+    """
+    for key, value in expected.items():
+        if (found := config.get(key, value)) != value:
+            raise FamilyError(
+                f"{source}: config.json has {key} = {found!r}; qrank reads {what} with {value!r} "
+                "alone"
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -77,6 +77,12 @@ class Part:
         if self.shape:
             found = found[self.start : self.start + self.shape[0]]
         return found.float() * self.factor if self.computed else found
+
+    def split(self, count: int) -> list[Part]:
+        """Its rows in equal parts, in order: a fused matrix's."""
+        rows, *rest = self.shape[0] // count, *self.shape[1:]
+        starts = range(self.start, self.start + count * rows, rows)
+        return [replace(self, shape=(rows, *rest), start=start) for start in starts]
 
     def row(self, number: int) -> Floats:
         """One row, in fp32."""
