@@ -23,6 +23,7 @@ from qrank.backends import tolerance
 from qrank.bundle.manifest import MANIFEST, TOKENIZER, FileRecord, Manifest
 from qrank.cli import main
 from qrank.converters.convert import convert
+from qrank.converters.onnx import export as onnx_converter
 from qrank.errors import BundleError, ConversionError, TargetError
 
 FP32 = [("onnx", "fp32")]
@@ -205,6 +206,28 @@ def test_a_variant_is_added_and_the_others_stay(without_fp32: Path, bert: str) -
         with Reranker(target, backend=backend) as reranker:
             assert len(reranker.score(PAIRS)) == 2
     assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+def test_the_model_is_traced_once_for_all_its_graphs(
+    bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most of a conversion's time; nothing of the model's size is kept for it."""
+    traced: list[object] = []
+    original = torch.onnx.export
+
+    def export(*args: Any, **options: Any) -> Any:
+        traced.append(args[0])
+        return original(*args, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    monkeypatch.setattr(onnx_converter, "_traced", {})
+    variants = [("onnx", "fp32"), ("onnx", "int8"), ("openvino", "fp16")]
+    result = convert(bert, variants, tmp_path / "b")
+    assert not result.failed
+    assert len(traced) == 1
+    (graph,) = onnx_converter._traced.values()
+    kept = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value)
+    assert kept < Path(bert, "model.safetensors").stat().st_size / 20
 
 
 def test_the_same_variant_again_changes_nothing(copy: Path, bert: str) -> None:

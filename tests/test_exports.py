@@ -86,12 +86,15 @@ def test_extras_exist_and_bring_their_modules() -> None:
     needed = [*extras.EXTRA_OF.items()]
     for backend in map(spec, BACKENDS):
         needed += [(module, backend.extra) for module in backend.modules]
+    # An environment of its own, which `make optimum` makes.
+    needed.remove(("optimum", "optimum"))
+    assert brought("optimum") == brought("convert") | {"optimum-intel"}
     distributions = metadata.packages_distributions()
     for module, extra in needed:
         found = {name.replace("_", "-") for name in distributions[module]}
         assert found & brought(extra), f"qrank[{extra}] does not bring {module}"
     assert brought("cpu") == {"onnxruntime"}, "the light runtime"
-    assert set().union(*map(brought, set(optional) - {"onnx-gpu"})) == brought("test")
+    assert set().union(*map(brought, set(optional) - {"onnx-gpu", "optimum"})) == brought("test")
 
 
 def test_an_unknown_extra_is_a_mistake_of_ours() -> None:

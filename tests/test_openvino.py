@@ -20,12 +20,12 @@ from transformers import AutoModelForSequenceClassification
 from qrank import Reranker
 from qrank.backends import Backend, Options, openvino, tolerance
 from qrank.backends.openvino_nodes import computed_weights, has_fused_mlp
-from qrank.bundle.family import Family
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import Manifest, Variant
 from qrank.bundle.sequences import Logits, Sequences
 from qrank.cli import main
 from qrank.converters.checkpoint.probes import calibration_pairs
+from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.convert import convert
 from qrank.converters.openvino import export as converter
 from qrank.errors import ConversionError, InputError, TargetError
@@ -125,7 +125,7 @@ def test_graphs_do_not_say_where_they_were_made(bundle: Path) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     """Replace the exporter's work by a ready graph."""
 
-    def export(model: object, family: Family, path: Path, **options: bool) -> None:
+    def export(model: object, checkpoint: Checkpoint, path: Path, **options: bool) -> None:
         shutil.copy(bundle / "onnx-fp32" / "model.onnx", path)
 
     monkeypatch.setattr(converter, "export", export)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from qrank.bundle.family import Family
 from qrank.bundle.sequences import Sequences
@@ -20,7 +20,10 @@ from qrank.system.extras import need
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir
     from transformers import PreTrainedModel
+
+    from qrank.converters.checkpoint.scoring_graph import DecoderScorer, EncoderScorer
 
 MODULES = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime")
 """Modules needed to convert and verify."""
@@ -63,7 +66,7 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
     found = scalings(checkpoint, calibration) if quantized else {}
     model = checkpoint.load()
     even(model, found)
-    export(model, checkpoint.family, path, in_one_file=precision == "fp32")
+    export(model, checkpoint, path, in_one_file=precision == "fp32")
     del model
     if precision == "fp32":
         return ""
@@ -102,7 +105,7 @@ def head_nodes(model: onnx.ModelProto) -> set[str]:
 
 def export(
     model: PreTrainedModel,
-    family: Family,
+    checkpoint: Checkpoint,
     path: Path,
     *,
     in_one_file: bool = True,
@@ -111,8 +114,8 @@ def export(
     """Write the fp32 graph.
 
     Args:
-        model: transformers' own model, fp32.
-        family: the checkpoint's family.
+        model: the checkpoint's, in transformers' own class; it computes in fp32.
+        checkpoint: where the model comes from.
         path: the graph's path.
         in_one_file: keep weights of up to 2 GB in the graph's file. This takes three times their
             size in memory; writing them next to the graph takes none.
@@ -122,22 +125,64 @@ def export(
         ConversionError: the exporter returns no program.
     """
     torch = need("torch")
-    from qrank.converters.checkpoint.deberta import exportable
-    from qrank.converters.checkpoint.scoring_graph import DecoderScorer, input_names, scorer
+    from qrank.converters.checkpoint.scoring_graph import scorer
 
-    names, module = input_names(family), scorer(model, family)
+    module = scorer(model, checkpoint.family)
+    weights = module.state_dict()
+    program = torch.onnx.ONNXProgram(_graph(module, checkpoint).clone(), None)
+    initializers = program.model.graph.initializers
+    program.apply_weights({name: weights[name] for name in initializers if name in weights})
+    if optimize:
+        with _quiet():
+            program.optimize()
+    _forget_places(program.model.graph)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if in_one_file and fits(size):
+        save_graph(program.model_proto, path)
+    else:
+        program.save(path, external_data=True)
+
+
+def _graph(module: EncoderScorer | DecoderScorer, checkpoint: Checkpoint) -> onnx_ir.Model:
+    """The graph of a checkpoint's model, without its weights.
+
+    Tracing takes most of an export's time, and variants differ in weights alone: the last graph is
+    kept. What it computed from weights while it was traced is in it: those must not differ.
+    """
+    dtypes = tuple((name, str(weight.dtype)) for name, weight in module.state_dict().items())
+    key = (checkpoint.source, checkpoint.family, dtypes)
+    if key not in _traced:
+        _traced.clear()
+        _traced[key] = _trace(module, checkpoint.family)
+    return _traced[key]
+
+
+_traced: dict[object, onnx_ir.Model] = {}
+
+
+def _trace(module: EncoderScorer | DecoderScorer, family: Family) -> onnx_ir.Model:
+    """See `_graph`.
+
+    Raises:
+        ConversionError: the exporter returns no program.
+    """
+    torch = need("torch")
+    from qrank.converters.checkpoint.deberta import exportable
+    from qrank.converters.checkpoint.scoring_graph import DecoderScorer, input_names
+
+    names = input_names(family)
     example = torch.ones(2, 8, dtype=torch.int64)
     batch = torch.export.Dim("batch", min=1)
     shape = {0: batch, 1: torch.export.Dim("length", min=2, max=family.max_length)}
     examples, shapes = (example,) * len(names), (shape,) * len(names)
-    if family.decoder:
-        layers, two, heads, _, width = cast(DecoderScorer, module).prefix_shape
+    if isinstance(module, DecoderScorer):
+        layers, two, heads, _, width = module.prefix_shape
         prefix = torch.zeros(layers, two, heads, 3, width)
         before = {3: torch.export.Dim("before", min=0, max=family.max_length)}
         kept = {0: torch.export.Dim("kept", min=0, max=family.max_length)}
         examples = (example, example[:, 0], prefix, torch.arange(4))
         shapes = (shape, {0: batch}, before, kept)
-    with _quiet(), exportable(model, family.max_length):
+    with _quiet(), exportable(module.model, family.max_length):
         program = torch.onnx.export(
             module,
             tuple(x.clone() for x in examples),
@@ -147,22 +192,24 @@ def export(
             output_names=["logits", "present"] if family.decoder else ["logits"],
             dynamic_shapes=shapes,
             verbose=False,
-            optimize=optimize,
+            optimize=False,
         )
     if program is None:
         raise ConversionError("torch.onnx.export gave no program")
-    # The exporter records the Python file and line that each node comes from.
-    graph = program.model.graph
+    model: onnx_ir.Model = program.model
+    for name in module.state_dict():
+        if name in model.graph.initializers:
+            model.graph.initializers[name].const_value = None
+    return model
+
+
+def _forget_places(graph: onnx_ir.Graph) -> None:
+    """Remove notes of the exporter: the Python file and line that each node comes from."""
     nodes = list(graph.all_nodes())
     values = [value for node in nodes for value in node.outputs]
     for item in (graph, *nodes, *values, *graph.inputs, *graph.initializers.values()):
         item.metadata_props.clear()
         item.doc_string = None
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    if in_one_file and fits(size):
-        save_graph(program.model_proto, path)
-    else:
-        program.save(path, external_data=True)
 
 
 def _half(model: onnx.ModelProto, head: set[str]) -> onnx.ModelProto:

@@ -88,7 +88,7 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
         model = checkpoint.load(lean=True)
         even(model, found)
         # Folding constants takes memory; instead, weights are handled one by one here.
-        export(model, checkpoint.family, path, in_one_file=False, optimize=False)
+        export(model, checkpoint, path, in_one_file=False, optimize=False)
         del model
         gc.collect()  # The exporter leaves reference cycles that hold the weights.
         graph = ov.convert_model(path) if activations else ov.Core().read_model(path)
