@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qrank.bundle.family import Family
 from qrank.bundle.sequences import Sequences
@@ -207,7 +207,8 @@ def _forget_places(graph: onnx_ir.Graph) -> None:
     """Remove notes of the exporter: the Python file and line that each node comes from."""
     nodes = list(graph.all_nodes())
     values = [value for node in nodes for value in node.outputs]
-    for item in (graph, *nodes, *values, *graph.inputs, *graph.initializers.values()):
+    items: list[Any] = [graph, *nodes, *values, *graph.inputs, *graph.initializers.values()]
+    for item in items:
         item.metadata_props.clear()
         item.doc_string = None
 
