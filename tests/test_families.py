@@ -63,6 +63,8 @@ def test_cards_parse_and_are_the_supported_families() -> None:
         "electra": ("ElectraForSequenceClassification",),
         "gte-multilingual": ("GteForSequenceClassification",),
         "jina-reranker-v1": ("JinaBertForSequenceClassification",),
+        "monomt5": ("MT5ForConditionalGeneration",),
+        "monot5": ("T5ForConditionalGeneration",),
         "modernbert": ("ModernBertForSequenceClassification",),
         "mpnet": ("MPNetForSequenceClassification",),
         "nemotron-rerank": ("LlamaBidirectionalForSequenceClassification",),
@@ -212,7 +214,6 @@ def test_an_unknown_architecture_is_refused_by_name(copy_of: Callable[..., Path]
     [
         ("JinaForRanking", "is listwise"),
         ("Qwen2VLForConditionalGeneration", "reads images"),
-        ("T5ForConditionalGeneration", "is an encoder-decoder"),
         ("Qwen3_5ForConditionalGeneration", "mixes attention with gated delta nets"),
         ("CostWiseGemmaForCausalLM", "has a score head in every layer"),
         ("HF_ColBERT", "compares token embeddings"),

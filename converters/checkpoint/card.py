@@ -36,20 +36,22 @@ class Card:
         segments: the token type of each template item if the config has two or more types
             (`type_vocab_size`); empty for families without token types.
         pooling: `pooler` (first token, dense, tanh), `cls` (first token), `last` (last token of a
-            causal model), or the name of the config key that says `cls` or `mean`.
+            causal model), `step` (first step of an encoder-decoder's decoder), or the name of the
+            config key that says `cls` or `mean`.
         positions_after_pad: whether positions start at `pad_token_id + 1` (RoBERTa), which makes
             the longest input that much shorter than `max_position_embeddings`.
         activation: the activation of the published scores, unless the checkpoint names another.
         temperature: logits are divided by this before the activation.
         instruction: the text for `{instruction}` if the caller gives none.
         instructed: the template with an instruction, if it differs.
-        labels: for causal language models: the token that means "relevant" and, if the score is the
+        labels: for language models: the token that means "relevant" and, if the score is the
             difference of the two, the one that means "not".
         classes: for a score head with two labels: the number of the label that means relevant, and
             of the other.
         max_length: tokens the model was made for, if its config has a larger number.
-        models: hub ids. Decoder families share architectures with chat models, and those with
-            classes with other classifiers, so they match only these; other models need `--family`.
+        models: hub ids. Families with labels share architectures with chat models and translators,
+            and those with classes with other classifiers, so they match only these; other models
+            need `--family`.
         unsupported: formats that cannot run models of this family: `gguf`.
     """
 
@@ -133,15 +135,15 @@ class Card:
             )
         if not self.temperature > 0:
             raise FamilyError(f"{where}: temperature is {self.temperature}; it must be above 0")
-        if (len(self.labels) in (1, 2)) != (self.pooling == "last"):
+        if (len(self.labels) in (1, 2)) != (self.pooling in ("last", "step")):
             raise FamilyError(
-                f"{where}: labels are one or two tokens where pooling is last, and none elsewhere"
+                f"{where}: labels are one or two tokens where pooling is last or step, and none "
+                "elsewhere"
             )
-
-        if self.classes and (sorted(self.classes) != [0, 1] or self.pooling == "last"):
+        if self.classes and (sorted(self.classes) != [0, 1] or self.labels):
             raise FamilyError(
                 f"{where}: classes is {list(self.classes)}; expected [1, 0] or [0, 1], and a "
-                "pooling other than last"
+                "pooling other than last and step"
             )
 
     def _check_template(self, template: tuple[str, ...], where: str) -> None:
@@ -230,11 +232,12 @@ def find_card(family: str | None, config: dict[str, Any], hub_id: str | None = N
         if hub_id in card.models:
             return card
     for card in readers:
-        if card.pooling != "last" and not card.classes:
+        if not card.labels and not card.classes:
             return card
     if readers:
+        others = "translators" if readers[0].pooling == "step" else "chat models"
         raise FamilyError(
-            f"{', '.join(found)} is what chat models are, too: nothing in this checkpoint says "
+            f"{', '.join(found)} is what {others} are, too: nothing in this checkpoint says "
             "that it is a reranker, and how it is asked. If it is one, say which with --family: "
             f"{', '.join(card.name for card in readers)}"
         )

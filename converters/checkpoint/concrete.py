@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 from qrank.bundle.family import POOLINGS, Family
 from qrank.converters.checkpoint.attention import rotary_limit
 from qrank.converters.checkpoint.card import ROLES, Card
-from qrank.converters.checkpoint.configuration import is_causal, whole_number
+from qrank.converters.checkpoint.configuration import (
+    is_causal,
+    is_encoder_decoder,
+    whole_number,
+)
 from qrank.converters.checkpoint.sentence_transformers import MODEL, TRANSFORMER, Metadata
 from qrank.errors import FamilyError
 
@@ -73,7 +77,8 @@ def concrete(card: Card, said: Said) -> Family:
             raise FamilyError(
                 f"card {card.name}: {item!r} holds the special token {held[0]}; make it an item"
             )
-    compared = card.labels if is_causal(dict(said.config)) else ()
+    config = dict(said.config)
+    compared = card.labels if is_causal(config) or is_encoder_decoder(config) else ()
     labels = [said.tokenizer(label, add_special_tokens=False)["input_ids"] for label in compared]
     if longer := [label for label, ids in zip(compared, labels, strict=True) if len(ids) != 1]:
         raise FamilyError(

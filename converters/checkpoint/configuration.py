@@ -24,6 +24,8 @@ NEMOTRON = "llama_bidirec"
 _CLASSES = {NEMOTRON: "nemotron", "gte": "gte_class", "jina_bert": "jina_v1_class"}
 """`model_type` of a class that transformers lacks -> the module here that has it."""
 
+_ENCODER_DECODERS = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
+
 _KINDS_OF_REWRITING = (
     module_chain.rewriting,
     jina_v1.rewriting,
@@ -146,6 +148,11 @@ def is_causal(config: dict[str, Any]) -> bool:
     return str((config.get("architectures") or [""])[0]).endswith("ForCausalLM")
 
 
+def is_encoder_decoder(config: dict[str, Any]) -> bool:
+    """Whether a config.json describes a T5, whose decoder scores at its first step."""
+    return (config.get("architectures") or [""])[0] in _ENCODER_DECODERS
+
+
 def transformers_for(config: dict[str, Any]) -> Any:
     """The transformers module, with qrank's own class registered if a config.json needs it.
 
@@ -163,6 +170,8 @@ def auto_class(config: dict[str, Any]) -> Any:
     transformers = transformers_for(config)
     if is_causal(config):
         return transformers.AutoModelForCausalLM
+    if is_encoder_decoder(config):
+        return transformers.AutoModelForSeq2SeqLM
     return transformers.AutoModelForSequenceClassification
 
 

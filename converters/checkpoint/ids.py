@@ -50,18 +50,20 @@ def checkpoint_ids(checkpoint: Checkpoint, query: str, document: str, limit: int
     """A pair as the checkpoint's own tokenizer reads it, truncated to a limit.
 
     For a decoder family, the items of the template are tokenized separately, as in the original
-    code; sentence-transformers tokenizes the whole prompt of a LogitScore model. An encoder family
-    reads two texts, or one if no token separates query and document.
+    code; sentence-transformers tokenizes the whole prompt of a LogitScore model. Another family
+    reads two texts, or one if no token separates query and document. Only the document is cut.
     """
     family, tokenizer = checkpoint.family, checkpoint.tokenizer
     template, text = family.asked(None)
     texts = {"query": query, "document": document, "instruction": text}
     prompt = [fill(item, **texts) for item in template if isinstance(item, str)]
     places = [place for place, item in enumerate(template) if isinstance(item, str)]
-    if not family.decoder and places[1] == places[0] + 1:
-        whole = "".join(prompt)
-        return list(tokenizer(whole, truncation=True, max_length=limit)["input_ids"])
-    if not family.decoder:
+    together = not family.decoder and places[1] == places[0] + 1
+    if together:
+        ids: list[int] = tokenizer("".join(prompt))["input_ids"]
+        if len(ids) <= limit:
+            return ids
+    elif not family.decoder:
         # As a batch of one: otherwise an empty document would count as no document.
         query, document = prompt
         with explained(f"{checkpoint.name}: its tokenizer cannot cut a pair to {limit} tokens"):
@@ -76,7 +78,7 @@ def checkpoint_ids(checkpoint: Checkpoint, query: str, document: str, limit: int
             else fill(item, **texts)
             for item in template
         ]
-        ids: list[int] = tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
+        ids = tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
         if len(ids) <= limit:
             return ids
     items = [

@@ -21,6 +21,7 @@ from qrank.converters.checkpoint.card import Card, find_card
 from qrank.converters.checkpoint.concrete import Said, check_case, concrete
 from qrank.converters.checkpoint.configuration import (
     is_causal,
+    is_encoder_decoder,
     read_rewriting,
     read_settings,
     whole_number,
@@ -214,7 +215,7 @@ def describe(
         card = logit_score_card(folder, source, config, metadata, tokenizer())
     else:
         card = find_card(family or rewriting.family, config, identity if commit else None)
-    if not causal:
+    if not causal and not is_encoder_decoder(config):
         _check_labels(settings(), card, source)
     files = weights()
     control = control_tokens(tokenizer(), [*card.template, *card.instructed])
@@ -278,10 +279,12 @@ def _dimensions(settings: PretrainedConfig, causal: bool, source: str) -> Dimens
     """The sizes that determine the memory of batches, by transformers' common names."""
     keys = ("hidden_size", "num_attention_heads", "num_hidden_layers")
     found = {key: whole_number(settings, key, source) for key in keys}
-    # The feed-forward width is usually four times the hidden size. DistilBERT has its own name for
-    # it.
-    wide = getattr(settings, "hidden_dim", None) or 4 * found["hidden_size"]
-    found["intermediate_size"] = getattr(settings, "intermediate_size", None) or wide
+    # Its name is `hidden_dim` in DistilBERT and `d_ff` in T5; it is usually four times the hidden
+    # size.
+    names = ("intermediate_size", "hidden_dim", "d_ff")
+    given = [name for name in names if getattr(settings, name, None) is not None]
+    wide = whole_number(settings, given[0], source) if given else 4 * found["hidden_size"]
+    found["intermediate_size"] = wide
     for key in ("num_key_value_heads", "head_dim"):
         if getattr(settings, key, None) is not None:
             found[key] = whole_number(settings, key, source)

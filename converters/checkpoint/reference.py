@@ -19,6 +19,23 @@ if TYPE_CHECKING:
     from qrank.converters.checkpoint.read import Checkpoint
 
 
+def start_token(model: PreTrainedModel) -> int:
+    """The id of an encoder-decoder's first decoder token: the padding token, if none is named.
+
+    Raises:
+        ConversionError: config.json names another thing than the id of a token.
+    """
+    number = getattr(model.config, "decoder_start_token_id", None)
+    if number is None:
+        number = model.config.pad_token_id
+    if type(number) is not int or not 0 <= number < model.config.vocab_size:
+        raise ConversionError(
+            f"config.json has decoder_start_token_id = {number!r}; expected the id of the token "
+            "that the decoder begins with, which is 0 in T5 and mT5"
+        )
+    return number
+
+
 class Original:
     """A checkpoint's own model in fp32, loaded when it is first needed.
 
@@ -62,8 +79,12 @@ def run_reference(model: PreTrainedModel, work: Sequences, family: Family) -> Lo
                 types = torch.tensor(work.segments[i][None], dtype=torch.int64)
                 inputs["token_type_ids"] = types
             if family.labels:
-                # The vocabulary's logits at the last token.
-                last = model(**inputs, logits_to_keep=1).logits[0, -1].double()
+                # The vocabulary's logits at the last token, or at the decoder's first step.
+                if family.decoder:
+                    inputs["logits_to_keep"] = 1
+                else:
+                    inputs["decoder_input_ids"] = torch.tensor([[start_token(model)]])
+                last = model(**inputs).logits[0, -1].double()
                 logits.append(label_row(last[list(family.labels)]).item())
             else:
                 (row,) = model(**inputs).logits

@@ -14,11 +14,6 @@ _LAYERS = (
     "has a score head in every layer and code of its own. Use BAAI/bge-reranker-v2-gemma or "
     "BAAI/bge-reranker-v2-m3"
 )
-_ENCODER_DECODER = (
-    "is an encoder-decoder, which scores at the first step of its decoder. Use an encoder, such as "
-    "cross-encoder/mmarco-mMiniLMv2-L12-H384-v1"
-)
-
 _HYBRID = (
     "mixes attention with gated delta nets, whose state qrank's graphs do not have. Use a reranker "
     "with attention alone, such as Qwen/Qwen3-Reranker-0.6B"
@@ -32,11 +27,9 @@ _WHY = {
     ),
     "JinaForRanking": _LISTWISE,
     "ListConRankerModel": _LISTWISE,
-    "MT5ForConditionalGeneration": _ENCODER_DECODER,
     "Qwen2VLForConditionalGeneration": _IMAGES,
     "Qwen3_5ForCausalLM": _HYBRID,
     "Qwen3_5ForConditionalGeneration": _HYBRID,
-    "T5ForConditionalGeneration": _ENCODER_DECODER,
 }
 
 INFERENCE = frozenset({"entailment", "contradiction"})

@@ -5,22 +5,28 @@ Only converters and the torch backend import this module, because it needs torch
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Union
 
 import torch
 
 from qrank.bundle.family import Family, label_row
+from qrank.converters.checkpoint.reference import start_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def scorer(model: PreTrainedModel, family: Family) -> EncoderScorer | DecoderScorer:
+Scorer = Union["EncoderScorer", "EncoderDecoderScorer", "DecoderScorer"]
+
+
+def scorer(model: PreTrainedModel, family: Family) -> Scorer:
     """The scoring graph of transformers' own model."""
     for module in model.modules():
         if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
             # Both rescale positions above a length that exceeds the family's limit.
             module.rope_type = "default"
+    if family.pooling == "step":
+        return EncoderDecoderScorer(model, head_row(model, family))
     if not family.decoder:
         return EncoderScorer(model, family.classes)
     return DecoderScorer(model, head_row(model, family), family.max_length)
@@ -35,7 +41,7 @@ def input_names(family: Family) -> list[str]:
 
 
 def head_row(model: PreTrainedModel, family: Family) -> torch.Tensor:
-    """A decoder's whole score head, fp32 of shape [hidden]; no other token's logits are needed."""
+    """A language model's score head, fp32 of shape [hidden]; no other token's logits are needed."""
     if not family.labels:
         rows = model.score.weight.float()
     else:
@@ -72,6 +78,41 @@ class EncoderScorer(torch.nn.Module):
         if self.classes:
             first, second = self.classes
             return logits[:, first : first + 1] - logits[:, second : second + 1]
+        return logits
+
+
+class EncoderDecoderScorer(torch.nn.Module):
+    """An encoder-decoder that scores at the first step of its decoder.
+
+    Inputs and output are those of `EncoderScorer`, without token types.
+    """
+
+    def __init__(self, model: PreTrainedModel, head: torch.Tensor) -> None:
+        """Wrap a T5.
+
+        Args:
+            model: transformers' own model.
+            head: the score's row, float32 [hidden].
+        """
+        super().__init__()
+        self.model = model
+        self._start = start_token(model)
+        # T5 multiplies its last hidden state by this; T5 1.1 and mT5 do not.
+        scaled = getattr(model.config, "scale_decoder_outputs", False)
+        scale = model.config.d_model**-0.5 if scaled else 1.0
+        self.head = torch.nn.Parameter(head.detach() * scale, requires_grad=False)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        read = self.model.encoder(input_ids=input_ids, attention_mask=attention_mask)
+        final = self.model.decoder(
+            input_ids=torch.full_like(input_ids[:, :1], self._start),
+            encoder_hidden_states=read.last_hidden_state,
+            encoder_attention_mask=attention_mask,
+            use_cache=False,
+        ).last_hidden_state[:, 0]
+        # Not a matrix product, so that quantization of matrix products leaves this row alone.
+        logits: torch.Tensor = (final.float() * self.head).sum(1, keepdim=True)
         return logits
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import onnx_ir
     from transformers import PreTrainedModel
 
-    from qrank.converters.checkpoint.scoring_graph import DecoderScorer, EncoderScorer
+    from qrank.converters.checkpoint.scoring_graph import Scorer
 
 MODULES = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime")
 """Modules needed to convert and verify."""
@@ -143,7 +143,7 @@ def export(
         program.save(path, external_data=True)
 
 
-def _graph(module: EncoderScorer | DecoderScorer, checkpoint: Checkpoint) -> onnx_ir.Model:
+def _graph(module: Scorer, checkpoint: Checkpoint) -> onnx_ir.Model:
     """The graph of a checkpoint's model, without its weights.
 
     Tracing takes most of an export's time, and variants differ in weights alone: the last graph is
@@ -160,14 +160,14 @@ def _graph(module: EncoderScorer | DecoderScorer, checkpoint: Checkpoint) -> onn
 _traced: dict[object, onnx_ir.Model] = {}
 
 
-def _trace(module: EncoderScorer | DecoderScorer, family: Family) -> onnx_ir.Model:
+def _trace(module: Scorer, family: Family) -> onnx_ir.Model:
     """See `_graph`.
 
     Raises:
         ConversionError: the exporter returns no program.
     """
     torch = need("torch")
-    from qrank.converters.checkpoint.deberta import exportable
+    from qrank.converters.checkpoint import deberta, t5
     from qrank.converters.checkpoint.scoring_graph import DecoderScorer, input_names
 
     names = input_names(family)
@@ -182,7 +182,8 @@ def _trace(module: EncoderScorer | DecoderScorer, family: Family) -> onnx_ir.Mod
         kept = {0: torch.export.Dim("kept", min=0, max=family.max_length)}
         examples = (example, example[:, 0], prefix, torch.arange(4))
         shapes = (shape, {0: batch}, before, kept)
-    with _quiet(), exportable(module.model, family.max_length):
+    longest = family.max_length
+    with _quiet(), deberta.exportable(module.model, longest), t5.exportable(module.model, longest):
         program = torch.onnx.export(
             module,
             tuple(x.clone() for x in examples),

@@ -14,8 +14,9 @@ from qrank.errors import InputError
 
 ACTIVATIONS = ("identity", "sigmoid")
 
-POOLINGS = ("pooler", "cls", "mean", "last")
-"""How final hidden states become one vector. `last`, the last token's, means a decoder family."""
+POOLINGS = ("pooler", "cls", "mean", "last", "step")
+"""How final hidden states become one vector. `last`, the last token's, means a decoder family;
+`step`, that of the decoder's first step, an encoder-decoder."""
 
 _SLOT = re.compile(r"\{([a-z_]+)\}")
 
@@ -35,8 +36,8 @@ class Family:
         temperature: divides the logits before the activation.
         instruction: the default for `{instruction}`; "" if the template has no such slot.
         instructed: the template with an instruction, if it differs; otherwise None.
-        labels: token ids that a causal language model is scored by: the logit of the first minus
-            that of the second, if there is one. Empty for models with a score head.
+        labels: token ids that a language model is scored by: the logit of the first minus that of
+            the second, if there is one. Empty for models with a score head.
         classes: of a score head with two labels, the number of the one that means relevant and of
             the other: the logit of the first minus that of the second. Empty for one label.
     """
