@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import tiny
 import tiny_decoders
+import tiny_rewritten
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_conformance import ALONE, conforms
-from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from qrank import Reranker
@@ -27,42 +27,10 @@ from qrank.converters.convert import convert
 from qrank.errors import ConversionError, InputError
 from qrank.scoring.pair_tokenizer import PairTokenizer
 
-TEMPERATURE = 0.5
-
 
 @pytest.fixture(scope="module")
 def nemotron(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint laid out like NVIDIA's: Llama's weights, a config with its own code."""
-    folder = tmp_path_factory.mktemp("nemotron") / "tiny"
-    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    config = LlamaConfig(
-        **tiny_decoders.SIZES,
-        num_labels=1,
-        pad_token_id=0,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 10_000.0,
-            "original_max_position_embeddings": 64,
-            **scaling,
-        },
-    )
-    tiny_decoders.save(folder, LlamaForSequenceClassification, config)
-    tiny.edit_config(
-        folder,
-        architectures=["LlamaBidirectionalForSequenceClassification"],
-        model_type="llama_bidirec",
-        auto_map={"AutoConfig": "code.Config", "AutoModelForSequenceClassification": "code.Model"},
-        pooling="avg",
-        temperature=TEMPERATURE,
-    )
-    path = str(folder / "tokenizer.json")
-    tokenizer = Tokenizer.from_file(path)
-    number = tokenizer.token_to_id("<bos>")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", number)]
-    )
-    tokenizer.save(path)
-    return folder
+    return tiny_rewritten.nemotron(tmp_path_factory.mktemp("nemotron") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +70,7 @@ def reference(folder: Path) -> Logits:
         everything = torch.zeros(1, 1, ids.shape[1], ids.shape[1])
         with torch.inference_mode():
             hidden = model.model(input_ids=ids, attention_mask=everything).last_hidden_state
-            logits.append(model.score(hidden[0].mean(0)).item() / TEMPERATURE)
+            logits.append(model.score(hidden[0].mean(0)).item() / tiny_rewritten.TEMPERATURE)
     return np.array(logits, np.float32)
 
 

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracles
 import pytest
 import tiny
 import tiny_decoders
+import tiny_rewritten
 import torch
-from safetensors.torch import load_file, save_file
 from test_conformance import PAIRS
 from tiny_chains import ACTIVATIONS, ETTIN, PLAIN, chain
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLForConditionalGeneration
 
 from qrank import Reranker
 from qrank.backends import tolerance
@@ -105,47 +104,11 @@ def test_a_module_without_its_file_is_told(checkpoint_of: Folders, tmp_path: Pat
 # jina-reranker-v2
 
 
-def jina(base: Path, folder: Path) -> Path:
-    """A tiny XLM-RoBERTa as jina's script stores it: renamed, with queries, keys, values joined."""
-    shutil.copytree(base, folder)
-    code = {
-        "AutoConfig": "configuration_xlm_roberta.XLMRobertaFlashConfig",
-        "AutoModelForSequenceClassification": "modeling.XLMRobertaForSequenceClassification",
-    }
-    tiny.edit_config(folder, auto_map=code, position_embedding_type="absolute", model_type=None)
-    names = {
-        "roberta.embeddings.LayerNorm": "roberta.emb_ln",
-        ".layer.": ".layers.",
-        ".attention.output.dense": ".mixer.out_proj",
-        ".attention.output.LayerNorm": ".norm1",
-        ".intermediate.dense": ".mlp.fc1",
-        ".output.dense": ".mlp.fc2",
-        ".output.LayerNorm": ".norm2",
-    }
-    made: dict[str, Any] = {}
-    for name, weight in load_file(folder / "model.safetensors").items():
-        if found := re.search(r"\.attention\.self\.(query|key|value)\.", name):
-            joined = name.replace(found[0], ".mixer.Wqkv.").replace(".layer.", ".layers.")
-            made.setdefault(joined, {})[found[1]] = weight
-            continue
-        renamed = name
-        for theirs, ours in names.items():
-            renamed = renamed.replace(theirs, ours)
-        made[renamed] = weight
-    order = ("query", "key", "value")
-    whole = {
-        name: torch.cat([weight[part] for part in order]) if isinstance(weight, dict) else weight
-        for name, weight in made.items()
-    }
-    save_file(whole, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
 def test_jina_v2_scores_exactly_as_the_model_it_was_made_of(
     checkpoint_of: Folders, tmp_path: Path
 ) -> None:
     theirs = checkpoint_of("xlm-roberta")
-    ours = jina(theirs, tmp_path / "jina")
+    ours = tiny_rewritten.jina_v2(theirs, tmp_path / "jina")
     with Reranker(theirs, backend="torch") as original, Reranker(ours, backend="torch") as read:
         np.testing.assert_array_equal(original.score(PAIRS, raw=True), read.score(PAIRS, raw=True))
     assert read_checkpoint(str(ours)).read_as.startswith("jina-reranker-v2 read as XLMRoberta")
@@ -154,10 +117,11 @@ def test_jina_v2_scores_exactly_as_the_model_it_was_made_of(
 def test_jina_v2_converts_to_gguf(checkpoint_of: Folders, tmp_path: Path) -> None:
     """GGUF is written from the stored tensors, here parts of them, without transformers' class."""
     theirs = checkpoint_of("xlm-roberta")
-    made = convert(str(jina(theirs, tmp_path / "jina")), [("gguf", "f16")], tmp_path / "bundle")
-    with Reranker(made.folder) as ours, Reranker(theirs, backend="torch") as original:
+    ours = tiny_rewritten.jina_v2(theirs, tmp_path / "jina")
+    made = convert(str(ours), [("gguf", "f16")], tmp_path / "bundle")
+    with Reranker(made.folder) as read, Reranker(theirs, backend="torch") as original:
         expected = original.score(PAIRS, raw=True)
-        found = Fidelity.of(ours.score(PAIRS, raw=True), expected)
+        found = Fidelity.of(read.score(PAIRS, raw=True), expected)
     assert tolerance("gguf", "f16").shortfall(found) is None
 
 
@@ -171,7 +135,7 @@ def test_jina_v2_converts_to_gguf(checkpoint_of: Folders, tmp_path: Path) -> Non
 def test_other_models_of_jinas_class_are_refused(
     content: dict[str, Any], message: str, checkpoint_of: Folders, tmp_path: Path
 ) -> None:
-    folder = jina(checkpoint_of("xlm-roberta"), tmp_path / "jina")
+    folder = tiny_rewritten.jina_v2(checkpoint_of("xlm-roberta"), tmp_path / "jina")
     tiny.edit_config(folder, **content)
     with pytest.raises(FamilyError, match=message):
         read_checkpoint(str(folder))
@@ -205,9 +169,7 @@ def test_jina_v1_as_published_scores_as_its_class_does(
 
 def test_minicpm_converts(checkpoint_of: Folders, tmp_path: Path) -> None:
     """Its exactness is shown in test_oracles.py; here its prompt, cut layers and scales."""
-    folder = oracles.write("minicpm", tmp_path / "minicpm", vocab_size=1200)
-    for path in checkpoint_of("gemma").glob("tokenizer*"):
-        shutil.copy(path, folder)
+    folder = tiny_rewritten.minicpm(checkpoint_of("gemma"), tmp_path / "minicpm")
     variants = [("onnx", "fp32"), ("openvino", "fp16"), ("gguf", "f16")]
     made = convert(str(folder), variants, tmp_path / "bundle")
     assert made.manifest.family.name == "bge-reranker-gemma"
@@ -221,30 +183,7 @@ def test_minicpm_converts(checkpoint_of: Folders, tmp_path: Path) -> None:
 
 
 def test_qwen3_vl_scores_text_as_its_own_class_does(tmp_path: Path) -> None:
-    """Its reranker in sentence-transformers: a chat template of its own name, and LogitScore."""
-    text = {k: v for k, v in tiny_decoders.SIZES.items() if k != "max_position_embeddings"}
-    rotary = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2]}
-    config = Qwen3VLConfig(
-        text_config=text
-        | {
-            "head_dim": 16,
-            "max_position_embeddings": tiny_decoders.MAX_LENGTH,
-            "rope_parameters": rotary | {"mrope_interleaved": True},
-        },
-        vision_config={"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 64}
-        | {"intermediate_size": 16, "deepstack_visual_indexes": []},
-        tie_word_embeddings=True,
-    )
-    folder = tiny_decoders.save(tmp_path / "vl", Qwen3VLForConditionalGeneration, config)
-    tiny_decoders.describe(folder)
-    tiny.edit(folder / "sentence_bert_config.json", transformer_task="any-to-any")
-    templates = folder / "additional_chat_templates"
-    templates.mkdir()
-    (folder / "chat_template.jinja").rename(templates / "reranker.jinja")
-    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}", "utf-8")
-    options = {"chat_template": {"add_generation_prompt": True, "chat_template": "reranker"}}
-    tiny.edit(folder / "sentence_bert_config.json", processing_kwargs=options)
-
+    folder = tiny_rewritten.qwen3_vl(tmp_path / "vl")
     pairs = [pair for pair in PAIRS if len(pair[1]) < 200]
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     checkpoint = read_checkpoint(str(folder))

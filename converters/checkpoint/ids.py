@@ -60,7 +60,7 @@ def checkpoint_ids(checkpoint: Checkpoint, query: str, document: str, limit: int
     places = [place for place, item in enumerate(template) if isinstance(item, str)]
     together = not family.decoder and places[1] == places[0] + 1
     if together:
-        ids: list[int] = tokenizer("".join(prompt))["input_ids"]
+        ids: list[int] = tokenizer("".join(prompt), verbose=False)["input_ids"]
         if len(ids) <= limit:
             return ids
     elif not family.decoder:
@@ -78,7 +78,7 @@ def checkpoint_ids(checkpoint: Checkpoint, query: str, document: str, limit: int
             else fill(item, **texts)
             for item in template
         ]
-        ids = tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
+        ids = tokenizer("".join(parts), add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) <= limit:
             return ids
     items = [

@@ -100,7 +100,7 @@ class EncoderDecoderScorer(torch.nn.Module):
         # T5 multiplies its last hidden state by this; T5 1.1 and mT5 do not.
         scaled = getattr(model.config, "scale_decoder_outputs", False)
         scale = model.config.d_model**-0.5 if scaled else 1.0
-        self.head = torch.nn.Parameter(head.detach() * scale, requires_grad=False)
+        self.head = torch.nn.Parameter(head.detach()[None] * scale, requires_grad=False)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """See the class."""
