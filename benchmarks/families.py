@@ -30,7 +30,12 @@ import tiny_encoders
 import tiny_rewritten
 import tiny_t5
 
-FAMILIES = tiny_decoders.FAMILIES | tiny_encoders.FAMILIES | {name: name for name in tiny_t5.LABELS}
+FAMILIES: dict[str, str] = (
+    {"qwen3.5": "qwen3-reranker"}
+    | tiny_decoders.FAMILIES
+    | tiny_encoders.FAMILIES
+    | {name: name for name in tiny_t5.LABELS}
+)
 """Families that no config.json tells from others."""
 
 
@@ -119,6 +124,7 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
         tiny_decoders.gemma(folder.with_name("base")), folder
     ),
     "qwen3-vl": tiny_rewritten.qwen3_vl,
+    "qwen3.5": tiny_rewritten.qwen3_5,
 }
 """Every kind of tiny checkpoint, and how it is made."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qrank.backends import formats
 from qrank.bundle.agreement import RankingData
 from qrank.bundle.locate import Fetched, place
 from qrank.converters import makers
@@ -134,8 +135,11 @@ def _prebuilt(found: Prebuilt, reference: str | None, family: str | None, offlin
 
 def _suited(able: Mapping[Name, Maker], card: Card) -> tuple[dict[Name, Maker], Failed]:
     """The makers whose formats the family supports, and errors for the others."""
+    suited = ", ".join(name for name in formats() if name not in card.unsupported)
     failed: Failed = {
-        "-".join(name): ConversionError(f"models of family {card.name} cannot be run as {name[0]}")
+        "-".join(name): ConversionError(
+            f"models of family {card.name} cannot be run as {name[0]}; they run as {suited}"
+        )
         for name in able
         if name[0] in card.unsupported
     }

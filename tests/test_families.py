@@ -214,7 +214,6 @@ def test_an_unknown_architecture_is_refused_by_name(copy_of: Callable[..., Path]
     [
         ("JinaForRanking", "is listwise"),
         ("Qwen2VLForConditionalGeneration", "reads images"),
-        ("Qwen3_5ForConditionalGeneration", "mixes attention with gated delta nets"),
         ("CostWiseGemmaForCausalLM", "has a score head in every layer"),
         ("HF_ColBERT", "compares token embeddings"),
     ],

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints as they are published, which qrank reads as another class."""
+"""Tiny random checkpoints as they are published, most of which qrank reads as another class."""
 
 from __future__ import annotations
 
@@ -16,12 +16,25 @@ from tokenizers import Tokenizer, processors
 from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
 
 TEMPERATURE = 0.5
 """What nemotron divides its logits by."""
+
+QWEN3_5 = tiny_decoders.SIZES | {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "tie_word_embeddings": True,
+}
+"""Sizes of a tiny Qwen3.5: three gated delta nets, with three value heads a key head, and attention."""
 
 
 def jina_v2(base: Path, folder: Path) -> Path:
@@ -126,3 +139,8 @@ def qwen3_vl(folder: Path) -> Path:
     options = {"chat_template": {"add_generation_prompt": True, "chat_template": "reranker"}}
     tiny.edit(folder / "sentence_bert_config.json", processing_kwargs=options)
     return folder
+
+
+def qwen3_5(folder: Path) -> Path:
+    """Qwen3.5 without its part that reads images."""
+    return tiny_decoders.save(folder, Qwen3_5ForCausalLM, Qwen3_5TextConfig(**QWEN3_5))

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from qrank.converters.checkpoint.configuration import whole_number
+from qrank.converters.checkpoint.qwen_vl import HYBRID
 from qrank.errors import FamilyError
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def window(settings: PretrainedConfig, max_length: int, source: str) -> int | No
             "use_bidirectional_attention); qrank reads causal models that do not"
         )
     kinds = set(getattr(settings, "layer_types", None) or ())
+    if settings.model_type in HYBRID:
+        kinds -= {"linear_attention"}
     if unknown := sorted(kinds - {"full_attention", "sliding_attention"}):
         raise FamilyError(
             f"{source}: config.json has layers of {', '.join(unknown)} (layer_types); qrank builds "

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from qrank.converters.checkpoint import gte, jina_v1, jina_v2, minicpm, module_chain, qwen3_vl
+from qrank.converters.checkpoint import gte, jina_v1, jina_v2, minicpm, module_chain, qwen_vl
 from qrank.converters.checkpoint.json_files import check_kinds, explained, read_json
 from qrank.converters.checkpoint.rewriting import Rewriting
 from qrank.converters.checkpoint.stored import parts_of, safetensors_files
@@ -32,7 +32,7 @@ _KINDS_OF_REWRITING = (
     jina_v2.rewriting,
     gte.rewriting,
     minicpm.rewriting,
-    qwen3_vl.rewriting,
+    qwen_vl.rewriting,
 )
 
 log = logging.getLogger("qrank")

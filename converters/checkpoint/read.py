@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from qrank.converters.checkpoint.configuration import (
 )
 from qrank.converters.checkpoint.json_files import explained
 from qrank.converters.checkpoint.logit_score import logit_score_card
+from qrank.converters.checkpoint.qwen_vl import HYBRID
 from qrank.converters.checkpoint.read_tokenizer import (
     SENTENCEPIECE,
     control_tokens,
@@ -215,6 +216,8 @@ def describe(
         card = logit_score_card(folder, source, config, metadata, tokenizer())
     else:
         card = find_card(family or rewriting.family, config, identity if commit else None)
+    if config.get("model_type") in HYBRID:
+        card = replace(card, unsupported=("onnx", "openvino"))
     if not causal and not is_encoder_decoder(config):
         _check_labels(settings(), card, source)
     files = weights()

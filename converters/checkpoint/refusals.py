@@ -14,11 +14,6 @@ _LAYERS = (
     "has a score head in every layer and code of its own. Use BAAI/bge-reranker-v2-gemma or "
     "BAAI/bge-reranker-v2-m3"
 )
-_HYBRID = (
-    "mixes attention with gated delta nets, whose state qrank's graphs do not have. Use a reranker "
-    "with attention alone, such as Qwen/Qwen3-Reranker-0.6B"
-)
-
 _WHY = {
     "CostWiseGemmaForCausalLM": _LAYERS,
     "HF_ColBERT": (
@@ -28,8 +23,6 @@ _WHY = {
     "JinaForRanking": _LISTWISE,
     "ListConRankerModel": _LISTWISE,
     "Qwen2VLForConditionalGeneration": _IMAGES,
-    "Qwen3_5ForCausalLM": _HYBRID,
-    "Qwen3_5ForConditionalGeneration": _HYBRID,
 }
 
 INFERENCE = frozenset({"entailment", "contradiction"})

@@ -12,6 +12,7 @@ from qrank.converters.checkpoint.configuration import (
     transformers_for,
 )
 from qrank.converters.checkpoint.json_files import explained, read_json
+from qrank.converters.checkpoint.logs import errors_only
 from qrank.converters.checkpoint.rewriting import WeightMap
 from qrank.errors import ConversionError, FamilyError
 from qrank.system.extras import need
@@ -84,7 +85,8 @@ def load_model(folder: Path, *, dtype: str, attention: str | None = None) -> Pre
     rewriting = read_rewriting(folder)
     config = rewriting.config
     transformers_for(config).utils.logging.disable_progress_bar()
-    with explained(f"transformers cannot load {folder}"):
+    # What it warns about is checked below, or is about packages that would make it faster.
+    with explained(f"transformers cannot load {folder}"), errors_only("transformers"):
         kind, given = auto_class(config), {}
         if rewriting.what:
             settings = make_settings(config)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qrank.bundle.family import Family
+from qrank.converters.gguf import gated_delta
 from qrank.errors import ConversionError
 from qrank.system.extras import need
 
@@ -31,6 +32,7 @@ class Layout:
         after_pad: whether the position table begins with pad_token_id + 1 unused rows.
         norms_minus_one: whether the checkpoint stores norm weights minus 1 (Gemma); llama.cpp
             expects them without the offset.
+        gated_delta: whether some layers are gated delta nets, see `gated_delta.py` (Qwen3.5).
         interleaved_rope: whether llama.cpp's rotary positions rotate neighbouring dimensions of a
             head together (Llama); transformers rotates those that are half a head apart.
         head: modules that are not part of the file: the head of a model that is or was causal is
@@ -44,6 +46,7 @@ class Layout:
     eps: str = "layer_norm_eps"
     after_pad: bool = False
     norms_minus_one: bool = False
+    gated_delta: bool = False
     interleaved_rope: bool = False
     head: tuple[str, ...] = ()
 
@@ -130,6 +133,7 @@ _LAYOUTS = {
     ),
     "Qwen3ForCausalLM": _decoder("qwen3"),
     "Qwen3ForSequenceClassification": _decoder("qwen3"),
+    "Qwen3_5ForCausalLM": _decoder("qwen35", norms_minus_one=True, gated_delta=True),
     "Qwen2ForCausalLM": _decoder("qwen2"),
     "Qwen2ForSequenceClassification": _decoder("qwen2"),
     "LlamaForCausalLM": _decoder("llama", interleaved_rope=True),
@@ -175,6 +179,8 @@ def _describe_decoder(writer: gguf.GGUFWriter, config: PretrainedConfig, layout:
     writer.add_value_length(width)
     writer.add_layer_norm_rms_eps(getattr(config, layout.eps))
     writer.add_rope_freq_base(rope["rope_theta"])
+    if layout.gated_delta:
+        gated_delta.describe(writer, config)
 
 
 def rotary_factors(config: PretrainedConfig) -> NDArray[np.float32] | None:

@@ -17,6 +17,7 @@ from qrank.converters.checkpoint.configuration import NEMOTRON, auto_class
 from qrank.converters.checkpoint.evening import Scaling
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.checkpoint.weights import read_weights
+from qrank.converters.gguf import gated_delta
 from qrank.converters.gguf.layouts import Layout, rotary_factors
 from qrank.errors import ConversionError
 from qrank.system.extras import need
@@ -43,6 +44,7 @@ class Tensor:
     def dtype(self) -> np.dtype[Any]:
         """fp32 for small tensors (norms, biases, positions, the head), else fp16."""
         small = len(self.shape) == 1 or self.name.startswith(("cls", "position", "token_types"))
+        small |= ".ssm_conv1d." in self.name
         return np.dtype(np.float32 if small else np.float16)
 
     @property
@@ -139,6 +141,9 @@ def tensors_of(
         if name not in weights.shapes:
             raise ConversionError(f"{checkpoint.folder} has no weight {name}")
         theirs = tensor_name(module)
+        if layout.gated_delta and gated_delta.MODULE in name:
+            yield _gated_delta(weights, name, theirs, config)
+            continue
         if theirs is None or (layout.arch == "modern-bert" and _is_extra_bias(theirs, parameter)):
             unmapped.append(name)
             continue
@@ -167,6 +172,20 @@ def tensors_of(
         yield Tensor("cls.output.weight", list(rows.shape), lambda: iter([rows]))
     if unmapped:
         raise ConversionError(f"llama.cpp's {layout.arch} has no place for: {', '.join(unmapped)}")
+
+
+def _gated_delta(
+    weights: Weights, name: str, theirs: str | None, config: PretrainedConfig
+) -> Tensor:
+    """A tensor of a gated delta net, whose module is `theirs` in the file, if it is there."""
+    shape = [size for size in weights.shapes[name] if size > 1]
+    own, parameter = gated_delta.renamed(name), name.rpartition(".")[2]
+    block = f"blk.{name.split('.layers.')[1].partition('.')[0]}"
+
+    def load() -> Iterator[Floats]:
+        yield gated_delta.stored(name, weights.rows, config)
+
+    return Tensor(f"{block}.{own}" if own else f"{theirs}.{parameter}", shape, load)
 
 
 def _is_extra_bias(theirs: str, parameter: str) -> bool:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from qrank.bundle.family import Family
 from qrank.bundle.sequences import Sequences
 from qrank.converters.checkpoint.evening import even, scalings
+from qrank.converters.checkpoint.logs import errors_only
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.graph_file import fits, save_graph
-from qrank.converters.logs import errors_only
 from qrank.converters.onnx.quantize import channel_maxima, quantize
 from qrank.errors import ConversionError
 from qrank.system.extras import need

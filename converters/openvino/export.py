@@ -22,8 +22,8 @@ import numpy as np
 
 from qrank.bundle.sequences import Sequences, feed
 from qrank.converters.checkpoint.evening import even, scalings
+from qrank.converters.checkpoint.logs import errors_only
 from qrank.converters.checkpoint.read import Checkpoint
-from qrank.converters.logs import errors_only
 from qrank.converters.onnx.export import HEAD, export
 from qrank.converters.openvino.weights import shrink
 from qrank.errors import ConversionError

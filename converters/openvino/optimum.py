@@ -15,8 +15,8 @@ from tempfile import TemporaryDirectory
 from qrank.bundle.sequences import Sequences
 from qrank.converters.checkpoint.configuration import is_causal, read_config
 from qrank.converters.checkpoint.json_files import explained
+from qrank.converters.checkpoint.logs import errors_only
 from qrank.converters.checkpoint.read import Checkpoint
-from qrank.converters.logs import errors_only
 from qrank.converters.openvino.export import quiet
 from qrank.converters.openvino.prebuilt import import_file, precision
 from qrank.converters.prebuilt import refuse_windows

@@ -81,7 +81,9 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Backe
     sequences = MAX_SEQUENCES.get(device, MAX_SEQUENCES_ELSEWHERE)
     head = np.load(files / HEAD) if (files / HEAD).is_file() else None
     if head is not None and _metadata(model, "llama-embed.attention.causal") != "false":
-        return GgufDecoder(model, head, sequences, options)
+        # A state that each token changes: llama.cpp computes batches of it in another order.
+        alone = llama.library().llama_model_is_hybrid(model)
+        return GgufDecoder(model, head, 1 if alone else sequences, options)
     threads = options.threads if device == "cpu" else 1
     return GgufBackend(model, head, sequences, threads=threads, memory=options.memory)
 

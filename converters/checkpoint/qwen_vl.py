@@ -1,4 +1,4 @@
-"""Qwen3-VL-Reranker, read as Qwen3 for text: without the part that reads images.
+"""Qwen3-VL and Qwen3.5, read for text: without the part that reads images.
 
 Text has the same position in all three of its rotary sections, so the sections do not matter.
 """
@@ -13,18 +13,32 @@ from qrank.converters.checkpoint.rewriting import Rewriting, WeightMap
 from qrank.converters.checkpoint.stored import parts_of, safetensors_files
 from qrank.errors import ConversionError
 
-_ARCHITECTURE = "Qwen3VLForConditionalGeneration"
+_CLASSES = {
+    "Qwen3VLForConditionalGeneration": ("Qwen3-VL", "Qwen3ForCausalLM", "qwen3"),
+    "Qwen3_5ForConditionalGeneration": ("Qwen3.5", "Qwen3_5ForCausalLM", "qwen3_5_text"),
+}
+"""The class -> its name for people, the class of its text part, and the `model_type` of that."""
+
+HYBRID = ("qwen3_5_text",)
+"""`model_type` of causal models in which gated delta nets replace attention in most layers. Their
+state is no list of keys and values, as qrank's graphs share them: llama.cpp alone runs them."""
+
 _SECTIONS = ("mrope_interleaved", "mrope_section")
 
 
 def rewriting(folder: Path, config: dict[str, Any], source: str) -> Rewriting | None:
-    """Qwen3 for Qwen3-VL; None for other checkpoints.
+    """The class of the text part; None for other checkpoints.
 
     Raises:
         ConversionError: config.json does not describe the text model.
     """
-    if _ARCHITECTURE not in (config.get("architectures") or []):
+    if config.get("model_type") in HYBRID:
+        # transformers stores its text part alone under the names that it has in the whole.
+        return Rewriting("", config, partial(safetensors_files, folder, source), _weights)
+    known = [_CLASSES[x] for x in config.get("architectures") or [] if x in _CLASSES]
+    if not known:
         return None
+    about, architecture, kind = known[0]
     text = config.get("text_config")
     if not isinstance(text, dict):
         raise ConversionError(
@@ -36,9 +50,9 @@ def rewriting(folder: Path, config: dict[str, Any], source: str) -> Rewriting | 
             made[key] = {k: v for k, v in text[key].items() if k not in _SECTIONS}
     if "tie_word_embeddings" in config:
         made["tie_word_embeddings"] = config["tie_word_embeddings"]
-    made |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    made |= {"architectures": [architecture], "model_type": kind}
     return Rewriting(
-        "the text part of Qwen3-VL", made, partial(safetensors_files, folder, source), _weights
+        f"the text part of {about}", made, partial(safetensors_files, folder, source), _weights
     )
 
 

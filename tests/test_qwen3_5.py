@@ -1,0 +1,89 @@
+"""Qwen3.5: attention in every fourth layer, gated delta nets in the others; on llama.cpp."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_decoders
+import tiny_rewritten
+import torch
+from test_conformance import ALONE, PAIRS, conforms
+from transformers import (
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5TextConfig,
+)
+
+from qrank import Reranker
+from qrank.bundle.sequences import Logits
+from qrank.converters.checkpoint.ids import checkpoint_ids
+from qrank.converters.checkpoint.read import read_checkpoint
+from qrank.converters.convert import convert
+from qrank.errors import ConversionError, TargetError
+
+FAMILY = "qwen3-reranker"
+SHORT = [pair for pair in PAIRS if len(pair[1]) < 300]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(made_once: Callable[..., Path]) -> Path:
+    def make(folder: Path) -> None:
+        tiny_rewritten.qwen3_5(folder / "tiny")
+
+    return made_once("qwen3-5", make) / "tiny"
+
+
+def reference(folder: Path, kind: type[torch.nn.Module]) -> Logits:
+    """The difference of two of the vocabulary's logits, from the class itself."""
+    checkpoint = read_checkpoint(str(folder), family=FAMILY)
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()  # type: ignore[attr-defined]
+    yes, no = checkpoint.family.labels
+    found = []
+    for query, document in SHORT:
+        ids = torch.tensor([checkpoint_ids(checkpoint, query, document, tiny_decoders.MAX_LENGTH)])
+        with torch.inference_mode():
+            logits = model(input_ids=ids).logits[0, -1]
+        found.append((logits[yes] - logits[no]).item())
+    return np.array(found, np.float32)
+
+
+def test_conformance(checkpoint: Path, tmp_path: Path) -> None:
+    """Value heads are six, key heads two: llama.cpp stores them in another order."""
+    made = convert(str(checkpoint), [("gguf", "f16")], tmp_path / "b", family=FAMILY)
+    theirs = reference(checkpoint, Qwen3_5ForCausalLM)
+    conforms(made.folder, "gguf-f16", SHORT, theirs, ALONE)
+
+
+def test_the_part_that_reads_images_is_left_out(tmp_path: Path) -> None:
+    config = Qwen3_5Config(
+        text_config=tiny_rewritten.QWEN3_5,
+        vision_config={"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 64}
+        | {"intermediate_size": 16},
+        tie_word_embeddings=True,
+    )
+    folder = tiny_decoders.save(tmp_path / "vl", Qwen3_5ForConditionalGeneration, config)
+    made = convert(str(folder), [("gguf", "f16")], tmp_path / "b", family=FAMILY)
+    read = read_checkpoint(str(folder), family=FAMILY)
+    assert read.read_as == "the text part of Qwen3.5 read as Qwen3_5ForCausalLM"
+    theirs = reference(folder, Qwen3_5ForConditionalGeneration)
+    conforms(made.folder, "gguf-f16", SHORT, theirs, ALONE)
+
+
+def test_other_formats_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="cannot be run as onnx"):
+        convert(str(checkpoint), [("onnx", "fp32")], tmp_path / "b", family=FAMILY)
+    with pytest.raises(TargetError, match=r"gated delta nets.*--to gguf"):
+        Reranker(checkpoint, backend="torch", family=FAMILY)
+
+
+def test_layers_in_another_pattern_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    config = Qwen3_5TextConfig(
+        **tiny_rewritten.QWEN3_5,
+        layer_types=["full_attention", "linear_attention", "linear_attention", "full_attention"],
+    )
+    tiny_decoders.save(folder, Qwen3_5ForCausalLM, config)
+    with pytest.raises(ConversionError, match="every n-th layer is full_attention"):
+        convert(str(folder), [("gguf", "f16")], tmp_path / "b", family=FAMILY)
