@@ -30,12 +30,12 @@ import tiny_encoders
 import tiny_rewritten
 import tiny_t5
 
-FAMILIES: dict[str, str] = (
-    {"qwen3.5": "qwen3-reranker"}
-    | tiny_decoders.FAMILIES
-    | tiny_encoders.FAMILIES
-    | {name: name for name in tiny_t5.LABELS}
-)
+FAMILIES: dict[str, str] = {
+    **tiny_decoders.FAMILIES,
+    **tiny_encoders.FAMILIES,
+    **{name: name for name in tiny_t5.LABELS},
+    "qwen3.5": "qwen3-reranker",
+}
 """Families that no config.json tells from others."""
 
 

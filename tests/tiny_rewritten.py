@@ -34,7 +34,7 @@ QWEN3_5 = tiny_decoders.SIZES | {
     "linear_num_value_heads": 6,
     "tie_word_embeddings": True,
 }
-"""Sizes of a tiny Qwen3.5: three gated delta nets, with three value heads a key head, and attention."""
+"""A tiny Qwen3.5: three gated delta nets, with three value heads per key head, and attention."""
 
 
 def jina_v2(base: Path, folder: Path) -> Path:
