@@ -69,13 +69,21 @@ def test_cards_parse_and_are_the_supported_families() -> None:
         "mpnet": ("MPNetForSequenceClassification",),
         "nemotron-rerank": ("LlamaBidirectionalForSequenceClassification",),
         "mxbai-rerank-v2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
-        "qwen3-reranker": ("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
+        "qwen3-reranker": (
+            "Qwen3ForCausalLM",
+            "Qwen3ForSequenceClassification",
+            "Qwen3_5ForCausalLM",
+        ),
         "roberta": (
             "RobertaForSequenceClassification",
             "CamembertForSequenceClassification",
         ),
         "xlm-roberta": ("XLMRobertaForSequenceClassification",),
-        "zerank": ("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
+        "zerank": (
+            "Qwen3ForCausalLM",
+            "Qwen3ForSequenceClassification",
+            "Qwen3_5ForCausalLM",
+        ),
     }
 
 

@@ -142,5 +142,9 @@ def qwen3_vl(folder: Path) -> Path:
 
 
 def qwen3_5(folder: Path) -> Path:
-    """Qwen3.5 without its part that reads images."""
-    return tiny_decoders.save(folder, Qwen3_5ForCausalLM, Qwen3_5TextConfig(**QWEN3_5))
+    """Qwen3.5 without its part that reads images; its weights are numbers of bf16, as published."""
+    tiny_decoders.save(folder, Qwen3_5ForCausalLM, Qwen3_5TextConfig(**QWEN3_5))
+    path = folder / "model.safetensors"
+    weights = {name: weight.bfloat16().float() for name, weight in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+    return folder
