@@ -158,8 +158,10 @@ def _tokenizer() -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    labels = [f"{label}\n" for card in cards() for label in card.labels]
-    prompts = ["".join(card.template) for card in cards() if card.pooling == "last"]
+    # Not those of other families: with another vocabulary, the models would score other texts.
+    causal = [card for card in cards() if card.pooling == "last"]
+    labels = [f"{label}\n" for card in causal for label in card.labels]
+    prompts = ["".join(card.template) for card in causal]
     tokenizer.train_from_iterator(
         [*tiny.texts(), *labels * 50, *prompts],
         trainers.BpeTrainer(
