@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import tiny_decoders
 import tiny_rewritten
-import torch
 from test_conformance import ALONE, PAIRS, conforms
 from transformers import (
     Qwen3_5Config,
@@ -17,7 +16,7 @@ from transformers import (
 )
 
 from qrank import Reranker
-from qrank.bundle.sequences import Logits, Sequences
+from qrank.bundle.sequences import Sequences
 from qrank.converters.checkpoint.ids import checkpoint_ids
 from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.checkpoint.reference import run_reference
@@ -36,24 +35,11 @@ def checkpoint(made_once: Callable[..., Path]) -> Path:
     return made_once("qwen3-5", make) / "tiny"
 
 
-def reference(folder: Path, kind: type[torch.nn.Module]) -> Logits:
-    """The difference of two of the vocabulary's logits, from the class itself."""
-    checkpoint = read_checkpoint(str(folder), family=FAMILY)
-    model = kind.from_pretrained(folder, dtype=torch.float32).eval()  # type: ignore[attr-defined]
-    yes, no = checkpoint.family.labels
-    found = []
-    for query, document in SHORT:
-        ids = torch.tensor([checkpoint_ids(checkpoint, query, document, tiny_decoders.MAX_LENGTH)])
-        with torch.inference_mode():
-            logits = model(input_ids=ids).logits[0, -1]
-        found.append((logits[yes] - logits[no]).item())
-    return np.array(found, np.float32)
-
-
 def test_conformance(checkpoint: Path, tmp_path: Path) -> None:
     """Value heads are six, key heads two: llama.cpp stores them in another order."""
     made = convert(str(checkpoint), [("gguf", "f16")], tmp_path / "b", family=FAMILY)
-    theirs = reference(checkpoint, Qwen3_5ForCausalLM)
+    read = read_checkpoint(str(checkpoint), family=FAMILY)
+    theirs = tiny_rewritten.own_logits(read, Qwen3_5ForCausalLM, SHORT)
     conforms(made.folder, "gguf-f16", SHORT, theirs, ALONE)
 
 
@@ -67,7 +53,7 @@ def test_the_part_that_reads_images_is_left_out(tmp_path: Path) -> None:
     folder = tiny_decoders.save(tmp_path / "vl", Qwen3_5ForConditionalGeneration, config)
     read = read_checkpoint(str(folder), family=FAMILY)
     assert read.read_as == "the text part of Qwen3.5 read as Qwen3_5ForCausalLM"
-    theirs = reference(folder, Qwen3_5ForConditionalGeneration)
+    theirs = tiny_rewritten.own_logits(read, Qwen3_5ForConditionalGeneration, SHORT)
     ids = [checkpoint_ids(read, *pair, tiny_decoders.MAX_LENGTH) for pair in SHORT]
     work = Sequences([np.array(sequence, np.int32) for sequence in ids])
     ours = run_reference(read.load(), work, read.family)

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-import tiny_decoders
 import tiny_rewritten
-import torch
 from test_conformance import PAIRS
 from tiny_chains import ACTIVATIONS, ETTIN, PLAIN, chain
 from transformers import Qwen3VLForConditionalGeneration
@@ -19,7 +17,6 @@ from transformers import Qwen3VLForConditionalGeneration
 from qrank import Reranker
 from qrank.backends import tolerance
 from qrank.bundle.fidelity import Fidelity
-from qrank.converters.checkpoint.ids import checkpoint_ids
 from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.convert import convert
 from qrank.errors import ConversionError, FamilyError
@@ -185,15 +182,8 @@ def test_minicpm_converts(checkpoint_of: Folders, tmp_path: Path) -> None:
 def test_qwen3_vl_scores_text_as_its_own_class_does(tmp_path: Path) -> None:
     folder = tiny_rewritten.qwen3_vl(tmp_path / "vl")
     pairs = [pair for pair in PAIRS if len(pair[1]) < 200]
-    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     checkpoint = read_checkpoint(str(folder))
-    yes, no = checkpoint.family.labels
-    expected = []
-    for query, document in pairs:
-        ids = torch.tensor([checkpoint_ids(checkpoint, query, document, tiny_decoders.MAX_LENGTH)])
-        with torch.inference_mode():
-            logits = model(input_ids=ids).logits[0, -1]
-        expected.append((logits[yes] - logits[no]).item())
+    expected = tiny_rewritten.own_logits(checkpoint, Qwen3VLForConditionalGeneration, pairs)
     with Reranker(folder, backend="torch") as reranker:
         ours = reranker.score(pairs, raw=True)
     np.testing.assert_allclose(ours, expected, atol=2e-5 * max(1.0, float(np.ptp(expected))))

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracles
 import tiny
 import tiny_decoders
@@ -16,11 +17,16 @@ from tokenizers import Tokenizer, processors
 from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
+    PreTrainedModel,
     Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+
+from qrank.bundle.sequences import Logits
+from qrank.converters.checkpoint.ids import checkpoint_ids
+from qrank.converters.checkpoint.read import Checkpoint
 
 TEMPERATURE = 0.5
 """What nemotron divides its logits by."""
@@ -153,3 +159,18 @@ def qwen3_5(folder: Path) -> Path:
     }
     save_file(weights, path, {"format": "pt"})
     return folder
+
+
+def own_logits(
+    checkpoint: Checkpoint, kind: type[PreTrainedModel], pairs: list[tuple[str, str]]
+) -> Logits:
+    """The difference of two of the vocabulary's logits, from the class that was published."""
+    model = kind.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    yes, no = checkpoint.family.labels
+    found = []
+    for query, document in pairs:
+        ids = torch.tensor([checkpoint_ids(checkpoint, query, document, tiny_decoders.MAX_LENGTH)])
+        with torch.inference_mode():
+            logits = model(input_ids=ids).logits[0, -1]
+        found.append((logits[yes] - logits[no]).item())
+    return np.array(found, np.float32)

@@ -52,7 +52,7 @@ class Card:
         models: hub ids. Families with labels share architectures with chat models and translators,
             and those with classes with other classifiers, so they match only these; other models
             need `--family`.
-        unsupported: formats that cannot run models of this family: `gguf`.
+        unsupported: formats that cannot run models of this family, such as `gguf`.
     """
 
     name: str

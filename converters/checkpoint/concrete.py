@@ -9,11 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qrank.bundle.family import POOLINGS, Family
 from qrank.converters.checkpoint.attention import rotary_limit
 from qrank.converters.checkpoint.card import ROLES, Card
-from qrank.converters.checkpoint.configuration import (
-    is_causal,
-    is_encoder_decoder,
-    whole_number,
-)
+from qrank.converters.checkpoint.configuration import is_language_model, whole_number
 from qrank.converters.checkpoint.sentence_transformers import MODEL, TRANSFORMER, Metadata
 from qrank.errors import FamilyError
 
@@ -77,8 +73,7 @@ def concrete(card: Card, said: Said) -> Family:
             raise FamilyError(
                 f"card {card.name}: {item!r} holds the special token {held[0]}; make it an item"
             )
-    config = dict(said.config)
-    compared = card.labels if is_causal(config) or is_encoder_decoder(config) else ()
+    compared = card.labels if is_language_model(dict(said.config)) else ()
     labels = [said.tokenizer(label, add_special_tokens=False)["input_ids"] for label in compared]
     if longer := [label for label, ids in zip(compared, labels, strict=True) if len(ids) != 1]:
         raise FamilyError(

@@ -153,6 +153,11 @@ def is_encoder_decoder(config: dict[str, Any]) -> bool:
     return (config.get("architectures") or [""])[0] in _ENCODER_DECODERS
 
 
+def is_language_model(config: dict[str, Any]) -> bool:
+    """Whether a config.json describes a model that gives logits of its vocabulary."""
+    return is_causal(config) or is_encoder_decoder(config)
+
+
 def transformers_for(config: dict[str, Any]) -> Any:
     """The transformers module, with qrank's own class registered if a config.json needs it.
 

@@ -21,7 +21,7 @@ from qrank.converters.checkpoint.card import Card, find_card
 from qrank.converters.checkpoint.concrete import Said, check_case, concrete
 from qrank.converters.checkpoint.configuration import (
     is_causal,
-    is_encoder_decoder,
+    is_language_model,
     read_rewriting,
     read_settings,
     whole_number,
@@ -218,7 +218,7 @@ def describe(
         card = find_card(family or rewriting.family, config, identity if commit else None)
     if config.get("model_type") in HYBRID:
         card = replace(card, unsupported=("onnx", "openvino"))
-    if not causal and not is_encoder_decoder(config):
+    if not is_language_model(config):
         _check_labels(settings(), card, source)
     files = weights()
     control = control_tokens(tokenizer(), [*card.template, *card.instructed])

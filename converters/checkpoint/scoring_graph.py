@@ -50,6 +50,14 @@ def head_row(model: PreTrainedModel, family: Family) -> torch.Tensor:
     return row
 
 
+def _apply(head: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
+    """Logits, float32 [batch, 1], of final hidden states [batch, hidden] by a head's row.
+
+    Not a matrix product, so that quantization of matrix products leaves the row alone.
+    """
+    return (final.float() * head).sum(1, keepdim=True)
+
+
 class EncoderScorer(torch.nn.Module):
     """A cross-encoder, as transformers computes it.
 
@@ -111,9 +119,7 @@ class EncoderDecoderScorer(torch.nn.Module):
             encoder_attention_mask=attention_mask,
             use_cache=False,
         ).last_hidden_state[:, 0]
-        # Not a matrix product, so that quantization of matrix products leaves this row alone.
-        logits: torch.Tensor = (final.float() * self.head).sum(1, keepdim=True)
-        return logits
+        return _apply(self.head, final)
 
 
 class DecoderScorer(torch.nn.Module):
@@ -196,9 +202,7 @@ class DecoderScorer(torch.nn.Module):
             use_cache=False,
         ).last_hidden_state
         index = last[:, None, None].expand(batch, 1, hidden.shape[2])
-        final = hidden.gather(1, index)[:, 0].float()
-        # Not a matrix product, so that quantization of matrix products leaves this row alone.
-        return (final * self.head).sum(1, keepdim=True), torch.stack(cache.kept)
+        return _apply(self.head, hidden.gather(1, index)[:, 0]), torch.stack(cache.kept)
 
 
 class _Cache:

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 MODULE = ".linear_attn."
 """What the names of their weights contain."""
 
-_RENAMED = {"A_log": "ssm_a", "dt_bias": "ssm_dt.bias"}
-
 
 def describe(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     """Write the hyperparameters of the gated delta nets and of partial rotary positions.
@@ -54,13 +52,22 @@ def describe(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_rope_dimension_sections([*sections, 0])
 
 
-def renamed(name: str) -> str | None:
-    """The name of a tensor behind `blk.0.` if it is not made of that of its module."""
-    return _RENAMED.get(name.partition(MODULE)[2])
+def tensor_name(name: str, known: Callable[[str], str | None]) -> str:
+    """The tensor of a weight of a gated delta net.
+
+    Args:
+        name: the weight's name, such as `model.layers.0.linear_attn.A_log`.
+        known: from `Layout.tensor_names`.
+    """
+    name = name.replace(".dt_bias", ".dt_proj.bias")  # as llama.cpp's own converter
+    module, _, parameter = name.rpartition(".")
+    return known(name) or f"{known(module)}.{parameter}"
 
 
-def stored(name: str, rows: Callable[[str], Iterator[Floats]], config: PretrainedConfig) -> Floats:
-    """A weight of a gated delta net as llama.cpp stores it.
+def stored(
+    name: str, rows: Callable[[str], Iterator[Floats]], config: PretrainedConfig
+) -> Iterator[Floats]:
+    """A weight of a gated delta net as llama.cpp stores it, in one piece.
 
     Args:
         name: the weight's name, such as `model.layers.0.linear_attn.A_log`.
@@ -83,7 +90,7 @@ def stored(name: str, rows: Callable[[str], Iterator[Floats]], config: Pretraine
         values = values.reshape(len(values), -1)
         first = 2 * config.linear_key_head_dim * config.linear_num_key_heads
         values = np.concatenate([values[:first], _tiled(values[first:], config, width)])
-    return values
+    yield values
 
 
 def _tiled(values: Floats, config: PretrainedConfig, width: int) -> Floats:

@@ -140,10 +140,12 @@ def tensors_of(
             continue
         if name not in weights.shapes:
             raise ConversionError(f"{checkpoint.folder} has no weight {name}")
-        theirs = tensor_name(module)
         if layout.gated_delta and gated_delta.MODULE in name:
-            yield _gated_delta(weights, name, theirs, config)
+            shape = [size for size in weights.shapes[name] if size > 1]
+            load = partial(gated_delta.stored, name, weights.rows, config)
+            yield Tensor(gated_delta.tensor_name(name, tensor_name), shape, load)
             continue
+        theirs = tensor_name(module)
         if theirs is None or (layout.arch == "modern-bert" and _is_extra_bias(theirs, parameter)):
             unmapped.append(name)
             continue
@@ -172,20 +174,6 @@ def tensors_of(
         yield Tensor("cls.output.weight", list(rows.shape), lambda: iter([rows]))
     if unmapped:
         raise ConversionError(f"llama.cpp's {layout.arch} has no place for: {', '.join(unmapped)}")
-
-
-def _gated_delta(
-    weights: Weights, name: str, theirs: str | None, config: PretrainedConfig
-) -> Tensor:
-    """A tensor of a gated delta net, whose module is `theirs` in the file, if it is there."""
-    shape = [size for size in weights.shapes[name] if size > 1]
-    own, parameter = gated_delta.renamed(name), name.rpartition(".")[2]
-    block = f"blk.{name.split('.layers.')[1].partition('.')[0]}"
-
-    def load() -> Iterator[Floats]:
-        yield gated_delta.stored(name, weights.rows, config)
-
-    return Tensor(f"{block}.{own}" if own else f"{theirs}.{parameter}", shape, load)
 
 
 def _is_extra_bias(theirs: str, parameter: str) -> bool:

@@ -122,6 +122,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Torch
         raise TargetError(
             f"{version()} here has no device {device!r}; present are: {', '.join(present)}"
         )
+    from qrank.converters.checkpoint.configuration import read_config
     from qrank.converters.checkpoint.qwen_vl import HYBRID
     from qrank.converters.checkpoint.reference import run_reference
     from qrank.converters.checkpoint.scoring_graph import input_names, scorer
@@ -129,12 +130,12 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Torch
 
     family = options.family
     assert family is not None  # `Reranker` sets it when it runs a checkpoint
-    model = load_model(folder, dtype=DTYPES[variant.precision])
-    if model.config.model_type in HYBRID:
+    if read_config(folder).get("model_type") in HYBRID:
         raise TargetError(
             f"{family.architecture} mixes attention with gated delta nets, whose state qrank does "
             "not share in torch: convert it with --to gguf"
         )
+    model = load_model(folder, dtype=DTYPES[variant.precision])
     scoring = scorer(model, family).eval()
     if family.decoder:
         theirs = partial(run_reference, model, family=family)
