@@ -15,6 +15,11 @@ os.environ["HF_HUB_OFFLINE"] = "0" if os.environ.get("QRANK_TEST_HUB") == "1" el
 os.environ["QRANK_CACHE"] = tempfile.mkdtemp(prefix="qrank-tests-")
 os.environ["QRANK_DATA"] = tempfile.mkdtemp(prefix="qrank-tests-")
 os.environ.pop("TOKENIZERS_PARALLELISM", None)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Read by OpenMP when torch or llama.cpp loads it. Threads of two workers that share the
+    # processors would wait for each other at every operation, spinning: tiny models took up to
+    # ninety times as long.
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 import bound  # noqa: F401 (sets bounds that others take over)
 import tiny

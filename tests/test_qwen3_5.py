@@ -1,10 +1,12 @@
 """Qwen3.5: attention in every fourth layer, gated delta nets in the others; on llama.cpp."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import tiny_decoders
 import tiny_rewritten
 from test_conformance import ALONE, PAIRS, conforms
@@ -58,6 +60,28 @@ def test_the_part_that_reads_images_is_left_out(tmp_path: Path) -> None:
     work = Sequences([np.array(sequence, np.int32) for sequence in ids])
     ours = run_reference(read.load(), work, read.family)
     np.testing.assert_allclose(ours, theirs, atol=2e-5 * max(1.0, float(np.ptp(theirs))))
+
+
+PRISM = (
+    "{%- set query = messages | selectattr('role', 'eq', 'query') | map(attribute='content') | "
+    "first -%}\n{%- set document = messages | selectattr('role', 'eq', 'document') | "
+    "map(attribute='content') | first -%}\n<|im_start|>system\nJudge the Document. <|im_end|>\n"
+    '<|im_start|>user\nReply "yes" or "no".\n<Query>: {{ query }}\n'
+    "<Document>: {{ document }}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+)
+"""A chat template in the form of Prism-Qwen3.5-Reranker's, with fewer words."""
+
+
+def test_prism_describes_itself(checkpoint: Path, tmp_path: Path) -> None:
+    """Its config.json counts a layer that predicts more tokens, and no file has its weights."""
+    folder = tiny_decoders.describe(Path(shutil.copytree(checkpoint, tmp_path / "prism")))
+    (folder / "chat_template.jinja").write_text(PRISM, "utf-8")
+    tiny.edit_config(folder, mtp_num_hidden_layers=1)
+    made = convert(str(folder), [("gguf", "f16")], tmp_path / "b")
+    assert made.manifest.family.name == "logit-score"
+    read = read_checkpoint(str(folder))
+    theirs = tiny_rewritten.own_logits(read, Qwen3_5ForCausalLM, SHORT)
+    conforms(made.folder, "gguf-f16", SHORT, theirs, ALONE)
 
 
 def test_other_formats_are_refused(checkpoint: Path, tmp_path: Path) -> None:

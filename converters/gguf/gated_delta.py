@@ -29,12 +29,13 @@ def describe(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     Raises:
         ConversionError: the layers follow another pattern than llama.cpp's.
     """
-    interval = config.layer_types.index("full_attention") + 1
+    found = [*config.layer_types, "full_attention"]
+    interval = found.index("full_attention") + 1
     kinds = [
         "linear_attention" if (number + 1) % interval else "full_attention"
         for number in range(config.num_hidden_layers)
     ]
-    if list(config.layer_types) != kinds:
+    if list(config.layer_types) != kinds or interval == len(found):
         raise ConversionError(
             "llama.cpp knows models in which every n-th layer is full_attention; config.json has "
             f"layer_types = {list(config.layer_types)}"
