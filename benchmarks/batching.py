@@ -1,9 +1,9 @@
 """Which batch size and which use of the CPU's threads scores the most pairs per second.
 
-First table: padded tokens per batch (`CPU_BATCH` in qrank/backends/onnx.py) for one and for several
-streams over one session with all threads. Second table: that design compared with one stream, and
-with a session of one thread. "mixed" is whole documents, "short" is their first 20 words; "one
-pair" is the latency of a single whole document.
+First table: padded tokens per batch (`CPU_BATCHES` in qrank/scoring/batching.py) for one and for
+several streams over one session with all threads. Second table: that design compared with one
+stream, and with a session of one thread. "mixed" is whole documents, "short" is their first 20
+words; "one pair" is the latency of a single whole document.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from common import alternate, arguments, encode, join, open_onnx, report
 
-from qrank.backends.onnx import CPU_BATCH, OnnxBackend
+from qrank.backends.onnx import OnnxBackend
 from qrank.bundle.locate import DEFAULT, locate
 from qrank.bundle.sequences import Sequences
 from qrank.quality.collection import Collection
+from qrank.scoring.batching import CPU_BATCHES
 from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.system.machine import processors
 
@@ -65,12 +66,12 @@ def main() -> None:
         f"one thread in the session, {threads} streams": (1, threads),
     }
     speeds = _speeds(
-        {name: (opened(threads=t, streams=n), CPU_BATCH) for name, (t, n) in designs.items()},
+        {name: (opened(threads=t, streams=n), CPU_BATCHES[0]) for name, (t, n) in designs.items()},
         works,
         options.rounds,
     )
     report(
-        f"Pairs/s and latency by use of threads, batches of {CPU_BATCH}: {label}",
+        f"Pairs/s and latency by use of threads, batches of {CPU_BATCHES[0]}: {label}",
         {"design": "", "mixed": ",.0f", "short": ",.0f", "one pair ms": ".1f"},
         [
             {

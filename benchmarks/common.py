@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -23,7 +24,7 @@ from qrank.bundle.sequences import Sequences
 from qrank.converters import fidelity
 from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.select import verify
-from qrank.system.machine import cpu_name, processors
+from qrank.system.machine import cpu_name, instruction_sets, processors
 
 Row = Mapping[str, Any]
 
@@ -77,18 +78,55 @@ def alternate(cases: Mapping[Any, Callable[[], object]], rounds: int) -> dict[An
     """Seconds of each case in each round.
 
     Cases take turns, in another order each round, so that other load on the machine affects all of
-    them alike. A first round warms up and does not count.
+    them alike. A first round warms up and does not count. `machine` then says how much of the
+    machine others took meanwhile.
     """
     order = np.random.default_rng(0)
     keys = list(cases)
     seconds: dict[Any, list[float]] = {key: [] for key in keys}
+    begun, before = time.perf_counter(), _processor_seconds()
     for number in range(rounds + 1):
         for i in order.permutation(len(keys)):
             start = time.perf_counter()
             cases[keys[i]]()
             if number:
                 seconds[keys[i]].append(time.perf_counter() - start)
+    if before is not None and (after := _processor_seconds()) is not None:
+        everyone, ours = (late - early for late, early in zip(after, before, strict=True))
+        whole = (time.perf_counter() - begun) * (os.cpu_count() or 1)
+        _others.append(max(everyone - ours, 0.0) / whole)
     return seconds
+
+
+_others: list[float] = []
+"""Shares of the machine that others took, by call of `alternate`."""
+
+
+def _processor_seconds() -> tuple[float, float] | None:
+    """Processor time that everyone, and that this process with its children, has used so far.
+
+    A neighbour of a virtual machine counts as everyone (`steal`). None without Linux's /proc.
+    """
+    if not Path("/proc/stat").exists():
+        return None
+    tick = os.sysconf("SC_CLK_TCK")
+    user, nice, system, _, _, *interrupts = map(
+        int, Path("/proc/stat").read_text("utf-8").split("\n", 1)[0].split()[1:9]
+    )
+    used, parents = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text("utf-8").rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        number = int(path.parent.name)
+        parents[number] = int(fields[1])
+        used[number] = sum(map(int, fields[11:15]))  # with that of children that have ended
+    ours, more = {os.getpid()}, {os.getpid()}
+    while more := {number for number, parent in parents.items() if parent in more} - ours:
+        ours |= more
+    everyone = user + nice + system + sum(interrupts)
+    return everyone / tick, sum(used.get(number, 0) for number in ours) / tick
 
 
 def report(title: str, formats: Mapping[str, str], rows: Sequence[Row], *, as_json: bool) -> None:
@@ -123,10 +161,20 @@ def report(title: str, formats: Mapping[str, str], rows: Sequence[Row], *, as_js
 
 
 def machine() -> str:
-    """The CPU model, the number of CPUs this process may use, and the relevant versions."""
+    """The CPU, how many this process may use, how busy others kept them, and versions.
+
+    Names such as "AMD EPYC" are those of many CPUs: their instruction sets tell them apart.
+    """
     versions = [f"{p} {metadata.version(p)}" for p in ("onnxruntime", "numpy")]
+    busy = [f"others took {_others[-1]:.0%} of them"] if _others else []
     return ", ".join(
-        [cpu_name(), f"{processors()} CPUs", f"Python {platform.python_version()}", *versions]
+        [
+            f"{cpu_name()} ({instruction_sets()[-1]})" if instruction_sets() else cpu_name(),
+            f"{processors()} CPUs",
+            *busy,
+            f"Python {platform.python_version()}",
+            *versions,
+        ]
     )
 
 

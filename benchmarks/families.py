@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from common import arguments, machine, tolerate_anything
 
@@ -20,6 +21,7 @@ from qrank.bundle.manifest import Variant
 from qrank.converters.checkpoint import minicpm
 from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.convert import convert
+from qrank.errors import QrankError
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import oracles
@@ -48,10 +50,15 @@ def main() -> None:
     # The tiny one has as many layers.
     vars(minicpm)["LAYERS"] = oracles.LAYERS
     found: dict[str, dict[str, Variant]] = {}
+    failed = 0
     with TemporaryDirectory() as temporary:
         for kind in asked.kinds:
-            with redirect_stdout(sys.stderr):
-                found[kind] = _converted(kind, Path(temporary) / kind)
+            try:
+                with redirect_stdout(sys.stderr):
+                    found[kind] = _converted(kind, Path(temporary) / kind)
+            except QrankError as error:
+                failed += 1
+                sys.stderr.write(f"{kind}: {error}\n")
     lines = [
         machine(),
         "",
@@ -61,6 +68,7 @@ def main() -> None:
     for name, format in formats().items():
         lines += [*_table(name, list(format.made), found), ""]
     sys.stdout.write("\n".join(lines))
+    sys.exit(failed > 0)
 
 
 def _converted(kind: str, folder: Path) -> dict[str, Variant]:
@@ -104,9 +112,13 @@ def _cell(variant: Variant | None) -> str:
     return f"{share:.2%} {fidelity.kendall:.3f} {ranking.ndcg:.4f}"
 
 
-def _chain(kind: str, modules: list[str]) -> Callable[[Path], Path]:
+def _chain(kind: str, modules: list[str], **settings: Any) -> Callable[[Path], Path]:
     base = tiny.CHECKPOINTS[kind]
-    return lambda folder: tiny_chains.chain(base(folder.with_name("base")), folder, modules).folder
+
+    def make(folder: Path) -> Path:
+        return tiny_chains.chain(base(folder.with_name("base")), folder, modules, **settings).folder
+
+    return make
 
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
@@ -114,7 +126,7 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     **tiny_encoders.CHECKPOINTS,
     **tiny_t5.CHECKPOINTS,
     "ettin": _chain("modernbert-mean", tiny_chains.ETTIN),
-    "chain of bert": _chain("bert", tiny_chains.PLAIN),
+    "chain of bert": _chain("bert", tiny_chains.PLAIN, activation="Tanh", bias=True),
     "jina-reranker-v2": lambda folder: tiny_rewritten.jina_v2(
         tiny.xlm_roberta(folder.with_name("base")), folder
     ),

@@ -17,10 +17,9 @@ import numpy as np
 from common import arguments, encode, report
 
 from qrank import Reranker
-from qrank.backends.onnx import CPU_BATCH
 from qrank.bundle.locate import DEFAULT, locate
 from qrank.quality.collection import Collection
-from qrank.scoring.batching import cut_padded
+from qrank.scoring.batching import CPU_BATCHES, cut_padded
 from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.system.machine import peak_memory, processors
 
@@ -92,7 +91,7 @@ def measure(model: str, variant: str, tasks: Path, count: int, threads: int) -> 
             seconds.append(middle - start)
             encoding += end - middle
             tokens += int(lengths.sum())
-            batches = cut_padded(lengths, CPU_BATCH)
+            batches = cut_padded(lengths, CPU_BATCHES[0])
             padded += sum(len(b) * int(lengths[b].max()) for b in batches)
     p50, p95 = np.percentile(seconds, [50, 95]) * 1000
     total = sum(seconds)

@@ -31,11 +31,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from qrank import Reranker
 from qrank.backends import tolerance
-from qrank.backends.onnx import CPU_BATCH
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.sequences import Logits
 from qrank.converters.checkpoint.probes import probe_pairs
-from qrank.scoring.batching import cut_padded
+from qrank.scoring.batching import CPU_BATCHES, cut_padded
 
 ALONE = {
     "fp32": 1e-5,
@@ -93,7 +92,7 @@ def reference(folder: Path) -> tuple[Logits, tuple[int, ...]]:
 
 def shared(lengths: tuple[int, ...]) -> int:
     """Number of CPU batches with sequences of different lengths, which test padding."""
-    found = [{lengths[i] for i in batch} for batch in cut_padded(lengths, CPU_BATCH)]
+    found = [{lengths[i] for i in batch} for batch in cut_padded(lengths, CPU_BATCHES[0])]
     return sum(len(batch) > 1 for batch in found)
 
 

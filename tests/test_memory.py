@@ -35,19 +35,40 @@ QWEN3 = Dimensions(live_layers=12, hidden=1024, intermediate=3072, heads=16, key
     before=st.integers(0, 300),
     size=st.integers(1, 10**9),
     limit=st.integers(1, 4000),
+    streams=st.integers(1, 9),
 )
 def test_batches_hold_everything_once_and_find_memory(
-    lengths: list[int], before: int, size: int, limit: int
+    lengths: list[int], before: int, size: int, limit: int, streams: int
 ) -> None:
     memory = MemoryBudget(size, QWEN3)
     work = Sequences([np.zeros(n, np.int32) for n in lengths], prefix=np.zeros(before, np.int32))
-    padded = cut(work, limit, memory)
+    padded = cut(work, limit, memory, streams)
     ragged = cut_ragged(lengths, limit, 16, lambda n: memory.max_batch_size(n, before))
     for batches in (padded, ragged):
         assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
         for batch in batches:
             longest = max(lengths[i] for i in batch)
             assert len(batch) == 1 or len(batch) * QWEN3.estimate_bytes(longest, before) <= size
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "limit", "streams", "sizes"),
+    [
+        (20, 64, 1280, 2, [10, 10]),
+        (20, 64, 640, 3, [7, 7, 6]),
+        (20, 64, 320, 3, [4, 4, 4, 4, 4]),
+        (3, 500, 160, 2, [1, 1, 1]),
+        (1, 5, 160, 8, [1]),
+        (4, 5, 160, 8, [1, 1, 1, 1]),
+        (5, 64, 0, 2, [1, 1, 1, 1, 1]),
+    ],
+)
+def test_every_stream_gets_as_much_to_do(
+    count: int, length: int, limit: int, streams: int, sizes: list[int]
+) -> None:
+    """The shared prefix does not count: it is computed once."""
+    work = Sequences([np.zeros(length, np.int32)] * count, prefix=np.zeros(300, np.int32))
+    assert list(map(len, cut(work, limit, MemoryBudget(), streams))) == sizes
 
 
 @given(st.integers(1, 4000), st.integers(0, 500))

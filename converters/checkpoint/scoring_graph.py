@@ -183,8 +183,7 @@ class DecoderScorer(torch.nn.Module):
 
         def mask(seen: torch.Tensor) -> torch.Tensor:
             lowest = torch.finfo(prefix.dtype).min
-            values = torch.where(seen, 0.0, lowest).to(prefix.dtype)
-            return values[None, None].expand(batch, 1, length, before + length)
+            return torch.where(seen, 0.0, lowest).to(prefix.dtype)[None, None]
 
         full = mask(seen)
         masks: torch.Tensor | dict[str, torch.Tensor] = full
@@ -194,15 +193,25 @@ class DecoderScorer(torch.nn.Module):
             kinds = {"full_attention": full, "sliding_attention": near}
             masks = near if self._kinds is None else kinds
         cache = _Cache(prefix, keep)
-        hidden = self.model(
-            input_ids=input_ids,
-            attention_mask=masks,
-            position_ids=places[None].expand(batch, length),
-            past_key_values=cache,
-            use_cache=False,
-        ).last_hidden_state
-        index = last[:, None, None].expand(batch, 1, hidden.shape[2])
-        return _apply(self.head, hidden.gather(1, index)[:, 0]), torch.stack(cache.kept)
+
+        def at_last(hidden: torch.Tensor) -> torch.Tensor:
+            return hidden.gather(1, last[:, None, None].expand(batch, 1, hidden.shape[2]))
+
+        # The last layer's result is read at one token: its feed-forward block computes that alone,
+        # and its addition gives the others a wrong one, which nobody reads.
+        block = self.model.layers[-1].mlp
+        hook = block.register_forward_pre_hook(lambda _, given: (at_last(given[0]),))
+        try:
+            hidden = self.model(
+                input_ids=input_ids,
+                attention_mask=masks,
+                position_ids=places[None].expand(batch, length),
+                past_key_values=cache,
+                use_cache=False,
+            ).last_hidden_state
+        finally:
+            hook.remove()
+        return _apply(self.head, at_last(hidden)[:, 0]), torch.stack(cache.kept)
 
 
 class _Cache:
@@ -219,7 +228,9 @@ class _Cache:
         """Return both, of shape [batch, heads, length, width], with the prefix's in front."""
         kept = [x[0].index_select(1, self._keep) for x in (keys, values)]
         self.kept.append(torch.stack(kept))
-        before = self._prefix[layer][:, None].expand(2, keys.shape[0], -1, -1, -1)
+        # By index: OpenVINO multiplies by ones to expand.
+        every = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
+        before = self._prefix[layer][:, None].index_select(1, every)
         return torch.cat((before[0], keys), 2), torch.cat((before[1], values), 2)
 
     def get_seq_length(self, layer: int = 0) -> int:

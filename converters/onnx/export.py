@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +167,7 @@ def _trace(module: Scorer, family: Family) -> onnx_ir.Model:
         ConversionError: the exporter returns no program.
     """
     torch = need("torch")
-    from qrank.converters.checkpoint import deberta, t5
+    from qrank.converters.checkpoint import deberta, grouped_attention, t5
     from qrank.converters.checkpoint.scoring_graph import DecoderScorer, input_names
 
     names = input_names(family)
@@ -182,8 +182,13 @@ def _trace(module: Scorer, family: Family) -> onnx_ir.Model:
         kept = {0: torch.export.Dim("kept", min=0, max=family.max_length)}
         examples = (example, example[:, 0], prefix, torch.arange(4))
         shapes = (shape, {0: batch}, before, kept)
-    longest = family.max_length
-    with _quiet(), deberta.exportable(module.model, longest), t5.exportable(module.model, longest):
+    model, longest = module.model, family.max_length
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        stack.enter_context(deberta.exportable(model, longest))
+        stack.enter_context(t5.exportable(model, longest))
+        if family.decoder:
+            stack.enter_context(grouped_attention.exportable(model))
         program = torch.onnx.export(
             module,
             tuple(x.clone() for x in examples),
@@ -197,11 +202,11 @@ def _trace(module: Scorer, family: Family) -> onnx_ir.Model:
         )
     if program is None:
         raise ConversionError("torch.onnx.export gave no program")
-    model: onnx_ir.Model = program.model
+    graph: onnx_ir.Model = program.model
     for name in module.state_dict():
-        if name in model.graph.initializers:
-            model.graph.initializers[name].const_value = None
-    return model
+        if name in graph.graph.initializers:
+            graph.graph.initializers[name].const_value = None
+    return graph
 
 
 def _forget_places(graph: onnx_ir.Graph) -> None:

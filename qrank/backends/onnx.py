@@ -19,7 +19,15 @@ from qrank.bundle.fidelity import BFLOAT16, EIGHT_BITS, FLOAT16, FLOAT32, FOUR_B
 from qrank.bundle.manifest import Variant
 from qrank.bundle.sequences import Floats, Logits, Sequences, feed, no_prefix, read_prefix
 from qrank.errors import TargetError
-from qrank.scoring.batching import cut, in_halves, in_order, out_of_memory
+from qrank.scoring.batching import (
+    CPU_BATCHES,
+    DEVICE_BATCHES,
+    cut,
+    default_batch,
+    in_halves,
+    in_order,
+    out_of_memory,
+)
 from qrank.scoring.memory import MemoryBudget
 from qrank.system import machine
 from qrank.system.extras import need
@@ -34,13 +42,6 @@ PROVIDERS = {
     "coreml": "CoreMLExecutionProvider",
     "directml": "DmlExecutionProvider",
 }
-
-CPU_BATCH = 160
-"""Padded tokens per batch on the CPU. Larger ones only add padding and do not speed up matrix
-products (measured: benchmarks/batching.py); most documents are a batch of their own."""
-
-DEVICE_BATCH = 16_384
-"""Padded tokens per batch on an accelerator, which needs large batches."""
 
 _PRODUCT = base64.b64decode(
     "CAg6TwoRCgFhCgFiEgFjIgZNYXRNdWwSB3Byb2R1Y3RaDwoBYRIKCggIARIECgAKAFoPCgFiEgoKCAgBEgQKAAoAYg8K"
@@ -62,7 +63,7 @@ def devices() -> list[str]:
 
 def batches(device: str) -> tuple[int, ...]:
     """Padded tokens per batch that are worth trying, the default first."""
-    return (CPU_BATCH, 4 * CPU_BATCH) if device == "cpu" else (DEVICE_BATCH, DEVICE_BATCH // 4)
+    return CPU_BATCHES if device == "cpu" else DEVICE_BATCHES
 
 
 def memory(device: str) -> int | None:
@@ -135,7 +136,8 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> OnnxB
         )
     if device != "cpu":
         _require_most(session, device)
-    batch = options.max_batch_tokens or batches(device)[0]
+    decoder = any(i.name == "prefix" for i in session.get_inputs())
+    batch = options.max_batch_tokens or default_batch(device, decoder)
     return OnnxBackend(session, batch=batch, streams=streams, memory=options.memory)
 
 
@@ -175,13 +177,14 @@ class OnnxBackend:
         # Empty if the graph has no `prefix` input.
         self._bare = no_prefix(shapes["prefix"]) if "prefix" in shapes else {}
         self._batch = batch
+        self._parallel = streams
         self._streams = ThreadPoolExecutor(streams, "qrank-onnx")
 
     def logits(self, sequences: Sequences) -> Logits:
         """See `qrank.backends.Backend.logits`."""
         if not self._bare:
             sequences = sequences.whole()
-        batches = cut(sequences, self._batch, self._memory)
+        batches = cut(sequences, self._batch, self._memory, self._parallel)
         prefix = read_prefix(sequences.prefix, self._bare, partial(self._call, "present"))
         if len(batches) == 1:
             results = [self._run(sequences.take(batches[0]), prefix)]

@@ -20,17 +20,12 @@ from qrank.bundle.fidelity import BFLOAT16, EIGHT_BITS, FLOAT16, FLOAT32, FOUR_B
 from qrank.bundle.manifest import Variant
 from qrank.bundle.sequences import Floats
 from qrank.errors import TargetError
+from qrank.scoring.batching import CPU_BATCHES, DEVICE_BATCHES, default_batch
 from qrank.system import cache, machine
 from qrank.system.extras import need
 
 if TYPE_CHECKING:
     import openvino
-
-CPU_BATCH = 160
-"""Padded tokens per batch on the CPU, as for onnxruntime: most documents are their own batch."""
-
-DEVICE_BATCH = 16_384
-"""Padded tokens per batch on an accelerator, which needs large batches."""
 
 WRONG_LENGTHS: dict[tuple[str, str | None], tuple[int, ...]] = {("int8-w8a8", "bf16"): (32,)}
 """Padded lengths for which OpenVINO's CPU plugin gives wrong logits, by precision and compute
@@ -86,7 +81,7 @@ def batches(device: str) -> tuple[int, ...]:
     """Padded tokens per batch worth trying, the default first; none for NPUs (static shapes)."""
     if device.startswith("npu"):
         return ()
-    return (CPU_BATCH, 4 * CPU_BATCH) if device == "cpu" else (DEVICE_BATCH, DEVICE_BATCH // 4)
+    return CPU_BATCHES if device == "cpu" else DEVICE_BATCHES
 
 
 def memory(device: str) -> int | None:
@@ -159,11 +154,20 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
             return made
 
     try:
-        limit = core.read_model(path).input("input_ids").partial_shape[1].max_length
+        model = core.read_model(path)
+        limit = model.input("input_ids").partial_shape[1].max_length
         if not options.static_shapes and not device.startswith("npu"):
             try:
-                batch = options.max_batch_tokens or batches(device)[0]
-                return OpenvinoBackend(compiled, limit, batch, weights, options.memory, avoided)
+                batch = options.max_batch_tokens or default_batch(device, _is_decoder(model))
+                return OpenvinoBackend(
+                    compiled,
+                    limit,
+                    batch,
+                    weights,
+                    options.memory,
+                    avoided,
+                    spread=device == "cpu",
+                )
             except RuntimeError as error:
                 log.info("%s takes no dynamic shapes (%s): using static ones", device, error)
         return OpenvinoBackend(compiled, limit, None, weights, options.memory)
@@ -224,8 +228,11 @@ def _settings(device: str, options: Options) -> dict[str, Any]:
 
 
 def _group(model: openvino.Model) -> int:
-    decoder = any("last" in i.names for i in model.inputs)
-    return DECODER_GROUP if decoder else GROUP
+    return DECODER_GROUP if _is_decoder(model) else GROUP
+
+
+def _is_decoder(model: openvino.Model) -> bool:
+    return any("last" in i.names for i in model.inputs)
 
 
 def _cache(variant: Variant) -> Path | None:

@@ -48,6 +48,8 @@ class OpenvinoBackend:
         weights: Path,
         memory: MemoryBudget,
         avoided: Sequence[int] = (),
+        *,
+        spread: bool = False,
     ) -> None:
         """Compile.
 
@@ -58,6 +60,7 @@ class OpenvinoBackend:
             weights: the file that holds them.
             memory: budget for batches.
             avoided: lengths not to pad to.
+            spread: cut a request so that all streams have as much to do, as on the CPU.
         """
         self._compile = compiled
         self._avoided = avoided
@@ -78,6 +81,7 @@ class OpenvinoBackend:
                 [0 if d.is_dynamic else d.get_length() for d in shapes["prefix"]]
             )
         streams: int = model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        self._parallel = streams if spread else 1
         self._streams = ThreadPoolExecutor(streams, "qrank-openvino")
         self._stream = _Stream()
 
@@ -85,7 +89,7 @@ class OpenvinoBackend:
         """See `qrank.backends.Backend.logits`."""
         if not self._batch or not self._bare:
             sequences = sequences.whole()
-        batches = cut(sequences, self._batch or 0, self._memory)
+        batches = cut(sequences, self._batch or 0, self._memory, self._parallel)
         present = partial(self._call, "present")
         prefix = self._streams.submit(read_prefix, sequences.prefix, self._bare, present).result()
         results = self._streams.map(lambda batch: self._run(sequences.take(batch), prefix), batches)

@@ -34,7 +34,7 @@ _NEAR = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 """Largest difference of our logit from transformers' own, as a share of max(1, |logit|)."""
 
 CPU_BATCH = 1024
-"""Padded tokens per batch on the CPU; the prefix counts in every sequence."""
+"""Padded tokens per batch on the CPU."""
 
 DEVICE_BATCH = 16_384
 """Padded tokens per batch on an accelerator, which needs large batches."""

@@ -20,15 +20,54 @@ _OUT_OF_MEMORY = re.compile(
     re.IGNORECASE,
 )
 
+CPU_BATCHES = (160, 640, 1280)
+"""Padded tokens per batch worth trying on the CPU for graphs, an encoder's default first. For
+encoders, larger ones rarely speed up matrix products, and add padding (measured without AMX:
+benchmarks/batching.py); with the default, most documents are a batch of their own."""
+
+DECODER_CPU_BATCH = 640
+"""The default on the CPU for causal models: each batch reads all weights, of which they have many,
+and the tokens of a short document fill no product."""
+
+DEVICE_BATCHES = (16_384, 4_096)
+"""The same on accelerators, which need large batches, the default of all models first."""
+
 MaxBatchSize = Callable[[int], int | None]
 """Tokens of the longest sequence -> maximum number of sequences in a batch; None: unlimited."""
 
 
-def cut(sequences: Sequences, limit: int, memory: MemoryBudget) -> list[NDArray[np.intp]]:
-    """Cut like `cut_padded`, counting the prefix in each sequence, to fit the memory budget."""
+def default_batch(device: str, decoder: bool) -> int:
+    """Padded tokens per batch of a graph if nobody says how many.
+
+    Args:
+        device: `cpu`, or an accelerator's name.
+        decoder: whether the graph takes a shared prefix.
+    """
+    if device != "cpu":
+        return DEVICE_BATCHES[0]
+    return DECODER_CPU_BATCH if decoder else CPU_BATCHES[0]
+
+
+def cut(
+    sequences: Sequences, limit: int, memory: MemoryBudget, streams: int = 1
+) -> list[NDArray[np.intp]]:
+    """Cut like `cut_padded`, to fit the memory budget and to give every stream as much to do.
+
+    The shared prefix is computed once, so only what follows it counts.
+
+    Args:
+        sequences: at least one.
+        limit: see `cut_padded`.
+        memory: the budget.
+        streams: how many batches run at once.
+    """
     before = len(sequences.prefix)
-    lengths = sequences.lengths + before
-    return cut_padded(lengths, limit, lambda n: memory.max_batch_size(n - before, before))
+    lengths = sequences.lengths
+    total, longest = int(lengths.sum()), int(lengths.max(initial=0))
+    rounds = -(-total // (max(limit, 1) * streams))
+    # The last sequence of a batch may exceed its share, so that none is left over.
+    share = -(-total // max(rounds * streams, 1)) + max(longest - 1, 0)
+    return cut_padded(lengths, min(limit, share), lambda n: memory.max_batch_size(n, before))
 
 
 def cut_padded(
