@@ -36,6 +36,10 @@ from qrank.select.targets import Target
 
 __all__ = ["Ranking", "Rankings", "Reranker"]
 
+SCORED_AT_ONCE = 4096
+"""Pairs whose token ids `score` holds at once, sorted by length: memory stays flat, whatever the
+number of pairs."""
+
 
 class Reranker:
     """Scores (query, document) pairs with a bundle. Thread-safe.
@@ -268,11 +272,14 @@ class Reranker:
             )
         raw = arguments.flag("raw", raw)
         _check(instruction, long_documents)
-        inputs = self.engine.prepare(as_pairs(pairs), instruction, long_documents)
-        if not inputs:
-            return np.empty(0, np.float32) if raw else np.empty(0, np.float64)
-        scored = ScoredPairs.of(inputs, self.engine.logits(inputs), self.engine.scores)
-        return scored.logits if raw else scored.scores
+        engine, texts = self.engine, as_pairs(pairs)
+        stops = range(SCORED_AT_ONCE, len(texts) + SCORED_AT_ONCE, SCORED_AT_ONCE)
+        scored = [
+            ScoredPairs.of(inputs, engine.logits(inputs), engine.scores)
+            for inputs in engine.preparing(texts, stops, instruction, long_documents)
+        ]
+        found = [part.logits if raw else part.scores for part in scored]
+        return np.concatenate([np.empty(0, np.float32 if raw else np.float64), *found])
 
     def close(self) -> None:
         """Free the model; the next use loads it again.

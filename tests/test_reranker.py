@@ -12,6 +12,7 @@ from qrank.backends import Options, onnx
 from qrank.bundle.manifest import TOKENIZER, Manifest, Probes
 from qrank.bundle.sequences import Sequences
 from qrank.errors import BundleError, InputError, ModelNotFoundError, TargetError
+from qrank.scoring.inputs import LongDocuments
 from qrank.scoring.pair_tokenizer import PairTokenizer
 
 QUERY = "which planet is red?"
@@ -43,6 +44,18 @@ def test_score_keeps_the_callers_order_and_agrees_with_rank(reranker: Reranker) 
     assert scores.dtype == np.float64
     for item in reranker.rank(QUERY, DOCUMENTS):
         assert scores[item.index] == pytest.approx(item.score, abs=1e-6)
+
+
+@pytest.mark.parametrize("long_documents", ["truncate", "chunk"])
+def test_many_pairs_are_scored_some_at_a_time(
+    reranker: Reranker, long_documents: LongDocuments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [(QUERY, document * 300) for document in DOCUMENTS] + [("mars", "red")]
+    whole = reranker.score(pairs, raw=True, long_documents=long_documents)
+    monkeypatch.setattr("qrank.reranker.SCORED_AT_ONCE", 2)
+    parts = reranker.score(iter(pairs), raw=True, long_documents=long_documents)
+    assert parts.dtype == whole.dtype
+    np.testing.assert_allclose(parts, whole, atol=1e-4)
 
 
 def test_raw_gives_float32_logits_and_scores_are_their_activation(reranker: Reranker) -> None:
