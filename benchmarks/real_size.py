@@ -217,7 +217,8 @@ def main() -> None:
         checkpoint, bundle, variant = options.child
         format, _, precision = variant.partition("-")
         family = tiny_decoders.FAMILIES.get(SHAPES[Path(checkpoint).name][0])
-        make_bundle(checkpoint, [(format, precision)], Path(bundle), family=family)
+        wanted = [(format, precision)]
+        make_bundle(checkpoint, wanted, Path(bundle), family=family, min_agreement=-1)
         sys.stdout.write(json.dumps(peak_memory()))
         return
     if options.scoring:

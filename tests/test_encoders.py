@@ -13,8 +13,11 @@ from qrank.converters.convert import convert
 Folders = Callable[[str], Path]
 FAMILIES = {"camembert": "roberta"}
 VARIANTS = [("onnx", "int8"), ("openvino", "int8"), ("gguf", "q8_0")]
-MORE = {"deberta-v2": [("onnx", "fp16"), ("openvino", "fp16")]}
-"""DeBERTa's buckets of distances would be wrong if they were computed in fp16."""
+MORE = {
+    "deberta-v2": [("onnx", "fp16"), ("openvino", "fp16")],
+    "mpnet": [("onnx", "fp16"), ("openvino", "fp16")],
+}
+"""Buckets of distances would be wrong if they were computed in fp16."""
 
 
 @pytest.fixture(params=tiny_encoders.CHECKPOINTS)

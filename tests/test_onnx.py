@@ -52,7 +52,8 @@ def test_where_memory_does_not_suffice_smaller_batches_give_the_same(
     room: Callable[[int], list[int]],
 ) -> None:
     pairs = [(QUERY, document) for document in DOCUMENTS]
-    with Reranker("mini", backend="onnx", max_batch_tokens=10**6) as reranker:
+    # One thread, so that a request is not cut for several streams.
+    with Reranker("mini", backend="onnx", max_batch_tokens=10**6, threads=1) as reranker:
         expected = reranker.score(pairs, raw=True)
         tried = room(300)
         found = reranker.score(pairs, raw=True)

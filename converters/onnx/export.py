@@ -167,7 +167,7 @@ def _trace(module: Scorer, family: Family) -> onnx_ir.Model:
         ConversionError: the exporter returns no program.
     """
     torch = need("torch")
-    from qrank.converters.checkpoint import deberta, grouped_attention, t5
+    from qrank.converters.checkpoint import deberta, distance_buckets, grouped_attention
     from qrank.converters.checkpoint.scoring_graph import DecoderScorer, input_names
 
     names = input_names(family)
@@ -186,7 +186,7 @@ def _trace(module: Scorer, family: Family) -> onnx_ir.Model:
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         stack.enter_context(deberta.exportable(model, longest))
-        stack.enter_context(t5.exportable(model, longest))
+        stack.enter_context(distance_buckets.exportable(model, longest))
         if family.decoder:
             stack.enter_context(grouped_attention.exportable(model))
         program = torch.onnx.export(
