@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test optimum lint bench build clean
+.PHONY: help setup demo test optimum lint bench bench-peers build clean
 
 help: ## Show this
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
 
 setup: $(VENV)/.test ## Make .venv with everything: runtime, converters (torch), tests, linters
 
@@ -34,12 +34,17 @@ bench: $(VENV)/.test ## Run the benchmarks; DATA=folder with Cranfield (see benc
 	  $(BIN)/python benchmarks/$$script.py --data $(DATA) || exit 1; \
 	done
 
+bench-peers: $(VENV)/.test $(VENV)-peers-openvino/.peers $(VENV)-peers-onnx/.peers ## Compare with the alternatives; DATA=folder with Cranfield; takes an hour and more
+	@test -n "$(DATA)" || { echo "make bench-peers DATA=FOLDER; see benchmarks/README.md"; exit 2; }
+	$(BIN)/python benchmarks/record.py --data $(DATA) \
+	  --openvino-python $(VENV)-peers-openvino/bin/python --onnx-python $(VENV)-peers-onnx/bin/python
+
 build: $(VENV)/.test ## Build wheel and sdist into dist/
 	rm -rf dist
 	$(BIN)/python -m build
 
 clean: ## Remove what was made, .venv included
-	rm -rf $(VENV) $(VENV)-optimum build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-optimum $(VENV)-peers-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -57,4 +62,17 @@ $(VENV)-optimum/.optimum: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-optimum
 	$(VENV)-optimum/bin/pip install --quiet --disable-pip-version-check -e ".[cpu,optimum]" \
 	  filelock hypothesis pytest
+	touch $@
+
+# The alternatives' versions conflict with .venv's, and with each other's (benchmarks/README.md).
+$(VENV)-peers-openvino/.peers:
+	$(PYTHON) -m venv $(VENV)-peers-openvino
+	$(VENV)-peers-openvino/bin/pip install --quiet --disable-pip-version-check "torch==2.13.0" \
+	  "sentence-transformers==6.2.0" "optimum-intel[openvino]<2.2"
+	touch $@
+
+$(VENV)-peers-onnx/.peers:
+	$(PYTHON) -m venv $(VENV)-peers-onnx
+	$(VENV)-peers-onnx/bin/pip install --quiet --disable-pip-version-check "torch==2.13.0" \
+	  "sentence-transformers==5.1.2" "transformers<4.58" "optimum-onnx[onnxruntime]" fastembed FlashRank
 	touch $@

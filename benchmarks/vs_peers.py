@@ -2,8 +2,8 @@
 
 Each system turns text into scores, for BM25's best documents of one query after the other, in its
 own process (`peer.py`) and with the same number of threads. The table shows its speed, the nDCG@10
-of its scores, and its share of the machine's own limit: matrix products in the precision that the
-system computes in, measured in the same run.
+of its scores, and its share of the machine's own limit: the best matrix products that any library
+reaches (`limit.py`), of the model's own size, in the precision that the system computes in.
 
 A peer is left out if no Python that has it is named. Their versions conflict: two environments hold
 all of them (benchmarks/README.md).
@@ -23,8 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import limit
 import numpy as np
-import torch
 from common import alternate, arguments, report
 from peer import OURS, PEERS, TOKENS
 
@@ -33,7 +33,7 @@ from qrank.bundle.manifest import TOKENIZER, Manifest
 from qrank.quality.collection import Collection
 from qrank.quality.metrics import MAIN, measure
 from qrank.scoring.pair_tokenizer import PairTokenizer
-from qrank.system.machine import processors
+from qrank.system.machine import instruction_sets, processors
 
 DEFAULT = "sentence-transformers, fp32"
 ONNX_PEERS = (
@@ -52,9 +52,9 @@ COLUMNS = {
     MAIN: ".3f",
     "of limit": ".0%",
 }
-LIMITS = {"matrix products in": "", "GFLOP/s": ",.0f"}
-SIDE = 2048
-"""Side of the square matrices whose products are the machine's limit."""
+LIMITS = {"matrix products in": "", "best": "", "GFLOP/s": ",.0f"}
+ROWS = 640
+"""Tokens in the products that are the machine's limit: more gain little."""
 
 Ask = Callable[[str, list[str]], dict[str, Any]]
 
@@ -103,11 +103,9 @@ def main() -> None:
         cases: dict[str, Callable[[], object]] = {
             label: partial(_through, ask, timed) for label, ask in systems.items()
         }
-        precisions = ("fp32", "bf16", "int8")
-        limits = {name: partial(_product, name, options.threads) for name in precisions}
-        seconds = alternate(cases | limits, options.rounds)
+        seconds = alternate(cases, options.rounds)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    limit = {name: 2 * SIDE**3 / median[name] for name in limits}
+    best = _limits(options)
     pairs = sum(len(documents) for _, documents in timed)
     operations = _operations(options, timed)
     peers = [name for name in systems if not name.startswith(OURS)]
@@ -120,7 +118,7 @@ def main() -> None:
             "vs default": default and default / median[name],
             "vs fastest peer": fastest and fastest / median[name],
             MAIN: ndcg[name],
-            "of limit": operations / median[name] / limit[_arithmetic(name)],
+            "of limit": operations / median[name] / best[_arithmetic(name)][1],
         }
         for name in systems
     ]
@@ -129,9 +127,12 @@ def main() -> None:
         f"{len(queries)} queries judged, {options.threads} threads"
     )
     report(title, COLUMNS, rows, as_json=options.json)
-    table = [{"matrix products in": n, "GFLOP/s": found / 1e9} for n, found in limit.items()]
-    report(f"The machine's limit ({SIDE} x {SIDE}, torch)", LIMITS, table, as_json=options.json)
-    if compute_dtype:
+    table = [
+        {"matrix products in": precision, "best": name, "GFLOP/s": found / 1e9}
+        for precision, (name, found) in best.items()
+    ]
+    report(f"The machine's limit ({ROWS} tokens)", LIMITS, table, as_json=options.json)
+    if compute_dtype and not options.json:
         sys.stdout.write(f"The chosen target computes in {compute_dtype}.\n")
 
 
@@ -200,6 +201,18 @@ def _through(ask: Ask, tasks: list[tuple[str, list[str]]]) -> None:
         ask(query, documents)
 
 
+def _limits(options: Any) -> dict[str, tuple[str, float]]:
+    """The fastest library by precision, and its operations per second at the model's size."""
+    config = json.loads((options.checkpoint / "config.json").read_text("utf-8"))
+    shape = (ROWS, config["hidden_size"], config["intermediate_size"])
+    found = {}
+    for precision in limit.PRECISIONS:
+        rates = limit.rates(precision, shape, options.threads, options.rounds)
+        name = max(rates, key=lambda name: rates[name])
+        found[precision] = (name, rates[name])
+    return found
+
+
 def _operations(options: Any, tasks: list[tuple[str, list[str]]]) -> float:
     """Floating-point operations of the matrix products for the tasks, without padding."""
     config = json.loads((options.checkpoint / "config.json").read_text("utf-8"))
@@ -216,28 +229,9 @@ def _arithmetic(system: str) -> str:
     """The precision of a system's matrix products, and so of the limit it is compared with."""
     name = system.rpartition(":")[2]
     if "OpenVINO" in name or "optimum-intel" in name or "bf16" in name:
-        return "bf16"  # OpenVINO's default on this CPU
+        # OpenVINO's default on CPUs that have it.
+        return "bf16" if any("BF16" in x.upper() for x in instruction_sets()) else "fp32"
     return "int8" if "int8" in name or "q8_0" in name or "q4_k" in name else "fp32"
-
-
-_made: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-
-
-def _product(precision: str, threads: int) -> None:
-    """Compute one product of square matrices, with torch's own kernels."""
-    torch.set_num_threads(threads)
-    if precision not in _made:
-        made = torch.randn(2, SIDE, SIDE)
-        if precision == "int8":
-            made = (made * 30).clamp(-127, 127).to(torch.int8)
-        elif precision == "bf16":
-            made = made.to(torch.bfloat16)
-        _made[precision] = (made[0], made[1])
-    a, b = _made[precision]
-    if precision == "int8":
-        torch._int_mm(a, b)
-    else:
-        torch.mm(a, b)
 
 
 if __name__ == "__main__":

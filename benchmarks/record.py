@@ -1,0 +1,113 @@
+"""The table of record: qrank and its alternatives on this machine, stored as JSON.
+
+Converts `mini` to every variant, tunes it, and compares it with all peers (`vs_peers.py`); then
+compares random weights at the sizes of real rerankers with sentence-transformers (`real_size.py`).
+Results are stored under `results/`, one file for each kind of CPU; `picture.py` draws them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from common import arguments
+
+from qrank.system.machine import cpu_name, instruction_sets, processors
+
+HERE = Path(__file__).parent
+SIZES = ("MiniLM-L6", "MiniLM-L12", "ettin-reranker-150m", "bge-reranker-v2-m3")
+VARIANTS = ("onnx-int8", "openvino-int8", "gguf-q8_0")
+
+
+def main() -> None:
+    """Run everything, print the tables, and store the results."""
+    parser = arguments(__doc__, on_data=True)
+    parser.add_argument("--openvino-python", type=Path, required=True, help="see README.md")
+    parser.add_argument("--onnx-python", type=Path, required=True, help="see README.md")
+    parser.add_argument("--sizes", nargs="*", choices=SIZES, default=SIZES)
+    parser.add_argument("--documents", type=int, default=40, help="of Cranfield, for mini")
+    parser.add_argument("--queries", type=int, default=5, help="judged, for mini")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        tables = list(_mini(options, Path(work)))
+        for size in options.sizes:
+            given = ["--shapes", size, "--variants", *VARIANTS, "--short"]
+            given += ["--peer-python", str(options.openvino_python)]
+            tables += _tables("real_size.py", *given, "--rounds", str(options.rounds))
+    content = {
+        "cpu": cpu_name(),
+        "instruction sets": instruction_sets(),
+        "threads": processors(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": _versions(options),
+        "tables": tables,
+    }
+    path = HERE / "results" / f"{_slug(cpu_name(), instruction_sets()[-1])}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    sys.stderr.write(f"{path}\n")
+
+
+def _mini(options: Any, work: Path) -> Iterator[dict[str, Any]]:
+    """mini in every variant, compared with all peers."""
+    checkpoint, bundle = HERE.parent / "models" / "mini", work / "mini"
+    _run("-m", "qrank", "convert", checkpoint, "-o", bundle, "--min-agreement", "-1")
+    _run("-m", "qrank", "tune", bundle)
+    yield from _tables(
+        "vs_peers.py",
+        *map(str, (checkpoint, bundle, "--data", options.data)),
+        *("--openvino-python", str(options.openvino_python)),
+        *("--onnx-python", str(options.onnx_python)),
+        *("--documents", str(options.documents), "--queries", str(options.queries)),
+        *("--rounds", str(options.rounds)),
+    )
+
+
+def _tables(script: str, *given: str) -> list[dict[str, Any]]:
+    """The tables that a script prints as JSON, one after the other."""
+    text = _run(str(HERE / script), *given, "--json")
+    decoder, tables, place = json.JSONDecoder(), [], 0
+    while (place := text.find("{", place)) >= 0:
+        table, place = decoder.raw_decode(text, place)
+        tables.append(table)
+        sys.stdout.write(f"{json.dumps(table)}\n")
+    return tables
+
+
+def _run(*command: object) -> str:
+    return subprocess.run(
+        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+
+
+def _versions(options: Any) -> dict[str, list[str]]:
+    """What the three environments have installed that takes part."""
+    wanted = re.compile(
+        "(fastembed|flashrank|llama.cpp.python|onnxruntime|openvino|optimum.*|sentence.transformers"
+        "|torch|transformers|qrank)==",
+        re.IGNORECASE,
+    )
+    pythons = {"qrank": sys.executable, "OpenVINO's peers": options.openvino_python}
+    pythons["ONNX's peers"] = options.onnx_python
+    found = {}
+    for name, python in pythons.items():
+        command = [str(python), "-m", "pip", "list", "--format", "freeze"]
+        lines = subprocess.check_output(command, text=True).splitlines()
+        found[name] = [line for line in lines if wanted.match(line)]
+    return found
+
+
+def _slug(*words: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
+
+
+if __name__ == "__main__":
+    main()
