@@ -1,6 +1,6 @@
 """sentence-transformers behind a minimal FastAPI app: the peer of `serve.py`.
 
-python plain_app.py CHECKPOINT PORT
+python plain_app.py CHECKPOINT --port PORT
 """
 
 from __future__ import annotations
@@ -45,4 +45,4 @@ def health() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="warning")
+    uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[3]), log_level="warning")

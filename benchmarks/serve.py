@@ -1,8 +1,9 @@
 """`qrank serve` under load: throughput against the engine's, short requests during long ones.
 
 Clients are threads of this process, over loopback; each sends BM25's best documents for one query
-after the other. All systems take turns. With `--soak N` instead, it sends N requests of random
-shapes, and shows the server's memory after each tenth of them.
+after the other. All systems take turns: qrank, and with their Pythons sentence-transformers behind
+a minimal FastAPI app and infinity, on the same checkpoint. With `--soak N` instead, it sends N
+requests of random shapes, and shows the server's memory after each tenth of them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,15 @@ from qrank.system.machine import processors
 Task = tuple[str, list[str]]
 HERE = Path(__file__).parent
 PEER = "sentence-transformers, plain FastAPI"
-THROUGHPUT = {"system": "", "clients": "d", "pairs/s": ",.1f", "of the engine": ".0%"}
+INFINITY = "infinity"
+THROUGHPUT = {
+    "system": "",
+    "clients": "d",
+    "pairs/s": ",.1f",
+    "of the engine": ".0%",
+    "p50 ms": ",.0f",
+    "p99 ms": ",.0f",
+}
 LATENCY = {"system": "", "short requests": "", "p50 ms": ",.0f", "p99 ms": ",.0f", "n": "d"}
 MEMORY = {"requests": ",d", "MB": ",.1f", "requests/s": ",.1f"}
 
@@ -42,14 +51,15 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT, help="bundle  [default: %(default)s]")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--queries", type=int, default=32, help="requests of a round")
-    parser.add_argument("--documents", type=int, default=20, help="of a request")
+    parser.add_argument("--documents", type=int, nargs="+", default=[20], help="of a request")
     parser.add_argument("--long", type=int, default=400, help="documents of a long request")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=processors())
     parser.add_argument("--backend", help="of the server  [default: the preferred variant]")
     parser.add_argument("--soak", type=int, metavar="N", help="requests of random shapes")
     parser.add_argument("--peer-python", help="with sentence-transformers, fastapi and uvicorn")
-    parser.add_argument("--peer-model", default="models/mini", help="its checkpoint")
+    parser.add_argument("--infinity-python", help="with infinity-emb[torch,server]")
+    parser.add_argument("--peer-model", default="models/mini", help="the peers' checkpoint")
     options = parser.parse_args()
     serve = [str(Path(sys.executable).parent / "qrank"), "serve", options.model]
     serve += ["--threads", str(options.threads), "--queue-tokens", "100000000"]
@@ -63,23 +73,29 @@ def main() -> None:
     if options.data is None:
         parser.error("--data FOLDER is needed")
     collection = Collection.read(options.data)
-    found = collection.bm25(max(options.documents, 200))
+    found = collection.bm25(max(*options.documents, 200))
     candidates = [
         (collection.queries[query], [collection.documents[d] for d in found[query]])
         for query in list(collection.queries)[: options.queries]
     ]
-    tasks = [(query, documents[: options.documents]) for query, documents in candidates]
     with ExitStack() as stack:
         ports = {"qrank serve": stack.enter_context(server(serve))[0]}
         if options.peer_python:
             peer = [options.peer_python, str(HERE / "plain_app.py"), options.peer_model]
             ports[PEER] = stack.enter_context(server(peer))[0]
+        if options.infinity_python:
+            command = str(Path(options.infinity_python).with_name("infinity_emb"))
+            peer = [command, "v2", "--model-id", options.peer_model, "--engine", "torch"]
+            peer += ["--device", "cpu", "--dtype", "float32", "--url-prefix", "/v1"]
+            ports[INFINITY] = stack.enter_context(server(peer))[0]
         engine = stack.enter_context(
             Reranker(options.model, backend=options.backend, threads=options.threads)
         )
-        rows = throughput(engine, ports, tasks, options.clients, options.rounds)
-        title = f"{options.model}: {options.documents} documents a request"
-        report(f"{title}, {options.threads} threads", THROUGHPUT, rows, as_json=options.json)
+        for count in options.documents:
+            tasks = [(query, documents[:count]) for query, documents in candidates]
+            rows = throughput(engine, ports, tasks, options.clients, options.rounds)
+            title = f"{options.model}: {count} documents a request, {options.threads} threads"
+            report(title, THROUGHPUT, rows, as_json=options.json)
         query, best = candidates[0]
         long = (query, [best[place % len(best)] for place in range(options.long)])
         rows = [
@@ -98,25 +114,43 @@ def throughput(
     clients: Sequence[int],
     rounds: int,
 ) -> list[dict[str, object]]:
-    """Measure every system with every number of clients, and the engine called directly."""
+    """Measure every system with every number of clients, and the engine called directly.
+
+    A request's time includes its wait for those of the other clients.
+    """
     name = "the engine, called directly"
-    cases: dict[tuple[str, int], Callable[[], object]] = {
-        (name, 1): lambda: [engine.rank(query, documents) for query, documents in tasks]
-    }
-    for system, port in ports.items():
-        for count in clients:
-            cases[system, count] = partial(load, port, tasks, count)
+    latencies: dict[tuple[str, int], list[float]] = {}
+
+    def run(system: str, count: int) -> None:
+        if system == name:
+            found = []
+            for query, documents in tasks:
+                began = time.perf_counter()
+                engine.rank(query, documents)
+                found.append(time.perf_counter() - began)
+        else:
+            found = load(ports[system], tasks, count)
+        latencies.setdefault((system, count), []).extend(found)
+
+    keys = [(name, 1), *((system, count) for system in ports for count in clients)]
+    cases: dict[tuple[str, int], Callable[[], object]] = {key: partial(run, *key) for key in keys}
     seconds = {case: statistics.median(s) for case, s in alternate(cases, rounds).items()}
     pairs = sum(len(documents) for _, documents in tasks)
-    return [
-        {
-            "system": system,
-            "clients": count,
-            "pairs/s": pairs / taken,
-            "of the engine": seconds[name, 1] / taken,
-        }
-        for (system, count), taken in seconds.items()
-    ]
+    rows = []
+    for (system, count), taken in seconds.items():
+        # Without the round that warmed up.
+        p50, p99 = np.percentile(latencies[system, count][len(tasks) :], [50, 99]) * 1000
+        rows.append(
+            {
+                "system": system,
+                "clients": count,
+                "pairs/s": pairs / taken,
+                "of the engine": seconds[name, 1] / taken,
+                "p50 ms": float(p50),
+                "p99 ms": float(p99),
+            }
+        )
+    return rows
 
 
 def beside(port: int, tasks: Sequence[Task], long: Task) -> dict[str, dict[str, float | int]]:
@@ -221,8 +255,7 @@ def server(command: list[str]) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """Run a server; yields its port and its process once it answers."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    where = ["--port", str(port)] if "serve" in command else [str(port)]
-    process = subprocess.Popen([*command, *where], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL)
     try:
         while True:
             if process.poll() is not None:
