@@ -2,9 +2,9 @@
 
 The weights are random; a prompt of 64 tokens precedes documents of several lengths. qrank's targets
 run with and without a shared prefix. The others read every pair whole: sentence-transformers'
-CrossEncoder in torch bf16, a causal model of optimum-intel in int8 (full logits) if that is
-installed, and llama.cpp's embeddings, which is how it reranks. All take turns. Then each variant of
-qrank's is started cold.
+CrossEncoder in torch, in bf16 if the CPU computes in it and else in fp32, a causal model of
+optimum-intel in int8 (full logits) if that is installed, and llama.cpp's embeddings, which is how
+it reranks. All take turns. Then each variant of qrank's is started cold.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qrank import Reranker
 from qrank.backends import Options, llama, spec
 from qrank.bundle.manifest import Manifest
 from qrank.bundle.sequences import Sequences
-from qrank.system.machine import peak_memory, processors
+from qrank.system.machine import instruction_sets, peak_memory, processors
 
 SHAPE = "Qwen3-Reranker-0.6B"
 PREFIX = 64
@@ -129,7 +129,10 @@ def _ours(
 def _theirs(checkpoint: Path, bundle: Path) -> dict[str, Callable[[int, int], Run]]:
     prepared: dict[str, Callable[[int, int], Run]] = {}
     if find_spec("sentence_transformers"):
-        prepared["sentence-transformers, bf16"] = _sentence_transformers(checkpoint)
+        fast = any("bf16" in name.lower() for name in instruction_sets())
+        name = "bf16" if fast else "fp32"
+        dtype = torch.bfloat16 if fast else torch.float32
+        prepared[f"sentence-transformers, {name}"] = _sentence_transformers(checkpoint, dtype)
     if find_spec("optimum") and find_spec("optimum.intel"):
         prepared["optimum-intel, int8, full logits"] = _optimum(checkpoint)
     if "gguf-q4_k_m" in Manifest.load(bundle).variants:
@@ -137,13 +140,13 @@ def _theirs(checkpoint: Path, bundle: Path) -> dict[str, Callable[[int, int], Ru
     return prepared
 
 
-def _sentence_transformers(checkpoint: Path) -> Callable[[int, int], Run]:
+def _sentence_transformers(checkpoint: Path, dtype: torch.dtype) -> Callable[[int, int], Run]:
     from sentence_transformers import CrossEncoder
 
     model = CrossEncoder(
         str(checkpoint),
         device="cpu",
-        model_kwargs={"dtype": torch.bfloat16},
+        model_kwargs={"dtype": dtype},
         local_files_only=True,
     )
     model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"

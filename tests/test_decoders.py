@@ -10,6 +10,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import onnx
 import pytest
 import tables
 import tiny_decoders
@@ -395,6 +396,27 @@ def test_what_plain_llama_cpp_would_score_wrongly_has_no_vocabulary(
     fields = gguf.GGUFReader(bundle_of(kind) / "gguf-f16" / "model.gguf").fields
     assert fields["tokenizer.ggml.model"].contents() == "none"
     assert "For qrank alone" in fields["general.description"].contents()
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma"])
+def test_keys_that_heads_share_are_not_copied(kind: str, bundle_of: Callable[[str], Path]) -> None:
+    graph = onnx.load(bundle_of(kind) / "onnx-fp32" / "model.onnx").graph
+    makers = {output: node for node in graph.node for output in node.output}
+
+    def maker(name: str) -> onnx.NodeProto:
+        node = makers[name]
+        return maker(node.input[0]) if node.op_type in ("Reshape", "Transpose", "Cast") else node
+
+    products = []
+    for node in graph.node:
+        if node.op_type == "Softmax":
+            products += [makers[name] for name in makers[node.input[0]].input]
+        elif node.op_type == "MatMul" and node.input[0] in makers:
+            products += [node] if maker(node.input[0]).op_type == "Softmax" else []
+    # Queries by keys, and weights by values.
+    products = [node for node in products if node.op_type == "MatMul"]
+    assert len(products) == 2 * tiny_decoders.SIZES["num_hidden_layers"]
+    assert {maker(node.input[1]).op_type for node in products} == {"Concat"}
 
 
 # Checkpoints that describe their own scoring
