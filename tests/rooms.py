@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"engine", "converters.openvino"},
     {"reranker"},
     {"measure"},
-    {"quality", "serve"},
+    {"quality", "serve", "integrations"},
     {"cli"},
     {""},
 ]

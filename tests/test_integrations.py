@@ -1,0 +1,416 @@
+"""qrank inside other libraries: their own pipelines give the order of `Reranker.rank`."""
+
+import asyncio
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from qrank import Reranker
+from qrank.errors import InputError
+from qrank.integrations.cross_encoder import CrossEncoder
+from qrank.integrations.lazy import LazyReranker
+
+QUERY = "which planet is red?"
+TEXTS = [
+    "bread is baked in a hot oven",
+    "venus is the hottest planet",
+    "mars is called the red planet",
+    "the red sea lies between africa and asia",
+    "a planet is red if its dust holds iron, as that of mars does",
+    "saturn has rings of ice",
+]
+OPTIONS = {"backend": "onnx-int8"}
+
+
+@pytest.fixture(scope="module")
+def reranker() -> Iterator[Reranker]:
+    with Reranker("mini", backend="onnx-int8") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def order(reranker: Reranker) -> list[str]:
+    """The texts as `Reranker.rank` orders them."""
+    return [each.text for each in reranker.rank(QUERY, TEXTS)]
+
+
+# Opened at first use
+
+
+def test_a_lazy_reranker_opens_once_closes_and_travels() -> None:
+    lazy = LazyReranker("mini", OPTIONS)
+    opened = lazy()
+    assert lazy() is opened
+    lazy.close()
+    again = lazy()
+    assert again is not opened
+    for other in (pickle.loads(pickle.dumps(lazy)), copy.deepcopy(lazy)):
+        np.testing.assert_array_equal(
+            other().score([(QUERY, TEXTS[0])]), again.score([(QUERY, TEXTS[0])])
+        )
+
+
+@pytest.mark.parametrize(
+    ("module", "host"),
+    [
+        ("lazy", None),
+        ("cross_encoder", None),
+        ("langchain", "langchain_core"),
+        ("llama_index", "llama_index"),
+        ("haystack", "haystack"),
+        ("lancedb", "lancedb"),
+    ],
+)
+def test_an_integration_imports_its_host_alone(module: str, host: str | None) -> None:
+    if host is not None:
+        pytest.importorskip(host)
+    hosts = ("langchain_core", "llama_index", "haystack", "lancedb", "sentence_transformers")
+    code = (
+        f"import qrank.integrations.{module}, sys, json;"
+        f"print(json.dumps([h for h in {(*hosts, 'torch', 'transformers')} if h in sys.modules]))"
+    )
+    found = json.loads(subprocess.check_output([sys.executable, "-c", code], text=True))
+    # LlamaIndex imports transformers itself if it is there.
+    assert set(found) - {"torch", "transformers"} == ({host} if host else set())
+    if host is None:
+        assert found == []
+
+
+# sentence-transformers' shape
+
+
+@pytest.fixture(scope="module")
+def encoder() -> CrossEncoder:
+    return CrossEncoder("mini", backend="onnx-int8")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [(QUERY, text) for text in TEXTS],
+        [[QUERY, text] for text in TEXTS],
+        tuple((QUERY, text) for text in TEXTS),
+        np.array([[QUERY, text] for text in TEXTS]),
+    ],
+)
+def test_predict_takes_pairs_in_every_form(
+    encoder: CrossEncoder, reranker: Reranker, given: Any
+) -> None:
+    found = encoder.predict(given, batch_size=2, show_progress_bar=False)
+    expected = reranker.score([(QUERY, text) for text in TEXTS])
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_single_pair_gives_a_number(encoder: CrossEncoder) -> None:
+    (first,) = encoder.predict([(QUERY, TEXTS[2])])
+    for pair in ((QUERY, TEXTS[2]), [QUERY, TEXTS[2]], np.array([QUERY, TEXTS[2]])):
+        found = encoder.predict(pair)
+        assert np.ndim(found) == 0
+        assert found == pytest.approx(first, abs=1e-6)
+    assert encoder.predict([]).shape == (0,)
+
+
+def test_activations_and_tensors_are_sentence_transformers(
+    encoder: CrossEncoder, reranker: Reranker
+) -> None:
+    torch = pytest.importorskip("torch")
+    pairs = [(QUERY, text) for text in TEXTS]
+    logits = reranker.score(pairs, raw=True)
+    raw = encoder.predict(pairs, activation_fn=torch.nn.Identity())
+    np.testing.assert_allclose(raw, logits, atol=1e-6)
+    tensor = encoder.predict(pairs, convert_to_tensor=True)
+    assert isinstance(tensor, torch.Tensor)
+    np.testing.assert_allclose(tensor.numpy(), torch.from_numpy(logits).sigmoid(), atol=1e-6)
+    assert [type(x) for x in encoder.predict(pairs, convert_to_numpy=False)] == [torch.Tensor] * 6
+    own = CrossEncoder("mini", activation_fn=torch.nn.Identity(), **OPTIONS)
+    np.testing.assert_allclose(own.predict(pairs), logits, atol=1e-6)
+
+
+def test_rank_gives_their_dictionaries(encoder: CrossEncoder, order: list[str]) -> None:
+    found = encoder.rank(QUERY, TEXTS, return_documents=True)
+    assert [each["text"] for each in found] == order
+    assert [TEXTS[each["corpus_id"]] for each in found] == order
+    assert {type(each["score"]) for each in found} == {float}
+    assert encoder.rank(QUERY, TEXTS, top_k=2) == [
+        {key: each[key] for key in ("corpus_id", "score")} for each in found[:2]
+    ]
+    assert encoder.rank(QUERY, []) == []
+
+
+def test_a_cross_encoder_travels_and_says_what_it_does_not_take(encoder: CrossEncoder) -> None:
+    again = pickle.loads(pickle.dumps(CrossEncoder("mini", **OPTIONS)))
+    assert again.predict((QUERY, TEXTS[0])) == encoder.predict((QUERY, TEXTS[0]))
+    with pytest.raises(InputError, match="prompt_name is 'query'; give the text itself"):
+        encoder.predict([(QUERY, TEXTS[0])], prompt_name="query")
+    with pytest.raises(InputError, match="take no instruction"):
+        encoder.predict([(QUERY, TEXTS[0])], prompt="find planets")
+
+
+def test_their_reranking_evaluator_runs_it(encoder: CrossEncoder) -> None:
+    pytest.importorskip("sentence_transformers")
+    from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator
+
+    samples = [{"query": QUERY, "positive": [TEXTS[2], TEXTS[4]], "documents": TEXTS}]
+    evaluator = CrossEncoderRerankingEvaluator(samples, at_k=3, show_progress_bar=False)
+    found = evaluator(encoder)
+    assert found["ndcg@3"] == pytest.approx(1.0)
+    assert encoder.model_card_data.metrics
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_hard_negatives_are_mined_with_it(
+    encoder: CrossEncoder, tmp_path: Path, many: bool
+) -> None:
+    pytest.importorskip("sentence_transformers")
+    datasets = pytest.importorskip("datasets")
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+    from sentence_transformers.util import mine_hard_negatives
+
+    trunk = modules.Transformer(str(tiny.bert(tmp_path / "trunk")))
+    pooling = modules.Pooling(trunk.get_embedding_dimension())
+    model = SentenceTransformer(modules=[trunk, pooling], device="cpu")
+    data = datasets.Dataset.from_dict(
+        {"query": [QUERY, "what is bread?"], "answer": [TEXTS[2], TEXTS[0]]}
+    )
+    found = mine_hard_negatives(
+        data,
+        model,
+        corpus=TEXTS,
+        cross_encoder=encoder,
+        num_negatives=1,
+        range_max=5,
+        max_score=0.9,
+        verbose=False,
+        use_multi_process=["cpu"] if many else False,
+    )
+    assert set(found.column_names) == {"query", "answer", "negative"}
+    assert all(row["negative"] in TEXTS for row in found)
+
+
+# LangChain
+
+
+def test_langchain_compresses_what_a_retriever_found(order: list[str]) -> None:
+    pytest.importorskip("langchain_classic")
+    from langchain_classic.retrievers import ContextualCompressionRetriever
+    from langchain_core.callbacks import CallbackManagerForRetrieverRun
+    from langchain_core.documents import Document
+    from langchain_core.retrievers import BaseRetriever
+
+    from qrank.integrations.langchain import QrankRerank
+
+    given = [
+        Document(page_content=text, metadata={"place": i}, id=str(i))
+        for i, text in enumerate(TEXTS)
+    ]
+
+    class Everything(BaseRetriever):
+        def _get_relevant_documents(
+            self, query: str, *, run_manager: CallbackManagerForRetrieverRun
+        ) -> list[Document]:
+            return given
+
+    compressor = QrankRerank(top_n=4, options=OPTIONS)
+    retriever = ContextualCompressionRetriever(
+        base_compressor=compressor, base_retriever=Everything()
+    )
+    found = retriever.invoke(QUERY)
+    assert [document.page_content for document in found] == order[:4]
+    assert [document.id for document in found] == [str(TEXTS.index(text)) for text in order[:4]]
+    scores = [document.metadata["relevance_score"] for document in found]
+    assert {type(score) for score in scores} == {float}
+    assert scores == sorted(scores, reverse=True)
+    assert all("relevance_score" not in document.metadata for document in given)
+    again = asyncio.run(retriever.ainvoke(QUERY))
+    assert [document.page_content for document in again] == order[:4]
+    for other in (copy.deepcopy(compressor), pickle.loads(pickle.dumps(compressor))):
+        assert other.compress_documents(given, QUERY) == found
+    assert compressor.compress_documents([], QUERY) == []
+    everything = QrankRerank(top_n=None, options=OPTIONS).compress_documents(given, QUERY)
+    assert len(everything) == len(TEXTS)
+
+
+def test_langchain_leaves_out_no_document_that_a_budget_left_unscored() -> None:
+    pytest.importorskip("langchain_core")
+    from langchain_core.documents import Document
+
+    from qrank.integrations.langchain import QrankRerank
+
+    documents = [Document(page_content=f"{number} words " * 300) for number in range(400)]
+    compressor = QrankRerank(top_n=None, budget_ms=50, options=OPTIONS)
+    found = compressor.compress_documents(documents, QUERY)
+    scores = [document.metadata["relevance_score"] for document in found]
+    assert len(found) == 400
+    assert scores[-1] is None
+    assert scores[0] is not None
+    assert scores == sorted(scores, key=lambda score: score is None)
+
+
+def test_langchains_own_reranker_takes_the_cross_encoder(order: list[str]) -> None:
+    pytest.importorskip("langchain_classic")
+    from langchain_classic.retrievers.document_compressors import CrossEncoderReranker
+    from langchain_core.documents import Document
+
+    from qrank.integrations.langchain import QrankCrossEncoder
+
+    model = QrankCrossEncoder("mini", **OPTIONS)
+    assert {type(score) for score in model.score([(QUERY, TEXTS[0])])} == {float}
+    found = CrossEncoderReranker(model=model, top_n=3).compress_documents(
+        [Document(page_content=text) for text in TEXTS], QUERY
+    )
+    assert [document.page_content for document in found] == order[:3]
+
+
+# LlamaIndex
+
+
+def test_llama_index_postprocesses_what_a_retriever_found(order: list[str]) -> None:
+    pytest.importorskip("llama_index.core")
+    from llama_index.core import QueryBundle, Settings
+    from llama_index.core.instrumentation import get_dispatcher
+    from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+    from llama_index.core.llms import MockLLM
+    from llama_index.core.postprocessor.types import BaseNodePostprocessor
+    from llama_index.core.query_engine import RetrieverQueryEngine
+    from llama_index.core.response_synthesizers import get_response_synthesizer
+    from llama_index.core.retrievers import BaseRetriever
+    from llama_index.core.schema import NodeWithScore, TextNode
+
+    from qrank.integrations.llama_index import QrankRerank
+
+    given = [
+        NodeWithScore(node=TextNode(text=text, metadata={"file": "a"}), score=0.5) for text in TEXTS
+    ]
+
+    class Everything(BaseRetriever):
+        def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+            return given
+
+    Settings.llm = MockLLM()
+    events: list[str] = []
+
+    class Handler(BaseEventHandler):
+        @classmethod
+        def class_name(cls) -> str:
+            return "Handler"
+
+        def handle(self, event: Any, **_: Any) -> None:
+            events.append(event.class_name())
+
+    get_dispatcher().add_event_handler(Handler())
+    postprocessor = QrankRerank(top_n=4, keep_retrieval_score=True, options=OPTIONS)
+    assert isinstance(postprocessor, BaseNodePostprocessor)
+    synthesizer = get_response_synthesizer(response_mode="no_text")
+    engine = RetrieverQueryEngine(Everything(), synthesizer, node_postprocessors=[postprocessor])
+    nodes = engine.query(QUERY).source_nodes
+    assert [node.text for node in nodes] == order[:4]
+    assert [node.score for node in nodes] == sorted((node.score for node in nodes), reverse=True)
+    assert [node.node.metadata["retrieval_score"] for node in nodes] == [0.5] * 4
+    assert [node.score for node in given] == [0.5] * 6
+    assert all("retrieval_score" not in node.node.metadata for node in given)
+    assert {"ReRankStartEvent", "ReRankEndEvent"} <= set(events)
+    again = QrankRerank.from_dict(postprocessor.to_dict())
+    assert [node.text for node in again.postprocess_nodes(given, query_str=QUERY)] == order[:4]
+    with pytest.raises(InputError, match="no query to rerank by"):
+        postprocessor.postprocess_nodes(given)
+    assert postprocessor.postprocess_nodes([], query_str=QUERY) == []
+
+
+# Haystack
+
+
+def test_haystack_runs_it_behind_bm25(order: list[str]) -> None:
+    pytest.importorskip("haystack")
+    from haystack import Document, Pipeline
+    from haystack.components.retrievers.in_memory import InMemoryBM25Retriever
+    from haystack.document_stores.in_memory import InMemoryDocumentStore
+
+    from haystack_integrations.components.rankers.qrank import QrankRanker
+
+    store = InMemoryDocumentStore()
+    given = [Document(content=text, meta={"title": "A"}) for text in TEXTS]
+    store.write_documents(given)
+    pipeline = Pipeline()
+    pipeline.add_component("retriever", InMemoryBM25Retriever(store, top_k=6))
+    pipeline.add_component("ranker", QrankRanker(top_k=4, options=OPTIONS))
+    pipeline.connect("retriever.documents", "ranker.documents")
+    asked = {"retriever": {"query": QUERY}, "ranker": {"query": QUERY}}
+    found = pipeline.run(asked)["ranker"]["documents"]
+    assert [document.content for document in found] == order[:4]
+    scores = [document.score for document in found]
+    assert scores == sorted(scores, reverse=True)
+
+    ranker = QrankRanker(top_k=4, options=OPTIONS)
+    ranker.warm_up()
+    ranker.warm_up()
+    alone = ranker.run(QUERY, [*given, given[0]])["documents"]
+    assert [document.content for document in alone] == order[:4]
+    assert all(document.score is None for document in given)
+    logits = ranker.run(QUERY, given, scale_score=False, top_k=6)["documents"]
+    assert ranker.run(QUERY, given, score_threshold=scores[1])["documents"] == alone[:2]
+    assert max(document.score for document in logits) != pytest.approx(scores[0])
+    assert asyncio.run(ranker.run_async(QUERY, given))["documents"] == alone
+    assert ranker.run(QUERY, [])["documents"] == []
+    with pytest.raises(InputError, match="has no text to read"):
+        ranker.run(QUERY, [Document(content=None)])
+    titled = QrankRanker(meta_fields_to_embed=["title"], options=OPTIONS)
+    assert titled.run(QUERY, given[:1])["documents"][0].score != alone[0].score
+    ranker.close()
+    assert ranker.run(QUERY, given)["documents"] == alone
+
+    stored = QrankRanker(top_k=4, options=OPTIONS)
+    again = QrankRanker.from_dict(json.loads(json.dumps(stored.to_dict())))
+    assert again.to_dict() == stored.to_dict()
+    loaded = Pipeline.loads(pipeline.dumps())
+    again_found = loaded.run(asked)["ranker"]["documents"]
+    assert [document.content for document in again_found] == order[:4]
+
+
+# LanceDB
+
+
+def test_lancedb_reranks_every_kind_of_search(tmp_path: Path, order: list[str]) -> None:
+    lancedb = pytest.importorskip("lancedb")
+    from lancedb.index import FTS
+
+    from qrank.integrations.lancedb import QrankReranker
+
+    table = lancedb.connect(tmp_path).create_table(
+        "texts",
+        [{"text": text, "vector": [float(i), 1.0]} for i, text in enumerate(TEXTS)],
+    )
+    table.create_index("text", config=FTS())
+    reranker = QrankReranker(**OPTIONS)
+    near = table.search([0.0, 1.0]).rerank(reranker, query_string=QUERY).limit(6).to_list()
+    assert [row["text"] for row in near] == order
+    scores = [row["_relevance_score"] for row in near]
+    assert scores == sorted(scores, reverse=True)
+    assert "_distance" not in near[0]
+    words = table.search(QUERY, query_type="fts").rerank(reranker).limit(6).to_list()
+    assert [row["text"] for row in words] == [
+        text for text in order if text in {row["text"] for row in words}
+    ]
+    assert len(words) > 1
+
+    def both(given: QrankReranker) -> list[dict[str, Any]]:
+        search = table.search(query_type="hybrid").vector([0.0, 1.0]).text(QUERY)
+        rows: list[dict[str, Any]] = search.rerank(given).limit(6).to_list()
+        return rows
+
+    assert [row["text"] for row in both(reranker)] == order
+    assert {"_distance", "_score"} <= set(both(QrankReranker(return_score="all", **OPTIONS))[0])
+    with pytest.raises(InputError, match="no column 'body'; they have: text"):
+        table.search([0.0, 1.0]).rerank(
+            QrankReranker(column="body", **OPTIONS), query_string=QUERY
+        ).to_list()
