@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qrank.backends.forks import waited_for
-from qrank.reranker import Reranker
-from qrank.scoring.ranking import Ranking
+from qrank.reranker import Ranking, Reranker
 
 
 class LazyReranker:
