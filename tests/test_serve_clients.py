@@ -197,3 +197,128 @@ def test_vllms_score_client(url: str, expected: list[Ranking]) -> None:
     found = [(x["index"], x["score"]) for x in answer["data"]]
     assert [index for index, _ in found] == [0, 1, 2]
     check(sorted(found, key=lambda item: -item[1]), expected)
+
+
+def ask(url: str, path: str, **body: Any) -> httpx.Response:
+    return httpx.post(f"{url}{path}", json=body, headers={"authorization": f"Bearer {KEY}"})
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/ranking", "/v1/reranking", "/reranking", "/rerank", "/v1/rerank"]
+)
+def test_nims_clients(url: str, expected: list[Ranking], path: str) -> None:
+    """RAGFlow's and LangChain's NVIDIARerank read index and logit."""
+    found = ask(
+        url,
+        path,
+        model="mini",
+        query={"text": QUERY},
+        passages=[{"text": text} for text in TEXTS],
+        truncate="END",
+    ).json()["rankings"]
+    assert [each["index"] for each in found] == [item.index for item in expected]
+    logits = [each["logit"] for each in found]
+    assert logits == pytest.approx([item.logit for item in expected], abs=1e-5)
+
+
+def test_nims_truncate_none_refuses_what_does_not_fit(url: str) -> None:
+    asked: dict[str, Any] = {"query": {"text": QUERY}, "passages": [{"text": "a " * 2000}]}
+    assert ask(url, "/v1/ranking", **asked).status_code == 200
+    refused = ask(url, "/v1/ranking", **asked, truncate="NONE")
+    assert refused.status_code == 422
+    assert refused.json()["object"] == "error"
+    assert refused.json()["type"] == "invalid_request_error"
+
+
+def test_weaviate(url: str, expected: list[Ranking]) -> None:
+    """Its Go client: it waits for /.well-known/ready, reads /meta, and takes scores by position."""
+    assert httpx.get(f"{url}/.well-known/ready").status_code == 200
+    meta = httpx.get(f"{url}/meta", headers={"authorization": f"Bearer {KEY}"})
+    assert isinstance(meta.json(), dict)
+    found = ask(url, "/rerank", query=QUERY, documents=TEXTS, property="").json()
+    assert (found["query"], found["property"]) == (QUERY, "")
+    assert [each["document"] for each in found["scores"]] == TEXTS
+    scores = {item.index: item.score for item in expected}
+    assert [each["score"] for each in found["scores"]] == pytest.approx(
+        [scores[i] for i in range(len(TEXTS))], abs=1e-6
+    )
+    refused = ask(url, "/rerank", query=QUERY, documents=[1], property="")
+    assert refused.status_code == 422
+    assert "documents[0] is a number; give a string" in refused.json()["error"]
+
+
+@pytest.mark.parametrize("more", [{}, {"return_documents": True}])
+def test_voyage(url: str, expected: list[Ranking], more: dict[str, Any]) -> None:
+    found = ask(
+        url,
+        "/v1/rerank",
+        query=QUERY,
+        documents=TEXTS,
+        model="mini",
+        top_k=2,
+        truncation=True,
+        **more,
+    ).json()
+    check([(x["index"], x["relevance_score"]) for x in found["data"]], expected[:2])
+    assert ("document" in found["data"][0]) == bool(more)
+    assert found["object"] == "list"
+    assert found["usage"]["total_tokens"] > 0
+    everything = ask(url, "/v1/rerank", query=QUERY, documents=TEXTS, top_k=None).json()
+    assert len(everything["data"]) == len(TEXTS)
+
+
+def test_librechats_rag_api(url: str, expected: list[Ranking]) -> None:
+    candidates = [{"id": str(i), "text": text, "base_score": 0.5} for i, text in enumerate(TEXTS)]
+    found = ask(
+        url, "/v1/rerank", profile="default", query=QUERY, candidates=candidates, top_n=2
+    ).json()
+    check([(x["index"], x["score"]) for x in found["results"]], expected[:2])
+
+
+def test_openvino_model_server(url: str, expected: list[Ranking]) -> None:
+    found = ask(url, "/v3/rerank", model="mini", query=QUERY, documents=TEXTS).json()
+    check([(x["index"], x["relevance_score"]) for x in found["results"]], expected)
+
+
+def test_content_parts(url: str, expected: list[Ranking]) -> None:
+    """Dify sends documents so if the model may be one that sees."""
+    documents = [{"content": [{"type": "text", "text": text}]} for text in TEXTS]
+    found = ask(url, "/v1/rerank", query=QUERY, documents=documents).json()
+    check([(x["index"], x["relevance_score"]) for x in found["results"]], expected)
+    documents[1]["content"].append({"type": "image_url", "image_url": {"url": "data:"}})  # type: ignore[dict-item]
+    refused = ask(url, "/v1/rerank", query=QUERY, documents=documents)
+    assert refused.status_code == 422
+    assert "documents[1].content[1] is no part with a text" in refused.json()["detail"]
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/score"])
+def test_vllms_truncation_is_honoured_or_refused(url: str, path: str) -> None:
+    asked: dict[str, Any] = {"documents": ["bread " * 600 + "mars is the red planet"]}
+    asked |= {"queries": [QUERY]} if path == "/score" else {"query": QUERY}
+
+    def score(**more: Any) -> float:
+        found = ask(url, path, **asked, **more).json()
+        (only,) = found["data"] if path == "/score" else found["results"]
+        value: float = only.get("score", only.get("relevance_score"))
+        return value
+
+    assert score(truncation_side="left") > score(truncation_side="right") == score()
+    assert score(truncate_prompt_tokens=-1, max_tokens_per_query=0) == score()
+    for field, value in (("truncate_prompt_tokens", 8), ("max_tokens_per_query", 8)):
+        refused = ask(url, path, **asked, **{field: value})
+        assert refused.status_code == 422
+        assert f"{field} is 8" in refused.text
+
+
+def test_fields_of_no_effect_are_named(url: str) -> None:
+    more = {"colour": "red", "max_chunks_per_doc": 3, "bad name\n": 1}
+    found = ask(url, "/v1/rerank", query=QUERY, documents=TEXTS, **more)
+    assert found.headers["x-qrank-ignored"] == "colour, max_chunks_per_doc"
+    found = ask(url, "/rerank", query=QUERY, texts=TEXTS)
+    assert "x-qrank-ignored" not in found.headers
+
+
+def test_a_wrong_path_is_told_the_right_ones(url: str) -> None:
+    found = ask(url, "/v1", query=QUERY, documents=TEXTS)
+    assert found.status_code == 404
+    assert "requests go to /rerank, /v1/rerank" in found.json()["detail"]

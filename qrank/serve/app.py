@@ -12,17 +12,31 @@ from qrank.engine import Engine
 from qrank.serve import errors, status
 from qrank.serve.dialect import Dialect, Dialects
 from qrank.serve.dialect_cohere import COHERE
+from qrank.serve.dialect_librechat import LIBRECHAT
+from qrank.serve.dialect_nim import NIM
 from qrank.serve.dialect_ollama import OLLAMA
 from qrank.serve.dialect_rerank import RERANK
 from qrank.serve.dialect_score import SCORE
 from qrank.serve.dialect_tei import TEI
+from qrank.serve.dialect_voyage import VOYAGE
+from qrank.serve.dialect_weaviate import WEAVIATE
 from qrank.serve.guard import Guard
 from qrank.serve.metrics import Metrics
 from qrank.serve.request import Limits
 from qrank.serve.service import Service
 from qrank.system.version import __version__
 
-DIALECTS: tuple[Dialect[Any], ...] = (TEI, RERANK, COHERE, OLLAMA, SCORE)
+DIALECTS: tuple[Dialect[Any], ...] = (
+    TEI,
+    RERANK,
+    COHERE,
+    OLLAMA,
+    SCORE,
+    NIM,
+    VOYAGE,
+    WEAVIATE,
+    LIBRECHAT,
+)
 
 ERRORS_ELSEWHERE = {"/v1/models": SCORE.error, "": RERANK.error}
 """Shapes of errors at paths without a dialect; "" stands for all other paths."""
@@ -89,6 +103,7 @@ def _add_route(app: FastAPI, service: Service, dialects: Dialects, path: str) ->
     async def endpoint(request: Request, body: Any) -> Any:
         dialect = dialects.of(path, body)
         request.state.error_shape = dialect.error
+        request.state.ignored = sorted(body.model_extra or ())
         outcome = await service.score(request, dialect.parse(body))
         return dialect.render(body, outcome)
 

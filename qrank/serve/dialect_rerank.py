@@ -74,6 +74,15 @@ class RerankRequest(Extended):
     rank_fields: list[str] | None = Field(
         None, description="Fields of a document object to read, in this order. Default: text."
     )
+    max_tokens_per_query: Count | None = Field(
+        None, description="vLLM's. Only 0 and null: queries are cut by the model's limit."
+    )
+    truncate_prompt_tokens: int | None = Field(
+        None, description="vLLM's. Only null and -1: see max_tokens_per_doc."
+    )
+    truncation_side: Literal["left", "right"] | None = Field(
+        None, description="vLLM's. left: read the end of a document that does not fit."
+    )
 
 
 class RerankResult(BaseModel):
@@ -136,28 +145,65 @@ def parse(body: RerankRequest) -> RerankTask:
         document if isinstance(document, str) else _text(document, body.rank_fields, place)
         for place, document in enumerate(body.documents)
     ]
+    check_truncation(body.max_tokens_per_query, body.truncate_prompt_tokens)
+    left = body.truncation_side == "left" and body.long_documents == "truncate"
     return RerankTask(
         body.model,
         [(body.query, text) for text in texts],
         body.instruction,
-        body.long_documents,
+        "tail" if left else body.long_documents,
         body.max_tokens_per_doc or None,
         body.budget_seconds,
     )
 
 
+def check_truncation(query_tokens: int | None, prompt_tokens: int | None) -> None:
+    """Refuse vLLM's ways to truncate that qrank does not have.
+
+    Raises:
+        RequestError: one is asked for.
+    """
+    if query_tokens:
+        raise RequestError(
+            422,
+            f"max_tokens_per_query is {query_tokens}; queries are cut by the model's limit alone: "
+            "leave it out",
+        )
+    if prompt_tokens not in (None, -1):
+        raise RequestError(
+            422,
+            f"truncate_prompt_tokens is {prompt_tokens}; documents alone are cut: send "
+            "max_tokens_per_doc instead",
+        )
+
+
 def _text(document: Document, fields: Sequence[str] | None, place: int) -> str:
-    if not fields:
-        if document.text is None:
-            raise RequestError(
-                422, f"documents[{place}] has no text; give one, or name rank_fields"
-            )
-        return document.text
     content = document.model_dump()
+    if not fields:
+        if document.text is not None:
+            return document.text
+        if isinstance(parts := content.get("content"), list):
+            return _joined(parts, place)
+        raise RequestError(422, f"documents[{place}] has no text; give one, or name rank_fields")
     values = [content[name] for name in fields if content.get(name) is not None]
     if not values:
         raise RequestError(422, f"documents[{place}] has none of the rank_fields")
     return "\n".join(str(value) for value in values)
+
+
+def _joined(parts: list[Any], place: int) -> str:
+    """The text of a document's content parts, as chat APIs have them: Dify's and vLLM's."""
+    texts = []
+    for number, part in enumerate(parts):
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if not isinstance(text, str):
+            raise RequestError(
+                422,
+                f"documents[{place}].content[{number}] is no part with a text; this server reads "
+                "text alone",
+            )
+        texts.append(text)
+    return "\n".join(texts)
 
 
 def top(body: RerankRequest, outcome: RerankOutcome) -> list[int]:

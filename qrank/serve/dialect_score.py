@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, Discriminator, Field, Tag
 
 from qrank.serve.dialect import Dialect
+from qrank.serve.dialect_rerank import check_truncation
 from qrank.serve.request import RequestError, RerankOutcome, RerankTask
 from qrank.serve.schemas import Count, Extended, Text, TextList, TokenUsage, new_id, token_usage
 from qrank.serve.validation import WANTED, tag
@@ -37,6 +38,13 @@ class ScoreRequest(Extended):
         validation_alias=AliasChoices("text_2", "documents", "items", "data_2")
     )
     max_tokens_per_doc: Count | None = None
+    max_tokens_per_query: Count | None = Field(None, description="Only 0 and null.")
+    truncate_prompt_tokens: int | None = Field(
+        None, description="Only null and -1: see max_tokens_per_doc."
+    )
+    truncation_side: Literal["left", "right"] | None = Field(
+        None, description="left: read the end of a document that does not fit."
+    )
     use_activation: bool | None = Field(
         None,
         validation_alias=AliasChoices("use_activation", "activation"),
@@ -68,7 +76,8 @@ def parse(body: ScoreRequest) -> RerankTask:
     """The task of a request.
 
     Raises:
-        RequestError: the numbers of queries and documents do not match.
+        RequestError: the numbers of queries and documents do not match, or it asks to truncate in
+            a way that qrank does not have.
     """
     first = [body.text_1] if isinstance(body.text_1, str) else body.text_1
     second = [body.text_2] if isinstance(body.text_2, str) else body.text_2
@@ -78,11 +87,13 @@ def parse(body: ScoreRequest) -> RerankTask:
         raise RequestError(
             400, f"{len(first)} queries for {len(second)} documents; give one, or as many"
         )
+    check_truncation(body.max_tokens_per_query, body.truncate_prompt_tokens)
+    left = body.truncation_side == "left" and body.long_documents == "truncate"
     return RerankTask(
         body.model,
         list(zip(first, second, strict=True)),
         body.instruction,
-        body.long_documents,
+        "tail" if left else body.long_documents,
         body.max_tokens_per_doc or None,
         body.budget_seconds,
     )

@@ -44,23 +44,25 @@ def add_handlers(app: FastAPI, dialects: Dialects) -> None:
             refusal = RequestError(422, reasons(found))
         return refuse(shape, refusal)
 
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        said = _unreadable(error.__cause__) or str(error.detail)
+        if error.status_code == 404:
+            # Clients are often given a base URL where they want a whole one.
+            said = f"there is nothing at this path; requests go to {', '.join(dialects.paths)}"
+        response = refuse(request.state.error_shape, RequestError(error.status_code, said))
+        response.headers.update(error.headers or {})
+        return response
+
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(RequestError, _refused)
-    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, _failed)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     return refuse(request.state.error_shape, error)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    said = _unreadable(error.__cause__) or str(error.detail)
-    response = refuse(request.state.error_shape, RequestError(error.status_code, said))
-    response.headers.update(error.headers or {})
-    return response
 
 
 def _unreadable(error: BaseException | None) -> str | None:

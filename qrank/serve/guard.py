@@ -5,6 +5,7 @@ Plain ASGI, because bodies must be limited before the framework reads them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
@@ -20,6 +21,9 @@ from qrank.serve.keys import check_key
 from qrank.serve.metrics import Metrics
 from qrank.serve.request import Limits, RequestError
 from qrank.serve.routing import routed
+
+_NAME = re.compile("[A-Za-z0-9_.-]{1,64}")
+"""A field's name that fits into a header."""
 
 
 class Guard:
@@ -117,5 +121,7 @@ class Guard:
         if model := state.get("said", {}).get("model"):
             # Not every dialect has a field for the model.
             out["x-qrank-model"] = quote(model, safe="/:@+=,")
+        if names := [name for name in state.get("ignored", ()) if _NAME.fullmatch(name)]:
+            out["x-qrank-ignored"] = ", ".join(names[:20])
         if self.draining:
             out["connection"] = "close"

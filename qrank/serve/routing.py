@@ -8,7 +8,13 @@ ALIASES = {
     # llama.cpp's.
     "/reranking": "/rerank",
     "/v1/reranking": "/v1/rerank",
+    # OpenVINO Model Server's.
+    "/v3/rerank": "/v1/rerank",
     "/v1/health": "/health",
+    # Weaviate's.
+    "/.well-known/ready": "/ready",
+    "/.well-known/live": "/health",
+    "/meta": "/info",
     "/models": "/v1/models",
     # SageMaker's, as TEI and vLLM have them.
     "/invocations": "/rerank",

@@ -1,6 +1,7 @@
 """Fields that several dialects have in their requests and answers.
 
-Unknown fields of a request are ignored, as the imitated servers ignore each other's fields.
+Unknown fields of a request have no effect, as the imitated servers ignore each other's fields; the
+header `x-qrank-ignored` of the answer names them.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import uuid
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from qrank.serve.request import RerankOutcome
 
@@ -31,6 +32,8 @@ Count = Annotated[int, Field(ge=0)]
 
 class Extended(BaseModel):
     """qrank's own fields, which requests of every dialect may have."""
+
+    model_config = ConfigDict(extra="allow")
 
     model: str | None = Field(None, description="Name of a served model; the first by default.")
     instruction: str | None = Field(
