@@ -225,7 +225,7 @@ def test_nims_truncate_none_refuses_what_does_not_fit(url: str) -> None:
     asked: dict[str, Any] = {"query": {"text": QUERY}, "passages": [{"text": "a " * 2000}]}
     assert ask(url, "/v1/ranking", **asked).status_code == 200
     refused = ask(url, "/v1/ranking", **asked, truncate="NONE")
-    assert refused.status_code == 422
+    assert refused.status_code == 413
     assert refused.json()["object"] == "error"
     assert refused.json()["type"] == "invalid_request_error"
 

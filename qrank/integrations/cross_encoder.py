@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,6 @@ from numpy.typing import NDArray
 from qrank.errors import InputError
 from qrank.reranker import Reranker
 from qrank.system.extras import need
-
-if TYPE_CHECKING:
-    import torch
 
 
 class CrossEncoder:
@@ -194,7 +191,7 @@ class CrossEncoder:
         self,
         pairs: Iterable[Sequence[str]],
         prompt: str | None,
-        activation: Callable[[torch.Tensor], torch.Tensor] | None,
+        activation: Callable[[Any], Any] | None,
     ) -> NDArray[np.float32]:
         if activation is None:
             return self.reranker.score(pairs, instruction=prompt).astype(np.float32)

@@ -56,7 +56,8 @@ class Dialects:
         """Register dialects.
 
         Args:
-            dialects: in the order in which OpenAPI lists their paths.
+            dialects: in the order in which OpenAPI lists their paths. The first of a path gives the
+                shape of errors for which the body does not say the dialect.
             elsewhere: path without a dialect -> shape of its errors; "" for all other paths.
 
         Raises:
@@ -68,6 +69,8 @@ class Dialects:
         for dialect in self._dialects:
             for path in dialect.paths:
                 self._by_path.setdefault(path, []).append(dialect)
+        # Errors before the body is read have the shape of the first in the given order.
+        self._first = {path: found[0] for path, found in self._by_path.items()}
         for path, found in self._by_path.items():
             # Those with a field are checked first.
             found.sort(key=lambda dialect: dialect.field is None)
@@ -110,8 +113,8 @@ class Dialects:
 
     def error(self, path: str) -> ErrorShape:
         """The shape of errors at a path before the body is read."""
-        if dialects := self.at(path):
-            return dialects[0].error
+        if path in self._first:
+            return self._first[path].error
         return self._elsewhere.get(path) or self._elsewhere[""]
 
 
