@@ -78,7 +78,7 @@ class QrankRanker:
 
     def to_dict(self) -> dict[str, Any]:
         """The component as a dictionary of basic types."""
-        return default_to_dict(
+        stored: dict[str, Any] = default_to_dict(
             self,
             model=self.model,
             top_k=self.top_k,
@@ -93,6 +93,7 @@ class QrankRanker:
             budget_ms=self.budget_ms,
             options=self.options,
         )
+        return stored
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> QrankRanker:
