@@ -28,7 +28,7 @@ TEXTS = [
     "a planet is red if its dust holds iron, as that of mars does",
     "saturn has rings of ice",
 ]
-OPTIONS = {"backend": "onnx-int8"}
+OPTIONS: dict[str, Any] = {"backend": "onnx-int8"}
 
 
 @pytest.fixture(scope="module")
