@@ -4,6 +4,8 @@ import ctypes
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -315,3 +317,21 @@ def test_ids_beyond_the_vocabulary_are_an_error(bundle: Path) -> None:
     with pytest.raises(TargetError, match="invalid token"):
         opened.logits(Sequences([bad], [np.zeros(3, np.int8)]))
     opened.close()
+
+
+@pytest.mark.parametrize(("chosen", "seen"), [(None, "passive"), ("active", "active")])
+def test_waiting_threads_sleep_unless_the_user_chose_otherwise(
+    chosen: str | None, seen: str
+) -> None:
+    """OpenMP reads it when llama.cpp is loaded; the process's other children must not get it."""
+    code = (
+        "import os, qrank.backends.llama as llama; need, seen = llama.need, []\n"
+        "def look(*given, **named):\n"
+        "    seen.append(os.environ.get('OMP_WAIT_POLICY'))\n"
+        "    return need(*given, **named)\n"
+        "llama.need = look; llama.library(); print(seen[0], os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    given = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    given |= {} if chosen is None else {"OMP_WAIT_POLICY": chosen}
+    found = subprocess.check_output([sys.executable, "-c", code], text=True, env=given)
+    assert found.split() == [seen, str(chosen)]
