@@ -113,6 +113,10 @@ def test_every_package_on_disk_is_installed() -> None:
         for package, folder in places.items()
         for path in ROOT.glob(f"{folder}/**/__init__.py")
     }
+    on_disk |= {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in ROOT.glob("haystack_integrations/**/__init__.py")
+    }
     assert set(settings["packages"]) == on_disk
 
 

@@ -197,7 +197,7 @@ def test_batches_are_cut_by_the_memory_of_the_device(
     assert manifest.dimensions is not None
     pair = manifest.dimensions.estimate_bytes(40)
     whole = manifest.variants["onnx-int8"].bytes + 2 * 3 * pair
-    with Reranker("mini", backend="onnx", max_batch_tokens=10**6) as reranker:
+    with Reranker("mini", backend="onnx", max_batch_tokens=10**6, threads=1) as reranker:
         tried = room(10**9)
         reranker.score([(QUERY, "mars is red " * 10)] * 12)
         assert max(tried) == tried[0] >= 12 * 30

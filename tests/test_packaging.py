@@ -67,7 +67,10 @@ def belongs(name: str) -> bool:
     """Whether a file of the repository should be installed."""
     folder = name.partition("/")[0]
     return (
-        (folder in ("qrank", "converters", "models") and name.endswith(".py"))
+        (
+            folder in ("qrank", "converters", "models", "haystack_integrations")
+            and name.endswith(".py")
+        )
         or name == "qrank/py.typed"
         or (folder == "models" and name.endswith(".toml") and name.count("/") == 1)
         or (folder == "converters" and name.endswith(".jsonl"))
@@ -76,7 +79,8 @@ def belongs(name: str) -> bool:
 
 
 def installed_name(name: str) -> str:
-    return name if name.startswith("qrank/") else f"qrank/{name}"
+    own = name.startswith(("qrank/", "haystack_integrations/"))
+    return name if own else f"qrank/{name}"
 
 
 def test_the_wheel_holds_what_is_installed_and_nothing_else(wheel_names: set[str]) -> None:

@@ -64,11 +64,13 @@ def cut(
     """
     before = len(sequences.prefix)
     lengths = sequences.lengths
-    total, longest = int(lengths.sum()), int(lengths.max(initial=0))
-    rounds = -(-total // (max(limit, 1) * streams))
-    # The last sequence of a batch may exceed its share, so that none is left over.
-    share = -(-total // max(rounds * streams, 1)) + max(longest - 1, 0)
-    return cut_padded(lengths, min(limit, share), lambda n: memory.max_batch_size(n, before))
+    if streams > 1:
+        total, longest = int(lengths.sum()), int(lengths.max(initial=0))
+        rounds = -(-total // (max(limit, 1) * streams))
+        # The last sequence of a batch may exceed its share, so that none is left over.
+        share = -(-total // max(rounds * streams, 1)) + max(longest - 1, 0)
+        limit = min(limit, share)
+    return cut_padded(lengths, limit, lambda n: memory.max_batch_size(n, before))
 
 
 def cut_padded(
