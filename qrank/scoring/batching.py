@@ -27,8 +27,8 @@ benchmarks/batching.py); with the default, most documents are a batch of their o
 
 DECODER_CPU_BATCH = 320
 """The default on the CPU for causal models: each batch reads all weights, of which they have many,
-and the tokens of a short document fill no product. Twice as many took 0.5 GB more at the size of
-Qwen3-Reranker-0.6B, on two streams."""
+and on AMX the tokens of a short document fill no product (without VNNI, the batch makes no
+difference). Twice as many took 0.4 GB more at the size of Qwen3-Reranker-0.6B, on two streams."""
 
 DEVICE_BATCHES = (16_384, 4_096)
 """The same on accelerators, which need large batches, the default of all models first."""
