@@ -8,7 +8,6 @@ of registers alone, by a loop in C with the widest instructions the CPU has; it 
 from __future__ import annotations
 
 import ctypes
-import os
 import shutil
 import statistics
 import subprocess
@@ -226,6 +225,4 @@ def _peak(function: Callable[[int], float], threads: int) -> float:
 
 
 if __name__ == "__main__":
-    # Threads of torch's and OpenVINO's own would otherwise spin beside each other.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     main()

@@ -1,7 +1,7 @@
 /* Loops of the widest instructions on registers alone: benchmarks/limit.py compiles and times them.
 
 Each function runs `times` rounds and returns the operations of all: a product and a sum are two.
-Ten to twelve sums are independent, which hides the latency of every CPU's units. */
+Twelve sums are independent (four of AMX, all that its tiles allow), which hides the units' latency. */
 
 #include <immintrin.h>
 #include <stdint.h>

@@ -156,9 +156,11 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
     try:
         model = core.read_model(path)
         limit = model.input("input_ids").partial_shape[1].max_length
+        decoder = _is_decoder(model)
+        del model  # not held while the graph is compiled
         if not options.static_shapes and not device.startswith("npu"):
             try:
-                batch = options.max_batch_tokens or default_batch(device, _is_decoder(model))
+                batch = options.max_batch_tokens or default_batch(device, decoder)
                 return OpenvinoBackend(
                     compiled,
                     limit,

@@ -8,6 +8,7 @@
 | `haystack` | a ranker component | `qrank[haystack]` |
 | `lancedb` | a reranker of search results | `qrank[lancedb]` |
 
-All of them open the model at first use, return Python floats and copies of what they were given,
-keep the order of ties, and put documents that a budget left unscored last, with no score.
+All but `cross_encoder`, which opens its model as the class it replaces does, open it at first use.
+Those for frameworks return Python floats and copies of what they were given, keep the order of
+ties, and put documents that a budget left unscored last, with no score.
 """

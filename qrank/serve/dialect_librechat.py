@@ -41,14 +41,7 @@ class LibreChatResponse(BaseModel):
 
 def parse(body: LibreChatRequest) -> RerankTask:
     """The task of a request."""
-    return RerankTask(
-        body.model,
-        [(body.query, candidate.text) for candidate in body.candidates],
-        body.instruction,
-        body.long_documents,
-        None,
-        body.budget_seconds,
-    )
+    return body.task([(body.query, candidate.text) for candidate in body.candidates])
 
 
 def render(body: LibreChatRequest, outcome: RerankOutcome) -> LibreChatResponse:

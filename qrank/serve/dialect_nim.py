@@ -43,15 +43,8 @@ class NimResponse(BaseModel):
 
 def parse(body: NimRequest) -> RerankTask:
     """The task of a request."""
-    return RerankTask(
-        body.model,
-        [(body.query.text, passage.text) for passage in body.passages],
-        body.instruction,
-        body.long_documents,
-        None,
-        body.budget_seconds,
-        whole=body.truncate == "NONE",
-    )
+    pairs = [(body.query.text, passage.text) for passage in body.passages]
+    return body.task(pairs, whole=body.truncate == "NONE")
 
 
 def render(body: NimRequest, outcome: RerankOutcome) -> NimResponse:

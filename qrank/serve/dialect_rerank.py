@@ -146,14 +146,10 @@ def parse(body: RerankRequest) -> RerankTask:
         for place, document in enumerate(body.documents)
     ]
     check_truncation(body.max_tokens_per_query, body.truncate_prompt_tokens)
-    left = body.truncation_side == "left" and body.long_documents == "truncate"
-    return RerankTask(
-        body.model,
+    return body.task(
         [(body.query, text) for text in texts],
-        body.instruction,
-        "tail" if left else body.long_documents,
-        body.max_tokens_per_doc or None,
-        body.budget_seconds,
+        document_tokens=body.max_tokens_per_doc or None,
+        left=body.truncation_side == "left",
     )
 
 

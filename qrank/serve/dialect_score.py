@@ -88,14 +88,10 @@ def parse(body: ScoreRequest) -> RerankTask:
             400, f"{len(first)} queries for {len(second)} documents; give one, or as many"
         )
     check_truncation(body.max_tokens_per_query, body.truncate_prompt_tokens)
-    left = body.truncation_side == "left" and body.long_documents == "truncate"
-    return RerankTask(
-        body.model,
+    return body.task(
         list(zip(first, second, strict=True)),
-        body.instruction,
-        "tail" if left else body.long_documents,
-        body.max_tokens_per_doc or None,
-        body.budget_seconds,
+        document_tokens=body.max_tokens_per_doc or None,
+        left=body.truncation_side == "left",
     )
 
 

@@ -35,15 +35,8 @@ class TeiRank(BaseModel):
 def parse(body: TeiRequest) -> RerankTask:
     """The task of a request; truncation at the left is `long_documents: tail`."""
     left = (body.truncation_direction or "right").lower() == "left"
-    return RerankTask(
-        body.model,
-        [(body.query, text) for text in body.texts],
-        body.instruction,
-        "tail" if left and body.long_documents == "truncate" else body.long_documents,
-        None,
-        body.budget_seconds,
-        whole=body.truncate is False,
-    )
+    pairs = [(body.query, text) for text in body.texts]
+    return body.task(pairs, left=left, whole=body.truncate is False)
 
 
 def render(body: TeiRequest, outcome: RerankOutcome) -> list[TeiRank]:

@@ -48,15 +48,8 @@ class VoyageResponse(BaseModel):
 
 def parse(body: VoyageRequest) -> RerankTask:
     """The task of a request."""
-    return RerankTask(
-        body.model,
-        [(body.query, document) for document in body.documents],
-        body.instruction,
-        body.long_documents,
-        None,
-        body.budget_seconds,
-        whole=body.truncation is False,
-    )
+    pairs = [(body.query, document) for document in body.documents]
+    return body.task(pairs, whole=body.truncation is False)
 
 
 def render(body: VoyageRequest, outcome: RerankOutcome) -> VoyageResponse:

@@ -36,14 +36,7 @@ class WeaviateResponse(BaseModel):
 
 def parse(body: WeaviateRequest) -> RerankTask:
     """The task of a request."""
-    return RerankTask(
-        body.model,
-        [(body.query, document) for document in body.documents],
-        body.instruction,
-        body.long_documents,
-        None,
-        body.budget_seconds,
-    )
+    return body.task([(body.query, document) for document in body.documents])
 
 
 def render(body: WeaviateRequest, outcome: RerankOutcome) -> WeaviateResponse:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from qrank.serve.request import RerankOutcome
+from qrank.serve.request import RerankOutcome, RerankTask
 
 HALF_SURROGATE = "it holds half of a surrogate pair, which is no unicode"
 
@@ -56,6 +56,33 @@ class Extended(BaseModel):
     def budget_seconds(self) -> float | None:
         """`budget_ms` in seconds."""
         return None if self.budget_ms is None else self.budget_ms / 1000
+
+    def task(
+        self,
+        pairs: list[tuple[str, str]],
+        *,
+        document_tokens: int | None = None,
+        left: bool = False,
+        whole: bool = False,
+    ) -> RerankTask:
+        """The task of a request.
+
+        Args:
+            pairs: (query, document), in the order they were sent.
+            document_tokens: see `RerankTask`.
+            left: truncate at the left, which is `long_documents: tail`, unless it says otherwise.
+            whole: see `RerankTask`.
+        """
+        tail = left and self.long_documents == "truncate"
+        return RerankTask(
+            self.model,
+            pairs,
+            self.instruction,
+            "tail" if tail else self.long_documents,
+            document_tokens,
+            self.budget_seconds,
+            whole=whole,
+        )
 
 
 class TokenUsage(BaseModel):
