@@ -14,7 +14,8 @@ demo: $(VENV)/.demo ## Make .venv with the light runtime and rerank a sample fil
 	$(BIN)/qrank score -q "how do plants make food?" --top-k 5 --format table docs/sample/passages.txt
 
 test: $(VENV)/.test ## Run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@# xdist's loadfile waits for ever after a worker that died and was replaced.
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 optimum: $(VENV)-optimum/.optimum ## Run the tests of --exporter optimum, in an environment of its own
 	$(VENV)-optimum/bin/python -m pytest tests/test_optimum.py

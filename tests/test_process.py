@@ -99,13 +99,22 @@ def test_whatever_is_read_as_text_is_read_by_the_same_reader() -> None:
     assert others == {"serve --api-key-file", "serve --tls-cert", "serve --tls-key"}
 
 
+def end_by(name: str) -> None:
+    """Send this thread a signal, which comes before this returns.
+
+    One sent to the process may come later, when the command has given the handler back: it would
+    end the tests.
+    """
+    signal.raise_signal(getattr(signal, name))
+
+
 @pytest.fixture
 def raising(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Make `Reranker.rank` and `score` send a signal to this process."""
 
     def arrange(name: str) -> None:
         def work(*arguments: object, **options: object) -> None:
-            os.kill(os.getpid(), getattr(signal, name))
+            end_by(name)
 
         monkeypatch.setattr(Reranker, "rank", work)
         monkeypatch.setattr(Reranker, "score", work)
@@ -155,7 +164,7 @@ def test_a_conversion_that_is_stopped_leaves_nothing(
 
     def convert(checkpoint: object, precision: str, folder: Path, *more: object) -> str:
         (folder / "half-written.onnx").write_bytes(b"half")
-        os.kill(os.getpid(), getattr(signal, name))
+        end_by(name)
         return ""
 
     monkeypatch.setattr(export, "convert", convert)
