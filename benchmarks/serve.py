@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--queries", type=int, default=32, help="requests of a round")
     parser.add_argument("--documents", type=int, nargs="+", default=[20], help="of a request")
-    parser.add_argument("--long", type=int, default=400, help="documents of a long request")
+    parser.add_argument("--long", type=int, default=400, help="documents of a long request; 0: none")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=processors())
     parser.add_argument("--backend", help="of the server  [default: the preferred variant]")
@@ -96,6 +96,8 @@ def main() -> None:
             rows = throughput(engine, ports, tasks, options.clients, options.rounds)
             title = f"{options.model}: {count} documents a request, {options.threads} threads"
             report(title, THROUGHPUT, rows, as_json=options.json)
+        if not options.long:
+            return
         query, best = candidates[0]
         long = (query, [best[place % len(best)] for place in range(options.long)])
         rows = [
