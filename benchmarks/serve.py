@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--queries", type=int, default=32, help="requests of a round")
     parser.add_argument("--documents", type=int, nargs="+", default=[20], help="of a request")
-    parser.add_argument("--long", type=int, default=400, help="documents of a long request; 0: none")
+    parser.add_argument("--long", type=int, default=400, help="documents of a long one; 0: none")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=processors())
     parser.add_argument("--backend", help="of the server  [default: the preferred variant]")
