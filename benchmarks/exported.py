@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--onnx-python", type=Path, help="with fastembed and optimum-onnx")
     parser.add_argument("--openvino-python", type=Path, help="with optimum-intel")
     parser.add_argument("--javascript", type=Path, help="folder with transformers.js installed")
-    parser.add_argument("--texts", type=int, default=400, help="[default: %(default)s]")
+    parser.add_argument("--texts", type=int, default=200, help="[default: %(default)s]")
     options = parser.parse_args()
     bundle = locate(options.bundle)
     documents = odd_texts(options.texts)
@@ -59,7 +59,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             folder = Path(work) / "exported"
             export(bundle, folder, [variant.name])
-            with Reranker(bundle, backend=variant.name, compute_dtype="fp32") as reranker:
+            dtype = "fp32" if variant.format == "openvino" else None
+            with Reranker(bundle, backend=variant.name, compute_dtype=dtype) as reranker:
                 for name, command in _programs(options, variant.format, folder, work):
                     # transformers.js reads empty and long documents in another way.
                     texts = short if name == JAVASCRIPT else documents

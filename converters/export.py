@@ -14,21 +14,19 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qrank.bundle.description import Description
 from qrank.bundle.manifest import Manifest, Variant
 from qrank.bundle.opened import Bundle
-from qrank.converters.checkpoint.probes import probe_pairs
 from qrank.converters.exported_card import Exported, model_card
 from qrank.converters.exported_config import config_json, special_tokens, tokenizer_config
 from qrank.converters.exported_graph import write_graph
 from qrank.converters.exported_tokenizer import check, whole_tokenizer
 from qrank.converters.publish import check_folder, disks_explained, workshop
 from qrank.errors import ConversionError, InputError
-from qrank.scoring.pair_tokenizer import PairTokenizer
 
 log = logging.getLogger("qrank")
 
@@ -205,8 +203,7 @@ def _describe(bundle: Bundle, description: Description, folder: Path) -> dict[st
     family = bundle.manifest.family
     text_only = json.loads(bundle.tokenizer.read_text("utf-8"))
     tokenizer = whole_tokenizer(text_only, family, description)
-    ours = PairTokenizer(bundle.tokenizer, family)
-    check(tokenizer, ours, _pairs(ours))
+    check(tokenizer, bundle.tokenizer, family)
     content: dict[str, Any] = json.loads(tokenizer.to_str())
     texts = (
         config_json(family, description),
@@ -218,10 +215,3 @@ def _describe(bundle: Bundle, description: Description, folder: Path) -> dict[st
         text = json.dumps(made, ensure_ascii=False, indent=None if made is content else 2)
         (folder / name).write_text(text + "\n", "utf-8")
     return content
-
-
-def _pairs(ours: PairTokenizer) -> Iterable[tuple[str, str]]:
-    """The probes, and a document beyond every limit; without queries that others would cut."""
-    pairs = probe_pairs()
-    pairs.append((pairs[0][0], " ".join(text for _, text in pairs) * (ours.limit // 4096 + 1)))
-    return (pair for pair in pairs if len(ours.ids([pair[0]])[0]) < ours.limit // 4)

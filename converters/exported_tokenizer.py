@@ -7,15 +7,16 @@ template together itself. Other programs find everything in the file.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from qrank.bundle.description import Description
 from qrank.bundle.family import Family
+from qrank.converters.checkpoint.ids import PROBE_TOKENS, encode_pairs
+from qrank.converters.checkpoint.probes import probe_pairs
 from qrank.errors import ConversionError
-from qrank.scoring.pair_tokenizer import PairTokenizer
 
 
 def whole_tokenizer(
@@ -80,24 +81,33 @@ def pad_id(description: Description) -> int:
     )
 
 
-def check(tokenizer: Tokenizer, ours: PairTokenizer, pairs: Iterable[tuple[str, str]]) -> None:
-    """Check that a tokenizer reads pairs as qrank does, long documents cut.
+def check(tokenizer: Tokenizer, text_only: Path, family: Family) -> None:
+    """Check that a tokenizer reads the probe pairs as qrank does, long documents cut.
 
     Args:
         tokenizer: from `whole_tokenizer`.
-        ours: qrank's own.
-        pairs: with queries that fill less than half of the model's limit.
+        text_only: the bundle's tokenizer.json.
+        family: the bundle's.
 
     Raises:
         ConversionError: a pair has other ids or token types.
     """
-    for query, document in pairs:
-        ids, types = ours.whole(query, document)
-        found = tokenizer.encode(query, document)
-        if found.ids != ids.tolist() or (types is not None and found.type_ids != types.tolist()):
+    limit = min(family.max_length, PROBE_TOKENS)
+    theirs = Tokenizer.from_str(tokenizer.to_str())
+    theirs.enable_truncation(limit)
+    pairs = [
+        (query, document)
+        for query, document in probe_pairs()
+        if len(theirs.encode(query, add_special_tokens=False)) < limit // 4
+    ]
+    ours = encode_pairs(pairs, text_only, family)
+    for place, (query, document) in enumerate(pairs):
+        found, ids = theirs.encode(query, document), ours.ids[place].tolist()
+        types = None if ours.segments is None else ours.segments[place].tolist()
+        if found.ids != ids or types not in (None, found.type_ids):
             raise ConversionError(
                 f"the exported tokenizer reads {query!r}, {document[:40]!r} as other ids than "
-                f"qrank: {found.ids} and {ids.tolist()}"
+                f"qrank: {found.ids} and {ids}"
             )
 
 

@@ -43,7 +43,8 @@ from qrank.errors import ConversionError, InputError
 from qrank.scoring.pair_tokenizer import PairTokenizer
 
 QUERY = "Which 惑星 is known as the “red planet”, naïvely?"
-TEXTS = odd_texts(120)
+TEXTS = [text[:3000] for text in odd_texts(120)]
+SHORT = [text for text in TEXTS if len(text) < 80]
 KINDS = [*tiny.CHECKPOINTS, *tiny_encoders.CHECKPOINTS]
 
 
@@ -59,12 +60,12 @@ def encoded(folder: Path, texts: list[str]) -> dict[str, NDArray[np.int64]]:
 
 
 def run_onnx(folder: Path, name: str, texts: list[str]) -> NDArray[np.float32]:
-    """Logits of a graph with onnxruntime's default settings, 16 pairs at a time."""
+    """Logits of a graph with onnxruntime's default settings, 8 pairs at a time."""
     session = onnxruntime.InferenceSession(str(folder / name))
     taken = {i.name for i in session.get_inputs()}
     found = []
-    for start in range(0, len(texts), 16):
-        inputs = encoded(folder, texts[start : start + 16])
+    for start in range(0, len(texts), 8):
+        inputs = encoded(folder, texts[start : start + 8])
         found += session.run(["logits"], {n: x for n, x in inputs.items() if n in taken})
     logits: NDArray[np.float32] = np.concatenate(found)
     assert logits.shape == (len(texts), 1)
@@ -93,11 +94,12 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_mini_scores_the_same_elsewhere(mini: Path) -> None:
-    texts = [*TEXTS, "the red planet " * 400]
     with Reranker("mini") as reranker:
-        ours = reranker.score([(QUERY, text) for text in texts], raw=True)
-    theirs = run_onnx(mini, "onnx/model_quantized.onnx", texts)
-    np.testing.assert_allclose(theirs, ours, atol=1e-4)
+        # The long one by itself: a batch is padded.
+        for texts in (SHORT, ["the red planet " * 400]):
+            ours = reranker.score([(QUERY, text) for text in texts], raw=True)
+            theirs = run_onnx(mini, "onnx/model_quantized.onnx", texts)
+            np.testing.assert_allclose(theirs, ours, atol=1e-4)
     # 4.5 was the error on CPUs without VNNI. On the others this test would pass with any weights.
     graph = onnx.load(mini / "onnx/model_quantized.onnx", load_external_data=False)
     integers = {n.input[1] for n in graph.graph.node if n.op_type == "MatMulIntegerToFloat"}
@@ -125,9 +127,9 @@ def test_code_of_the_card(mini: Path) -> None:
     for block in blocks:
         ast.parse(block)
     (alone,) = (block for block in blocks if "InferenceSession" in block)
-    names: dict[str, Any] = {"query": QUERY, "documents": TEXTS[:9]}
+    names: dict[str, Any] = {"query": QUERY, "documents": SHORT[:9]}
     exec(alone.replace("FOLDER", str(mini)), names)
-    expected = run_onnx(mini, "onnx/model_quantized.onnx", TEXTS[:9])
+    expected = run_onnx(mini, "onnx/model_quantized.onnx", SHORT[:9])
     np.testing.assert_allclose(names["logits"][:, 0], expected, atol=1e-5)
     manifest = locate("mini").manifest
     assert manifest.source.fingerprint in text
@@ -178,7 +180,7 @@ def test_tokenizer(kind: str, checkpoint_of: Callable[[str], Path], tmp_path: Pa
     assert loaded.model_max_length == family.max_length
     assert loaded.pad_token_id == config["pad_token_id"] == theirs.padding["pad_id"]
     short = [text for text in TEXTS if len(ours.ids([text])[0]) < family.max_length // 3]
-    pairs = [(short[-i], text) for i, text in enumerate(TEXTS)]
+    pairs = [(short[-i % len(short)], text) for i, text in enumerate(TEXTS)]
     assert any(len(ours.ids([text])[0]) > family.max_length for text in TEXTS)
     for query, text in pairs:
         ids, types = ours.whole(query, text)
@@ -204,11 +206,12 @@ def every(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_variant_scores_the_same_elsewhere(bundle: Path, every: Path) -> None:
-    texts = TEXTS[:40]
+    texts = [*SHORT[:40], "the red planet " * 400]
     places = {n: p for n, p in NAMES.items() if n in locate(bundle).manifest.variants}
     assert {p for p in contents(every) if p.endswith((".onnx", ".xml"))} == set(places.values())
     for variant, place in places.items():
-        with Reranker(bundle, backend=variant, compute_dtype="fp32") as reranker:
+        dtype = "fp32" if place.endswith(".xml") else None
+        with Reranker(bundle, backend=variant, compute_dtype=dtype) as reranker:
             ours = reranker.score([(QUERY, text) for text in texts], raw=True)
         run = run_openvino if place.endswith(".xml") else run_onnx
         np.testing.assert_allclose(run(every, place, texts), ours, atol=1e-4, err_msg=variant)
@@ -267,7 +270,10 @@ def changed(bundle: Path, **family: Any) -> Bundle:
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ({"pooling": "last"}, r"a prompt at its last token, which no program .* qrank serve"),
+        (
+            {"pooling": "last"},
+            r"a prompt at its last token, which no program .* serve it with qrank",
+        ),
         ({"pooling": "step"}, "inside a prompt"),
         ({"template": (2, "q: {query}", 3, "{document}", 3)}, "inside a prompt"),
         ({"temperature": 5.0}, "divides its logits by 5"),
@@ -356,7 +362,7 @@ def test_written_as_a_whole_or_not_at_all(
         return moved(path, target)
 
     monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(ConversionError, match="out"):
+    with pytest.raises(ConversionError, match="is full"):
         export(found, folder, ["onnx-fp16"], force=force)
     assert folder.exists() == force
     assert (contents(folder) if force else {}) == before
