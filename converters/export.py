@@ -22,7 +22,7 @@ from qrank.bundle.description import Description
 from qrank.bundle.manifest import Manifest, Variant
 from qrank.bundle.opened import Bundle
 from qrank.converters.exported_card import Exported, model_card
-from qrank.converters.exported_config import config_json, special_tokens, tokenizer_config
+from qrank.converters.exported_config import MARK, config_json, special_tokens, tokenizer_config
 from qrank.converters.exported_graph import write_graph
 from qrank.converters.exported_tokenizer import check, whole_tokenizer
 from qrank.converters.publish import check_folder, disks_explained, workshop
@@ -82,7 +82,7 @@ def export(
     target = folder.absolute()
 
     def replaced(folder: Path) -> list[str]:
-        return _layout_files(folder, card)
+        return _earlier_files(folder, card)
 
     with disks_explained(target):
         check_folder(target, bundle.folder, replaced, force=force)
@@ -170,13 +170,32 @@ def _no_place(variant: Variant) -> str:
     return f"the layout has no place for {variant.name}; it has places for {', '.join(NAMES)}"
 
 
-def _layout_files(folder: Path, card: bool) -> list[str]:
-    """The files of a folder that an export may have written."""
+def _earlier_files(folder: Path, card: bool) -> list[str]:
+    """The files of an earlier export in a folder.
+
+    Raises:
+        ConversionError: there are such files, and they are of something else.
+    """
     patterns = [*_TEXTS, "onnx/model*.onnx", "onnx/model*.onnx_data"]
     patterns += ["openvino/openvino_model*.xml", "openvino/openvino_model*.bin"]
     patterns += [_CARD] if card else []
-    found = (path for pattern in patterns for path in folder.glob(pattern))
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+    paths = (path for pattern in patterns for path in folder.glob(pattern))
+    found = sorted(path.relative_to(folder).as_posix() for path in paths)
+    if found and not _is_exported(folder):
+        raise ConversionError(
+            f"{folder} holds {found[0]}, which no export wrote: its config.json has no {MARK}. "
+            "Name another folder with -o, or remove the file"
+        )
+    return found
+
+
+def _is_exported(folder: Path) -> bool:
+    """Whether a folder's config.json is that of an export."""
+    try:
+        content = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and MARK in content
 
 
 def _copy(bundle: Bundle, variant: Variant, folder: Path) -> Exported:

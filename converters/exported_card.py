@@ -143,7 +143,7 @@ def _making(exported: Iterable[Exported]) -> str:
     for each in exported:
         how = each.variant.note
         if not how.startswith("prebuilt"):
-            how = " ".join(filter(None, (_HOW[each.variant.name], how)))
+            how = " ".join(filter(None, (_HOW.get(each.variant.name), how)))
             if each.variant.precision != "fp32":
                 how += " The score head is in fp32."
         lines.append(f"- `{each.place}`: {how}")
@@ -160,15 +160,16 @@ def _loading(
     family = manifest.family
     yield "## How to load it\n"
     yield "Replace `OWNER/NAME` by this repository's name, or by a folder.\n"
-    # It reads config.json with transformers, which lacks these classes.
-    if description.config.get("model_type") not in OWN_CLASSES:
+    # These two look the class up by config.json, and others have none for it.
+    known = description.config.get("model_type") not in OWN_CLASSES
+    if known:
         yield _sentence_transformers(family, exported)
     graphs = [each for each in exported if each.variant.format == "onnx"]
     if not graphs:
         return
     yield _fastembed(manifest.name, graphs[0].place)
     named = [each for each in graphs if each.variant.precision in _DTYPES]
-    if named and (family.segments is None or gives_types(family, tokenizer)):
+    if named and known and (family.segments is None or gives_types(family, tokenizer)):
         yield _transformers_js(named[0])
     yield _onnxruntime(family, graphs[0].place)
     yield _text_embeddings_inference(graphs[0].place)

@@ -7,6 +7,10 @@ from typing import Any
 from qrank.bundle.description import Description
 from qrank.bundle.family import Family
 from qrank.converters.exported_tokenizer import pad_id
+from qrank.system.version import __version__
+
+MARK = "qrank_version"
+"""A key of config.json by which an exported folder is known again."""
 
 _ACTIVATIONS = {
     "identity": "torch.nn.modules.linear.Identity",
@@ -35,6 +39,7 @@ def config_json(family: Family, description: Description) -> dict[str, Any]:
         "label2id": {"LABEL_0": 0},
         "pad_token_id": pad_id(description),
         "sentence_transformers": {"activation_fn": _ACTIVATIONS[family.activation]},
+        MARK: __version__,
     }
 
 

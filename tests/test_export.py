@@ -346,6 +346,16 @@ def test_a_folder_that_holds_something(bundle: Path, tmp_path: Path) -> None:
     assert "openvino/openvino_model_qint8_quantized.bin" in after
 
 
+def test_files_that_no_export_wrote(
+    bundle: Path, checkpoint_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint_of("bert"), tmp_path / "checkpoint"))
+    before = contents(folder)
+    with pytest.raises(ConversionError, match=r"holds config\.json, which no export wrote"):
+        export(locate(bundle), folder, ["onnx-fp32"], force=True)
+    assert contents(folder) == before
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_written_as_a_whole_or_not_at_all(
     force: bool, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
