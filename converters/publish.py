@@ -9,7 +9,8 @@
 
 Everything stays within the bundle's own folder, so that moves stay on one disk and a mount point or
 the working directory can be a bundle: such a folder cannot be renamed. The new files take effect
-when the manifest is replaced, last and in one step.
+when the manifest is replaced, last and in one step. An exported folder has no manifest; there it is
+when the list of moves is removed.
 """
 
 from __future__ import annotations
