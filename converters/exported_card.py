@@ -159,22 +159,35 @@ def _loading(
     """One section for each program that loads the folder."""
     family = manifest.family
     yield "## How to load it\n"
-    yield "Replace `OWNER/NAME` by this repository's name, or by a folder.\n"
+    yield "Replace `OWNER/NAME` by this repository's name, or by a folder; any graph of the table"
+    yield "above takes the place of the one named here.\n"
     # These two look the class up by config.json, and others have none for it.
     known = description.config.get("model_type") not in OWN_CLASSES
+    shown = _shown(exported)
     if known:
-        yield _sentence_transformers(family, exported)
-    graphs = [each for each in exported if each.variant.format == "onnx"]
-    if not graphs:
+        yield _sentence_transformers(family, shown)
+    graph = next((each for each in shown if each.variant.format == "onnx"), None)
+    if graph is None:
         return
-    yield _fastembed(manifest.name, graphs[0].place)
-    named = [each for each in graphs if each.variant.precision in _DTYPES]
-    if named and known and (family.segments is None or gives_types(family, tokenizer)):
-        yield _transformers_js(named[0])
-    yield _onnxruntime(family, graphs[0].place)
-    yield _text_embeddings_inference(graphs[0].place)
-    if (vespa := _vespa(family, graphs[0].place)) is not None:
+    yield _fastembed(manifest.name, graph.place)
+    if (
+        known
+        and graph.variant.precision in _DTYPES
+        and (family.segments is None or gives_types(family, tokenizer))
+    ):
+        yield _transformers_js(graph)
+    yield _onnxruntime(family, graph.place)
+    yield _text_embeddings_inference(graph.place)
+    if (vespa := _vespa(family, graph.place)) is not None:
         yield vespa
+
+
+def _shown(exported: Sequence[Exported]) -> list[Exported]:
+    """The variant of each format that the examples load: int8 if there is one."""
+    shown: dict[str, Exported] = {}
+    for each in sorted(exported, key=lambda each: each.variant.precision != "int8"):
+        shown.setdefault(each.variant.format, each)
+    return list(shown.values())
 
 
 def _sentence_transformers(family: Family, exported: Sequence[Exported]) -> str:
@@ -312,8 +325,8 @@ def _differences(family: Family) -> str:
 - **Scores.** sentence-transformers applies the model's activation; the others return logits, or as
   they say. The order is the same.
 - **Long pairs** have more than {family.max_length} tokens. Most programs, and `tokenizer.json` by
-  itself, shorten the longer text: that is the document, as in qrank, unless the query alone fills
-  more than half of the limit. transformers.js cuts off the end, and with it the last special token.
+  itself, shorten the longer text: the document, as in qrank, unless the query alone fills more than
+  half of the limit. transformers.js cuts off the end, and with it the last special token.
 - **Empty documents.** transformers.js reads an empty document as none.
 - **Special tokens in texts**, such as a document that spells out a separator, are control tokens
   for all of these programs. qrank reads them as text.
