@@ -96,7 +96,7 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_mini_scores_the_same_elsewhere(mini: Path) -> None:
     with Reranker("mini") as reranker:
         # The long one by itself: a batch is padded.
-        for texts in (SHORT, ["the red planet " * 400]):
+        for texts in (SHORT[:50], ["the red planet " * 400]):
             ours = reranker.score([(QUERY, text) for text in texts], raw=True)
             theirs = run_onnx(mini, "onnx/model_quantized.onnx", texts)
             np.testing.assert_allclose(theirs, ours, atol=1e-4)
