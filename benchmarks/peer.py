@@ -1,4 +1,4 @@
-"""One reranker that users might pick, in its own process: run by `vs_peers.py`.
+"""One reranker that users might pick, in its own process: run by `vs_peers.py` and `exported.py`.
 
     PYTHON peer.py SYSTEM MODEL WORK THREADS
 
@@ -211,6 +211,44 @@ def qrank(model: str, work: Path, threads: int, backend: str | None = None) -> S
     ]
 
 
+def _graph(folder: str, pattern: str) -> str:
+    """The only graph of an exported folder (`qrank export`)."""
+    (path,) = Path(folder).glob(pattern)
+    return path.relative_to(folder).as_posix()
+
+
+def exported_onnx(model: str, work: Path, threads: int) -> Score:
+    """CrossEncoder's ONNX backend on an exported folder."""
+    file = _graph(model, "onnx/*.onnx")
+    options = {"file_name": file, "provider": "CPUExecutionProvider"}
+    return sentence_transformers(model, work, threads, backend="onnx", model_kwargs=options)
+
+
+def exported_openvino(model: str, work: Path, threads: int) -> Score:
+    """CrossEncoder's OpenVINO backend on an exported folder."""
+    options = {"file_name": _graph(model, "openvino/*.xml")}
+    return sentence_transformers(model, work, threads, backend="openvino", model_kwargs=options)
+
+
+def exported_fastembed(model: str, work: Path, threads: int) -> Score:
+    """fastembed's custom cross-encoder on an exported folder."""
+    from fastembed.common.model_description import ModelSource
+    from fastembed.rerank.cross_encoder import TextCrossEncoder
+
+    TextCrossEncoder.add_custom_model(
+        model=NAME, model_file=_graph(model, "onnx/*.onnx"), sources=ModelSource(hf=NAME)
+    )
+    encoder = TextCrossEncoder(NAME, threads=threads, specific_model_path=model)
+    return lambda query, documents: [float(x) for x in encoder.rerank(query, documents)]
+
+
+LOADERS: dict[str, Callable[[str, Path, int], Score]] = {
+    "exported: sentence-transformers, ONNX": exported_onnx,
+    "exported: sentence-transformers, OpenVINO": exported_openvino,
+    "exported: fastembed": exported_fastembed,
+}
+"""Name in the table of `exported.py` -> function that opens an exported folder."""
+
 PEERS: dict[str, Callable[[str, Path, int], Score]] = {
     "sentence-transformers, fp32": sentence_transformers,
     "sentence-transformers, bf16": sentence_transformers_bf16,
@@ -234,8 +272,8 @@ def main() -> None:
     # Anything that a library prints to stdout would be read as an answer.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    if system in PEERS:
-        score = PEERS[system](model, Path(work), int(threads))
+    if (peer := (PEERS | LOADERS).get(system)) is not None:
+        score = peer(model, Path(work), int(threads))
     else:
         variant = system.removeprefix(OURS).strip()
         score = qrank(model, Path(work), int(threads), variant or None)

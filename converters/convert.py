@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,11 +10,10 @@ from qrank.bundle.agreement import LEAST, RankingData
 from qrank.bundle.manifest import MANIFEST, TOKENIZER, FileRecord, Manifest, Variant
 from qrank.converters.makers import Failed, Maker, Name, nothing
 from qrank.converters.prebuilt import Request
-from qrank.converters.publish import check_output, workshop
+from qrank.converters.publish import check_output, disks_explained, workshop
 from qrank.converters.sources import Model, read
 from qrank.converters.variants import Existing, Made, Progress, make
-from qrank.errors import BundleError, ConversionError, InputError, QrankError
-from qrank.system import disk
+from qrank.errors import BundleError, ConversionError, InputError
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def convert(
     if not -1 <= min_agreement <= 1:
         raise InputError(f"min_agreement is {min_agreement}; an agreement is at most 1")
     progress("reading the model")
-    with _disks_explained(output or Path.cwd()):
+    with disks_explained(output or Path.cwd()):
         if output is not None:
             check_output(output.absolute(), force=force)
         model = read(
@@ -104,7 +102,7 @@ def convert(
         old = None if force else _existing(target, model, exporter)
     if old is not None and not _lacked(model.makers, old, first) and not _unranked(model, old):
         return Converted(target, old, model.failed)
-    with _disks_explained(target), workshop(target) as shop:
+    with disks_explained(target), workshop(target) as shop:
         # This run may have waited for another conversion, which wrote here in the meantime.
         there = _replaced(target) if force else _existing(target, model, exporter)
         old = None if force else there
@@ -148,33 +146,16 @@ def _with(made: Made, model: Model, folder: Path, old: Manifest | None) -> Manif
         files={TOKENIZER: FileRecord.of(folder / TOKENIZER)},
         probes=made.probes,
     )
-    # Older bundles do not record the dimensions.
+    # Older bundles record neither the dimensions nor the description.
     manifest = replace(
         manifest,
         dimensions=model.checkpoint.dimensions,
+        description=model.checkpoint.description(),
         ranking=made.ranking or manifest.ranking,
     )
     for variant in made.variants:
         manifest = manifest.with_variant(variant)
     return manifest
-
-
-@contextmanager
-def _disks_explained(path: Path) -> Iterator[None]:
-    """Turn read and write errors of the system into a ConversionError that names the disk.
-
-    Raises:
-        ConversionError: a disk is full, or the system denies access.
-    """
-    try:
-        yield
-    except ConversionError:
-        raise
-    except (OSError, QrankError) as error:
-        said = disk.reported(error, path)
-        if said is None and isinstance(error, QrankError):
-            raise
-        raise ConversionError(said or str(error)) from error
 
 
 def _existing(target: Path, model: Model, exporter: str | None) -> Manifest | None:

@@ -21,12 +21,12 @@ def fits(size: int) -> bool:
     return size <= _LARGEST_PROTO
 
 
-def save_graph(model: onnx.ModelProto, path: Path) -> None:
-    """Write a graph; weights larger than 2 GB go into `NAME.data` next to it."""
+def save_graph(model: onnx.ModelProto, path: Path, weights: str = "{name}.data") -> None:
+    """Write a graph; weights larger than 2 GB go into a file next to it, called `weights`."""
     size = sum(len(i.raw_data) for i in model.graph.initializer)
     options: dict[str, Any] = {}
     if not fits(size):
-        options = {"save_as_external_data": True, "location": f"{path.name}.data"}
+        options = {"save_as_external_data": True, "location": weights.format(name=path.name)}
     need("onnx").save(model, str(path), **options)
 
 

@@ -9,22 +9,23 @@
 
 Everything stays within the bundle's own folder, so that moves stay on one disk and a mount point or
 the working directory can be a bundle: such a folder cannot be renamed. The new files take effect
-when the manifest is replaced, last and in one step.
+when the manifest is replaced, last and in one step. An exported folder has no manifest; there it is
+when the list of moves is removed.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qrank.backends import formats
 from qrank.bundle.manifest import MANIFEST, RENAMED, TOKENIZER, Manifest, is_plain
 from qrank.converters.lock import LOCK, locked
-from qrank.errors import BundleError, ConversionError
+from qrank.errors import BundleError, ConversionError, QrankError
 from qrank.system import disk, paths
 
 WORK = ".qrank-work"
@@ -46,16 +47,8 @@ def check_output(target: Path, sources: Iterable[Path] = (), *, force: bool = Fa
         ConversionError: `target` is a link, a file or not writable, or holds something else; with
             `force`, it is, contains or lies in a source, or variant folders in it are links.
     """
-    if target.is_symlink():
-        raise ConversionError(
-            f"{target} is a link to {target.resolve()}: name that folder itself with -o"
-        )
-    if target.exists() and not target.is_dir():
-        raise ConversionError(f"{target} is a file; name a folder with -o")
+    above = _place(target)
     bundle = (target / MANIFEST).is_file()
-    above = next(path for path in (target, *target.parents) if path.exists())
-    if not above.is_dir():
-        raise ConversionError(f"{above} is a file; name another folder with -o")
     # A bundle that already has all requested variants is not written to.
     if not disk.writable(above) and (force or not bundle):
         raise ConversionError(f"{above} cannot be written; name another folder with -o")
@@ -79,6 +72,81 @@ def check_output(target: Path, sources: Iterable[Path] = (), *, force: bool = Fa
             f"--force replaces nothing behind a link, and {links[0]} is one: name another folder "
             "with -o"
         )
+
+
+def check_folder(
+    target: Path, source: Path, replaceable: Callable[[Path], list[str]], *, force: bool = False
+) -> None:
+    """Check that files that are no bundle may be written to a folder.
+
+    Args:
+        target: the folder.
+        source: the bundle that they are made from.
+        replaceable: finds the files in a folder that `force` replaces.
+        force: whether the folder may hold something.
+
+    Raises:
+        ConversionError: `target` is a link, a file, not writable or a bundle, or holds something;
+            with `force`, it holds links to replace.
+    """
+    above = _place(target)
+    if not disk.writable(above):
+        raise ConversionError(f"{above} cannot be written; name another folder with -o")
+    if (target / MANIFEST).is_file() or target.resolve().is_relative_to(source.resolve()):
+        raise ConversionError(f"{target} is a bundle or lies in one; name another folder with -o")
+    if not target.is_dir():
+        return
+    if (found := _foreign(target)) and not force:
+        raise ConversionError(
+            f"{target} is not empty: it holds {found[0]}. Name another folder with -o, or --force "
+            "to replace what an earlier export wrote there"
+        )
+    parts = [target / part for name in replaceable(target) for part in (name, *_above(name))]
+    if links := [path for path in parts if path.is_symlink()]:
+        raise ConversionError(
+            f"--force replaces nothing behind a link, and {links[0]} is one: name another folder "
+            "with -o"
+        )
+
+
+def _above(name: str) -> list[str]:
+    return [str(path) for path in PurePosixPath(name).parents if path.name]
+
+
+def _place(target: Path) -> Path:
+    """The lowest existing folder of a path to write to.
+
+    Raises:
+        ConversionError: the path is a link or a file, or below a file.
+    """
+    if target.is_symlink():
+        raise ConversionError(
+            f"{target} is a link to {target.resolve()}: name that folder itself with -o"
+        )
+    if target.exists() and not target.is_dir():
+        raise ConversionError(f"{target} is a file; name a folder with -o")
+    above = next(path for path in (target, *target.parents) if path.exists())
+    if not above.is_dir():
+        raise ConversionError(f"{above} is a file; name another folder with -o")
+    return above
+
+
+@contextmanager
+def disks_explained(path: Path) -> Iterator[None]:
+    """Turn read and write errors of the system into a ConversionError that names the disk.
+
+    Raises:
+        ConversionError: a disk is full, or the system denies access.
+    """
+    try:
+        yield
+    except ConversionError:
+        raise
+    except (OSError, QrankError) as error:
+        said = disk.reported(error, path)
+        if said is None and isinstance(error, QrankError):
+            raise
+        raise ConversionError(said or str(error)) from error
 
 
 def _foreign(folder: Path) -> list[str]:
@@ -130,15 +198,37 @@ class Workshop:
             names = [name for name in names if name not in replaced.files]
         leaving = bundle_files(self.target, replaced) if force else []
         leaving += [n for n in names if (self.target / n).exists() and n not in leaving]
-        moves = {"digest": manifest.digest, "new": names, "old": leaving}
+        self._move(names, leaving, manifest.digest)
+        manifest.save(self.target)
+        _remove_empty(self.target, leaving)
+
+    def publish_files(self, leaving: Sequence[str]) -> None:
+        """Move all new files into a folder that is no bundle.
+
+        Args:
+            leaving: existing files to remove, those that are replaced among them.
+        """
+        found = (path for path in self.new.rglob("*") if path.is_file())
+        names = sorted(path.relative_to(self.new).as_posix() for path in found)
+        self._move(names, leaving, digest="")
+        # Without the list of moves, nothing is undone.
+        (self._work / _MOVES).unlink()
+        _remove_empty(self.target, leaving)
+
+    def _move(self, names: Sequence[str], leaving: Sequence[str], digest: str) -> None:
+        """Replace files; if this is interrupted, `_recover` restores the previous state.
+
+        Args:
+            names: the new files.
+            leaving: the existing files.
+            digest: of the manifest that makes it valid; "" if there is none.
+        """
+        moves = {"digest": digest, "new": names, "old": leaving}
         paths.write_atomically(self._work / _MOVES, json.dumps(moves))
-        # If this is interrupted, `_recover` restores the previous state.
         for name in leaving:
             _move(self.target, self._work / _OLD, name)
         for name in names:
             _move(self.new, self.target, name)
-        manifest.save(self.target)
-        _remove_empty(self.target, leaving)
 
 
 def bundle_files(folder: Path, manifest: Manifest | None) -> list[str]:

@@ -45,6 +45,7 @@ def test_the_documentation_names_every_room_and_file() -> None:
 # Functions that import the converters when called, not earlier.
 REACH_CONVERTERS = {
     "qrank.cli.convert": {"convert"},
+    "qrank.cli.export": {"export"},
     "qrank.cli.models": {"models"},
     "qrank.backends.torch": {"as_bundle", "open"},
     "qrank.select.obtain": {"_converted"},

@@ -24,6 +24,9 @@ NEMOTRON = "llama_bidirec"
 _CLASSES = {NEMOTRON: "nemotron", "gte": "gte_class", "jina_bert": "jina_v1_class"}
 """`model_type` of a class that transformers lacks -> the module here that has it."""
 
+OWN_CLASSES = frozenset(_CLASSES)
+"""Values of `model_type` that transformers does not know."""
+
 _ENCODER_DECODERS = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
 
 _KINDS_OF_REWRITING = (

@@ -11,6 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qrank.bundle.description import Description
 from qrank.bundle.dimensions import Dimensions
 from qrank.bundle.family import Family
 from qrank.bundle.locate import Fetched, fetch, place
@@ -28,8 +29,10 @@ from qrank.converters.checkpoint.configuration import (
 )
 from qrank.converters.checkpoint.json_files import explained
 from qrank.converters.checkpoint.logit_score import logit_score_card
+from qrank.converters.checkpoint.model_card import CARD, read_card
 from qrank.converters.checkpoint.qwen_vl import HYBRID
 from qrank.converters.checkpoint.read_tokenizer import (
+    NAMED,
     SENTENCEPIECE,
     control_tokens,
     read_tokenizer,
@@ -55,6 +58,7 @@ DESCRIPTION = [
     *module_chain.FILES,
     *SENTENCEPIECE,
     logit_score.CONFIG,
+    CARD,
     "adapter_config.json",
     "added_tokens.json",
     "additional_chat_templates/*.jinja",
@@ -81,6 +85,7 @@ class Checkpoint:
     Attributes:
         folder: holds config.json, safetensors files and the tokenizer.
         source: where it comes from.
+        config: config.json of the class that it is read as.
         family: the card that reads it, made concrete.
         tokenizer: its own tokenizer, in transformers' class.
         control: its added tokens that no text may become.
@@ -92,6 +97,7 @@ class Checkpoint:
 
     folder: Path
     source: Source
+    config: dict[str, Any]
     family: Family
     tokenizer: PreTrainedTokenizerBase
     control: frozenset[str]
@@ -120,6 +126,19 @@ class Checkpoint:
         """
         original = json.loads(self.tokenizer.backend_tokenizer.to_str())
         return strip_special_tokens(original, self.control)
+
+    def description(self) -> Description | None:
+        """What `qrank export` needs of it; None if no other program could load the model."""
+        if not self.family.pair:
+            return None
+        original = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        named = {role: getattr(self.tokenizer, f"{role}_token") for role in NAMED}
+        return Description(
+            config=self.config,
+            added_tokens=original["added_tokens"],
+            special={role: token for role, token in named.items() if token is not None},
+            card=read_card(self.folder),
+        )
 
     def parameters(self) -> int:
         """The number of parameters, read from the headers of the weight files.
@@ -229,6 +248,7 @@ def describe(
     return Checkpoint(
         folder=folder,
         source=Source(identity, commit, _fingerprint(config, tokenizer(), files)),
+        config=config,
         family=made,
         tokenizer=tokenizer(),
         control=frozenset(control),

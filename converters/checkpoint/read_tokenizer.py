@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("qrank")
 
-_NAMED = ("bos", "cls", "eos", "mask", "pad", "sep", "unk")
+NAMED = ("bos", "cls", "eos", "mask", "pad", "sep", "unk")
+"""Roles of special tokens in tokenizer_config.json."""
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "auto_map": (dict,),
@@ -113,7 +114,7 @@ def _check_config(folder: Path, source: str) -> None:
     if not (path := folder / "tokenizer_config.json").is_file():
         return
     content = read_json(path, dict, source)
-    named = dict.fromkeys((f"{name}_token" for name in _NAMED), (str, dict, NoneType))
+    named = dict.fromkeys((f"{name}_token" for name in NAMED), (str, dict, NoneType))
     check_kinds(content, named | _KINDS, path.name, source)
     if (side := content.get("truncation_side", "right")) not in ("left", "right"):
         raise ConversionError(

@@ -60,6 +60,12 @@ class Family:
         """Whether it is a causal model: everything before the documents is computed once."""
         return self.pooling == "last"
 
+    @property
+    def pair(self) -> bool:
+        """Whether the model reads a query and a document as they are, between special tokens."""
+        texts = [item for item in self.template if isinstance(item, str)]
+        return texts == ["{query}", "{document}"] and self.pooling not in ("last", "step")
+
     def asked(self, instruction: str | None) -> tuple[tuple[int | str, ...], str]:
         """The template for an instruction, and the instruction's text; None means the default.
 

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from qrank.bundle.agreement import Agreement, Reference
+from qrank.bundle.description import Description
 from qrank.bundle.dimensions import Dimensions
 from qrank.bundle.family import ACTIVATIONS, POOLINGS, Family
 from qrank.bundle.fidelity import Fidelity
@@ -129,7 +130,9 @@ class Probes:
 class Manifest:
     """All metadata of a bundle.
 
-    `dimensions` is None if the model's are unknown, `ranking` if the original did not rank.
+    `dimensions` is None if the model's are unknown, `ranking` if the original did not rank,
+    `description` if other programs cannot load the model (`Family.pair`), or an earlier qrank made
+    the bundle.
     """
 
     name: str
@@ -140,6 +143,7 @@ class Manifest:
     variants: dict[str, Variant] = field(default_factory=dict)
     dimensions: Dimensions | None = None
     ranking: Reference | None = None
+    description: Description | None = None
 
     def with_variant(self, variant: Variant) -> Manifest:
         """The manifest with one variant added or replaced."""
@@ -248,12 +252,15 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
     verification_note = {} if probes.verified else {"verified": False}
     size = {} if manifest.dimensions is None else {"dimensions": manifest.dimensions.to_json()}
     ranking = {} if manifest.ranking is None else {"ranking": asdict(manifest.ranking)}
+    about = manifest.description
+    description = {} if about is None else {"description": asdict(about)}
     return {
         "schema": SCHEMA,
         "name": manifest.name,
         "family": manifest.family.to_json(),
         "source": asdict(manifest.source),
         **size,
+        **description,
         "files": {name: asdict(record) for name, record in manifest.files.items()},
         "variants": {name: _variant(variant) for name, variant in manifest.variants.items()},
         "probes": {
@@ -284,6 +291,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         None if segments is None else [np.asarray(s, np.int8) for s in segments],
     )
     dimensions, ranking = content.get("dimensions"), content.get("ranking")
+    description = content.get("description")
     variants = {}
     for name, item in content["variants"].items():
         fields = {
@@ -311,6 +319,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         variants=variants,
         dimensions=None if dimensions is None else Dimensions.from_json(dimensions),
         ranking=None if ranking is None else _reference(ranking),
+        description=None if description is None else Description.from_json(description),
     )
 
 

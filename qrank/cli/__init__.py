@@ -12,6 +12,7 @@ from qrank.cli.common import Group, debug_option
 from qrank.cli.convert import convert
 from qrank.cli.doctor import doctor
 from qrank.cli.evaluate import evaluate
+from qrank.cli.export import export
 from qrank.cli.models import inspect, models
 from qrank.cli.score import score
 from qrank.cli.serve import serve
@@ -58,6 +59,7 @@ for command in (
     convert,
     doctor,
     evaluate,
+    export,
     inspect,
     models,
     score,
