@@ -23,21 +23,17 @@ class Host:
     """How one integration is used.
 
     Attributes:
-        make: its component, keeping the best `top_n` and given `budget_ms`.
+        make: its component, keeping the best `top_n` within `budget_ms`, if it takes these.
         documents: texts -> its library's documents.
         run: the component, a query and documents -> results.
         stored: the component after its library's own storage or copy; None: it has none.
-        limited: whether the component takes `top_n`.
-        timed: whether it takes `budget_ms`.
-        scored: whether results have scores (of `Reranker.rank`; otherwise its logits, or None).
+        scored: whether its results have scores.
     """
 
     make: Callable[[int | None, float | None], Any]
     documents: Callable[[list[str]], Any]
     run: Callable[[Any, str, Any], Found]
     stored: Callable[[Any], Any] | None = None
-    limited: bool = True
-    timed: bool = True
     scored: bool = True
 
 
@@ -52,7 +48,6 @@ def cross_encoder() -> Host:
         lambda top_n, _: SimpleNamespace(encoder=CrossEncoder("mini", **OPTIONS), top_k=top_n),
         list,
         run,
-        timed=False,
     )
 
 
@@ -95,8 +90,6 @@ def langchain_cross_encoder() -> Host:
         lambda *_: CrossEncoderReranker(model=QrankCrossEncoder("mini", **OPTIONS), top_n=99),
         _langchain_documents,
         run,
-        limited=False,
-        timed=False,
         scored=False,
     )
 
@@ -160,7 +153,6 @@ def lancedb() -> Host:
         lambda _, budget_ms: QrankReranker(budget_ms=budget_ms, **OPTIONS),
         documents,
         run,
-        limited=False,
     )
 
 
@@ -181,8 +173,6 @@ def mteb() -> Host:
         lambda *_: QrankCrossEncoder("mini", **OPTIONS),
         list,
         run,
-        limited=False,
-        timed=False,
         scored=False,
     )
 

@@ -7,14 +7,13 @@ table.search("query", query_type="hybrid").rerank(QrankReranker(column="text"))
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from lancedb.rerankers.base import Reranker as BaseReranker
 
 from qrank.errors import InputError
 from qrank.integrations.lazy import LazyReranker, score_of
-from qrank.scoring.inputs import LongDocuments
 
 SCORE = "_relevance_score"
 """The column that LanceDB expects scores in."""
@@ -29,7 +28,7 @@ class QrankReranker(BaseReranker):
         column: str = "text",
         return_score: str = "relevance",
         instruction: str | None = None,
-        long_documents: LongDocuments = "truncate",
+        long_documents: Literal["truncate", "tail", "chunk"] = "truncate",
         budget_ms: float | None = None,
         **options: Any,
     ) -> None:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from mteb.models.model_meta import ModelMeta
+from numpy.typing import NDArray
 
-from qrank.bundle.sequences import Logits
 from qrank.reranker import Reranker
-from qrank.scoring.inputs import LongDocuments
 
 FRAMEWORKS = {"gguf": "GGUF", "onnx": "ONNX", "openvino": "OpenVINO", "torch": "PyTorch"}
 """MTEB's names of the formats."""
@@ -37,7 +36,7 @@ class QrankCrossEncoder:
         device: str | None = None,
         *,
         instruction: str | None = None,
-        long_documents: LongDocuments = "truncate",
+        long_documents: Literal["truncate", "tail", "chunk"] = "truncate",
         **options: Any,
     ) -> None:
         """Open a model.
@@ -88,7 +87,7 @@ class QrankCrossEncoder:
         hf_subset: str,
         prompt_type: object = None,
         **kwargs: Any,
-    ) -> Logits:
+    ) -> NDArray[np.float32]:
         """Logits of pairs: MTEB orders by them, and they differ where scores tie at 1.0.
 
         Queries with an instruction of their own (tasks of type InstructionReranking) are scored
