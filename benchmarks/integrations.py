@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -252,6 +252,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="its original in fp32")
     parser.add_argument("--queries", type=int, default=20, help="[default: %(default)s]")
     parser.add_argument("--documents", type=int, default=20, help="[default: %(default)s]")
+    parser.add_argument("--pairs", type=int, default=40, help="timed  [default: %(default)s]")
     parser.add_argument("--rounds", type=int, default=5, help="[default: %(default)s]")
     parser.add_argument("--threads", type=int, default=processors())
     options = parser.parse_args()
@@ -259,14 +260,23 @@ def main() -> int:
     found = collection.bm25(options.documents)
     queries = list(collection.qrels)[: options.queries]
     task = Task(
-        collection.documents,
+        {i: collection.documents[i] for i in collection.documents},
         {query: collection.queries[query] for query in queries},
         {query: list(found[query]) for query in queries},
         options.documents,
         options.model,
         {"threads": options.threads},
     )
-    rows = [_row(each, task, options.rounds) for each in INTEGRATIONS if _installed(each)]
+    with Reranker(task.model, **task.options) as reranker:
+
+        @cache
+        def ranked(query: str, ids: tuple[str, ...]) -> list[str]:
+            found = reranker.rank(query, [task.documents[i] for i in ids])
+            return [ids[each.index] for each in found]
+
+        rows = [
+            _row(each, task, ranked, options.rounds) for each in INTEGRATIONS if _installed(each)
+        ]
     title = f"Orders on {options.data.name}: {options.documents} candidates for each query"
     report(title, ORDERS, rows, as_json=options.json)
     if (options.checkpoint / "model.safetensors").exists():
@@ -283,13 +293,17 @@ def _installed(each: Integration) -> bool:
     return there
 
 
-def _row(each: Integration, task: Task, rounds: int) -> dict[str, Any]:
-    equal = 0
+def _row(
+    each: Integration,
+    task: Task,
+    ranked: Callable[[str, tuple[str, ...]], list[str]],
+    rounds: int,
+) -> dict[str, Any]:
     results = each.run(task)
-    with Reranker(task.model, **task.options) as reranker:
-        for query, (candidates, order) in zip(task.queries.values(), results, strict=True):
-            ranked = reranker.rank(query, [task.documents[i] for i in candidates])
-            equal += order == [candidates[found.index] for found in ranked]
+    equal = sum(
+        order == ranked(query, tuple(candidates))
+        for query, (candidates, order) in zip(task.queries.values(), results, strict=True)
+    )
     seconds = np.array([_imports(each) for _ in range(rounds)])
     own, added = np.median(seconds, axis=0).tolist()
     return {
@@ -325,7 +339,7 @@ def _speeds(options: Any, task: Task) -> None:
         (query, task.documents[i])
         for query in task.queries.values()
         for i in task.candidates(query)
-    ][: 2 * options.documents]
+    ][: options.pairs]
     folder = str(options.checkpoint)
     encoders: dict[str, Any] = {
         THEIRS: Theirs(folder, device="cpu", local_files_only=True, max_length=512),

@@ -241,8 +241,9 @@ class Reranker:
     ) -> Rankings:
         """As `rank`, in a thread of asyncio's pool: the event loop goes on meanwhile.
 
-        Calls may run at once, and share the CPU threads that the reranker was opened with. A call
-        that is cancelled stops waiting; its thread still finishes.
+        Calls may run at once, and share the CPU threads that the reranker was opened with.
+        `budget_ms` counts from when the thread begins. A call that is cancelled stops waiting; its
+        thread still finishes.
         """
         # Who awaits has imported it; others' start needs not take the time.
         from asyncio import to_thread

@@ -264,7 +264,11 @@ def test_documents_may_be_dictionaries_with_a_text(mini: Reranker) -> None:
     records = [{"id": i, "body": text} for i, text in enumerate(DOCUMENTS)]
     expected = mini.rank(QUERY, DOCUMENTS)
     assert mini.rank(QUERY, iter(records), text_key="body") == expected
-    mixed = [{"text": DOCUMENTS[0]}, DOCUMENTS[1], MappingProxyType({"text": Scalar("")})]
+    mixed: list[Any] = [
+        {"text": DOCUMENTS[0]},
+        DOCUMENTS[1],
+        MappingProxyType({"text": Scalar("")}),
+    ]
     assert mini.rank(QUERY, mixed) == expected
 
 

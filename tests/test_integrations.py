@@ -148,6 +148,15 @@ def test_rank_gives_their_dictionaries(encoder: CrossEncoder, order: list[str]) 
     assert encoder.rank(QUERY, []) == []
 
 
+def test_rank_tells_documents_apart_whose_scores_are_one(
+    encoder: CrossEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = np.array([20, 30, 25], np.float32)
+    monkeypatch.setattr(encoder.reranker.engine, "logits", lambda inputs: logits)
+    assert encoder.predict([(QUERY, text) for text in TEXTS[:3]]).tolist() == [1.0] * 3
+    assert [each["corpus_id"] for each in encoder.rank(QUERY, TEXTS[:3])] == [1, 2, 0]
+
+
 def test_a_cross_encoder_travels_and_says_what_it_does_not_take(encoder: CrossEncoder) -> None:
     again = pickle.loads(pickle.dumps(CrossEncoder("mini", **OPTIONS)))
     assert again.predict((QUERY, TEXTS[0])) == encoder.predict((QUERY, TEXTS[0]))
@@ -391,54 +400,52 @@ def test_lancedb_reranks_every_kind_of_search(tmp_path: Path, order: list[str]) 
 # MTEB
 
 
-class Planets:
-    """A reranking task that is made here: the second of our ranking is the relevant document."""
+def planets(relevant: str, instruction: str | None = None) -> Any:
+    """A reranking task of one query with one relevant document."""
+    from datasets import Dataset
+    from mteb.abstasks import AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
 
-    def __new__(cls, relevant: str, instruction: str | None = None) -> Any:
-        from datasets import Dataset
-        from mteb.abstasks import AbsTaskRetrieval
-        from mteb.abstasks.task_metadata import TaskMetadata
+    query = {"id": "q", "text": QUERY} | ({"instruction": instruction} if instruction else {})
+    documents = [{"id": f"d{i}", "text": text} for i, text in enumerate(TEXTS)]
+    ids = [each["id"] for each in documents]
 
-        query = {"id": "q", "text": QUERY} | ({"instruction": instruction} if instruction else {})
-        documents = [{"id": f"d{i}", "text": text} for i, text in enumerate(TEXTS)]
-        ids = [each["id"] for each in documents]
+    class Task(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name="Planets",
+            description="planets",
+            reference=None,
+            type="InstructionReranking" if instruction else "Reranking",
+            category="t2t",
+            modalities=["text"],
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+            dataset={"path": "none", "revision": "none"},
+            date=None,
+            domains=None,
+            task_subtypes=None,
+            license=None,
+            annotations_creators=None,
+            dialect=None,
+            sample_creation=None,
+            bibtex_citation="",
+        )
 
-        class Task(AbsTaskRetrieval):
-            metadata = TaskMetadata(
-                name="Planets",
-                description="planets",
-                reference=None,
-                type="InstructionReranking" if instruction else "Reranking",
-                category="t2t",
-                modalities=["text"],
-                eval_splits=["test"],
-                eval_langs=["eng-Latn"],
-                main_score="ndcg_at_10",
-                dataset={"path": "none", "revision": "none"},
-                date=None,
-                domains=None,
-                task_subtypes=None,
-                license=None,
-                annotations_creators=None,
-                dialect=None,
-                sample_creation=None,
-                bibtex_citation="",
-            )
+        def load_data(self, **_: Any) -> None:
+            split = {
+                "queries": Dataset.from_list([query]),
+                "corpus": Dataset.from_list(documents),
+                "relevant_docs": {"q": {f"d{TEXTS.index(relevant)}": 1}},
+                "top_ranked": {"q": ids},
+            }
+            self.dataset = {"default": {"test": split}}
+            self.data_loaded = True
 
-            def load_data(self, **_: Any) -> None:
-                split = {
-                    "queries": Dataset.from_list([query]),
-                    "corpus": Dataset.from_list(documents),
-                    "relevant_docs": {"q": {f"d{TEXTS.index(relevant)}": 1}},
-                    "top_ranked": {"q": ids},
-                }
-                self.dataset = {"default": {"test": split}}
-                self.data_loaded = True
-
-        return Task()
+    return Task()
 
 
-def test_mteb_evaluates_it(order: list[str], reranker: Reranker, tmp_path: Path) -> None:
+def test_mteb_evaluates_it(order: list[str], tmp_path: Path) -> None:
     mteb = pytest.importorskip("mteb")
     from mteb.models import CrossEncoderProtocol
 
@@ -450,7 +457,7 @@ def test_mteb_evaluates_it(order: list[str], reranker: Reranker, tmp_path: Path)
     assert (meta.name, meta.framework, meta.max_tokens) == ("qrank/mini", ["ONNX"], 512)
     assert meta.is_cross_encoder
     assert meta.experiment_name == "qrank_onnx-int8@cpu"
-    task = Planets(order[1])
+    task = planets(order[1])
     found = mteb.evaluate(
         model,
         task,
@@ -492,7 +499,7 @@ def test_mteb_passes_a_querys_instruction_on(checkpoint_of: Callable[[str], Path
         Listening("mini", **OPTIONS),
     ]
     for model in models:
-        mteb.evaluate(model, Planets(TEXTS[2], "find planets"), **quiet)
+        mteb.evaluate(model, planets(TEXTS[2], "find planets"), **quiet)
     assert [model.mteb_model_meta.use_instructions for model in models] == [True, False]
     assert asked == [
         ([(QUERY, text) for text in TEXTS], "find planets"),

@@ -88,7 +88,7 @@ def as_text(value: object, what: str) -> str:
 _ADVICE = {
     "NoneType": 'give "" where there is no text',
     "bytes": "decode it",
-    "list": "give one list of texts, without lists in it",
+    "list": "give one text, not a list of them",
 }
 """What to do about values that are given for texts, by their types."""
 
