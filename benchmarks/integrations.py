@@ -165,7 +165,7 @@ def lancedb(task: Task) -> list[Ranked]:
                 return table.search(MatchQuery(query, "text"), query_type="fts").limit(task.limit)
 
             before = [row["id"] for row in search().to_list()]
-            after = search().rerank(reranker, query_string=query).to_list()
+            after = search().rerank(reranker).to_list()
             results.append((before, [row["id"] for row in after]))
     return results
 

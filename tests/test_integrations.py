@@ -364,6 +364,7 @@ def test_haystack_runs_it_behind_bm25(order: list[str]) -> None:
 def test_lancedb_reranks_every_kind_of_search(tmp_path: Path, order: list[str]) -> None:
     lancedb = pytest.importorskip("lancedb")
     from lancedb.index import FTS
+    from lancedb.query import MatchQuery
 
     from qrank.integrations.lancedb import QrankReranker
 
@@ -383,6 +384,8 @@ def test_lancedb_reranks_every_kind_of_search(tmp_path: Path, order: list[str]) 
         text for text in order if text in {row["text"] for row in words}
     ]
     assert len(words) > 1
+    matched = table.search(MatchQuery(QUERY, "text"), query_type="fts").rerank(reranker)
+    assert matched.limit(6).to_list() == words
 
     def both(given: QrankReranker) -> list[dict[str, Any]]:
         search = table.search(query_type="hybrid").vector([0.0, 1.0]).text(QUERY)

@@ -76,7 +76,8 @@ class QrankReranker(BaseReranker):
                 f"{', '.join(rows.column_names)}. Say which holds the texts (column=)"
             )
         found = self._reranker().rank(
-            query,
+            # The text of a MatchQuery or PhraseQuery.
+            getattr(query, "query", query),
             rows[self.column],
             instruction=self.instruction,
             long_documents=self.long_documents,
