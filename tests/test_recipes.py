@@ -152,7 +152,7 @@ def test_pyterrier(order: list[str]) -> None:
 def test_chroma(order: list[str]) -> None:
     chromadb = pytest.importorskip("chromadb", reason="chromadb brings grpc, kubernetes and more")
 
-    class Words(chromadb.EmbeddingFunction):
+    class Words(chromadb.EmbeddingFunction):  # type: ignore[name-defined]
         def __init__(self) -> None:
             pass
 
