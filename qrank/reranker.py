@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -174,8 +174,9 @@ class Reranker:
     def rank(
         self,
         query: str,
-        documents: Iterable[str],
+        documents: Iterable[str | Mapping[str, Any]],
         *,
+        text_key: str = "text",
         top_k: int | None = None,
         instruction: str | None = None,
         long_documents: LongDocuments = "truncate",
@@ -186,7 +187,9 @@ class Reranker:
         Args:
             query: truncated with a warning (logger "qrank") if it exceeds the limit on its own.
             documents: any ordered collection: a list, a generator, an array, a column of a table.
-                Empty and blank documents are scored like any other.
+                Empty and blank documents are scored like any other. A document may be a dictionary
+                with its text in one field; a result's `index` tells which it was.
+            text_key: the name of that field.
             top_k: maximum number of results. None: all.
             instruction: what "relevant" means here, for families that take an instruction
                 (Qwen3-Reranker, zerank, mxbai-rerank-v2). None: the family's default, if any.
@@ -197,7 +200,7 @@ class Reranker:
                 The model's speed is learnt from call to call, so the first few are less exact.
 
         Raises:
-            InputError: an argument is invalid, a document is not a string or needs more memory than
+            InputError: an argument is invalid, a document has no text or needs more memory than
                 there is, or the family takes no instruction.
             TargetError: the backend failed, or returned a logit that is not finite.
         """
@@ -205,10 +208,13 @@ class Reranker:
         milliseconds = "milliseconds, more than 0"
         budget_ms = arguments.number("budget_ms", budget_ms, milliseconds, lambda x: x > 0)
         _check(instruction, long_documents)
-        query, documents = as_text(query, "query"), as_texts(documents, "documents", "document")
-        if not documents:
+        if not isinstance(text_key, str):
+            raise arguments.wrong("text_key", text_key, "the name of the field with the text")
+        query = as_text(query, "query")
+        texts = as_texts(documents, "documents", "document", text_key)
+        if not texts:
             return Rankings()
-        pairs = [(query, document) for document in documents]
+        pairs = [(query, text) for text in texts]
         engine, asked = self.engine, (instruction, long_documents)
         if budget_ms is None:
             inputs = engine.prepare(pairs, *asked)
@@ -220,7 +226,38 @@ class Reranker:
                 inputs += some
                 found.append(engine.logits(some))
             logits = np.concatenate(found)
-        return Rankings.of(ScoredPairs.of(inputs, logits, engine.scores), documents)[:top_k]
+        return Rankings.of(ScoredPairs.of(inputs, logits, engine.scores), texts)[:top_k]
+
+    async def arank(
+        self,
+        query: str,
+        documents: Iterable[str | Mapping[str, Any]],
+        *,
+        text_key: str = "text",
+        top_k: int | None = None,
+        instruction: str | None = None,
+        long_documents: LongDocuments = "truncate",
+        budget_ms: float | None = None,
+    ) -> Rankings:
+        """As `rank`, in a thread of asyncio's pool: the event loop goes on meanwhile.
+
+        Calls may run at once, and share the CPU threads that the reranker was opened with.
+        `budget_ms` counts from when the thread begins. A call that is cancelled stops waiting; its
+        thread still finishes.
+        """
+        # Who awaits has imported it; others' start needs not take the time.
+        from asyncio import to_thread
+
+        return await to_thread(
+            self.rank,
+            query,
+            documents,
+            text_key=text_key,
+            top_k=top_k,
+            instruction=instruction,
+            long_documents=long_documents,
+            budget_ms=budget_ms,
+        )
 
     @overload
     def score(
@@ -280,6 +317,45 @@ class Reranker:
         ]
         found = [part.logits if raw else part.scores for part in scored]
         return np.concatenate([np.empty(0, np.float32 if raw else np.float64), *found])
+
+    @overload
+    async def ascore(
+        self,
+        pairs: Iterable[Sequence[str]],
+        *,
+        raw: Literal[False] = False,
+        instruction: str | None = None,
+        long_documents: LongDocuments = "truncate",
+    ) -> activation.Scores: ...
+
+    @overload
+    async def ascore(
+        self,
+        pairs: Iterable[Sequence[str]],
+        *,
+        raw: Literal[True],
+        instruction: str | None = None,
+        long_documents: LongDocuments = "truncate",
+    ) -> Logits: ...
+
+    async def ascore(
+        self,
+        pairs: Iterable[Sequence[str]],
+        *,
+        raw: bool = False,
+        instruction: str | None = None,
+        long_documents: LongDocuments = "truncate",
+    ) -> activation.Scores | Logits:
+        """As `score`, in a thread of asyncio's pool, like `arank`."""
+        from asyncio import to_thread
+
+        return await to_thread(
+            self.score,  # type: ignore[arg-type]  # mypy takes one of its overloads
+            pairs,
+            raw=raw,
+            instruction=instruction,
+            long_documents=long_documents,
+        )
 
     def close(self) -> None:
         """Free the model; the next use loads it again.

@@ -1,8 +1,10 @@
 """Arguments of the public API: types and ranges, and texts in any kind of container."""
 
+import asyncio
 import copy
 import os
 import pickle
+import threading
 from collections import Counter, OrderedDict, UserDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -62,6 +64,7 @@ OPENING: dict[str, list[Any]] = {
 RANKING: dict[str, list[Any]] = {
     "query": [None, 3, b"q", ["q"]],
     "documents": [None, 3, "one string", b"bytes", object(), 1.5],
+    "text_key": [None, 3, b"x", ["x"]],
     "top_k": WHOLE,
     "instruction": TEXT,
     "long_documents": [None, 3, "drop", ["tail"]],
@@ -236,6 +239,12 @@ HELD: dict[str, Callable[[list[Any]], Any]] = {
     "series": Series,
     "rows": Rows,
     "column": lambda values: [Scalar(value) for value in values],
+    "pandas": lambda values: pytest.importorskip("pandas").Series(
+        values, index=range(9, 9 - len(values), -1)
+    ),
+    "datasets": lambda values: pytest.importorskip("datasets").Dataset.from_dict({"x": values})[
+        "x"
+    ],
 }
 """Containers of texts, or of pairs of texts."""
 
@@ -249,6 +258,18 @@ def test_documents_may_be_held_in_any_way(mini: Reranker, held: str) -> None:
     ranking = mini.rank(QUERY, HELD[held](DOCUMENTS))
     assert ranking == mini.rank(QUERY, DOCUMENTS)
     assert {type(item.text) for item in ranking} == {str}
+
+
+def test_documents_may_be_dictionaries_with_a_text(mini: Reranker) -> None:
+    records = [{"id": i, "body": text} for i, text in enumerate(DOCUMENTS)]
+    expected = mini.rank(QUERY, DOCUMENTS)
+    assert mini.rank(QUERY, iter(records), text_key="body") == expected
+    mixed: list[Any] = [
+        {"text": DOCUMENTS[0]},
+        DOCUMENTS[1],
+        MappingProxyType({"text": Scalar("")}),
+    ]
+    assert mini.rank(QUERY, mixed) == expected
 
 
 @pytest.mark.parametrize("held", HELD)
@@ -334,6 +355,39 @@ def test_a_ranking_shows_what_matters_in_a_line() -> None:
     assert repr(Rankings([ranking()], 1)) == f"Rankings([{ranking()!r}], scored_count=1)"
 
 
+# Awaited
+
+
+def test_what_is_awaited_leaves_the_event_loop_free(mini: Reranker) -> None:
+    """The documents come once the loop has gone on."""
+
+    async def ask() -> tuple[Rankings, Any]:
+        free = threading.Event()
+
+        def when_free(values: list[Any]) -> Iterator[Any]:
+            assert free.wait(60), "the event loop is blocked"
+            yield from values
+
+        asyncio.get_running_loop().call_later(0.01, free.set)
+        more: dict[str, Any] = {"top_k": 2, "long_documents": "chunk", "budget_ms": 1e5}
+        ranked = mini.arank(QUERY, when_free([{"x": d} for d in DOCUMENTS]), text_key="x", **more)
+        pairs = [(QUERY, document) for document in DOCUMENTS]
+        scored = mini.ascore(when_free(pairs), raw=True, long_documents="chunk")
+        return await asyncio.gather(ranked, scored)
+
+    ranked, logits = asyncio.run(ask())
+    assert ranked == mini.rank(QUERY, DOCUMENTS, top_k=2)
+    assert logits.dtype == np.float32
+    np.testing.assert_array_equal(logits, mini.score([(QUERY, d) for d in DOCUMENTS], raw=True))
+
+
+def test_what_is_awaited_raises_what_the_call_would(mini: Reranker) -> None:
+    with pytest.raises(InputError, match="documents is one string"):
+        asyncio.run(mini.arank(QUERY, "one string"))
+    with pytest.raises(InputError, match="take no instruction"):
+        asyncio.run(mini.ascore([(QUERY, "a")], instruction="find planets"))
+
+
 # Copies, in this process and in others
 
 
@@ -366,3 +420,11 @@ def test_a_pool_of_processes_ranks_the_same(
         there = pool.submit(reranker.rank, QUERY, DOCUMENTS).result(120)
     assert there == mini.rank(QUERY, DOCUMENTS)
     assert there.scored_count == 3
+
+
+def test_joblib_ranks_in_its_processes(mini: Reranker) -> None:
+    joblib = pytest.importorskip("joblib")
+    rank = joblib.delayed(Reranker("mini", threads=1).rank)
+    found = joblib.Parallel(n_jobs=2)(rank(QUERY, [text]) for text in DOCUMENTS[:2])
+    assert found == [mini.rank(QUERY, [text]) for text in DOCUMENTS[:2]]
+    joblib.externals.loky.get_reusable_executor().shutdown()

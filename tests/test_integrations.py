@@ -6,7 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,13 @@ def test_a_lazy_reranker_opens_once_closes_and_travels() -> None:
         ("llama_index", "llama_index"),
         ("haystack", "haystack"),
         ("lancedb", "lancedb"),
+        ("mteb", "mteb"),
     ],
 )
 def test_an_integration_imports_its_host_alone(module: str, host: str | None) -> None:
     if host is not None:
         pytest.importorskip(host)
-    hosts = ("langchain_core", "llama_index", "haystack", "lancedb", "sentence_transformers")
+    hosts = ("langchain_core", "llama_index", "haystack", "lancedb", "mteb")
     code = (
         f"import qrank.integrations.{module}, sys, json;"
         f"print(json.dumps([h for h in {(*hosts, 'torch', 'transformers')} if h in sys.modules]))"
@@ -145,6 +146,15 @@ def test_rank_gives_their_dictionaries(encoder: CrossEncoder, order: list[str]) 
         {key: each[key] for key in ("corpus_id", "score")} for each in found[:2]
     ]
     assert encoder.rank(QUERY, []) == []
+
+
+def test_rank_tells_documents_apart_whose_scores_are_one(
+    encoder: CrossEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = np.array([20, 30, 25], np.float32)
+    monkeypatch.setattr(encoder.reranker.engine, "logits", lambda inputs: logits)
+    assert encoder.predict([(QUERY, text) for text in TEXTS[:3]]).tolist() == [1.0] * 3
+    assert [each["corpus_id"] for each in encoder.rank(QUERY, TEXTS[:3])] == [1, 2, 0]
 
 
 def test_a_cross_encoder_travels_and_says_what_it_does_not_take(encoder: CrossEncoder) -> None:
@@ -228,33 +238,8 @@ def test_langchain_compresses_what_a_retriever_found(order: list[str]) -> None:
     found = retriever.invoke(QUERY)
     assert [document.page_content for document in found] == order[:4]
     assert [document.id for document in found] == [str(TEXTS.index(text)) for text in order[:4]]
-    scores = [document.metadata["relevance_score"] for document in found]
-    assert {type(score) for score in scores} == {float}
-    assert scores == sorted(scores, reverse=True)
-    assert all("relevance_score" not in document.metadata for document in given)
     again = asyncio.run(retriever.ainvoke(QUERY))
     assert [document.page_content for document in again] == order[:4]
-    for other in (copy.deepcopy(compressor), pickle.loads(pickle.dumps(compressor))):
-        assert other.compress_documents(given, QUERY) == found
-    assert compressor.compress_documents([], QUERY) == []
-    everything = QrankRerank(top_n=None, options=OPTIONS).compress_documents(given, QUERY)
-    assert len(everything) == len(TEXTS)
-
-
-def test_langchain_leaves_out_no_document_that_a_budget_left_unscored() -> None:
-    pytest.importorskip("langchain_core")
-    from langchain_core.documents import Document
-
-    from qrank.integrations.langchain import QrankRerank
-
-    documents = [Document(page_content=f"{number} words " * 300) for number in range(400)]
-    compressor = QrankRerank(top_n=None, budget_ms=50, options=OPTIONS)
-    found = compressor.compress_documents(documents, QUERY)
-    scores = [document.metadata["relevance_score"] for document in found]
-    assert len(found) == 400
-    assert scores[-1] is None
-    assert scores[0] is not None
-    assert scores == sorted(scores, key=lambda score: score is None)
 
 
 def test_langchains_own_reranker_takes_the_cross_encoder(order: list[str]) -> None:
@@ -320,11 +305,8 @@ def test_llama_index_postprocesses_what_a_retriever_found(order: list[str]) -> N
     assert [node.score for node in given] == [0.5] * 6
     assert all("retrieval_score" not in node.node.metadata for node in given)
     assert {"ReRankStartEvent", "ReRankEndEvent"} <= set(events)
-    again = QrankRerank.from_dict(postprocessor.to_dict())
-    assert [node.text for node in again.postprocess_nodes(given, query_str=QUERY)] == order[:4]
     with pytest.raises(InputError, match="no query to rerank by"):
         postprocessor.postprocess_nodes(given)
-    assert postprocessor.postprocess_nodes([], query_str=QUERY) == []
 
 
 # Haystack
@@ -361,7 +343,6 @@ def test_haystack_runs_it_behind_bm25(order: list[str]) -> None:
     assert ranker.run(QUERY, given, score_threshold=scores[1])["documents"] == alone[:2]
     assert max(document.score for document in logits) != pytest.approx(scores[0])
     assert asyncio.run(ranker.run_async(QUERY, given))["documents"] == alone
-    assert ranker.run(QUERY, [])["documents"] == []
     with pytest.raises(InputError, match="has no text to read"):
         ranker.run(QUERY, [Document(content=None)])
     titled = QrankRanker(meta_fields_to_embed=["title"], options=OPTIONS)
@@ -383,6 +364,7 @@ def test_haystack_runs_it_behind_bm25(order: list[str]) -> None:
 def test_lancedb_reranks_every_kind_of_search(tmp_path: Path, order: list[str]) -> None:
     lancedb = pytest.importorskip("lancedb")
     from lancedb.index import FTS
+    from lancedb.query import MatchQuery
 
     from qrank.integrations.lancedb import QrankReranker
 
@@ -402,6 +384,8 @@ def test_lancedb_reranks_every_kind_of_search(tmp_path: Path, order: list[str]) 
         text for text in order if text in {row["text"] for row in words}
     ]
     assert len(words) > 1
+    matched = table.search(MatchQuery(QUERY, "text"), query_type="fts").rerank(reranker)
+    assert matched.limit(6).to_list() == words
 
     def both(given: QrankReranker) -> list[dict[str, Any]]:
         search = table.search(query_type="hybrid").vector([0.0, 1.0]).text(QUERY)
@@ -414,3 +398,113 @@ def test_lancedb_reranks_every_kind_of_search(tmp_path: Path, order: list[str]) 
         table.search([0.0, 1.0]).rerank(
             QrankReranker(column="body", **OPTIONS), query_string=QUERY
         ).to_list()
+
+
+# MTEB
+
+
+def planets(relevant: str, instruction: str | None = None) -> Any:
+    """A reranking task of one query with one relevant document."""
+    from datasets import Dataset
+    from mteb.abstasks import AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    query = {"id": "q", "text": QUERY} | ({"instruction": instruction} if instruction else {})
+    documents = [{"id": f"d{i}", "text": text} for i, text in enumerate(TEXTS)]
+    ids = [each["id"] for each in documents]
+
+    class Task(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name="Planets",
+            description="planets",
+            reference=None,
+            type="InstructionReranking" if instruction else "Reranking",
+            category="t2t",
+            modalities=["text"],
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+            dataset={"path": "none", "revision": "none"},
+            date=None,
+            domains=None,
+            task_subtypes=None,
+            license=None,
+            annotations_creators=None,
+            dialect=None,
+            sample_creation=None,
+            bibtex_citation="",
+        )
+
+        def load_data(self, **_: Any) -> None:
+            split = {
+                "queries": Dataset.from_list([query]),
+                "corpus": Dataset.from_list(documents),
+                "relevant_docs": {"q": {f"d{TEXTS.index(relevant)}": 1}},
+                "top_ranked": {"q": ids},
+            }
+            self.dataset = {"default": {"test": split}}
+            self.data_loaded = True
+
+    return Task()
+
+
+def test_mteb_evaluates_it(order: list[str], tmp_path: Path) -> None:
+    mteb = pytest.importorskip("mteb")
+    from mteb.models import CrossEncoderProtocol
+
+    from qrank.integrations.mteb import QrankCrossEncoder
+
+    model = QrankCrossEncoder("mini", **OPTIONS)
+    assert isinstance(model, CrossEncoderProtocol)
+    meta = model.mteb_model_meta
+    assert (meta.name, meta.framework, meta.max_tokens) == ("qrank/mini", ["ONNX"], 512)
+    assert meta.is_cross_encoder
+    assert meta.experiment_name == "qrank_onnx-int8@cpu"
+    task = planets(order[1])
+    found = mteb.evaluate(
+        model,
+        task,
+        cache=None,
+        co2_tracker=False,
+        show_progress_bar=False,
+        prediction_folder=tmp_path,
+    )
+    (result,) = found.task_results
+    assert result.get_score() == pytest.approx(1 / np.log2(3), abs=1e-5)
+    (stored,) = tmp_path.rglob("*.json")
+    scores = json.loads(stored.read_text("utf-8"))["default"]["test"]["q"]
+    ranked = sorted(scores, key=scores.__getitem__, reverse=True)
+    assert [TEXTS[int(name[1:])] for name in ranked] == order
+
+
+def test_mteb_passes_a_querys_instruction_on(checkpoint_of: Callable[[str], Path]) -> None:
+    """To models that take one; for others, MTEB's text has it after the query."""
+    mteb = pytest.importorskip("mteb")
+    from qrank.integrations.mteb import QrankCrossEncoder
+
+    asked: list[tuple[list[tuple[str, str]], str | None]] = []
+
+    class Listening(QrankCrossEncoder):
+        def predict(self, *given: Any, **named: Any) -> Any:
+            score = self.reranker.score
+
+            def heard(pairs: Any, **more: Any) -> Any:
+                asked.append((pairs, more["instruction"]))
+                return score(pairs, **more)
+
+            self.reranker.score = heard  # type: ignore[method-assign]
+            return super().predict(*given, **named)
+
+    quiet: dict[str, Any] = {"cache": None, "co2_tracker": False, "show_progress_bar": False}
+    folder = checkpoint_of("qwen3")
+    models = [
+        Listening(str(folder), backend="torch", family="qwen3-reranker", threads=1),
+        Listening("mini", **OPTIONS),
+    ]
+    for model in models:
+        mteb.evaluate(model, planets(TEXTS[2], "find planets"), **quiet)
+    assert [model.mteb_model_meta.use_instructions for model in models] == [True, False]
+    assert asked == [
+        ([(QUERY, text) for text in TEXTS], "find planets"),
+        ([(f"{QUERY} find planets", text) for text in TEXTS], None),
+    ]

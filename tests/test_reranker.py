@@ -164,10 +164,12 @@ def test_what_fits_is_not_cut_into_chunks(reranker: Reranker) -> None:
     ("documents", "message"),
     [
         ("one string", "documents is one string"),
-        (["a", "b", 3], "document 2 is int, not a string"),
-        ([None], "document 0 is NoneType, not a string"),
-        (["a", {"text": "b"}], "document 1 is dict, not a string"),
-        ([b"bytes"], "document 0 is bytes, not a string"),
+        (["a", "b", 3], "document 2 is int, not a string$"),
+        ([None], 'document 0 is NoneType, not a string; give "" where'),
+        (["a", ["b", "c"]], "document 1 is list, not a string; give one text"),
+        (["a", {"body": "b"}], r"document 1 has no field 'text', only \['body'\]; .*text_key"),
+        ([{"text": 3}], "field 'text' of document 0 is int, not a string"),
+        ([b"bytes"], "document 0 is bytes, not a string; decode it"),
     ],
 )
 def test_documents_that_are_none(reranker: Reranker, documents: Any, message: str) -> None:

@@ -66,6 +66,11 @@ class Family:
         texts = [item for item in self.template if isinstance(item, str)]
         return texts == ["{query}", "{document}"] and self.pooling not in ("last", "step")
 
+    @property
+    def takes_instruction(self) -> bool:
+        """Whether its template has a place for an instruction."""
+        return bool(self.instruction) or self.instructed is not None
+
     def asked(self, instruction: str | None) -> tuple[tuple[int | str, ...], str]:
         """The template for an instruction, and the instruction's text; None means the default.
 
@@ -76,7 +81,7 @@ class Family:
             return self.template, self.instruction
         if self.instructed is not None:
             return self.instructed, instruction
-        if not self.instruction:
+        if not self.takes_instruction:
             raise InputError(f"models of family {self.name} take no instruction")
         return self.template, instruction
 

@@ -7,8 +7,8 @@
 | `llama_index` | a node postprocessor | `qrank[llama-index]` |
 | `haystack` | a ranker component | `qrank[haystack]` |
 | `lancedb` | a reranker of search results | `qrank[lancedb]` |
+| `mteb` | a cross-encoder for its reranking tasks | `qrank[mteb]` |
 
-All but `cross_encoder`, which opens its model as the class it replaces does, open it at first use.
-Those for frameworks return Python floats and copies of what they were given, keep the order of
-ties, and put documents that a budget left unscored last, with no score.
+`cross_encoder` and `mteb` open their models at once, as the classes they replace do; the others at
+first use. docs/integrations.md has the rules that all of them keep; tests/hosts.py tests a new one.
 """

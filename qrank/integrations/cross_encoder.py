@@ -167,17 +167,23 @@ class CrossEncoder:
             InputError, TargetError: as for `predict`.
         """
         texts = list(documents)
-        scores = self.predict(
-            [(query, text) for text in texts],
-            prompt_name=prompt_name,
-            prompt=prompt,
-            activation_fn=activation_fn,
-        )
-        order = np.argsort(-scores, kind="stable")[:top_k].tolist()
-        more = ({"text": texts[i]} if return_documents else {} for i in order)
+        if prompt_name is None and (activation_fn or self.activation_fn) is None:
+            # By logits, which still differ where two scores are 1.0.
+            ranked = self.reranker.rank(query, texts, top_k=top_k, instruction=prompt)
+            found = [(each.index, each.score) for each in ranked]
+        else:
+            scores = self.predict(
+                [(query, text) for text in texts],
+                prompt_name=prompt_name,
+                prompt=prompt,
+                activation_fn=activation_fn,
+            )
+            order = np.argsort(-scores, kind="stable")[:top_k].tolist()
+            found = [(i, float(scores[i])) for i in order]
+        more = [{"text": texts[i]} if return_documents else {} for i, _ in found]
         return [
-            {"corpus_id": i, "score": float(scores[i]), **text}
-            for i, text in zip(order, more, strict=True)
+            {"corpus_id": i, "score": score, **text}
+            for (i, score), text in zip(found, more, strict=True)
         ]
 
     def start_multi_process_pool(self, target_devices: object = None) -> dict[str, Any]:

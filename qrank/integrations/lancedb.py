@@ -7,14 +7,13 @@ table.search("query", query_type="hybrid").rerank(QrankReranker(column="text"))
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 from lancedb.rerankers.base import Reranker as BaseReranker
 
 from qrank.errors import InputError
-from qrank.integrations.lazy import LazyReranker
+from qrank.integrations.lazy import LazyReranker, score_of
 
 SCORE = "_relevance_score"
 """The column that LanceDB expects scores in."""
@@ -29,6 +28,8 @@ class QrankReranker(BaseReranker):
         column: str = "text",
         return_score: str = "relevance",
         instruction: str | None = None,
+        long_documents: Literal["truncate", "tail", "chunk"] = "truncate",
+        budget_ms: float | None = None,
         **options: Any,
     ) -> None:
         """Keep the arguments; the model is opened at first use.
@@ -37,12 +38,16 @@ class QrankReranker(BaseReranker):
             model: as for `qrank.Reranker`.
             column: the column that holds the documents' texts.
             return_score: "relevance": qrank's score alone; "all": the searches' scores too.
-            instruction: as for `Reranker.score`.
+            instruction: as for `Reranker.rank`.
+            long_documents: as for `Reranker.rank`.
+            budget_ms: as for `Reranker.rank`.
             options: other arguments of `Reranker`.
         """
         super().__init__(return_score)
         self.column = column
         self.instruction = instruction
+        self.long_documents = long_documents
+        self.budget_ms = budget_ms
         self._reranker = LazyReranker(model, options)
 
     def rerank_hybrid(
@@ -70,12 +75,17 @@ class QrankReranker(BaseReranker):
                 f"the search's rows have no column {self.column!r}; they have: "
                 f"{', '.join(rows.column_names)}. Say which holds the texts (column=)"
             )
-        pairs = [(query, text) for text in rows[self.column].to_pylist()]
-        reranker = self._reranker()
-        logits = reranker.score(pairs, instruction=self.instruction, raw=True)
-        scores = reranker.engine.scores(logits).astype(np.float32)
-        order = np.argsort(-logits, kind="stable")
-        return rows.append_column(SCORE, pa.array(scores, pa.float32())).take(pa.array(order))
+        found = self._reranker().rank(
+            # The text of a MatchQuery or PhraseQuery.
+            getattr(query, "query", query),
+            rows[self.column],
+            instruction=self.instruction,
+            long_documents=self.long_documents,
+            budget_ms=self.budget_ms,
+        )
+        order = pa.array([each.index for each in found], pa.int64())
+        scores = pa.array([score_of(each) for each in found], pa.float32())
+        return rows.take(order).append_column(SCORE, scores)
 
     def _alone(self, rows: pa.Table, column: str) -> pa.Table:
         """Without the search's own score, unless all are wanted."""

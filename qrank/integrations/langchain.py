@@ -61,6 +61,7 @@ class QrankRerank(BaseDocumentCompressor):
         Raises:
             QrankError: as for `Reranker` and `Reranker.rank`.
         """
+        self._reranker = self._reranker.of(self.model, self.options)
         found = self._reranker().rank(
             query,
             [document.page_content for document in documents],

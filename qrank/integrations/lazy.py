@@ -36,6 +36,14 @@ class LazyReranker:
                 self._reranker = Reranker(model, **options)
             return self._reranker
 
+    def of(self, model: str, options: Mapping[str, Any]) -> LazyReranker:
+        """This one if it has these arguments; otherwise another.
+
+        Hosts copy components with some of their fields changed, and so can users.
+        """
+        wanted = (model, dict(options))
+        return self if wanted == self._arguments else LazyReranker(*wanted)
+
     def close(self) -> None:
         """Free the model; the next call opens it again."""
         with self._lock:

@@ -70,6 +70,7 @@ class QrankRerank(BaseNodePostprocessor):
                 model_name=self.model,
             )
         )
+        self._reranker = self._reranker.of(self.model, self.options)
         found = self._reranker().rank(
             query_bundle.query_str,
             [node.node.get_content(metadata_mode=self.metadata_mode) for node in nodes],

@@ -80,22 +80,46 @@ def as_text(value: object, what: str) -> str:
         return str.__str__(value)
     if hasattr(value, "as_py"):
         return as_text(value.as_py(), what)
-    raise InputError(f"{what} is {type(value).__name__}, not a string")
+    kind = type(value).__name__
+    advice = f"; {_ADVICE[kind]}" if kind in _ADVICE else ""
+    raise InputError(f"{what} is {kind}, not a string{advice}")
 
 
-def as_texts(values: Iterable[str], name: str, each: str) -> list[str]:
+_ADVICE = {
+    "NoneType": 'give "" where there is no text',
+    "bytes": "decode it",
+    "list": "give one text, not a list of them",
+}
+"""What to do about values that are given for texts, by their types."""
+
+
+def as_texts(
+    values: Iterable[str | Mapping[str, Any]], name: str, each: str, text_key: str | None = None
+) -> list[str]:
     """The texts of a list, an array, a column, a generator.
 
     Args:
         values: to be read.
         name: the argument's.
         each: the name of one text in error messages.
+        text_key: the field that holds the text of a dictionary; None: there may be none.
 
     Raises:
-        InputError: one is not a string, or iterating over `values` would not give the texts in
-            order.
+        InputError: one has no text, or iterating over `values` would not give the texts in order.
     """
-    return [as_text(item, f"{each} {i}") for i, item in enumerate(_items(values, name, "strings"))]
+    texts = []
+    for place, item in enumerate(_items(values, name, "strings")):
+        what = f"{each} {place}"
+        if text_key is not None and isinstance(item, Mapping):
+            if text_key not in item:
+                keys = reprlib.repr(list(item))
+                raise InputError(
+                    f"{what} has no field {text_key!r}, only {keys}; name the one that holds the "
+                    "text (text_key)"
+                )
+            what, item = f"field {text_key!r} of {what}", item[text_key]
+        texts.append(as_text(item, what))
+    return texts
 
 
 def as_pairs(values: Iterable[Sequence[str]]) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from haystack import Document, component, default_from_dict, default_to_dict
 
 from qrank.errors import InputError
 from qrank.integrations.lazy import LazyReranker
+from qrank.reranker import Reranker
 
 LongDocuments = Literal["truncate", "tail", "chunk"]
 
@@ -70,7 +71,7 @@ class QrankRanker:
 
     def warm_up(self) -> None:
         """Open the model, if it is not yet."""
-        self._reranker()
+        self._opened()
 
     def close(self) -> None:
         """Free the model; it is opened again when it is needed."""
@@ -125,7 +126,7 @@ class QrankRanker:
         scaled = self.scale_score if scale_score is None else scale_score
         least = self.score_threshold if score_threshold is None else score_threshold
         unique = _unique(documents)
-        found = self._reranker().rank(
+        found = self._opened().rank(
             self.query_prefix + query,
             [self._text(document) for document in unique],
             top_k=self.top_k if top_k is None else top_k,
@@ -153,6 +154,10 @@ class QrankRanker:
         return await asyncio.to_thread(
             self.run, query, documents, top_k, scale_score, score_threshold
         )
+
+    def _opened(self) -> Reranker:
+        self._reranker = self._reranker.of(self.model, self.options)
+        return self._reranker()
 
     def _text(self, document: Document) -> str:
         if document.content is None:
