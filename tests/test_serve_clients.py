@@ -101,7 +101,7 @@ def test_a_hosted_services_model_names_stand_for_the_only_model(
 def test_coheres_errors_are_told_apart(mini: Reranker, url: str) -> None:
     import cohere
 
-    with serving({"mini": mini, "other": mini}) as two:
+    with serving({"mini": mini, "other": mini}, strict_models=True) as two:
         client = cohere.ClientV2(api_key=KEY, base_url=two)
         with pytest.raises(cohere.NotFoundError, match="there are: mini, other"):
             client.rerank(model="rerank-v3.5", query=QUERY, documents=TEXTS)
