@@ -12,7 +12,6 @@ from typing import Any
 import brotli
 import httpx
 import pytest
-from backports import zstd
 from serving import serving
 from test_serve import EVERY, JSON, QUERY, TEXTS, body, message
 
@@ -20,6 +19,11 @@ from qrank import Reranker
 from qrank.serve.encodings import accepted, codecs, decompressed
 from qrank.serve.request import Limits, RequestError
 from qrank.serve.routing import ALIASES
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 STATE = ["/health", "/ready", "/info", "/v1/models", "/metrics", "/docs", "/openapi.json"]
 

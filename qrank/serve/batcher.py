@@ -119,8 +119,8 @@ class Batcher:
 
         Args:
             task: what to score.
-            timeout: seconds it may take from here on.
-            arrived: when the request came, by `time.perf_counter`; None: now.
+            timeout: seconds it may take in total.
+            arrived: when it came, by `time.perf_counter`; None: now.
 
         Raises:
             RequestError: 413 if a pair does not fit and may not be cut, 422 if the model does not
@@ -142,7 +142,7 @@ class Batcher:
         self._count_queued(counted)
         self._metrics.queue_requests.inc()
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(timeout - (time.perf_counter() - arrived)):
                 deadline = None if task.budget is None else arrived + task.budget
                 inputs = await self._encode(task, deadline)
                 logits = self._recall(inputs)

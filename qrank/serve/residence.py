@@ -118,8 +118,10 @@ class _Place:
     Attributes:
         model: the model.
         batcher: its queue; None while it is closed.
-        change: opens or closes it at the moment. Requests that come meanwhile wait for its end.
+        change: opens or closes it at the moment.
+        waiting: requests that wait until it is open.
         users: number of requests that use the queue.
+        unused: set when no request uses the queue any more.
         used: time of the last use, by the loop's clock.
         timer: closes it when it is idle.
     """
@@ -128,10 +130,17 @@ class _Place:
         self.model = model
         self.batcher: Batcher | None = None
         self.change: asyncio.Task[None] | None = None
+        self.waiting: list[asyncio.Future[Batcher]] = []
         self.users = 0
         self.unused = asyncio.Event()
         self.used = 0.0
         self.timer: asyncio.TimerHandle | None = None
+
+    def waiters(self) -> list[asyncio.Future[Batcher]]:
+        """Take those that still wait."""
+        found = [each for each in self.waiting if not each.done()]
+        self.waiting.clear()
+        return found
 
 
 class Residence:
@@ -190,48 +199,67 @@ class Residence:
         place = self._places[name]
         try:
             async with asyncio.timeout(seconds):
-                batcher = await self._opened(place)
+                batcher = await self._enter(place)
         except TimeoutError:
-            raise RequestError(
-                503, f"{name} was not open within {seconds:g} s; try again later"
-            ) from None
-        place.users += 1
-        if place.timer is not None:
-            place.timer.cancel()
+            raise RequestError(503, f"{name} was not open in time; try again later") from None
         try:
             yield batcher
         finally:
-            place.users -= 1
-            self._left(place)
+            self._leave(place)
 
-    async def _opened(self, place: _Place) -> Batcher:
-        """The queue, as soon as the model is open and not about to be closed."""
-        while place.batcher is None or place.change is not None:
-            change = place.change or self._begin(place, self._open(place))
-            # A request that is cancelled must not end the opening for others.
-            await asyncio.shield(change)
-        return place.batcher
+    async def _enter(self, place: _Place) -> Batcher:
+        """Count a request that uses a model, as soon as it is open."""
+        if place.batcher is not None and place.change is None:
+            place.users += 1
+            return place.batcher
+        waiter: asyncio.Future[Batcher] = asyncio.get_running_loop().create_future()
+        place.waiting.append(waiter)
+        if place.change is None:
+            self._begin(place, self._open(place))
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if not waiter.cancelled() and waiter.exception() is None:
+                self._leave(place)  # it was counted in the same moment
+            raise
+
+    def _leave(self, place: _Place) -> None:
+        """Note that a request no longer uses a model."""
+        place.users -= 1
+        self._touch(place)
+
+    def _touch(self, place: _Place) -> None:
+        loop = asyncio.get_running_loop()
+        place.used = loop.time()
+        if place.users:
+            return
+        place.unused.set()
+        if self._idle_seconds is not None:
+            if place.timer is not None:
+                place.timer.cancel()
+            place.timer = loop.call_later(self._idle_seconds, self._idle, place)
+
+    def _idle(self, place: _Place) -> None:
+        if place.batcher is None or place.change is not None or place.users:
+            return  # `_touch` comes again
+        self._begin(place, self._close(place, "idle"))
 
     def _begin(self, place: _Place, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Open or close a model in a task of its own."""
+        """Open or close a model, in a task that no request's end cancels."""
 
         async def changing() -> None:
             try:
                 await work
             finally:
                 place.change = None
+            if place.batcher is None and any(not waiter.done() for waiter in place.waiting):
+                self._begin(place, self._open(place))
 
-        task = place.change = asyncio.create_task(changing())
-        # Its waiters may all have gone when it fails; asyncio would log that.
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return task
+        place.change = asyncio.create_task(changing())
+        return place.change
 
     async def _open(self, place: _Place) -> None:
-        """Open a model, after others were closed if memory is short.
-
-        Raises:
-            RequestError: 503 if it cannot be opened.
-        """
+        """Open a model, once there is room for it; tell the requests that wait for it."""
         model = place.model
         async with self._opening:  # one at a time, so that memory is counted right
             while self._limit is not None and self._taken() + model.memory > self._limit:
@@ -240,14 +268,23 @@ class Residence:
                 await asyncio.to_thread(model.open)
             except Exception as error:  # a backend may raise anything
                 log.error("%s cannot be opened: %s", model.name, error)
-                raise RequestError(503, f"{model.name} cannot be opened: {error}") from error
+                for waiter in place.waiters():
+                    waiter.set_exception(
+                        RequestError(503, f"{model.name} cannot be opened: {error}")
+                    )
+                return
             assert model.engine is not None
             self._settle(place, model.engine)
 
     def _settle(self, place: _Place, engine: Engine) -> None:
+        """Start the queue of a model that was opened."""
         place.batcher = self._start(place.model.name, engine)
         self._metrics.opened(place.model.name)
-        self._left(place)
+        # Counted at once: the next opening must not close the model before they have their turn.
+        for waiter in place.waiters():
+            place.users += 1
+            waiter.set_result(place.batcher)
+        self._touch(place)
 
     async def _make_room(self) -> None:
         """Close the model that was used least recently: an idle one, or else once it is idle.
@@ -263,20 +300,6 @@ class Residence:
         """Bytes that the open models may take; a model counts until its closing has ended."""
         models = (place.model for place in self._places.values())
         return sum(model.memory for model in models if model.engine is not None)
-
-    def _left(self, place: _Place) -> None:
-        """Note that a request no longer uses a model."""
-        loop = asyncio.get_running_loop()
-        place.used = loop.time()
-        if place.users:
-            return
-        place.unused.set()
-        if self._idle_seconds is not None:
-            place.timer = loop.call_later(self._idle_seconds, self._idle, place)
-
-    def _idle(self, place: _Place) -> None:
-        if place.batcher is not None and place.change is None and not place.users:
-            self._begin(place, self._close(place, "idle"))
 
     async def _close(self, place: _Place, reason: str) -> None:
         """Close a model as soon as no request uses it."""

@@ -137,9 +137,9 @@ class Service:
         return outcome
 
     async def _scored(self, name: str, task: RerankTask, arrived: float) -> RerankOutcome:
-        ends = arrived + self.limits.seconds
-        async with self._residence.using(name, ends - time.perf_counter()) as batcher:
-            return await batcher.score(task, ends - time.perf_counter(), arrived)
+        seconds = self.limits.seconds
+        async with self._residence.using(name, seconds) as batcher:
+            return await batcher.score(task, seconds, arrived)
 
     def _completed(self, task: RerankTask, name: str) -> RerankTask:
         """A task for a model, with the server's defaults."""
