@@ -26,7 +26,7 @@ class ScoreCache:
 
     def of(self, engine: Engine) -> ModelScores:
         """The part of the cache for a model as this engine runs it."""
-        running = (engine.manifest.digest, engine.target.name, engine.compute_dtype)
+        running = (engine.manifest.digest, engine.target.key, engine.compute_dtype)
         return ModelScores(self, repr(running).encode())
 
     def get(self, key: bytes) -> float:
