@@ -17,6 +17,7 @@ from qrank import Reranker
 from qrank.serve.app import build
 from qrank.serve.listening import listen
 from qrank.serve.request import Limits
+from qrank.serve.residence import ServedModel
 from qrank.serve.server import server
 
 SECONDS = 30
@@ -36,8 +37,8 @@ def serving(
     listening = listen(host, 0)
     (url, *_) = listening.addresses("http")
     started = threading.Event()
-    engines = {name: reranker.engine for name, reranker in models.items()}
-    guard = build(engines, limits=limits, keys=keys, **more)
+    served = [ServedModel.of(name, reranker.engine) for name, reranker in models.items()]
+    guard = build(served, limits=limits, keys=keys, **more)
     made = server(guard, ready=started.set, drain_seconds=5, cors=cors)
     thread = threading.Thread(target=lambda: asyncio.run(made.serve(sockets=listening.sockets)))
     thread.start()

@@ -35,7 +35,7 @@ def mini() -> Iterator[Reranker]:
 def client(mini: Reranker) -> Iterator[httpx.Client]:
     with (
         Reranker("mini", backend="fakes:length") as length,
-        serving({"mini": mini, "length": length}) as url,
+        serving({"mini": mini, "length": length}, strict_models=True) as url,
         httpx.Client(base_url=url, timeout=60) as opened,
     ):
         yield opened

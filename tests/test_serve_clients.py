@@ -98,10 +98,25 @@ def test_a_hosted_services_model_names_stand_for_the_only_model(
     assert answer.headers["x-qrank-model"] == "mini"
 
 
+def test_an_unknown_name_stands_for_the_first_model_unless_the_server_is_strict(
+    mini: Reranker,
+) -> None:
+    asked = {"query": QUERY, "documents": TEXTS, "model": "gpt"}
+    for strict, status in [(False, 200), (True, 404)]:
+        with serving({"one": mini, "two": mini}, strict_models=strict) as url:
+            answer = httpx.post(f"{url}/v1/rerank", json=asked)
+            assert answer.status_code == status
+            assert answer.headers.get("x-qrank-model") == (None if strict else "one")
+            unnamed = httpx.post(f"{url}/v1/rerank", json={**asked, "model": None})
+            assert unnamed.headers["x-qrank-model"] == "one"
+    with serving({"one": mini}, strict_models=True) as url:
+        assert httpx.post(f"{url}/v1/rerank", json=asked).status_code == 404
+
+
 def test_coheres_errors_are_told_apart(mini: Reranker, url: str) -> None:
     import cohere
 
-    with serving({"mini": mini, "other": mini}) as two:
+    with serving({"mini": mini, "other": mini}, strict_models=True) as two:
         client = cohere.ClientV2(api_key=KEY, base_url=two)
         with pytest.raises(cohere.NotFoundError, match="there are: mini, other"):
             client.rerank(model="rerank-v3.5", query=QUERY, documents=TEXTS)
@@ -122,6 +137,8 @@ def test_coheres_errors_are_told_apart(mini: Reranker, url: str) -> None:
         ("jina_ai", "/v1/rerank"),
         ("hosted_vllm", ""),
         ("huggingface", ""),
+        ("infinity", "/infinity"),
+        ("voyage", "/v1/rerank"),
     ],
 )
 def test_litellm(url: str, expected: list[Ranking], provider: str, base: str) -> None:
@@ -136,6 +153,34 @@ def test_litellm(url: str, expected: list[Ranking], provider: str, base: str) ->
     )
     results = [(x["index"], x["relevance_score"]) for x in found.results]
     check(results, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_litellms_nvidia_nim(url: str, expected: list[Ranking]) -> None:
+    litellm = pytest.importorskip("litellm")
+    found = litellm.rerank(
+        model="nvidia_nim/nvidia/mini", query=QUERY, documents=TEXTS, api_base=url, api_key=KEY
+    )
+    assert [x["index"] for x in found.results] == [item.index for item in expected]
+    logits = [x["relevance_score"] for x in found.results]
+    assert logits == pytest.approx([item.logit for item in expected], abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_litellms_infinity_gets_documents_as_strings(url: str, expected: list[Ranking]) -> None:
+    litellm = pytest.importorskip("litellm")
+    found = litellm.rerank(
+        model="infinity/mini",
+        query=QUERY,
+        documents=TEXTS,
+        return_documents=True,
+        api_base=f"{url}/infinity",
+        api_key=KEY,
+    )
+    assert [item["document"]["text"] for item in found.results] == [x.text for x in expected]
+    refused = ask(url, "/infinity/rerank", query=QUERY, documents=[])
+    assert refused.status_code == 422
+    assert refused.json()["error"]["message"].startswith("documents is empty")
 
 
 def post(url: str, path: str, content: dict[str, Any]) -> Any:
@@ -158,6 +203,40 @@ def test_langchains_cohere_rerank(url: str, expected: list[Ranking]) -> None:
     asked = {"query": QUERY, "documents": TEXTS, "model": "mini", "top_n": 3}
     answer = post(url, "/v2/rerank", {**asked, "max_tokens_per_doc": None})
     check([(x["index"], x["relevance_score"]) for x in answer["results"]], expected)
+
+
+PLAIN = {"model": "mini", "query": QUERY, "documents": TEXTS}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "open-webui": ("/v1/rerank", {**PLAIN, "top_n": 3}),
+    "lightrag": ("/v1/rerank", {**PLAIN, "top_n": 3, "return_documents": False}),
+    "dify-compatible": ("/v1/rerank", {**PLAIN, "top_n": 3, "return_documents": True}),
+    "dify-xinference": ("/v1/rerank", {**PLAIN, "top_n": 3, "return_documents": True}),
+    "dify-localai": ("/rerank", {**PLAIN, "top_n": 3}),
+    "dify-ollama": ("/api/rerank", {**PLAIN, "top_n": 3}),
+    "ragflow-xinference": ("/v1/rerank", {**PLAIN, "return_documents": "true"}),
+    "ragflow-gpustack": ("/v1/rerank", {**PLAIN, "top_n": 3}),
+    "elasticsearch-custom": ("/v1/rerank", PLAIN),
+    # connector.pre_process.cohere.rerank asks for as many as there are documents.
+    "opensearch": ("/v1/rerank", {**PLAIN, "top_n": 3, "return_documents": None}),
+}
+
+
+@pytest.mark.parametrize("client", OTHERS)
+def test_clients_that_read_index_and_relevance_score(
+    url: str, expected: list[Ranking], client: str
+) -> None:
+    path, asked = OTHERS[client]
+    results = post(url, path, asked)["results"]
+    check([(x["index"], x["relevance_score"]) for x in results], expected)
+
+
+def test_difys_tei_plugin(url: str, expected: list[Ranking]) -> None:
+    """It asks /info whether the model is a reranker, and reads texts from the answer."""
+    info = httpx.get(f"{url}/info", headers={"authorization": f"Bearer {KEY}"}).json()
+    assert "reranker" in info["model_type"]
+    answer = post(url, "/rerank", {"query": QUERY, "texts": TEXTS, "return_text": True})
+    check([(x["index"], x["score"]) for x in answer], expected)
+    assert [x["text"] for x in answer] == [x.text for x in expected]
 
 
 def test_haystacks_tei_ranker(url: str, expected: list[Ranking]) -> None:

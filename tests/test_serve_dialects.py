@@ -76,6 +76,7 @@ def url() -> Iterator[str]:
             keys=(b"key",),
             limits=Limits(documents=3, body=1_000),
             dialects=(*DIALECTS, TOY),
+            strict_models=True,
         ) as url,
     ):
         yield url
@@ -135,14 +136,14 @@ def test_errors_before_its_body_is_read_have_its_shape_too(url: str) -> None:
     assert status(headers={}) == 401
     assert status(content=b"{", headers={**KEY, "content-type": "application/json"}) == 400
     assert status(content=b"a" * 1_001) == 413
-    assert status(content=b"a", headers={**KEY, "content-encoding": "br"}) == 415
+    assert status(content=b"a", headers={**KEY, "content-encoding": "lz4"}) == 415
     answer = httpx.get(f"{url}/toy", headers=KEY)
     assert answer.json() == {"toy": [405, "Method Not Allowed"]}
 
 
 def test_it_is_described(url: str) -> None:
     api = httpx.get(f"{url}/openapi.json", headers=KEY).json()
-    assert api["info"]["description"].endswith("Weaviate, LibreChat, Toys.")
+    assert api["info"]["description"].endswith("LibreChat, Infinity, Toys.")
     operation = api["paths"]["/toy"]["post"]
     assert operation["operationId"] == "toy_toy_post"
     assert operation["description"] == "Toys', with `words`."
@@ -166,4 +167,4 @@ def test_it_is_counted(url: str) -> None:
 def test_dialects_that_cannot_be_told_apart_are_refused() -> None:
     twin = dataclasses.replace(TOY, name="twin")
     with pytest.raises(ValueError, match="dialects of /toy with the same field"):
-        build({}, dialects=(TOY, twin))
+        build([], dialects=(TOY, twin))

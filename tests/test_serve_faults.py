@@ -28,6 +28,7 @@ from qrank.serve.app import build
 from qrank.serve.guard import Guard
 from qrank.serve.listening import listen
 from qrank.serve.request import Limits
+from qrank.serve.residence import ServedModel
 
 LIMITS = Limits(body=1_000_000, body_seconds=2.0, queue_tokens=2_000)
 
@@ -196,7 +197,7 @@ def test_uvicorn_has_the_private_parts_that_are_built_on(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(server, "Protocol", Seen)
     with Reranker("mini", backend="fakes:length") as reranker:
-        asyncio.run(scene(build({"mini": reranker.engine})))
+        asyncio.run(scene(build([ServedModel.of("mini", reranker.engine)])))
 
 
 def test_noise_is_no_request(plodding: str) -> None:
@@ -301,7 +302,7 @@ def test_a_server_that_drains_says_so() -> None:
             return await client.get("/ready")
 
     with Reranker("mini", backend="fakes:length") as reranker:
-        answer = asyncio.run(scene(build({"mini": reranker.engine})))
+        answer = asyncio.run(scene(build([ServedModel.of("mini", reranker.engine)])))
     assert answer.status_code == 503
     assert answer.headers["connection"] == "close"
 
@@ -325,7 +326,7 @@ def test_a_server_whose_queue_failed_says_so() -> None:
             return await client.get("/ready")
 
     with Reranker("mini", backend="fakes:length") as reranker:
-        answer = asyncio.run(scene(build({"mini": reranker.engine})))
+        answer = asyncio.run(scene(build([ServedModel.of("mini", reranker.engine)])))
     assert answer.status_code == 503
     assert answer.json() == {"status": "failed"}
 

@@ -207,6 +207,7 @@ def test_a_bundle_below_a_path_with_an_equals_sign_is_served(tmp_path: Path) -> 
 
 def test_aliases_are_names_too() -> None:
     arguments = ["mini", "other=mini", "--alias", "rerank-v3.5=mini", "--alias=b=other"]
+    arguments.append("--strict-models")
     with process("--backend", "fakes:length", *arguments) as (url, _):
         names = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
         assert names == ["mini", "other", "rerank-v3.5", "b"]

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import brotli
 import httpx
 import pytest
 from serving import serving
 from test_serve import EVERY, JSON, QUERY, TEXTS, body, message
 
 from qrank import Reranker
-from qrank.serve.body import inflated
+from qrank.serve.encodings import accepted, codecs, decompressed
 from qrank.serve.request import Limits, RequestError
 from qrank.serve.routing import ALIASES
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 STATE = ["/health", "/ready", "/info", "/v1/models", "/metrics", "/docs", "/openapi.json"]
 
@@ -140,6 +147,9 @@ def bare(content: bytes) -> bytes:
 
 
 CODINGS: dict[str, Callable[[bytes], bytes]] = {
+    "br": brotli.compress,
+    "zstd": zstd.compress,
+    "zstd, br": lambda content: brotli.compress(zstd.compress(content)),
     "gzip": gzip.compress,
     "x-gzip": gzip.compress,
     "GZIP": gzip.compress,
@@ -163,13 +173,21 @@ def test_bodies_that_cannot_be_decompressed(client: httpx.Client, path: str) -> 
     plain = json.dumps(body(path, TEXTS)).encode()
     whole = gzip.compress(plain)
     wrong = [
-        (415, "send gzip, deflate", "br", plain),
+        (415, "send gzip, deflate, br, zstd", "lz4", plain),
         (415, "send gzip, deflate", "gzip, gzip, gzip", whole),
         (400, "no gzip", "gzip", plain),
         (400, "no gzip", "gzip", whole[:-9]),
         (400, "no gzip", "gzip", whole + b"more"),
         (400, "no gzip", "gzip", b""),
         (400, "no deflate", "deflate", plain),
+        (400, "no br", "br", plain),
+        (400, "no br", "br", brotli.compress(plain)[:-3]),
+        (400, "no br", "br", brotli.compress(plain) + b"more"),
+        (400, "no zstd", "zstd", plain),
+        (400, "no zstd", "zstd", zstd.compress(plain)[:-3]),
+        (400, "no zstd", "zstd", zstd.compress(plain) + b"more"),
+        (413, "100,000 bytes", "br", brotli.compress(b" " * 50_000_000, quality=1)),
+        (413, "100,000 bytes", "zstd", zstd.compress(b" " * 50_000_000)),
         (413, "100,000 bytes", "gzip", gzip.compress(b" " * 50_000_000)),
         (413, "100,000 bytes", "deflate", zlib.compress(b" " * 100_001)),
         (413, "100,000 bytes", "gzip, gzip", gzip.compress(gzip.compress(b" " * 10_000_000))),
@@ -183,12 +201,34 @@ def test_bodies_that_cannot_be_decompressed(client: httpx.Client, path: str) -> 
         test_bodies_may_be_compressed(client, path, "gzip")
 
 
-def test_what_is_decompressed_never_exceeds_the_limit() -> None:
-    bomb = gzip.compress(b"\0" * 30_000_000)
+@pytest.mark.parametrize("coding", ["gzip", "br", "zstd"])
+def test_what_is_decompressed_never_exceeds_the_limit(coding: str) -> None:
+    bomb = CODINGS[coding](b"\0" * 10_000_000)
     with pytest.raises(RequestError) as refused:
-        inflated(bomb, "gzip", 1_000_000)
+        decompressed(bomb, coding, 1_000_000)
     assert refused.value.status == 413
-    assert inflated(bomb, "gzip", 30_000_000) == b"\0" * 30_000_000
+    # brotli's limit is not exact.
+    assert len(codecs()[coding](bomb, 1_000_000)) < 1_500_000
+    assert decompressed(bomb, coding, 10_000_000) == b"\0" * 10_000_000
+
+
+def test_a_zstd_window_of_more_than_8_mb_is_refused() -> None:
+    window = {zstd.CompressionParameter.window_log: 26}
+    content = zstd.compress(b"ab" * 50_000_000, options=window)
+    with pytest.raises(RequestError, match="no zstd"):
+        decompressed(content, "zstd", 1_000_000_000)
+
+
+def test_codecs_that_are_not_installed_are_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("brotli", "compression.zstd", "backports.zstd"):
+        monkeypatch.setitem(sys.modules, module, None)
+    codecs.cache_clear()
+    try:
+        assert accepted() == "gzip, deflate"
+        with pytest.raises(RequestError, match="send gzip, deflate or no encoding"):
+            decompressed(b"", "zstd", 10)
+    finally:
+        codecs.cache_clear()
 
 
 EITHER = 'documents[1] is a number; give a string, or an object with "text"'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
+from qrank.cli.batch import batch
 from qrank.cli.bench import bench
 from qrank.cli.cache import cache
 from qrank.cli.calibrate import calibrate
@@ -53,6 +54,7 @@ def completion(shell: str) -> None:
 
 
 for command in (
+    batch,
     bench,
     cache,
     calibrate,

@@ -25,7 +25,7 @@ from qrank.system.textfiles import STANDARD_INPUT
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_LEAVE_MORE = frozenset({"calibrate", "convert", "export", "serve", "tune"})
+_LEAVE_MORE = frozenset({"batch", "calibrate", "convert", "export", "serve", "tune"})
 """Commands whose printed output is not their only result."""
 
 

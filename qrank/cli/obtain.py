@@ -49,9 +49,13 @@ def runs_checkpoint(backend: str | None) -> bool:
 
 def opened(model: str, revision: str | None, **opening: Any) -> Reranker:
     """Open a command's model with the options of `qrank.cli.common.opening_options`."""
-    backend = opening["backend"]
-    if runs_checkpoint(backend):
+    if runs_checkpoint(opening["backend"]):
         return Reranker(model, revision=revision, **opening)
-    named = () if backend is None else (backend,)
+    return Reranker(located(model, revision, **opening), **opening)
+
+
+def located(model: str, revision: str | None, **opening: Any) -> Bundle:
+    """The bundle that `opened` opens, converted first if it must be."""
+    named = () if opening["backend"] is None else (opening["backend"],)
     wanted = Wanted(named, opening["device"], opening.get("family"))
-    return Reranker(obtained(model, revision, wanted, whole=False), **opening)
+    return obtained(model, revision, wanted, whole=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from qrank.bundle.locate import DEFAULT
-from qrank.cli.common import FiniteRange, debug_option, notice, opening_options
-from qrank.cli.names import parse_aliases, split_name
-from qrank.cli.obtain import opened as open_model
-from qrank.cli.obtain import revision_option
-from qrank.errors import InputError
-from qrank.reranker import Reranker
+from qrank.cli.common import FiniteRange, debug_option, notice
+from qrank.cli.served import open_served, served_options
 from qrank.system.extras import need
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -25,7 +19,14 @@ _SECONDS = FiniteRange(min=0, min_open=True)
 
 
 @click.command()
-@click.argument("models", nargs=-1, metavar="[[NAME=]MODEL]...")
+@served_options
+@click.option(
+    "--idle-unload",
+    "idle_seconds",
+    type=_SECONDS,
+    metavar="SECONDS",
+    help="Close a model that had no request for so long; its next request opens it again.",
+)
 @click.option(
     "--host",
     default="127.0.0.1",
@@ -48,25 +49,16 @@ _SECONDS = FiniteRange(min=0, min_open=True)
     help="Path prefix of the server behind a proxy, such as /rank, stripped by it or not.",
 )
 @click.option(
-    "--alias",
-    "aliases",
-    multiple=True,
-    metavar="ALIAS=NAME",
-    help="Another name for the model NAME in requests; can be repeated.",
-)
-@click.option(
-    "--instruction",
-    help="Default instruction of requests, for models that take one.",
-)
-@revision_option
-@opening_options
-@click.option(
     "--api-key-file",
     type=_FILE,
     help="Keys, one per line; a request must send one as Bearer.",
 )
 @click.option(
-    "--cors-origin", multiple=True, help="Origin allowed to send requests; can be repeated."
+    "--cors-origin",
+    "--allow-origin",
+    "cors_origin",
+    multiple=True,
+    help="Origin allowed to send requests; can be repeated.",
 )
 @click.option("--tls-cert", type=_FILE, help="Certificate for HTTPS (PEM).")
 @click.option("--tls-key", type=_FILE, help="Private key of the certificate (PEM).")
@@ -125,13 +117,11 @@ def serve(
     context: click.Context,
     /,
     models: tuple[str, ...],
+    idle_seconds: float | None,
     host: str,
     port: int,
     unix_socket: str | None,
     root_path: str,
-    aliases: tuple[str, ...],
-    instruction: str | None,
-    revision: str | None,
     api_key_file: Path | None,
     cors_origin: tuple[str, ...],
     tls_cert: Path | None,
@@ -143,7 +133,7 @@ def serve(
     max_body: int,
     body_timeout: float,
     drain_timeout: float,
-    **opening: Any,
+    **serving: Any,
 ) -> None:
     """Answer rerank requests over HTTP, in the dialects of other servers.
 
@@ -173,8 +163,6 @@ def serve(
         if context.get_parameter_source("host") is not ParameterSource.DEFAULT:
             raise click.UsageError("give --host or --unix-socket, not both")
         host = f"{UNIX}{unix_socket}"
-    if revision is not None and len(models) != 1:
-        raise click.UsageError("--revision goes with one MODEL; or write owner/name@REVISION")
     root = f"/{root_path.strip('/')}" if root_path.strip("/") else ""
     keys = read_keys(api_key_file) if api_key_file else ()
     limits = Limits(
@@ -187,31 +175,18 @@ def serve(
     )
     with ExitStack() as opened:
         listening = opened.enter_context(listen(host, port))
-        served: dict[str, Reranker] = {}
-        for model in models or (DEFAULT,):
-            name, source = split_name(model)
-            reranker = opened.enter_context(open_model(source, revision, **opening))
-            # A folder's path is not a usable name: the bundle has one.
-            name = name or (reranker.engine.manifest.name if Path(source).is_dir() else source)
-            if name in served:
-                raise click.UsageError(f"two models are called {name!r}; name one: NAME={source}")
-            served[name] = reranker
+        served, settings = open_served(opened, models, **serving)
         urls = listening.addresses("https" if tls_cert else "http")
 
         def ready() -> None:
-            for name, reranker in served.items():
-                notice(f"{name} is {reranker.target.name}")
+            for model in served:
+                notice(f"{model.name} is {model.target or 'opened at its first request'}")
             notice(f"serving at {' and '.join(urls)}")
 
         if not keys and listening.public:
             notice("anyone who reaches this address can use it: no --api-key-file is given")
         guard = build(
-            {name: reranker.engine for name, reranker in served.items()},
-            limits=limits,
-            keys=keys,
-            aliases=parse_aliases(aliases, served),
-            instructions=_instructed(served, instruction),
-            root=root,
+            served, limits=limits, keys=keys, root=root, idle_seconds=idle_seconds, **settings
         )
         made = server(
             guard,
@@ -222,21 +197,3 @@ def serve(
             key=tls_key,
         )
         run(made, listening.sockets)
-
-
-def _instructed(served: Mapping[str, Reranker], instruction: str | None) -> dict[str, str]:
-    """The instruction for each model that takes one."""
-    if instruction is None:
-        return {}
-    found: dict[str, str] = {}
-    refusal: InputError | None = None
-    for name, reranker in served.items():
-        try:
-            reranker.engine.prepare([("", "")], instruction)
-        except InputError as error:
-            refusal = error
-        else:
-            found[name] = instruction
-    if not found and refusal is not None:
-        raise InputError(f"--instruction: {refusal}")
-    return found

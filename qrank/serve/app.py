@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
 
-from qrank.engine import Engine
 from qrank.serve import errors, status
 from qrank.serve.dialect import Dialect, Dialects
 from qrank.serve.dialect_cohere import COHERE
+from qrank.serve.dialect_infinity import INFINITY
 from qrank.serve.dialect_librechat import LIBRECHAT
 from qrank.serve.dialect_nim import NIM
 from qrank.serve.dialect_ollama import OLLAMA
@@ -23,6 +23,7 @@ from qrank.serve.dialect_weaviate import WEAVIATE
 from qrank.serve.guard import Guard
 from qrank.serve.metrics import Metrics
 from qrank.serve.request import Limits
+from qrank.serve.residence import ServedModel
 from qrank.serve.service import Service
 from qrank.system.version import __version__
 
@@ -36,6 +37,7 @@ DIALECTS: tuple[Dialect[Any], ...] = (
     VOYAGE,
     WEAVIATE,
     LIBRECHAT,
+    INFINITY,
 )
 
 ERRORS_ELSEWHERE = {"/v1/models": SCORE.error, "": RERANK.error}
@@ -43,25 +45,23 @@ ERRORS_ELSEWHERE = {"/v1/models": SCORE.error, "": RERANK.error}
 
 
 def build(
-    models: Mapping[str, Engine],
+    models: Iterable[ServedModel],
     *,
     limits: Limits | None = None,
     keys: tuple[bytes, ...] = (),
-    aliases: Mapping[str, str] | None = None,
-    instructions: Mapping[str, str] | None = None,
     root: str = "",
     dialects: Sequence[Dialect[Any]] = DIALECTS,
+    **serving: Any,
 ) -> Guard:
     """Build the application.
 
     Args:
-        models: by name; the first is the default.
+        models: the first is the default.
         limits: of requests.
         keys: a request must send one of them; no keys: every request is allowed.
-        aliases: other name -> name of a model.
-        instructions: name of a model -> instruction for requests without one.
         root: the path under which a proxy serves the application, as `/rank`.
         dialects: those that the server accepts.
+        serving: more arguments of `Service`.
     """
     limits = limits or Limits()
     registry = Dialects(dialects, elsewhere=ERRORS_ELSEWHERE)
@@ -69,9 +69,8 @@ def build(
         models,
         limits,
         Metrics(),
-        aliases=aliases,
-        instructions=instructions,
         failed=lambda: guard.fail(),
+        **serving,
     )
 
     @asynccontextmanager

@@ -22,12 +22,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from qrank.bundle.sequences import Logits
 from qrank.engine import Engine
 from qrank.errors import InputError, QrankError
+from qrank.scoring.activation import Scores
 from qrank.scoring.inputs import ModelInput, stops_by_size
 from qrank.scoring.ranking import ScoredPairs
 from qrank.serve.metrics import Metrics
 from qrank.serve.request import RequestError, RerankOutcome, RerankTask
+from qrank.serve.score_cache import ScoreCache
 from qrank.serve.slices import Job, Share, marginal_tokens, next_slice
 
 log = logging.getLogger("qrank.serve")
@@ -58,6 +61,8 @@ class Batcher:
         metrics: Metrics,
         *,
         queue_tokens: int,
+        raw: bool = False,
+        cache: ScoreCache | None = None,
         failed: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the queue.
@@ -68,9 +73,13 @@ class Batcher:
             metrics: where to count.
             queue_tokens: how many may wait; a request beyond that is refused, unless the queue
                 is empty.
+            raw: return logits as scores.
+            cache: of the server; None: every pair is scored.
             failed: called when a bug ends the queue, which then serves nothing more.
         """
         self._engine = engine
+        self._scores = _as_they_are if raw else engine.scores
+        self._known = None if cache is None else cache.of(engine)
         self.queued = 0
         self._failed = failed
         self._broken = False
@@ -98,9 +107,12 @@ class Batcher:
         for job in self._jobs:
             job.done.cancel()
         for threads in (self._engine_threads, self._encoders, self._quick_encoder):
-            threads.shutdown()
+            # Not on the event loop: a call of a cancelled request may still run.
+            await asyncio.to_thread(threads.shutdown)
 
-    async def score(self, task: RerankTask, timeout: float) -> RerankOutcome:
+    async def score(
+        self, task: RerankTask, timeout: float, arrived: float | None = None
+    ) -> RerankOutcome:
         """Score a request's pairs, interleaved with those of other requests.
 
         Cancelling it takes the request out of the queue.
@@ -108,13 +120,14 @@ class Batcher:
         Args:
             task: what to score.
             timeout: seconds it may take in total.
+            arrived: when it came, by `time.perf_counter`; None: now.
 
         Raises:
             RequestError: 413 if a pair does not fit and may not be cut, 422 if the model does not
                 take the input, 429 if too many tokens wait, 500 if the engine fails, 503 if the
                 time is up or the queue has failed.
         """
-        arrived = time.perf_counter()
+        arrived = time.perf_counter() if arrived is None else arrived
         self._refuse_if_broken()
         guess = task.estimate_tokens(self._engine.max_length)
         if self.queued and self.queued + guess > self._limit:
@@ -129,20 +142,22 @@ class Batcher:
         self._count_queued(counted)
         self._metrics.queue_requests.inc()
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(timeout - (time.perf_counter() - arrived)):
                 deadline = None if task.budget is None else arrived + task.budget
                 inputs = await self._encode(task, deadline)
-                tokens = sum(map(marginal_tokens, inputs, [None, *inputs]))
+                logits = self._recall(inputs)
+                missing = np.flatnonzero(np.isnan(logits))
+                job = Job(
+                    [inputs[i] for i in missing],
+                    arrived,
+                    deadline,
+                    asyncio.get_running_loop().create_future(),
+                )
+                tokens = sum(map(marginal_tokens, job.inputs, [None, *job.inputs]))
                 self._count_queued(tokens - counted)
                 counted = tokens
-                self._refuse_if_broken()
-                job = Job(inputs, arrived, deadline, asyncio.get_running_loop().create_future())
-                self._jobs.append(job)
-                self._wake.set()
-                try:
-                    await job.done
-                finally:
-                    self._jobs.remove(job)
+                if job.inputs:
+                    await self._finish(job)
         except TimeoutError:
             self._metrics.dropped["timeout"].inc()
             raise RequestError(
@@ -159,15 +174,47 @@ class Batcher:
         finally:
             self._count_queued(-counted)
             self._metrics.queue_requests.dec()
-        logits = job.logits[: job.dispatched]
+        scored = missing[: job.dispatched]
+        logits[scored] = job.logits[: job.dispatched]
+        # Without time for all: the first ones, although some later ones may be known.
+        stop = len(inputs) if len(scored) == len(missing) else int(missing[len(scored)])
+        found = ScoredPairs.of(inputs, logits[:stop], self._scores)
         return RerankOutcome.of(
             self._name,
             len(task.pairs),
-            job.inputs,
-            ScoredPairs.of(job.inputs, logits, self._engine.scores),
+            inputs,
+            found,
             tokens=sum(each.tokens for each in job.inputs[: job.dispatched]),
             seconds=time.perf_counter() - arrived,
+            cached=self._remember(job, found),
         )
+
+    async def _finish(self, job: Job) -> None:
+        """Put a job into the queue until it is done."""
+        self._refuse_if_broken()
+        self._jobs.append(job)
+        self._wake.set()
+        try:
+            await job.done
+        finally:
+            self._jobs.remove(job)
+
+    def _recall(self, inputs: list[ModelInput]) -> Logits:
+        """The logits in the cache; NaN for those that must be scored. Shape [n]."""
+        if self._known is None:
+            return np.full(len(inputs), np.nan, np.float32)
+        return self._known.recall(inputs)
+
+    def _remember(self, job: Job, found: ScoredPairs) -> int | None:
+        """Store the logits of a job; return how many of the scored pairs came from the cache."""
+        if self._known is None:
+            return None
+        self._known.remember(job.inputs[: job.dispatched], job.logits[: job.dispatched])
+        read = {each.owner for each in job.inputs}
+        cached = sum(each.owner not in read for each in found.best)
+        self._metrics.cache_hits.inc(cached)
+        self._metrics.cache_misses.inc(len(found) - cached)
+        return cached
 
     async def _encode(self, task: RerankTask, deadline: float | None) -> list[ModelInput]:
         """A request's inputs; only the first ones if its budget is used up meanwhile.
@@ -178,7 +225,7 @@ class Batcher:
             task.pairs,
             stops_by_size([len(document) for _, document in task.pairs], STEP_CHARACTERS),
             task.instruction,
-            task.long_documents,
+            task.long_documents or "truncate",
             task.document_tokens,
         )
         short = sum(map(len, {text for pair in task.pairs for text in pair})) <= STEP_CHARACTERS
@@ -296,3 +343,7 @@ class Batcher:
             job.stop = max(job.dispatched, job.first)
         if not job.waiting and not job.in_flight and not job.done.done():
             job.done.set_result(None)
+
+
+def _as_they_are(logits: Logits) -> Scores:
+    return logits.astype(np.float64)

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive
 
+from qrank.serve.encodings import decompressed, too_large
 from qrank.serve.request import Limits, RequestError
 
 HELD_BODIES = 8
 """All bodies in use may take this many times the size limit; beyond, requests are refused."""
-
-ENCODINGS = "gzip, deflate"
-"""Encodings that a body may have, as a value of the header Accept-Encoding."""
-
-_ENCODED_TWICE = 2
-"""Maximum number of encodings applied to a body, one after the other."""
 
 
 class Bodies:
@@ -42,7 +36,7 @@ class Bodies:
         held = len(body)
         try:
             if encodings := ",".join(headers.getlist("content-encoding")):
-                body = inflated(body, encodings, self._limits.body)
+                body = decompressed(body, encodings, self._limits.body)
                 self._hold(len(body) - held)
                 held = len(body)
             yield body
@@ -65,7 +59,7 @@ class Bodies:
         length = headers.get("content-length", "")
         large = length.isdigit() and int(length) > limit
         if large and headers.get("expect"):
-            raise _too_large(limit)  # the client waits for an answer before it sends the body
+            raise too_large(limit)  # the client waits for an answer before it sends the body
         try:
             async with asyncio.timeout(self._limits.body_seconds):
                 while True:
@@ -83,12 +77,12 @@ class Bodies:
                     if not message.get("more_body"):
                         break
             if size > limit:
-                raise _too_large(limit)
+                raise too_large(limit)
         except BaseException as error:
             self._held -= held
             if isinstance(error, TimeoutError):
                 raise (
-                    _too_large(limit)
+                    too_large(limit)
                     if large or size > limit
                     else RequestError(
                         408, f"the body did not come within {self._limits.body_seconds:g} s"
@@ -117,52 +111,3 @@ def replay(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return replayed
-
-
-def inflated(body: bytes, encodings: str, limit: int) -> bytes:
-    """Decompress a body.
-
-    Args:
-        body: as it was sent.
-        encodings: the header Content-Encoding: names, in the order they were applied.
-        limit: maximum bytes of the result.
-
-    Raises:
-        RequestError: 400 if it is not in that encoding, 413 beyond the limit, 415 for an unknown
-            encoding.
-    """
-    names = [name for part in encodings.split(",") if (name := part.strip().lower())]
-    names = [name for name in names if name != "identity"]
-    if len(names) > _ENCODED_TWICE or set(names) - {"gzip", "x-gzip", "deflate"}:
-        raise RequestError(
-            415, f"content-encoding is {encodings[:100]!r}; send {ENCODINGS} or no encoding"
-        )
-    for name in reversed(names):
-        try:
-            body = _inflated(body, name, limit)
-        except zlib.error:
-            raise RequestError(400, f"the body is no {name}, which content-encoding says") from None
-    return body
-
-
-def _inflated(body: bytes, name: str, limit: int) -> bytes:
-    gzip, zlib_format, raw = 31, 15, -15
-    if name == "deflate":
-        # The standard means zlib's format; some clients send a raw deflate stream.
-        head = int.from_bytes(body[:2])
-        headed = head >> 8 & 15 == zlib.DEFLATED and head % 31 == 0
-        decompressor = zlib.decompressobj(zlib_format if headed else raw)
-    else:
-        decompressor = zlib.decompressobj(gzip)
-    found = decompressor.decompress(body, limit + 1)
-    if len(found) > limit:
-        raise _too_large(limit)
-    if not decompressor.eof or decompressor.unused_data:
-        raise zlib.error("it ends early, or goes on behind its end")
-    return found
-
-
-def _too_large(limit: int) -> RequestError:
-    return RequestError(
-        413, f"the body is larger than {limit:,} bytes (--max-body); send fewer documents at a time"
-    )

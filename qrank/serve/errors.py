@@ -7,8 +7,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from qrank.serve.body import ENCODINGS
 from qrank.serve.dialect import Dialects, ErrorShape
+from qrank.serve.encodings import accepted
 from qrank.serve.request import RequestError
 from qrank.serve.validation import reasons
 
@@ -22,7 +22,7 @@ def refuse(shape: ErrorShape, error: RequestError) -> JSONResponse:
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     if error.status == 415:
-        headers["accept-encoding"] = ENCODINGS
+        headers["accept-encoding"] = accepted()
     if error.status in (408, 413):
         headers["connection"] = "close"
     return JSONResponse(content, status, headers)

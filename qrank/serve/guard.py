@@ -118,9 +118,12 @@ class Guard:
     def _add_headers(self, out: MutableHeaders, access: Access, state: dict[str, Any]) -> None:
         """Add the headers that answers of all dialects have."""
         out["x-request-id"] = access.identity
-        if model := state.get("said", {}).get("model"):
+        said = state.get("said", {})
+        if model := said.get("model"):
             # Not every dialect has a field for the model.
             out["x-qrank-model"] = quote(model, safe="/:@+=,")
+        if "cached" in said:
+            out["x-qrank-cached"] = str(said["cached"])
         if names := [name for name in state.get("ignored", ()) if _NAME.fullmatch(name)]:
             out["x-qrank-ignored"] = ", ".join(names[:20])
         if self.draining:

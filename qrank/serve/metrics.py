@@ -64,6 +64,36 @@ class Metrics:
             buckets=_SECONDS,
         )
 
+        self._open = Gauge(
+            "qrank_model_open", "1 while the model is open.", ["model"], registry=registry
+        )
+        self._openings = Counter(
+            "qrank_model_openings", "Openings of the model.", ["model"], registry=registry
+        )
+        self._closings = Counter(
+            "qrank_model_closings",
+            "Closings of the model: idle, memory.",
+            ["model", "reason"],
+            registry=registry,
+        )
+        self._cached = Counter(
+            "qrank_score_cache",
+            "Pairs looked up in the cache of scores: hit, miss.",
+            ["model", "result"],
+            registry=registry,
+        )
+
+    def opened(self, model: str) -> None:
+        """Count that a model was opened."""
+        self._open.labels(model).set(1)
+        self._openings.labels(model).inc()
+
+    def closed(self, model: str, target: str, reason: str) -> None:
+        """Count that a model was closed that ran as `target`."""
+        self._target.remove(model, target)
+        self._open.labels(model).set(0)
+        self._closings.labels(model, reason).inc()
+
     def of(self, model: str, target: str) -> ModelMetrics:
         """The metrics of one model that runs as `target`."""
         self._target.labels(model, target).set(1)
@@ -79,6 +109,8 @@ class Metrics:
             self._batch_pairs.labels(model),
             self._batch_seconds.labels(model),
             self._wait.labels(model),
+            self._cached.labels(model, "hit"),
+            self._cached.labels(model, "miss"),
         )
 
     def text(self) -> bytes:
@@ -98,6 +130,8 @@ class ModelMetrics:
     batch_pairs: Histogram
     batch_seconds: Histogram
     wait: Histogram
+    cache_hits: Counter
+    cache_misses: Counter
 
     def batch(self, pairs: int, tokens: int, seconds: float) -> None:
         """Count one call of the engine."""

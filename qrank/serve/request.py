@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from qrank.scoring.inputs import LongDocuments, ModelInput
 from qrank.scoring.ranking import ScoredPairs
@@ -43,6 +44,28 @@ class Limits:
     queue_tokens: int = 500_000
     seconds: float = 60.0
 
+    @classmethod
+    def unlimited(cls) -> Limits:
+        """For requests that the user has on this machine."""
+        return cls(*[sys.maxsize] * 6)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What holds for requests that do not say it.
+
+    Attributes:
+        instructions: name of a model -> instruction; a model that is missing has none.
+        long_documents: as for `Reranker.rank`.
+        budget: seconds; None: no limit.
+        raw: whether scores are logits.
+    """
+
+    instructions: Mapping[str, str] = field(default_factory=dict)
+    long_documents: LongDocuments = "truncate"
+    budget: float | None = None
+    raw: bool = False
+
 
 @dataclass(frozen=True)
 class RerankTask:
@@ -52,16 +75,16 @@ class RerankTask:
         model: name of a served model; None: the first.
         pairs: (query, document), in the order they were sent.
         instruction: as for `Reranker.rank`.
-        long_documents: as for `Reranker.rank`.
+        long_documents: as for `Reranker.rank`; None: the server's default.
         document_tokens: maximum tokens read of a document; None: as many as fit.
-        budget: seconds, with the promise of `qrank.scoring.deadline`; None: no limit.
+        budget: seconds, with the promise of `qrank.scoring.deadline`; None: the server's default.
         whole: refuse a pair that does not fit.
     """
 
     model: str | None
     pairs: list[tuple[str, str]]
     instruction: str | None
-    long_documents: LongDocuments
+    long_documents: LongDocuments | None
     document_tokens: int | None
     budget: float | None
     whole: bool = False
@@ -86,6 +109,7 @@ class RerankOutcome:
         order: indices of the pairs, most relevant first; then those not scored, as sent.
         tokens: number that the model read.
         seconds: from the request's arrival to its last score.
+        cached: number of pairs whose scores were in the cache; None without a cache.
     """
 
     model: str
@@ -96,6 +120,7 @@ class RerankOutcome:
     order: list[int]
     tokens: int
     seconds: float
+    cached: int | None = None
 
     @classmethod
     def of(
@@ -107,6 +132,7 @@ class RerankOutcome:
         *,
         tokens: int,
         seconds: float,
+        cached: int | None = None,
     ) -> RerankOutcome:
         """The outcome for a number of pairs of which the first ones were scored.
 
@@ -117,6 +143,7 @@ class RerankOutcome:
             found: the pairs that were scored: one or more.
             tokens: see the class.
             seconds: see the class.
+            cached: see the class.
         """
         left = pairs - len(found)
         lowest = int(found.logits.argmin())
@@ -132,4 +159,5 @@ class RerankOutcome:
             order=[*found.order, *range(len(found), pairs)],
             tokens=tokens,
             seconds=seconds,
+            cached=cached,
         )

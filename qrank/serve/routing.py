@@ -22,6 +22,9 @@ ALIASES = {
 }
 """Other paths of the imitated servers -> routes."""
 
+_HOSTED_NIM = re.compile("/v1/retrieval/.+/reranking")
+"""NVIDIA's hosted NIMs have a path for each model, and litellm appends it to any base URL."""
+
 
 def routed(path: str, method: str, root: str = "") -> str:
     """The route of a path; an unknown path is returned unchanged.
@@ -38,4 +41,6 @@ def routed(path: str, method: str, root: str = "") -> str:
     if path == "/":
         # TEI's.
         return "/rerank" if method == "POST" else "/health"
+    if _HOSTED_NIM.fullmatch(path):
+        return "/v1/ranking"
     return ALIASES.get(path, path)

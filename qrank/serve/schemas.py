@@ -46,10 +46,10 @@ class Extended(BaseModel):
         description="Answer after about so long; documents not scored by then come last, in the "
         "order they were sent.",
     )
-    long_documents: Literal["truncate", "tail", "chunk"] = Field(
-        "truncate",
+    long_documents: Literal["truncate", "tail", "chunk"] | None = Field(
+        None,
         description="What is read of a document that does not fit: its beginning, its end, or "
-        "its best part.",
+        "its best part. Default: its beginning, unless the server has another one.",
     )
 
     @property
@@ -73,7 +73,7 @@ class Extended(BaseModel):
             left: truncate at the left, which is `long_documents: tail`, unless it says otherwise.
             whole: see `RerankTask`.
         """
-        tail = left and self.long_documents == "truncate"
+        tail = left and self.long_documents in (None, "truncate")
         return RerankTask(
             self.model,
             pairs,

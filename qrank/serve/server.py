@@ -151,7 +151,7 @@ def server(
             allow_origins=list(cors),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["retry-after", "x-request-id", "x-qrank-model"],
+            expose_headers=["retry-after", "x-request-id", "x-qrank-model", "x-qrank-cached"],
         )
     config = uvicorn.Config(
         app,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,20 +13,26 @@ from starlette.requests import Request
 from qrank.engine import Engine
 from qrank.serve.batcher import Batcher
 from qrank.serve.metrics import Metrics
-from qrank.serve.request import Limits, RequestError, RerankOutcome, RerankTask
+from qrank.serve.request import Defaults, Limits, RequestError, RerankOutcome, RerankTask
+from qrank.serve.residence import Residence, ServedModel
+from qrank.serve.score_cache import ScoreCache
 
 
 class Service:
-    """Models by name, each with a queue."""
+    """Models by name, each with a queue while it is open."""
 
     def __init__(
         self,
-        models: Mapping[str, Engine],
+        models: Iterable[ServedModel],
         limits: Limits,
         metrics: Metrics,
         *,
         aliases: Mapping[str, str] | None = None,
-        instructions: Mapping[str, str] | None = None,
+        strict_models: bool = False,
+        defaults: Defaults | None = None,
+        max_memory: int | None = None,
+        idle_seconds: float | None = None,
+        cached_scores: int = 0,
         failed: Callable[[], None] = lambda: None,
     ) -> None:
         """Make a service; `open` starts its queues.
@@ -36,17 +42,40 @@ class Service:
             limits: of requests.
             metrics: where to count.
             aliases: other names -> names of models.
-            instructions: name of a model -> instruction for requests without one.
+            strict_models: refuse unknown names, instead of taking the default model.
+            defaults: for requests that do not say.
+            max_memory: see `Residence`.
+            idle_seconds: see `Residence`.
+            cached_scores: size of the `ScoreCache`; 0: there is none.
             failed: called when a bug has ended a queue.
         """
-        self.models = dict(models)
+        self.models = {model.name: model for model in models}
         self.limits = limits
         self.metrics = metrics
         self.started = int(time.time())
         self._names = {name: name for name in self.models} | dict(aliases or {})
-        self._instructions = dict(instructions or {})
+        self._strict = strict_models
+        self._defaults = defaults or Defaults()
+        self._cache = ScoreCache(cached_scores) if cached_scores else None
         self._failed = failed
-        self._batchers: dict[str, Batcher] = {}
+        self._residence = Residence(
+            self.models.values(),
+            metrics,
+            self._start,
+            max_memory=max_memory,
+            idle_seconds=idle_seconds,
+        )
+
+    def _start(self, name: str, engine: Engine) -> Batcher:
+        return Batcher(
+            name,
+            engine,
+            self.metrics,
+            queue_tokens=self.limits.queue_tokens,
+            raw=self._defaults.raw,
+            cache=self._cache,
+            failed=self._failed,
+        )
 
     @property
     def names(self) -> list[str]:
@@ -56,48 +85,38 @@ class Service:
     def named(self, name: str | None) -> str:
         """The model that a request's `model` stands for.
 
-        If only one model is served, every name stands for it: clients of hosted services send the
-        names of those services' models, or insist on a name.
+        Clients of hosted services send the names of those services' models, or insist on a name:
+        an unknown one stands for the default model, unless the server is strict.
 
         Raises:
-            RequestError: 404 if several models are served and none has the name.
+            RequestError: 404 for an unknown name, if the server is strict.
         """
-        if name is None or (name not in self._names and len(self.models) == 1):
-            return next(iter(self.models))
-        if name not in self._names:
+        if name in self._names:
+            return self._names[name]
+        if self._strict and name is not None:
             raise RequestError(404, f"no such model here; there are: {', '.join(self._names)}")
-        return self._names[name]
+        return next(iter(self.models))
 
     async def open(self) -> None:
-        """Start the queues, on the event loop of the server."""
-        self._batchers = {
-            name: Batcher(
-                name,
-                model,
-                self.metrics,
-                queue_tokens=self.limits.queue_tokens,
-                failed=self._failed,
-            )
-            for name, model in self.models.items()
-        }
+        """Start the queues of the models that are open, on the event loop of the server."""
+        await self._residence.open()
 
     async def close(self) -> None:
         """Stop the queues."""
-        for batcher in self._batchers.values():
-            await batcher.close()
+        await self._residence.close()
 
     async def score(self, request: Request, task: RerankTask) -> RerankOutcome:
         """Score a task, as long as the client is connected.
 
         Raises:
             RequestError: see `Batcher.score`; 404 for an unknown model, 413 for too many documents
-                or too long a text.
+                or too long a text, 503 if the model cannot be opened.
         """
+        arrived = time.perf_counter()
         limits = self.limits
         said = request.state.said = {"pairs": len(task.pairs)}
         name = said["model"] = self.named(task.model)
-        if task.instruction is None:
-            task = replace(task, instruction=self._instructions.get(name))
+        task = self._completed(task, name)
         if len(task.pairs) > limits.documents:
             raise RequestError(
                 413,
@@ -111,10 +130,28 @@ class Service:
                 f"a text of {longest:,} characters; one may have {limits.characters:,} "
                 "(--max-characters)",
             )
-        work = self._batchers[name].score(task, limits.seconds)
-        outcome = await _while_connected(request, work)
+        outcome = await _while_connected(request, self._scored(name, task, arrived))
         said["tokens"] = outcome.tokens
+        if outcome.cached is not None:
+            said["cached"] = outcome.cached
         return outcome
+
+    async def _scored(self, name: str, task: RerankTask, arrived: float) -> RerankOutcome:
+        seconds = self.limits.seconds
+        async with self._residence.using(name, seconds) as batcher:
+            return await batcher.score(task, seconds, arrived)
+
+    def _completed(self, task: RerankTask, name: str) -> RerankTask:
+        """A task for a model, with the server's defaults."""
+        defaults = self._defaults
+        return replace(
+            task,
+            instruction=defaults.instructions.get(name)
+            if task.instruction is None
+            else task.instruction,
+            long_documents=task.long_documents or defaults.long_documents,
+            budget=defaults.budget if task.budget is None else task.budget,
+        )
 
 
 async def _while_connected(

@@ -66,7 +66,7 @@ def _info(service: Service) -> dict[str, Any]:
     return {
         "model_id": name,
         "model_sha": first.manifest.source.revision,
-        "model_dtype": first.target.variant.precision,
+        "model_dtype": first.precision,
         "model_type": {"reranker": labels},
         "max_concurrent_requests": None,
         "max_input_length": first.max_length,
@@ -76,7 +76,8 @@ def _info(service: Service) -> dict[str, Any]:
         "version": __version__,
         "models": {
             name: {
-                "target": model.target.name,
+                "open": model.engine is not None,
+                "target": model.target,
                 "family": model.manifest.family.name,
                 "max_input_length": model.max_length,
                 "source": model.manifest.source.id,
