@@ -96,18 +96,18 @@ def _choices(i: int, marks: Floats, size: Floats, area: Box) -> tuple[Floats, Fl
         boxes.append((*corner, *(corner + size)))
         costs.append(cost)
 
-    for x, y, cost in _BESIDE:
+    for x, y, worse in _BESIDE:
         reach = half + GAP if not (x and y) else half * 0.7 + GAP / 2
-        add(middle + reach * (x, y), (x, y), cost)
+        add(middle + reach * (x, y), (x, y), worse)
     for away in _AWAY:
         for angle in np.linspace(0, 2 * np.pi, 24, endpoint=False):
             step = np.array([np.cos(angle), np.sin(angle)])
             side_x, side_y = (float(np.sign(v)) if abs(v) > 0.3 else 0.0 for v in step)
             add(middle + (half + GAP + away) * step, (side_x, side_y), 4.0 + away)
-    for x in np.arange(area[0], area[2] - width, width / 2):
-        for y in np.arange(area[1], area[3] - height, height + MARGIN):
-            far = float(np.hypot(x - middle[0], y - middle[1]))
-            add(np.array([x, y]), (1.0, 1.0), _AWAY[-1] + far)
+    for left in np.arange(area[0], area[2] - width, width / 2):
+        for bottom in np.arange(area[1], area[3] - height, height + MARGIN):
+            corner = np.array([left, bottom])
+            add(corner, (1.0, 1.0), _AWAY[-1] + float(np.hypot(*(corner - middle))))
     found, cost = np.array(boxes), np.array(costs)
     inside = (found[:, :2] >= area[:2]).all(axis=1) & (found[:, 2:] <= area[2:]).all(axis=1)
     found, cost = found[inside], cost[inside]
@@ -175,7 +175,9 @@ def _distances(boxes: Floats, others: Floats) -> Floats:
 def _overlap(boxes: Floats, others: Floats) -> NDArray[np.bool_]:
     """Whether boxes [m, 4] and others [k, 4] overlap: [m, k]."""
     a, b = boxes[:, None], others[None]
-    found: NDArray[np.bool_] = (a[..., :2] < b[..., 2:]).all(-1) & (b[..., :2] < a[..., 2:]).all(-1)
+    found: NDArray[np.bool_] = np.all(
+        (a[..., :2] < b[..., 2:]) & (b[..., :2] < a[..., 2:]), axis=-1
+    )
     return found
 
 
