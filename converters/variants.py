@@ -23,9 +23,10 @@ from qrank.converters.resources import lacking, space, versions
 from qrank.converters.sources import Model
 from qrank.errors import ConversionError, FidelityError, MissingExtraError, QrankError
 from qrank.system import disk
+from qrank.system.steps import Step
 
 Progress = Callable[[str], object]
-"""Called with the current step whenever it changes."""
+"""Called with the current step whenever it changes: a text, or a `qrank.system.steps.Step`."""
 
 
 @dataclass(frozen=True)
@@ -94,21 +95,22 @@ def make(
     calibration = encode_pairs(model.pairs, tokenizer, checkpoint.family)
     variants = []
     with Worker() as worker:
-        for variant in unranked:
+        count = len(unranked) + (1 if first else len(wanted))
+        for done, variant in enumerate(unranked):
             assert bundle is not None  # it has them
             assert probes is not None
             try:
-                progress(f"proving {variant.name}")
+                progress(Step(f"proving {variant.name}", done, count))
                 _, rank = measure(bundle.folder, variant, probes, worker, ranking, min_agreement)
                 variants.append(replace(variant, ranking=rank))
             except QrankError as error:
                 failed[variant.name] = error
-        for name, maker in wanted.items():
+        for done, (name, maker) in enumerate(wanted.items(), len(unranked)):
             variant = Variant(*name, {}, Fidelity(0.0, 0.0, 0.0, 0.0), {})
             try:
-                progress(f"converting to {variant.name}")
+                progress(Step(f"converting to {variant.name}", done, count))
                 variant = _converted(variant, maker, checkpoint, calibration, folder)
-                progress(f"proving {variant.name}")
+                progress(Step(f"proving {variant.name}", done, count))
                 against = probes or own_probes(checkpoint, tokenizer, folder, variant, worker)
                 fidelity, rank = measure(folder, variant, against, worker, ranking, min_agreement)
                 variants.append(replace(variant, fidelity=fidelity, ranking=rank))

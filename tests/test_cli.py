@@ -1,6 +1,7 @@
 """The command line, in terminals and pipes."""
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -249,6 +250,39 @@ def test_help_fits_80_columns(command: str | None) -> None:
     assert result.stdout == qrank_(*([command] if command else []), "-h").stdout
 
 
+def examples(command: click.Command) -> list[str]:
+    """The command lines in a command's help that run qrank."""
+    blocks = (command.help or "").split("\b\n")[1:]
+    lines = [line.strip() for block in blocks for line in block.split("\n\n")[0].splitlines()]
+    parts = [part.strip() for line in lines for part in line.split("|")]
+    return [part for part in parts if part.startswith("qrank ")]
+
+
+@pytest.mark.parametrize("name", [None, *main.commands])
+def test_every_help_has_examples_that_are_right(
+    name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they name is an option, an argument and a value that click takes."""
+    monkeypatch.chdir(tmp_path)
+    found = examples(main.commands[name] if name else main)
+    assert found
+    for line in found:
+        words = shlex.split(line.partition(">")[0])[1:]
+        for word in words:
+            if Path(word).suffix in {".txt", ".jsonl", ".trec"} or word == "FILE":
+                Path(word).touch()
+        Path("beir/scifact").mkdir(parents=True, exist_ok=True)
+        context = click.Context(main, info_name="qrank")
+        _, command, rest = main.resolve_command(context, words)
+        assert command is not None
+        with command.make_context(command.name, rest, parent=context):
+            assert command.name == name or name in (None, "calibrate")
+
+
+def test_the_list_of_commands_is_not_cut_off() -> None:
+    assert "..." not in qrank_("--help").stdout.partition("Commands:")[2]
+
+
 @pytest.mark.parametrize("shell_", ["bash", "zsh", "fish"])
 def test_completion(shell_: str) -> None:
     result = qrank_("completion", shell_)
@@ -288,6 +322,21 @@ def test_exit_codes_are_those_of_the_help(tmp_path: Path, bundle: Path) -> None:
     kinds = (getattr(errors, name) for name in errors.__all__)
     for code in sorted({kind.exit_code for kind in kinds}):
         assert f"{code} " in described
+
+
+def test_the_shells_page_has_every_exit_code_variable_and_shell() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "docs/shell.md").read_text("utf-8")
+    kinds = (getattr(errors, name) for name in errors.__all__)
+    codes = {kind.exit_code for kind in kinds} | {0, 129, 130, 141, 143}
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)} == codes
+    sources = [path for room in ("qrank", "converters") for path in (root / room).rglob("*.py")]
+    read = re.compile(r'environ(?:\.\w+\(|\[)"([A-Z_]+)"|\$(QRANK_[A-Z]+)')
+    names = {a or b for path in sources for a, b in read.findall(path.read_text("utf-8"))}
+    assert {"QRANK_CACHE", "QRANK_DATA", "HF_ENDPOINT"} <= names
+    assert names <= set(re.findall(r"^\| `([A-Z_]+)` \|", page, re.MULTILINE))
+    for shell_ in ("bash", "zsh", "fish"):
+        assert f"`qrank completion {shell_} >" in page
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -25,6 +25,7 @@ from qrank.cli import main
 from qrank.converters.convert import convert
 from qrank.converters.onnx import export as onnx_converter
 from qrank.errors import BundleError, ConversionError, TargetError
+from qrank.system.steps import Step
 
 FP32 = [("onnx", "fp32")]
 PAIRS = [("which planet is red?", "Mars is."), ("bread?", "Yeast ferments sugar in the dough.")]
@@ -222,8 +223,12 @@ def test_the_model_is_traced_once_for_all_its_graphs(
     monkeypatch.setattr(torch.onnx, "export", export)
     monkeypatch.setattr(onnx_converter, "_traced", {})
     variants = [("onnx", "fp32"), ("onnx", "int8"), ("openvino", "fp16")]
-    result = convert(bert, variants, tmp_path / "b")
+    steps: list[str] = []
+    result = convert(bert, variants, tmp_path / "b", progress=steps.append)
     assert not result.failed
+    counted = [(str(s), s.done, s.total) for s in steps if isinstance(s, Step)]
+    assert counted[:2] == [("converting to onnx-fp32", 0, 3), ("proving onnx-fp32", 0, 3)]
+    assert counted[-1] == ("proving openvino-fp16", 2, 3)
     assert len(traced) == 1
     (graph,) = onnx_converter._traced.values()
     kept = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -316,6 +317,38 @@ def test_the_exit_codes_of_signals_are_in_the_help() -> None:
     assert not {129, 130, 141, 143} & {getattr(errors, n).exit_code for n in errors.__all__}
 
 
+STEPS = """
+import time
+from qrank.cli.spinner import spinner
+from qrank.system.steps import Step
+with spinner() as show:
+    show("reading [the model]")
+    time.sleep(0.2)
+    for done in range(3):
+        show(Step("making", done, 3))
+        time.sleep(0.4)
+"""
+
+
+def test_a_spinner_shows_the_step_its_number_and_the_time_left(tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty", reason="no pseudo-terminals here")
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}
+    command = [sys.executable, "-c", STEPS]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    shown = os.read(ours, 1 << 20).decode()
+    os.close(ours)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert "reading [the model] 0:00:00" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
+    assert "making (2 of 3)" in plain
+    assert "making (3 of 3)" in plain
+    assert re.search(r"about 0:0\d left", plain)
+    piped = subprocess.run(command, capture_output=True, env=environment)
+    assert (piped.returncode, piped.stdout, piped.stderr) == (0, b"", b"")
+
+
 def test_messages_stand_above_the_bar(bundle: Path, tmp_path: Path) -> None:
     """A progress bar is redrawn on one line; other messages must not end up in it."""
     pty = pytest.importorskip("pty", reason="no pseudo-terminals here")
@@ -339,5 +372,6 @@ def test_messages_stand_above_the_bar(bundle: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, shown
     assert len(done.stdout.splitlines()) == 9
     notice = shown.index("qrank: the query has 400 tokens")
+    assert re.search(r"9/9.* \d+\.\d/s", shown)
     # Its line was cleared, and the cursor is at the start of the line.
     assert shown[:notice].endswith("\r\x1b[2K")

@@ -70,11 +70,11 @@ def bench(
     as_json: bool,
     plot: Path | None,
 ) -> None:
-    """Time all targets of a bundle side by side, on 1, 20 and 100 documents.
+    """Time all targets of a bundle side by side.
 
-    Each target runs in a separate process. They take turns, request by request, so that other load
-    on the machine affects all of them equally. The one that --policy chooses is marked. The result
-    is not stored; use qrank tune for that.
+    Requests rank 1, 20 and 100 documents. Each target runs in a separate process. They take turns,
+    request by request, so that other load on the machine affects all of them equally. The one
+    that --policy chooses is marked. The result is not stored; use qrank tune for that.
 
     \b
       qrank bench my-bundle --documents d.jsonl -q "how do plants make food?"

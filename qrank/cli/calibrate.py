@@ -53,12 +53,13 @@ def calibrate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Fit scores of a bundle to labelled pairs, so that 0.8 means relevant in 8 of 10 cases.
+    """Fit a bundle's scores to labelled pairs, as probabilities.
 
-    BUNDLE is a bundled name, a folder or a hub id. The pairs are the candidates of the judged
-    queries: the 100 best of BM25, or those of --run. A pair without a judgement counts as not
-    relevant. The fit uses half of the queries; the other half measures its quality. The result is
-    stored in your data folder for this variant: qrank score --scores calibrated.
+    A score of 0.8 then means relevant in 8 of 10 cases. BUNDLE is a bundled name, a folder or a hub
+    id. The pairs are the candidates of the judged queries: the 100 best of BM25, or those of
+    --run. A pair without a judgement counts as not relevant. The fit uses half of the queries;
+    the other half measures its quality. The result is stored in your data folder for this
+    variant: qrank score --scores calibrated.
 
     \b
       qrank calibrate my-bundle --data beir/scifact

@@ -100,14 +100,14 @@ def convert(
     offline: bool,
     force: bool,
 ) -> None:
-    """Convert a reranker to a bundle, and prove that it still ranks like the original.
+    """Convert a reranker, and prove that it still ranks the same.
 
-    SOURCE is the folder of a checkpoint (config.json, *.safetensors, tokenizer) or a hub id. If
-    the output is a bundle of the same checkpoint, missing variants are added. Every variant is
-    compared with the original in fp32: its logits on probe pairs, and its rankings of passages for
-    queries. A variant that is not faithful is refused and reported; the others are kept. The exit
-    code is 0 if the bundle contains everything that --to and --precision name, or anything at all
-    if neither is given.
+    The result is a bundle. SOURCE is the folder of a checkpoint (config.json, *.safetensors,
+    tokenizer) or a hub id. If the output is a bundle of the same checkpoint, missing variants
+    are added. Every variant is compared with the original in fp32: its logits on probe pairs,
+    and its rankings of passages for queries. A variant that is not faithful is refused and
+    reported; the others are kept. The exit code is 0 if the bundle contains everything that
+    --to and --precision name, or anything at all if neither is given.
 
     SOURCE may also be a converted model: an OpenVINO, ONNX or GGUF file, or a folder or hub
     repository of such files, with config.json and the tokenizer. Without --reference the bundle is

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from qrank.cli.common import InputFile, notice, run_options
+from qrank.cli.spinner import spinner
 from qrank.quality.bm25 import Run
 from qrank.quality.collection import Collection, Files
 from qrank.quality.score_cache import Setting
@@ -84,7 +85,9 @@ def candidates(collection: Collection, options: dict[str, Any]) -> tuple[str, Ru
     """The name of the first stage, and its candidates."""
     run, depth, most = options["run"], options["depth"], options["max_queries"]
     if run is None:
-        return "BM25", collection.bm25(depth, most)
+        with spinner() as progress:
+            progress("finding candidates by BM25")
+            return "BM25", collection.bm25(depth, most)
     found = collection.run(run, depth, most)
     lacking = len(collection.queries) - len(found)
     if lacking and most is None:

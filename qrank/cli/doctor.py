@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
-from rich.console import Console
 
 from qrank.cli.common import debug_option
+from qrank.cli.spinner import spinner
 from qrank.system.version import __version__
 
 _WIDTH = 80
@@ -20,16 +20,19 @@ _WIDTH = 80
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, to attach to a bug report.")
 @debug_option
 def doctor(as_json: bool) -> None:
-    """Show all backends and devices, and check that those present compute correctly.
+    """Show all backends and devices, and test those that are present.
 
-    Each backend is examined in a separate process, because drivers may hang or crash. The check
-    of a device is a matrix product.
+    Each backend is examined in a separate process, because drivers may hang or crash. A device
+    is tested with a matrix product.
+
+    \b
+      qrank doctor
+      qrank doctor --json > doctor.json
     """
     from qrank.measure.doctor import examine
 
-    console = Console(stderr=True)
-    with console.status("starting") as status:
-        found = examine(status.update if console.is_terminal else lambda step: None)
+    with spinner() as progress:
+        found = examine(progress)
     if as_json:
         click.echo(json.dumps({"qrank": __version__, **found}, indent=2))
         return

@@ -56,7 +56,7 @@ def evaluate(
     plot: Path | None,
     **options: Any,
 ) -> None:
-    """Measure how well each variant of a bundle ranks, and what it loses to fp32.
+    """Measure how well each variant ranks, and its loss to fp32.
 
     BUNDLE is a bundled name, a folder or a hub id. Every variant reranks the candidates of every
     judged query: the 100 best of BM25, or those of --run. Scores are kept, so the same command

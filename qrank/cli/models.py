@@ -13,6 +13,7 @@ from qrank.bundle.manifest import Manifest, Variant
 from qrank.bundle.opened import Bundle
 from qrank.cli.common import debug_option, megabytes, notice
 from qrank.cli.obtain import revision_option
+from qrank.cli.spinner import spinner
 from qrank.errors import BundleError, InputError
 
 _NAME = 20
@@ -28,7 +29,7 @@ _NAME = 20
 )
 @debug_option
 def models(remove: tuple[str, ...]) -> None:
-    """List the models on this machine with their sizes, and the families that can be converted.
+    """List the models on this machine, and the known families.
 
     A checkpoint's hub id is converted on first use; the bundle is stored in your data folder
     ($QRANK_DATA, or the platform's) and stays as it is when the branch moves on: remove it, and the
@@ -104,6 +105,10 @@ def inspect(bundle: str, revision: str | None, verify: bool) -> None:
 
     BUNDLE is a bundled name, a folder or a hub id. Variants of a bundle on the hub are downloaded
     when they first run.
+
+    \b
+      qrank inspect mini
+      qrank inspect my-bundle --verify
     """
     located = locate(bundle, revision=revision, whole=False)
     manifest = located.manifest
@@ -131,7 +136,9 @@ def inspect(bundle: str, revision: str | None, verify: bool) -> None:
         for variant in manifest.variants.values():
             if variant not in absent:
                 files |= variant.files
-        located.check(files, always_hash=True)
+        with spinner() as progress:
+            progress(f"hashing {len(files)} files")
+            located.check(files, always_hash=True)
         click.echo(f"\nall {len(files)} files are as the manifest says")
         if absent:
             click.echo(f"not downloaded yet: {', '.join(variant.name for variant in absent)}")

@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from qrank.cli.labels import clusters, place_labels
+from qrank.cli.pictures import (
+    CHOSEN,
+    INK,
+    LINE,
+    MARGIN,
+    OTHER,
+    RADIUS,
+    SMALL,
+    linear_ticks,
+    log_ticks,
+    mark,
+    new_figure,
+    set_ticks,
+    shortened,
+    text_width,
+    write,
+)
 from qrank.errors import InputError
 from qrank.measure.bench import Row
 from qrank.quality.evaluation import Evaluation
@@ -16,6 +37,9 @@ from qrank.system.extras import need
 SUFFIXES = (".png", ".svg")
 
 _ELSEWHERE = "--plot names another place"
+
+LEAST = 0.02
+"""The least that an axis of fidelity or quality spans: less is noise."""
 
 
 def check_plot(path: Path) -> None:
@@ -41,7 +65,7 @@ def check_plot(path: Path) -> None:
 
 
 def plot_bench(rows: Sequence[Row], chosen: Row | None, title: str, path: Path) -> None:
-    """Plot the targets that can be used, with the chosen one marked.
+    """Plot speed and fidelity of the targets that can be used, with the chosen one marked.
 
     Args:
         rows: of `qrank.measure.bench`.
@@ -49,100 +73,142 @@ def plot_bench(rows: Sequence[Row], chosen: Row | None, title: str, path: Path) 
         title: of the plot.
         path: ends in one of SUFFIXES.
     """
-    figure_module, ticker = need("matplotlib.figure"), need("matplotlib.ticker")
-    rows = [row for row in rows if row.reason is None]
-    figure = figure_module.Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    places = _spread([row.kendall for row in rows])
-    for row, place in zip(rows, places, strict=True):
-        best = row is chosen
-        color = "#c2410c" if best else "#1d4ed8"
-        axes.scatter(
-            row.pairs,
-            row.kendall,
-            s=140 if best else 45,
-            color=color,
-            zorder=3,
-            marker="*" if best else "o",
-        )
-        label = f"{row.target.name} {row.setting}".strip() + (" (chosen)" if best else "")
-        axes.annotate(
-            label,
-            (row.pairs, row.kendall),
-            xytext=(1.02, place),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=9,
-            color=color,
-            fontweight="bold" if best else "normal",
-            arrowprops={"arrowstyle": "-", "color": "#d4d4d4", "lw": 0.7, "relpos": (0, 0.5)},
-        )
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_formatter(ticker.StrMethodFormatter("{x:g}"))
-    axes.tick_params(axis="x", which="both", labelsize=8)
-    axes.set_xlabel("pairs a second (faster to the right)")
-    axes.set_ylabel("Kendall's tau against the original")
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.grid(visible=True, which="both", color="#ededed", zorder=0)
-    axes.margins(0.08)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    _save(figure, path)
+    _save(draw_bench(rows, chosen, title), path)
+
+
+def draw_bench(rows: Sequence[Row], chosen: Row | None, title: str) -> Any:
+    """The matplotlib figure of `plot_bench`."""
+    rows = sorted((row for row in rows if row.reason is None), key=lambda row: -row.pairs)
+    devices = sorted({row.target.device for row in rows})
+    if len(devices) == 1:
+        title += f", on {devices[0]}"
+    names = [_name(row, len(devices) > 1) + ", chosen" * (row is chosen) for row in rows]
+    for height in count(3.4, 0.6):
+        figure, axes = new_figure(height, title, right=80.0)
+        _speed_axis(axes, [row.pairs for row in rows])
+        _fidelity_axis(axes, [row.kendall for row in rows])
+        for row in rows:
+            mark(axes, row.pairs, row.kendall, "*" if row is chosen else "o")
+        if _label(figure, axes, rows, chosen, names):
+            return figure
+    raise AssertionError("unreachable")
+
+
+def _name(row: Row, with_device: bool) -> str:
+    """A row's label."""
+    target = row.target.name if with_device else row.target.name.rpartition("@")[0]
+    return shortened(f"{target} {row.setting}".strip())
+
+
+def _speed_axis(axes: Any, speeds: Sequence[float]) -> None:
+    """From zero; logarithmic, if the fastest is more than ten times as fast as the slowest."""
+    log = speeds and max(speeds) > 10 * min(speeds) > 0
+    ticks = log_ticks(speeds) if log else linear_ticks(0.0, max([*speeds, 1e-9]))
+    if log:
+        axes.set_xscale("log")
+    set_ticks(axes.xaxis, ticks)
+    axes.set_xlabel("pairs a second: right is faster")
+
+
+def _fidelity_axis(axes: Any, taus: Sequence[float]) -> None:
+    """From 1 down to the lowest, and at least to 1 - LEAST: smaller differences are noise."""
+    ticks = linear_ticks(min([*taus, 1.0 - LEAST]), 1.0)
+    set_ticks(axes.yaxis, [tick for tick in ticks if tick <= 1.0])
+    axes.set_ylabel("Kendall's tau against the original: up is closer")
+
+
+def _label(
+    figure: Any, axes: Any, rows: Sequence[Row], chosen: Row | None, names: Sequence[str]
+) -> bool:
+    """Write each label beside its point; False if there is no room for all.
+
+    Points that touch share a place, where their labels are listed in their order.
+    """
+    if not rows:
+        return True
+    points = axes.transData.transform([(row.pairs, row.kendall) for row in rows])
+    texts = [
+        write(figure, name, CHOSEN if row is chosen else INK, bold=row is chosen)
+        for row, name in zip(rows, names, strict=True)
+    ]
+    groups = clusters(points, 2 * RADIUS)
+    marks, sizes = np.empty((len(groups), 4)), np.empty((len(groups), 2))
+    for i, group in enumerate(groups):
+        marks[i, :2] = points[group].min(axis=0) - RADIUS
+        marks[i, 2:] = points[group].max(axis=0) + RADIUS
+        widths = [text_width(names[j], bold=rows[j] is chosen) for j in group]
+        sizes[i] = max(widths), LINE * len(group)
+    whole = figure.bbox.size
+    area = axes.get_window_extent()
+    room = (area.x0, area.y0 - RADIUS, whole[0] - MARGIN, area.y1 + 0.6 * LINE)
+    places = place_labels(marks, sizes, room)
+    if places is None:
+        return False
+    for place, group, (x, _) in zip(places, groups, (marks[:, :2] + marks[:, 2:]) / 2, strict=True):
+        left, _, right, top = place.box
+        # Lines of a list are flush with the side that the point is on.
+        side = "left" if x < left + 1 else "right" if x > right - 1 else "center"
+        at = {"left": left, "right": right, "center": (left + right) / 2}[side]
+        for line, j in enumerate(group):
+            texts[j].set(x=at / whole[0], y=(top - LINE * (line + 0.5)) / whole[1], ha=side)
+        if place.line is not None:
+            ends = np.reshape(place.line, (2, 2)) / whole
+            figure.add_artist(need("matplotlib.lines").Line2D(*ends.T, color=INK, linewidth=0.6))
+    return True
 
 
 def plot_evaluation(evaluation: Evaluation, path: Path) -> None:
     """Plot nDCG@10 of each run, with the interval of its difference to the reference."""
-    figure: Any = need("matplotlib.figure")
+    _save(draw_evaluation(evaluation), path)
+
+
+def draw_evaluation(evaluation: Evaluation) -> Any:
+    """The matplotlib figure of `plot_evaluation`."""
     rows = evaluation.rows[::-1]
-    drawing = figure.Figure(figsize=(8, 1.4 + 0.4 * len(rows)), layout="constrained")
-    axes = drawing.add_subplot()
-    for place, row in enumerate(rows):
-        value = row.measures[MAIN]
-        margin = row.difference.margin if row.difference else None
+    names = [shortened(row.name) for row in rows]
+    margins = [(row.difference and row.difference.margin) or 0.0 for row in rows]
+    values = [row.measures[MAIN] for row in rows]
+    low = min(value - margin for value, margin in zip(values, margins, strict=True))
+    high = max(value + margin for value, margin in zip(values, margins, strict=True))
+    widen = max(0.0, LEAST - (high - low)) / 2
+    title = f"{evaluation.model}: {evaluation.queries:,} queries of {evaluation.data}"
+    figure, axes = new_figure(0.3 * (len(rows) + 1), title, beside=names)
+    most = int(axes.get_window_extent().width / 50)
+    set_ticks(axes.xaxis, linear_ticks(max(0.0, low - widen), min(1.0, high + widen), most))
+    for place, (row, value, margin) in enumerate(zip(rows, values, margins, strict=True)):
         reference = row.name == evaluation.reference
-        axes.errorbar(
-            value,
-            place,
-            xerr=margin,
-            fmt="D" if reference else "o",
-            color="black" if reference else "tab:blue",
-            capsize=4,
-        )
+        color = CHOSEN if reference else OTHER
         if reference:
-            axes.axvline(value, color="black", linewidth=0.8, linestyle=":")
+            axes.axvline(value, color=color, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+        axes.plot([value - margin, value + margin], [place, place], color=color, linewidth=2.5)
+        mark(axes, value, place, "D" if reference else "o")
         axes.annotate(
             f"{value:.3f}",
-            (value, place),
-            xytext=(0, 7),
+            (1, place),
+            (2.5 * RADIUS, 0),
+            xycoords=axes.get_yaxis_transform(),
             textcoords="offset points",
-            ha="center",
-            bbox={"color": "white", "pad": 0},
+            color=color if reference else INK,
+            fontsize=SMALL,
+            va="center_baseline",
         )
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
-    axes.set_ylim(-0.6, len(rows) - 0.3)
-    axes.set_xlabel(f"{MAIN}; bars: 95% interval of the difference to {evaluation.reference}")
-    axes.set_title(f"{evaluation.model}: {evaluation.queries} queries of {evaluation.data}")
-    axes.grid(axis="x", alpha=0.3)
-    _save(drawing, path)
+    axes.set_yticks(range(len(rows)), names, parse_math=False)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.grid(visible=False, axis="y")
+    reference_name = shortened(evaluation.reference)
+    axes.set_xlabel(
+        f"{MAIN}; bars: 95% interval of the difference to {reference_name}", parse_math=False
+    )
+    return figure
 
 
 def _save(figure: Any, path: Path) -> None:
     # Write a temporary file first: an old plot stays until the new one is complete.
     temporary = path.with_name(f".{path.name}.new{path.suffix}")
     try:
-        figure.savefig(temporary, dpi=150)
+        figure.savefig(temporary, dpi=200, transparent=True)
         temporary.replace(path)
     except OSError as error:
         raise cannot_write(error, path, _ELSEWHERE) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _spread(heights: Sequence[float]) -> list[float]:
-    """Heights of labels next to the axes, 0 to 1: in the order of their points, evenly spaced."""
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    places = [0.0] * len(heights)
-    for rank, i in enumerate(order):
-        places[i] = (rank + 0.5) / len(order)
-    return places

@@ -135,7 +135,7 @@ def serve(
     drain_timeout: float,
     **serving: Any,
 ) -> None:
-    """Answer rerank requests over HTTP, in the dialects of other servers.
+    """Serve models over HTTP, in the dialects of other servers.
 
     MODEL is a bundled name, a bundle's folder or a hub id, "mini" by default; --revision goes with
     a single one. A checkpoint on the hub is converted first, as in qrank score. Requests choose a

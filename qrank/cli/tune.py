@@ -40,12 +40,13 @@ def tune(
     timeout: float | None,
     as_json: bool,
 ) -> None:
-    """Measure every target of a bundle on this machine, and remember the result.
+    """Find the fastest target of a bundle on this machine.
 
     A target is a variant on a device. Each target runs in a separate process with a time limit,
     must reproduce the bundle's probes, and ranks documents: one of 32 tokens (short), 20 of 128
     (passages), and 100 of 512 (long; fewer for slow models). The table shows pairs per second,
-    with the chosen target first. From then on, qrank score and Reranker use the result.
+    with the chosen target first. The result is stored: from then on, qrank score and Reranker
+    use it.
 
     \b
       qrank tune my-bundle

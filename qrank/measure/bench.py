@@ -26,6 +26,7 @@ from qrank.select.obtain import Wanted, obtain
 from qrank.select.selection import Criteria, order
 from qrank.select.targets import TargetKey, named
 from qrank.system import machine
+from qrank.system.steps import Step
 
 COUNTS = (1, 20, 100)
 """Documents per request."""
@@ -141,8 +142,8 @@ def bench(
     with ExitStack() as stack:
         running: list[Opened] = []
         failed: dict[int, str] = {}
-        for candidate in chosen:
-            progress(f"opening {candidate.name}")
+        for done, candidate in enumerate(chosen):
+            progress(Step(f"opening {candidate.name}", done, len(chosen)))
             # If the system reports free memory, that already excludes the open targets.
             taken = 0 if machine.free_memory() is not None else _taken(running)
             if candidate.target.variant.bytes * 3 + taken > room():
@@ -155,8 +156,8 @@ def bench(
                 rows.append(Row(candidate.target.key, candidate.compute_dtype or "", str(error)))
         times: dict[int, dict[int, list[float]]] = {}
         expected: dict[int, float] = {}
-        for count in COUNTS:
-            progress(f"ranking {count} in turns")
+        for done, count in enumerate(COUNTS):
+            progress(Step(f"ranking {count} in turns", done, len(COUNTS)))
             cases = {
                 number: partial(contest.rank, opened, work[:count], expected.get(number))
                 for number, opened in enumerate(running)

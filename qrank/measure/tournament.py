@@ -18,6 +18,7 @@ from qrank.measure.discover import Responder, start
 from qrank.measure.profiles import QUERY
 from qrank.select.measurements import Measurement, Profile
 from qrank.system import machine
+from qrank.system.steps import Step
 
 FIRST_LOOK_SECONDS = 0.5
 """Seconds that a first look at a target spends on a profile."""
@@ -222,8 +223,9 @@ class Tournament:
                     running[number] = stack.enter_context(self.opened(candidate))
                 except QrankError as error:
                     reasons[number] = str(error)
-            for profile, texts in self._work.items():
-                progress(f"comparing the {len(running)} fastest: {profile}")
+            for done, (profile, texts) in enumerate(self._work.items()):
+                step = f"comparing the {len(running)} fastest: {profile}"
+                progress(Step(step, done, len(self._work)))
                 few = texts[: max(chosen[0].threads, 2)]
                 # Twice, because kernels are built for every new shape.
                 glances = {n: seconds for n, (_, seconds) in turns(few, (2, 2), 0, {}).items()}

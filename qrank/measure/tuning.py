@@ -24,6 +24,7 @@ from qrank.select.obtain import obtain
 from qrank.select.selection import TIE_MARGIN
 from qrank.select.targets import TargetKey
 from qrank.system import machine
+from qrank.system.steps import Step
 
 FINALIST_MARGIN = 0.35
 """Targets within this share of the fastest speed are measured again, in turns with the fastest."""
@@ -74,8 +75,9 @@ def tune(
     )
     measured = [Measurement(TargetKey("", "", f.backend), f.reason) for f in found if f.reason]
     looks: list[Look] = []
-    for candidate in candidates(manifest, found, threads):
-        progress(f"trying {candidate.name}")
+    tried = list(candidates(manifest, found, threads))
+    for done, candidate in enumerate(tried):
+        progress(Step(f"trying {candidate.name}", done, len(tried)))
         best = max((look.measurement.speeds["passages"] for look in looks), default=0.0)
         try:
             looks.append(contest.look(candidate, best))
