@@ -7,6 +7,7 @@ export * from "./errors.js";
 /** Runs on onnxruntime-web: WebAssembly on the CPU. */
 export class Reranker extends Base {}
 
+/** @type {import("./reranker.js").Platform} */
 Reranker.platform = {
   files(source) {
     if (!(source instanceof URL) && (typeof source !== "string" || !source)) {

@@ -110,7 +110,7 @@ export async function readManifest(files) {
  */
 export function chooseVariant(manifest, name) {
   const every = Object.entries(manifest.variants);
-  const speed = ([, variant]) => BY_SPEED.indexOf(variant.precision);
+  const speed = (/** @type {[string, Variant]} */ [, variant]) => BY_SPEED.indexOf(variant.precision);
   const fitting = every
     .filter(([, variant]) => variant.format === "onnx" && BY_SPEED.includes(variant.precision))
     .filter(([own]) => name === undefined || name === "onnx" || name === own)

@@ -15,6 +15,7 @@ export * from "./errors.js";
 /** Runs on onnxruntime-node. */
 export class Reranker extends Base {}
 
+/** @type {import("./reranker.js").Platform} */
 Reranker.platform = {
   files(source) {
     if (source instanceof URL || /^(https?|file):\/\//.test(source)) {

@@ -86,7 +86,7 @@ export class PairTokenizer {
     const room = this._limit - this._templateLength;
     const shown = this._text.beginning(query, 2 * this._limit);
     let items = this._fill(shown);
-    const found = length(items) - (this._templateLength - this._text.ids(this._leadIn).length);
+    const found = length(items) - this._templateLength;
     if (found >= room) {
       const kept = Math.max(Math.floor((room * 3) / 4), 1);
       this._warn(

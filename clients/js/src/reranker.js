@@ -1,5 +1,5 @@
 import { cutPadded, padded } from "./batches.js";
-import { MANIFEST, TOKENIZER, checkFiles, chooseVariant, readManifest } from "./bundle.js";
+import { TOKENIZER, checkFiles, chooseVariant, readManifest } from "./bundle.js";
 import { FamilyError, InputError, TargetError } from "./errors.js";
 import { PairTokenizer } from "./pairs.js";
 import { prove } from "./proof.js";
@@ -39,22 +39,15 @@ export class Reranker {
    * @returns {Promise<any>}
    */
   static async load(source, options = {}) {
-    const {
-      variant: wanted,
-      threads,
-      maxLength,
-      maxBatchTokens = BATCH_TOKENS,
-      checkFiles: files_ = true,
-      checkProbes = true,
-      warn = console.warn,
-    } = known(options, OPTIONS, "Reranker.load");
+    known(options, OPTIONS, "Reranker.load");
+    const { threads, maxLength, maxBatchTokens = BATCH_TOKENS, warn = console.warn } = options;
     whole("threads", threads, 1);
     whole("maxBatchTokens", maxBatchTokens, 1);
     const { platform } = this;
     const files = platform.files(source);
     const manifest = await readManifest(files);
-    const [name, variant] = chooseVariant(manifest, wanted);
-    if (files_) await checkFiles(files, { ...manifest.files, ...variant.files });
+    const [name, variant] = chooseVariant(manifest, options.variant);
+    if (options.checkFiles ?? true) await checkFiles(files, { ...manifest.files, ...variant.files });
     const pairs = new PairTokenizer(await files.text(TOKENIZER), manifest.family, { maxLength, warn });
     const runtime = options.runtime ?? (await platform.runtime());
     const { graph, data } = await files.graph(Object.keys(variant.files));
@@ -71,7 +64,7 @@ export class Reranker {
       if (missing.length) {
         throw new FamilyError(`the graph of ${name} wants ${missing.join(", ")}, which this package does not have`);
       }
-      if (checkProbes) {
+      if (options.checkProbes ?? true) {
         const version = `${platform.runtimeName} ${runtime.env?.versions?.common ?? ""}`.trim();
         await prove(manifest.probes, name, variant.precision, version, (inputs) => reranker._logits(inputs));
       }
@@ -142,10 +135,6 @@ export class Reranker {
     this._session = undefined;
     await this._last;
     await session?.release();
-  }
-
-  async [Symbol.asyncDispose ?? Symbol.for("Symbol.asyncDispose")]() {
-    await this.close();
   }
 
   /** @param {[string, string][]} pairs */
