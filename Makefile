@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test optimum lint bench bench-peers build clean
+.PHONY: help setup demo test test-js optimum lint bench bench-peers build clean
 
 help: ## Show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -16,6 +16,10 @@ demo: $(VENV)/.demo ## Make .venv with the light runtime and rerank a sample fil
 test: $(VENV)/.test ## Run the tests
 	@# xdist's loadfile waits for ever after a worker that died and was replaced.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+
+test-js: $(VENV)/.test clients/js/node_modules/.installed ## Run the tests of clients/js, in Node and Chromium, and compare with Python
+	cd clients/js && npm run types && npm test
+	$(BIN)/python -m pytest -n 2 tests/test_js.py
 
 optimum: $(VENV)-optimum/.optimum ## Run the tests of --exporter optimum, in an environment of its own
 	$(VENV)-optimum/bin/python -m pytest tests/test_optimum.py
@@ -57,6 +61,11 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
 	touch $@ $(VENV)/.demo
+
+# No install scripts: onnxruntime-node's would fetch CUDA's libraries, from elsewhere.
+clients/js/node_modules/.installed: clients/js/package.json clients/js/package-lock.json
+	cd clients/js && npm ci --ignore-scripts --no-audit --no-fund
+	touch $@
 
 # optimum-intel takes older packages than .venv has.
 $(VENV)-optimum/.optimum: pyproject.toml
