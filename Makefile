@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test optimum lint bench bench-peers build clean
+.PHONY: help setup demo test optimum lint docs bench bench-peers build clean
 
 help: ## Show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -28,6 +28,10 @@ lint: $(VENV)/.test ## Check format, lint and types
 	$(BIN)/pip install --quiet --no-deps --target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy -p qrank
 	MYPYPATH=build/typed $(BIN)/mypy tests
+
+docs: $(VENV)/.docs ## Build the documentation as a site into build/site; warnings are errors
+	@# mkdocs-material prints that mkdocs 2 will not run it; pyproject.toml has the bound.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.test ## Run the benchmarks; DATA=folder with Cranfield (see benchmarks/README.md)
 	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER; see benchmarks/README.md"; exit 2; }
@@ -57,6 +61,10 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[docs]"
+	touch $@
 
 # optimum-intel takes older packages than .venv has.
 $(VENV)-optimum/.optimum: pyproject.toml
