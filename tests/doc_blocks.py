@@ -100,7 +100,10 @@ def plain_words(line: str) -> list[str] | None:
     """The words of a simple command; None if it takes a shell: pipes, variables, assignments."""
     found = shlex.shlex(line, posix=True, punctuation_chars=True)
     found.whitespace_split = True
-    words = list(found)
+    try:
+        words = list(found)
+    except ValueError:  # a quotation that ends on another line
+        return None
     special = any(set(word) <= set("|&;<>()") for word in words) or "$" in line
     return None if special or "=" in words[0] else words
 
