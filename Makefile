@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-js optimum lint bench bench-peers build clean
+.PHONY: help setup demo test test-js optimum lint docs bench bench-peers build clean
 
 help: ## Show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -32,6 +32,10 @@ lint: $(VENV)/.test ## Check format, lint and types
 	$(BIN)/pip install --quiet --no-deps --target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy -p qrank
 	MYPYPATH=build/typed $(BIN)/mypy tests
+
+docs: $(VENV)/.docs ## Build the documentation as a site into build/site; warnings are errors
+	@# mkdocs-material prints that mkdocs 2 will not run it; pyproject.toml has the bound.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.test ## Run the benchmarks; DATA=folder with Cranfield (see benchmarks/README.md)
 	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER; see benchmarks/README.md"; exit 2; }
@@ -65,6 +69,10 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml
 # No install scripts: onnxruntime-node's would fetch CUDA's libraries, from elsewhere.
 clients/js/node_modules/.installed: clients/js/package.json clients/js/package-lock.json
 	cd clients/js && npm ci --ignore-scripts --no-audit --no-fund
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[docs]"
 	touch $@
 
 # optimum-intel takes older packages than .venv has.

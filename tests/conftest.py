@@ -51,7 +51,7 @@ for _number, _handler in (
         signal.signal(_number, _handler)
 
 
-FIRST = ("test_readme.py", "test_decoders.py", "test_openvino.py")
+FIRST = ("test_decoders.py", "test_openvino.py")
 """Files that take longest. `make test` gives a file to one worker; these begin first, so that no
 worker is left alone with one at the end."""
 

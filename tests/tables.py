@@ -22,7 +22,7 @@ def tolerances() -> dict[str, Tolerance]:
 
 
 def formats_table() -> list[str]:
-    """README: the variants that can be made, and where they run."""
+    """docs/hardware.md: the variants that can be made, and where they run."""
     heads = ["`--to`", "`--precision`, the default first", "`--device` besides `cpu`", "extra"]
     lines = [f"| {' | '.join(heads)} to run it |", "|---|---|---|---|"]
     for name, format in formats().items():
@@ -49,7 +49,7 @@ def _code(words: list[str]) -> str:
     return ", ".join(f"`{word}`" for word in words)
 
 
-TABLES = {"README.md": formats_table, "docs/bundle.md": tolerance_table}
+TABLES = {"docs/hardware.md": formats_table, "docs/bundle.md": tolerance_table}
 
 if __name__ == "__main__":
     for path, table in TABLES.items():

@@ -1,7 +1,7 @@
 """The description of a backend: one `BackendSpec`, called SPEC, in the backend's own file.
 
 Everything else that depends on the backend is derived from it: the list of formats and precisions,
-help texts and the README's tables, what `qrank doctor` checks and what `qrank tune` tries.
+help texts and the documentation's tables, what `qrank doctor` checks and what `qrank tune` tries.
 """
 
 from __future__ import annotations
