@@ -41,7 +41,8 @@ VARIANTS = ["onnx-int8", "onnx-fp16", "onnx-fp32"]
 """Of `my-bundle`, which stands for one that the reader has made."""
 
 ELSEWHERE = {
-    "docs/integrations.md": "parts of a program; tests/test_integrations.py has whole ones",
+    "docs/export.md": "ends with an upload; tests/test_export.py runs the command",
+    "docs/integrations.md": "parts of programs, which tests/test_recipes.py and others run",
     "docs/serve.md": "runs until it is stopped; tests/test_serve.py and others do",
 }
 """Pages none of whose blocks run, and why."""
@@ -93,7 +94,7 @@ def folder(
         "what do rabbits eat?": 19,
         "how do solar panels make electricity from sunlight?": 10,
     }
-    for name in ("passages.txt", "docs/sample/passages.txt"):
+    for name in ("passages.txt", "notes.txt", "docs/sample/passages.txt"):
         _write(folder / name, texts)
     _write(folder / "documents.jsonl", _records("d", texts, "id"))
     _write(folder / "queries.jsonl", _records("q", list(asked), "id"))
