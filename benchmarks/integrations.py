@@ -220,7 +220,9 @@ INTEGRATIONS = [
     Integration(
         "LangChain",
         "qrank.integrations.langchain",
-        "langchain_core.callbacks, langchain_core.cross_encoders, langchain_core.documents",
+        # Its packages load these when their names are used.
+        "langchain_core.callbacks.base, langchain_core.cross_encoders, "
+        "langchain_core.documents.compressor",
         langchain,
     ),
     Integration(
@@ -342,7 +344,13 @@ def _speeds(options: Any, task: Task) -> None:
     ][: options.pairs]
     folder = str(options.checkpoint)
     encoders: dict[str, Any] = {
-        THEIRS: Theirs(folder, device="cpu", local_files_only=True, max_length=512),
+        THEIRS: Theirs(
+            folder,
+            device="cpu",
+            local_files_only=True,
+            max_length=512,
+            model_kwargs={"dtype": torch.float32},
+        ),
         "qrank torch-fp32": CrossEncoder(folder, backend="torch-fp32", **task.options),
     }
     for variant in locate(options.model).manifest.variants:
