@@ -29,8 +29,8 @@ async function measure([pairs, bundle, options], Class) {
 }
 
 if (how === "browser") {
-  const { page, close } = await openPage();
-  console.log(how, await page.evaluate(measure, [pairs, "models/mini/bundle", {}]));
+  const { page, close } = await openPage(MINI);
+  console.log(how, await page.evaluate(measure, [pairs, "bundle", {}]));
   await close();
 } else {
   console.log(`Node, ${how} threads`, await measure([pairs, MINI, { threads: Number(how) }], Reranker));

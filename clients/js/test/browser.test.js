@@ -23,16 +23,22 @@ const TEXTS = [
 ];
 const PAIRS = TEXTS.flatMap((text) => [[TEXTS[0], text], [text, TEXTS[1]]]);
 
-test("ids and scores are Node's", { skip: missing, timeout: 120_000 }, async (t) => {
-  const { page, base, errors, close } = await openPage();
+/**
+ * Of a score. WebAssembly's kernels round otherwise in the last bit, which moves some activation to
+ * the next of its 256 steps; tests/test_js.py compares fp32, which has no steps, to 1e-4.
+ */
+const ROUNDING = 0.02;
+
+test("ids are Node's, and scores but for int8's rounding", { skip: missing, timeout: 120_000 }, async (t) => {
+  const { page, base, errors, close } = await openPage(MINI);
   t.after(close);
   const found = await page.evaluate(async (pairs) => {
     const { Reranker } = await import("qrank");
-    const reranker = await Reranker.load("models/mini/bundle", { warn: () => {} });
+    const reranker = await Reranker.load("bundle", { warn: () => {} });
     const inputs = reranker._pairs.inputs(pairs);
     const scores = Array.from(await reranker.score(pairs));
     await reranker.close();
-    const missing = await Reranker.load("models/none").catch((error) => `${error.name}: ${error.message}`);
+    const missing = await Reranker.load("none").catch((error) => `${error.name}: ${error.message}`);
     return { inputs, scores, missing };
   }, PAIRS);
   assert.deepEqual(errors, []);
@@ -44,6 +50,6 @@ test("ids and scores are Node's", { skip: missing, timeout: 120_000 }, async (t)
   await reranker.close();
   const largest = Math.max(...expected.map((score, i) => Math.abs(score - found.scores[i])));
   t.diagnostic(`largest difference of a score: ${largest}`);
-  assert.ok(largest <= 1e-4, `scores differ by ${largest}`);
-  assert.equal(found.missing, `ModelNotFoundError: ${base}/models/none/qrank.json cannot be fetched: status 404`);
+  assert.ok(largest <= ROUNDING, `scores differ by ${largest}`);
+  assert.equal(found.missing, `ModelNotFoundError: ${base}/none/qrank.json cannot be fetched: status 404`);
 });

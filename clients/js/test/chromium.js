@@ -2,7 +2,7 @@
 import { existsSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { createServer } from "node:http";
-import { extname } from "node:path";
+import { extname, join } from "node:path";
 import { chromium } from "playwright-core";
 
 const CHROMIUM = process.env.CHROMIUM ?? "/usr/bin/chromium";
@@ -19,11 +19,16 @@ const PAGE = `<!doctype html><link rel="icon" href="data:,"><script type="import
   "onnxruntime-web/wasm": "/clients/js/node_modules/onnxruntime-web/dist/ort.wasm.min.mjs"
 }}</script>`;
 
-/** The page; the address it is served from, as is the whole repository; its uncaught errors. */
-export async function openPage() {
+/**
+ * The page; the address it is served from, as is the whole repository; its uncaught errors.
+ *
+ * @param {string} bundle a folder, served as /bundle
+ */
+export async function openPage(bundle) {
   const server = createServer(async (request, response) => {
     const { pathname } = new URL(request.url, "http://localhost");
-    const content = pathname === "/" ? PAGE : await readFile(new URL(`.${pathname}`, ROOT)).catch(() => undefined);
+    const file = pathname.startsWith("/bundle/") ? join(bundle, pathname.slice(8)) : new URL(`.${pathname}`, ROOT);
+    const content = pathname === "/" ? PAGE : await readFile(file).catch(() => undefined);
     const type = pathname === "/" ? "text/html" : (TYPES[extname(pathname)] ?? "application/octet-stream");
     response.writeHead(content === undefined ? 404 : 200, { "content-type": type }).end(content);
   });

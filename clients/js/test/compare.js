@@ -5,6 +5,7 @@
 import { text } from "node:stream/consumers";
 import { Reranker } from "qrank";
 import { PairTokenizer } from "../src/pairs.js";
+import { missing, openPage } from "./chromium.js";
 import { normalizer } from "../src/tokenizer/normalizers.js";
 import { preTokenizer } from "../src/tokenizer/pre_tokenizers.js";
 
@@ -23,6 +24,20 @@ const tasks = {
     const scores = await reranker.score(pairs.slice(0, 20));
     await reranker.close();
     return { logits: Array.from(logits), scores: Array.from(scores) };
+  },
+  /** Null if there is no browser. */
+  browser: async ({ bundle, pairs }) => {
+    if (missing) return null;
+    const { page, close } = await openPage(bundle);
+    const logits = await page.evaluate(async (texts) => {
+      const { Reranker } = await import("qrank");
+      const reranker = await Reranker.load("bundle", { warn: () => {} });
+      const found = Array.from(await reranker.score(texts, { raw: true }));
+      await reranker.close();
+      return found;
+    }, pairs);
+    await close();
+    return logits;
   },
 };
 

@@ -7,6 +7,9 @@ const ASCII = /^[\0-\x7f]*$/;
 /** A cluster of more bytes is read character by character, as `tokenizers` does. */
 const LONGEST_CLUSTER = 5;
 
+/** UTF-16 units. */
+const WINDOW = 512;
+
 /** sentencepiece's map of characters: a trie of bytes (a double array), and the replacements. */
 export class CharsMap {
   /** @param {string} base64 `precompiled_charsmap` of a tokenizer.json */
@@ -19,7 +22,7 @@ export class CharsMap {
     }
     this._trie = Uint32Array.from({ length: size / 4 }, (_, i) => view.getUint32(4 + 4 * i, true));
     this._texts = bytes.subarray(4 + size);
-    this._clusters = new Intl.Segmenter("en", { granularity: "grapheme" });
+    this._segmenter = new Intl.Segmenter("en", { granularity: "grapheme" });
     /** @type {Map<string, string | undefined>} */
     this._known = new Map();
   }
@@ -33,9 +36,27 @@ export class CharsMap {
     if (ASCII.test(text)) {
       for (const cluster of text.match(/\r\n|[^]/g) ?? []) out += this._cluster(cluster);
     } else {
-      for (const { segment } of this._clusters.segment(text)) out += this._cluster(segment);
+      for (const cluster of this._clustersOf(text)) out += this._cluster(cluster);
     }
     return out;
+  }
+
+  /**
+   * A text's grapheme clusters. V8's time per cluster grows with the text, so it gets a window at a
+   * time; the last cluster of a window may go on in the next.
+   *
+   * @param {string} text
+   * @returns {Iterable<string>}
+   */
+  *_clustersOf(text) {
+    for (let start = 0, size = WINDOW; start < text.length; ) {
+      const end = start + size;
+      const found = Array.from(this._segmenter.segment(text.slice(start, end)), ({ segment }) => segment);
+      if (end < text.length) found.pop();
+      yield* found;
+      for (const cluster of found) start += cluster.length;
+      size = found.length ? WINDOW : 2 * size;
+    }
   }
 
   /** @param {string} cluster */
