@@ -119,6 +119,7 @@ _SECONDS = FiniteRange(min=0, min_open=True)
     show_default=True,
     help="Seconds for running requests to finish when the server stops.",
 )
+@click.option("--no-page", is_flag=True, help="Do not serve the page at /.")
 @debug_option
 @click.pass_context
 def serve(
@@ -143,6 +144,7 @@ def serve(
     max_body: int,
     body_timeout: float,
     drain_timeout: float,
+    no_page: bool,
     **opening: Any,
 ) -> None:
     """Answer rerank requests over HTTP, in the dialects of other servers.
@@ -150,7 +152,8 @@ def serve(
     MODEL is a bundled name, a bundle's folder or a hub id, "mini" by default; --revision goes with
     a single one. A checkpoint on the hub is converted first, as in qrank score. Requests choose a
     model by its NAME, or get the first. A single model answers to any name. Clients of TEI, Jina,
-    Cohere, vLLM, llama.cpp and Ollama work without changes; /docs describes all routes.
+    Cohere, vLLM, llama.cpp and Ollama work without changes; /docs describes all routes. In a
+    browser, / is a page to try the models and to compare them.
 
     \b
       qrank serve
@@ -212,6 +215,7 @@ def serve(
             aliases=parse_aliases(aliases, served),
             instructions=_instructed(served, instruction),
             root=root,
+            page=not no_page,
         )
         made = server(
             guard,

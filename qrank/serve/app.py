@@ -22,6 +22,7 @@ from qrank.serve.dialect_voyage import VOYAGE
 from qrank.serve.dialect_weaviate import WEAVIATE
 from qrank.serve.guard import Guard
 from qrank.serve.metrics import Metrics
+from qrank.serve.page import add_page
 from qrank.serve.request import Limits
 from qrank.serve.service import Service
 from qrank.system.version import __version__
@@ -50,6 +51,7 @@ def build(
     aliases: Mapping[str, str] | None = None,
     instructions: Mapping[str, str] | None = None,
     root: str = "",
+    page: bool = True,
     dialects: Sequence[Dialect[Any]] = DIALECTS,
 ) -> Guard:
     """Build the application.
@@ -61,6 +63,7 @@ def build(
         aliases: other name -> name of a model.
         instructions: name of a model -> instruction for requests without one.
         root: the path under which a proxy serves the application, as `/rank`.
+        page: serve the page at /.
         dialects: those that the server accepts.
     """
     limits = limits or Limits()
@@ -94,6 +97,8 @@ def build(
     for path in registry.paths:
         _add_route(app, service, registry, path)
     status.add_routes(app, service, guard)
+    if page:
+        add_page(app, root)
     errors.add_handlers(app, registry)
     guard.routes = frozenset(path for route in app.routes if (path := getattr(route, "path", "")))
     return guard
