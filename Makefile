@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test optimum lint bench bench-peers build clean
+.PHONY: help setup demo test test-browser optimum lint bench bench-peers build clean
 
 help: ## Show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -15,7 +15,12 @@ demo: $(VENV)/.demo ## Make .venv with the light runtime and rerank a sample fil
 
 test: $(VENV)/.test ## Run the tests
 	@# xdist's loadfile waits for ever after a worker that died and was replaced.
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+	  -m "not browser"
+
+test-browser: $(VENV)/.test-browser ## Run the tests of the page of qrank serve, in Chromium
+	$(BIN)/python tests/browser.py
+	$(BIN)/python -m pytest -m browser tests/test_page_browser.py
 
 optimum: $(VENV)-optimum/.optimum ## Run the tests of --exporter optimum, in an environment of its own
 	$(VENV)-optimum/bin/python -m pytest tests/test_optimum.py
@@ -57,6 +62,10 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.test-browser: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[browser-test]"
+	touch $@
 
 # optimum-intel takes older packages than .venv has.
 $(VENV)-optimum/.optimum: pyproject.toml

@@ -17,10 +17,13 @@ const SAMPLE = {
 };
 
 const CHOSEN_AT_FIRST = 3; // Models; each one takes its time.
+const SHOWN_AT_FIRST = 100; // Documents; laying out thousands takes seconds.
 
 const $ = (id) => document.getElementById(id);
-const number = (value, digits = 0) =>
-  value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+const formats = {}; // Digits -> format; making one takes as long as hundreds of numbers.
+const number = (value, digits = 0) => (formats[digits] ??= new Intl.NumberFormat("en", {
+  minimumFractionDigits: digits, maximumFractionDigits: digits,
+})).format(value);
 const counted = (count, noun) => `${number(count)} ${noun}${count === 1 ? "" : "s"}`;
 
 /** An element; strings among the children become text, never markup. */
@@ -233,7 +236,7 @@ function agreement(a, b) {
   const tau = kendall(a.scores, b.scores);
   const moved = a.places.filter((place, index) => place !== b.places[index]).length;
   const value = element("strong", "", tau === null ? "undefined" : number(tau, 3));
-  const rest = `; ${moved || "no"} of ${counted(a.order.length, "document")} moved`;
+  const rest = `; ${number(moved)} of ${counted(a.order.length, "document")} moved`;
   return element("li", "", `${a.model} and ${b.model}: Kendall’s τ `, value, rest);
 }
 
@@ -268,7 +271,7 @@ function row(index, place, before, text, score, length, cut) {
 }
 
 /** One model's ranking; moves are counted from the first model's, or from the order of the texts. */
-function column(run, target, first, texts) {
+function column(run, target, first, texts, limit) {
   const pairs = texts.length / (run.milliseconds / 1000);
   const facts = element(
     "p", "facts", element("code", "", target),
@@ -277,7 +280,7 @@ function column(run, target, first, texts) {
   );
   facts.title = "Time from the request to the answer, in this browser";
   const length = scale(run.scores[run.order.at(-1)], run.scores[run.order[0]]);
-  const rows = run.order.map((index, place) => {
+  const rows = run.order.slice(0, limit).map((index, place) => {
     const score = run.scores[index], before = first ? first.places[index] : index;
     return row(index, place, before, texts[index], score, length(score), run.cut[index]);
   });
@@ -285,11 +288,14 @@ function column(run, target, first, texts) {
   return element("article", "", head, element("ol", "", ...rows));
 }
 
-function show(runs, models, texts) {
+function show(runs, models, texts, limit = SHOWN_AT_FIRST) {
   const [first] = runs;
-  $("results").style.setProperty("--documents", texts.length);
+  $("results").style.setProperty("--documents", Math.min(texts.length, limit));
   $("results").replaceChildren(...runs.map((run) =>
-    column(run, models[run.model].target ?? "", run === first ? null : first, texts)));
+    column(run, models[run.model].target ?? "", run === first ? null : first, texts, limit)));
+  $("rest").hidden = texts.length <= limit;
+  $("rest").textContent = `Show all ${counted(texts.length, "document")}`;
+  $("rest").onclick = () => show(runs, models, texts, Infinity);
   const pairs = runs.flatMap((a, place) => runs.slice(place + 1).map((b) => agreement(a, b)));
   $("agreement").replaceChildren(...pairs);
   $("agreement").hidden = !pairs.length;
