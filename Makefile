@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-js optimum lint docs bench bench-peers build clean
+.PHONY: help setup demo test test-browser test-js optimum lint docs bench bench-peers build clean
 
 help: ## Show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -15,7 +15,12 @@ demo: $(VENV)/.demo ## Make .venv with the light runtime and rerank a sample fil
 
 test: $(VENV)/.test ## Run the tests
 	@# xdist's loadfile waits for ever after a worker that died and was replaced.
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+	  -m "not browser"
+
+test-browser: $(VENV)/.test-browser ## Run the tests of the page of qrank serve, in Chromium
+	$(BIN)/python tests/browser.py
+	$(BIN)/python -m pytest -m browser tests/test_page_browser.py
 
 test-js: $(VENV)/.test clients/js/node_modules/.installed ## Run the tests of clients/js, in Node and Chromium, and compare with Python
 	cd clients/js && npm run types && npm test
@@ -73,6 +78,10 @@ clients/js/node_modules/.installed: clients/js/package.json clients/js/package-l
 
 $(VENV)/.docs: $(VENV)/.test
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[docs]"
+	touch $@
+
+$(VENV)/.test-browser: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[browser-test]"
 	touch $@
 
 # optimum-intel takes older packages than .venv has.

@@ -74,6 +74,7 @@ def belongs(name: str) -> bool:
         or name == "qrank/py.typed"
         or (folder == "models" and name.endswith(".toml") and name.count("/") == 1)
         or (folder == "converters" and name.endswith(".jsonl"))
+        or name.startswith("qrank/serve/static/")
         or name.startswith("models/mini/bundle/")
     )
 

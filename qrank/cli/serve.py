@@ -111,6 +111,7 @@ _SECONDS = FiniteRange(min=0, min_open=True)
     show_default=True,
     help="Seconds for running requests to finish when the server stops.",
 )
+@click.option("--no-page", is_flag=True, help="Do not serve the page at /.")
 @debug_option
 @click.pass_context
 def serve(
@@ -133,6 +134,7 @@ def serve(
     max_body: int,
     body_timeout: float,
     drain_timeout: float,
+    no_page: bool,
     **serving: Any,
 ) -> None:
     """Serve models over HTTP, in the dialects of other servers.
@@ -140,7 +142,8 @@ def serve(
     MODEL is a bundled name, a bundle's folder or a hub id, "mini" by default; --revision goes with
     a single one. A checkpoint on the hub is converted first, as in qrank score. Requests choose a
     model by its NAME, or get the first. A single model answers to any name. Clients of TEI, Jina,
-    Cohere, vLLM, llama.cpp and Ollama work without changes; /docs describes all routes.
+    Cohere, vLLM, llama.cpp and Ollama work without changes; /docs describes all routes. In a
+    browser, / is a page to try the models and to compare them.
 
     \b
       qrank serve
@@ -186,7 +189,13 @@ def serve(
         if not keys and listening.public:
             notice("anyone who reaches this address can use it: no --api-key-file is given")
         guard = build(
-            served, limits=limits, keys=keys, root=root, idle_seconds=idle_seconds, **settings
+            served,
+            limits=limits,
+            keys=keys,
+            root=root,
+            page=not no_page,
+            idle_seconds=idle_seconds,
+            **settings,
         )
         made = server(
             guard,

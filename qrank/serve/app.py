@@ -22,6 +22,7 @@ from qrank.serve.dialect_voyage import VOYAGE
 from qrank.serve.dialect_weaviate import WEAVIATE
 from qrank.serve.guard import Guard
 from qrank.serve.metrics import Metrics
+from qrank.serve.page import add_page
 from qrank.serve.request import Limits
 from qrank.serve.residence import ServedModel
 from qrank.serve.service import Service
@@ -50,6 +51,7 @@ def build(
     limits: Limits | None = None,
     keys: tuple[bytes, ...] = (),
     root: str = "",
+    page: bool = True,
     dialects: Sequence[Dialect[Any]] = DIALECTS,
     **serving: Any,
 ) -> Guard:
@@ -60,6 +62,7 @@ def build(
         limits: of requests.
         keys: a request must send one of them; no keys: every request is allowed.
         root: the path under which a proxy serves the application, as `/rank`.
+        page: serve the page at /.
         dialects: those that the server accepts.
         serving: more arguments of `Service`.
     """
@@ -93,6 +96,8 @@ def build(
     for path in registry.paths:
         _add_route(app, service, registry, path)
     status.add_routes(app, service, guard)
+    if page:
+        add_page(app, root)
     errors.add_handlers(app, registry)
     guard.routes = frozenset(path for route in app.routes if (path := getattr(route, "path", "")))
     return guard

@@ -79,7 +79,8 @@ class Guard:
             return
         headers = Headers(scope=scope)
         method = scope["method"]
-        route = routed(scope["path"], method, self._root)
+        browser = "text/html" in headers.get("accept", "")
+        route = routed(scope["path"], method, self._root, browser=browser)
         state: dict[str, Any] = scope.setdefault("state", {})
         state["path"] = route
         state["error_shape"] = self._dialects.error(route)

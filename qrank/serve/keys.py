@@ -8,11 +8,12 @@ from pathlib import Path
 from starlette.datastructures import Headers
 
 from qrank.errors import InputError
+from qrank.serve.page import FILES
 from qrank.serve.request import RequestError
 from qrank.system.textfiles import read_lines
 
-OPEN = frozenset({"/health", "/ready"})
-"""Routes that need no key: supervisors and load balancers have none."""
+OPEN = frozenset({"/health", "/ready", *FILES})
+"""Routes that need no key: supervisors and load balancers have none, and the page asks for one."""
 
 
 def read_keys(path: Path) -> tuple[bytes, ...]:
