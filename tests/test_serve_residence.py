@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import random
 import time
@@ -214,7 +213,6 @@ def test_nothing_of_a_closed_model_stays_in_memory() -> None:
             for _ in range(2):
                 assert await it.ask("a") == RIGHT
                 await it.until(lambda: not it.open)
-                gc.collect()
                 assert opened[-1]() is None
 
     asyncio.run(play())
