@@ -15,7 +15,7 @@ async def started(app: ASGIApp) -> AsyncIterator[None]:
     said: asyncio.Queue[Message] = asyncio.Queue()
     heard: asyncio.Queue[Message] = asyncio.Queue()
     scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
-    task = asyncio.create_task(app(scope, said.get, heard.put))  # type: ignore[arg-type]
+    task = asyncio.ensure_future(app(scope, said.get, heard.put))
     try:
         await said.put({"type": "lifespan.startup"})
         await _answered(heard, task)

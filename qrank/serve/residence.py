@@ -7,6 +7,8 @@ on threads.
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import gc
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -88,6 +90,15 @@ class ServedModel:
                 self.engine.close()
             finally:
                 self.engine = None
+                _give_back()
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: collect reference cycles, and trim glibc's heaps."""
+    gc.collect()
+    trim = getattr(ctypes.pythonapi, "malloc_trim", None)
+    if trim is not None:  # another C library has no such function
+        trim(0)
 
 
 def batch_memory(limit: int, sizes: Sequence[int]) -> int:
