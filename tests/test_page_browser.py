@@ -117,7 +117,7 @@ def test_the_sample_is_one_click(page: Browser, url: str) -> None:
     page.one("#sample").click()
     wait(page)
     assert page.texts(".text")[0].startswith("Plants make their own food by photosynthesis")
-    assert page.one("#count").text == "8 documents"
+    assert page.one("#count").text == "6 documents"
 
 
 def test_the_keyboard_is_enough(page: Browser, url: str) -> None:

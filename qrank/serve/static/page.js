@@ -6,11 +6,9 @@ const SAMPLE = {
   documents: [
     "The mitochondria of a cell release energy from sugar; plants and animals both have them.",
     "To make fresh pasta, mix flour and eggs, knead the dough for ten minutes and let it rest.",
-    "Venus flytraps catch insects because the bogs they grow in hold little nitrogen.",
     "A power plant burns gas, coal or biomass to boil water and drive a turbine.",
     "Plants make their own food by photosynthesis: with the energy of sunlight, leaves turn " +
       "carbon dioxide and water into sugar and oxygen.",
-    "Bees carry pollen from flower to flower while they collect nectar for honey.",
     "Roots take up water and minerals from the soil and carry them to the stem.",
     "Chlorophyll, the green pigment of leaves, absorbs red and blue light.",
   ],
