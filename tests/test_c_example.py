@@ -37,10 +37,10 @@ def test_the_c_program_computes_what_python_computes(tmp_path: Path) -> None:
     if not libraries:
         pytest.skip("this build of onnxruntime has no library of its own")
     program, bundle = tmp_path / "score", locate("mini")
-    build = ["make", "-C", EXAMPLE, f"OUT={program}", f"ORT_INCLUDE={INCLUDE}"]
+    build = ["make", "-C", str(EXAMPLE), f"OUT={program}", f"ORT_INCLUDE={INCLUDE}"]
     subprocess.run([*build, f"ORT_LIBRARY={libraries[0]}"], check=True)
     lines = "".join(f"{query}\t{document}\n" for query, document in PAIRS)
-    command = [sys.executable, EXAMPLE / "ids.py", bundle.folder]
+    command = [sys.executable, str(EXAMPLE / "ids.py"), str(bundle.folder)]
     with (tmp_path / "ids").open("w") as out:
         subprocess.run(command, input=lines, stdout=out, check=True, text=True, encoding="utf-8")
     graph = bundle.folder / "onnx-int8" / "model.onnx"

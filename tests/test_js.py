@@ -43,7 +43,7 @@ TEXTS = [*SPECIAL, *odd_texts(500 - len(SPECIAL))]
 
 def in_node(*tasks: dict[str, Any]) -> list[Any]:
     """Run tasks of clients/js/test/compare.js."""
-    command = ["node", PACKAGE / "test" / "compare.js"]
+    command = ["node", str(PACKAGE / "test" / "compare.js")]
     done = subprocess.run(command, input=json.dumps(tasks).encode(), capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     found: list[Any] = json.loads(done.stdout)
