@@ -269,6 +269,16 @@ def test_a_query_beyond_the_limit_is_cut(
     assert ours.prompt("which planet is red? " * 200).capacity > 20
 
 
+def test_a_query_just_within_the_limit_leaves_room_for_the_document(
+    decoder: str, bundle_of: Callable[[str], Path]
+) -> None:
+    """Some templates have text before the document, which takes room too."""
+    family = Manifest.load(bundle_of(decoder)).family
+    ours = PairTokenizer(bundle_of(decoder) / TOKENIZER, family, max_length=400)
+    (lead_in,) = ours.documents([""])
+    assert all(ours.prompt("mars " * n).capacity > len(lead_in) for n in range(100, 400))
+
+
 def test_chunks_stand_in_the_whole_prompt(decoder: str, bundle_of: Callable[[str], Path]) -> None:
     """The text before the document within its item also precedes each of its chunks."""
     family = Manifest.load(bundle_of(decoder)).family

@@ -77,7 +77,7 @@ class PairTokenizer:
         self._text = TextTokenizer(tokenizer, threads=threads)
         self._family = family
         self.limit = family.max_length if max_length is None else max_length
-        least = self._template_length(None) + 2
+        least = sum(self._template_lengths(None)) + 2
         if not least <= self.limit <= family.max_length:
             raise InputError(
                 f"max_length is {self.limit}; this model reads {least} to "
@@ -98,8 +98,8 @@ class PairTokenizer:
         Raises:
             InputError: the family takes no instruction, or the instruction leaves no room for text.
         """
-        template_length = self._template_length(instruction)
-        room = self.limit - template_length
+        around, leading = self._template_lengths(instruction)
+        room = self.limit - around - leading
         if room < 2:
             raise InputError(
                 f"the instruction leaves {max(room, 0)} of {self.limit} tokens for query and "
@@ -107,7 +107,7 @@ class PairTokenizer:
             )
         shown = self._shown(query)
         items = self._fill(shown, instruction)
-        found = _length(items) - template_length
+        found = _length(items) - around
         if found >= room:
             kept = max(room * 3 // 4, 1)
             log.warning(
@@ -245,10 +245,10 @@ class PairTokenizer:
         (item,) = (i for i in template if isinstance(i, str) and "{document}" in i)
         return fill(item, instruction=text, document="")
 
-    def _template_length(self, instruction: str | None) -> int:
-        """Number of tokens of the template without query and document."""
+    def _template_lengths(self, instruction: str | None) -> tuple[int, int]:
+        """Numbers of the template's tokens without query and document: all others, the lead-in."""
         (leading,) = self.ids([self._lead_in(instruction)])
-        return _length(self._fill("", instruction)) + len(leading)
+        return _length(self._fill("", instruction)), len(leading)
 
 
 def _length(items: Sequence[Ids | None]) -> int:

@@ -36,8 +36,9 @@ export class PairTokenizer {
     this._warn = warn;
     const item = family.template.find((each) => typeof each === "string" && each.includes("{document}"));
     this._leadIn = fill(/** @type {string} */ (item), { instruction: family.instruction, document: "" });
-    this._templateLength = length(this._fill("")) + this._text.ids(this._leadIn).length;
-    const least = this._templateLength + 2;
+    this._around = length(this._fill(""));
+    this._leading = this._text.ids(this._leadIn).length;
+    const least = this._around + this._leading + 2;
     if (!(Number.isInteger(maxLength) && maxLength >= least && maxLength <= family.max_length)) {
       throw new InputError(
         `maxLength is ${maxLength}; this model reads ${least} to ${family.max_length} tokens`,
@@ -83,10 +84,10 @@ export class PairTokenizer {
    * @returns {Prompt}
    */
   _prompt(query) {
-    const room = this._limit - this._templateLength;
+    const room = this._limit - this._around - this._leading;
     const shown = this._text.beginning(query, 2 * this._limit);
     let items = this._fill(shown);
-    const found = length(items) - this._templateLength;
+    const found = length(items) - this._around;
     if (found >= room) {
       const kept = Math.max(Math.floor((room * 3) / 4), 1);
       this._warn(
