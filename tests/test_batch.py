@@ -15,6 +15,7 @@ from serving import serving
 from qrank import Reranker
 from qrank.cli import main
 from qrank.serve.batch import AT_ONCE
+from qrank.serve.slices import next_slice
 
 LENGTH = ["--backend", "fakes:length"]
 DOCUMENTS = ["a", "a a a", "a a"]
@@ -132,9 +133,7 @@ def test_failed_requests_are_counted(tmp_path: Path) -> None:
 def test_the_output_appears_whole_or_not_at_all(
     tmp_path: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qrank.serve import batcher
-
-    monkeypatch.setattr(batcher, "next_slice", batcher.next_slice)  # restores what it breaks
+    monkeypatch.setattr("qrank.serve.batcher.next_slice", next_slice)  # restores what it breaks
     (tmp_path / "out").write_text("old", "utf-8")
     many = "\n".join(line(query="q", documents=["a"] * 30) for _ in range(9))
     done = invoke("-i", "-", "-o", tmp_path / "out", *arguments, input=many)

@@ -213,7 +213,7 @@ def test_what_is_decompressed_never_exceeds_the_limit(coding: str) -> None:
 
 
 def test_a_zstd_window_of_more_than_8_mb_is_refused() -> None:
-    window = {zstd.CompressionParameter.window_log: 26}
+    window: dict[int, int] = {zstd.CompressionParameter.window_log: 26}
     content = zstd.compress(b"ab" * 50_000_000, options=window)
     with pytest.raises(RequestError, match="no zstd"):
         decompressed(content, "zstd", 1_000_000_000)
