@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -75,6 +76,12 @@ def _no_memory(checkpoint: Checkpoint, what: str, maker: Maker) -> str | None:
     )
 
 
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Modules, and the distributions that provide them; reading all of them takes seconds."""
+    return metadata.packages_distributions()
+
+
 def versions(modules: tuple[str, ...]) -> dict[str, str]:
     """The versions of installed packages, by their names in pip.
 
@@ -85,7 +92,7 @@ def versions(modules: tuple[str, ...]) -> dict[str, str]:
         try:
             found[module] = metadata.version(module)
         except metadata.PackageNotFoundError:
-            others = metadata.packages_distributions().get(module, [])
+            others = _distributions().get(module, [])
             found |= {name.replace("_", "-"): metadata.version(name) for name in others}
             if not others:  # no distribution: built by hand, or in a frozen application
                 found[module] = str(getattr(import_module(module), "__version__", "unknown"))

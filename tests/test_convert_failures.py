@@ -337,9 +337,9 @@ def test_onnxruntime_may_be_another_build(
 
     monkeypatch.setattr(metadata, "version", of_other)
     others = {"onnxruntime": ["onnxruntime-gpu"]}
-    monkeypatch.setattr(metadata, "packages_distributions", lambda: others)
+    monkeypatch.setattr("qrank.converters.resources._distributions", lambda: others)
     tools = convert(bert, FP32, without_fp32).manifest.variants["onnx-fp32"].tools
     assert tools["onnxruntime-gpu"] == "9.9"
     assert "onnxruntime" not in tools
-    monkeypatch.setattr(metadata, "packages_distributions", dict)
+    monkeypatch.setattr("qrank.converters.resources._distributions", dict)
     assert versions(("onnxruntime",)) == {"onnxruntime": onnxruntime.__version__}

@@ -94,7 +94,8 @@ def test_extras_exist_and_bring_their_modules() -> None:
         found = {name.replace("_", "-") for name in distributions[module]}
         assert found & brought(extra), f"qrank[{extra}] does not bring {module}"
     assert brought("cpu") == {"onnxruntime"}, "the light runtime"
-    assert set().union(*map(brought, set(optional) - {"onnx-gpu", "optimum"})) == brought("test")
+    apart = {"browser-test", "docs", "onnx-gpu", "optimum"}
+    assert set().union(*map(brought, set(optional) - apart)) == brought("test")
 
 
 def test_an_unknown_extra_is_a_mistake_of_ours() -> None:

@@ -15,7 +15,7 @@ import click
 import pytest
 from commands import qrank_, score, shell
 
-from qrank import Reranker, errors
+from qrank import errors
 from qrank.cli import main
 from qrank.cli.common import FiniteFloat, FiniteRange, InputFile
 
@@ -100,29 +100,6 @@ def test_whatever_is_read_as_text_is_read_by_the_same_reader() -> None:
     assert others == {"serve --api-key-file", "serve --tls-cert", "serve --tls-key"}
 
 
-def end_by(name: str) -> None:
-    """Send this thread a signal, which comes before this returns.
-
-    One sent to the process may come later, when the command has given the handler back: it would
-    end the tests.
-    """
-    signal.raise_signal(getattr(signal, name))
-
-
-@pytest.fixture
-def raising(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Make `Reranker.rank` and `score` send a signal to this process."""
-
-    def arrange(name: str) -> None:
-        def work(*arguments: object, **options: object) -> None:
-            end_by(name)
-
-        monkeypatch.setattr(Reranker, "rank", work)
-        monkeypatch.setattr(Reranker, "score", work)
-
-    return arrange
-
-
 @pytest.fixture
 def handlers() -> Iterator[None]:
     """Check that a command leaves the process's signal handlers unchanged."""
@@ -131,15 +108,31 @@ def handlers() -> Iterator[None]:
     assert before == {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
 
 
-@pytest.mark.usefixtures("handlers")
+SIGNALLED = """
+import signal, sys
+from qrank import Reranker
+from qrank.cli import main
+name = sys.argv.pop(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
+def handlers():
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+before = handlers()
+Reranker.rank = lambda *arguments, **options: signal.raise_signal(getattr(signal, name))
+try:
+    main()
+finally:
+    assert handlers() == before
+"""
+
+
 @pytest.mark.parametrize("name", SIGNALS)
-def test_a_signal_ends_a_command_in_one_line(
-    bundle: Path, documents: Path, raising: Callable[[str], None], name: str
-) -> None:
-    raising(name)
-    result = score(bundle, documents)
-    assert result.exit_code == 128 + getattr(signal, name)
-    assert (result.stdout, result.stderr) == ("", f"qrank: {SIGNALS[name]}\n")
+def test_a_signal_ends_a_command_in_one_line(bundle: Path, documents: Path, name: str) -> None:
+    """In a process of its own, because libraries that other tests import handle SIGINT too."""
+    command = [sys.executable, "-c", SIGNALLED, name, "score", "-m", bundle, "-q", "a", documents]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", f"qrank: {SIGNALS[name]}\n")
+    assert done.returncode == 128 + getattr(signal, name)
 
 
 @pytest.mark.usefixtures("handlers")
@@ -165,7 +158,7 @@ def test_a_conversion_that_is_stopped_leaves_nothing(
 
     def convert(checkpoint: object, precision: str, folder: Path, *more: object) -> str:
         (folder / "half-written.onnx").write_bytes(b"half")
-        end_by(name)
+        signal.raise_signal(getattr(signal, name))  # comes before the next line
         return ""
 
     monkeypatch.setattr(export, "convert", convert)

@@ -35,11 +35,12 @@ _ELSEWHERE = "name another --output-file"
 @served_options
 @debug_option
 def batch(input_file: Path, output_file: Path, models: tuple[str, ...], **serving: Any) -> None:
-    """Answer a file of rerank requests, as qrank serve would, without a port.
+    """Answer a file of rerank requests, without a server.
 
-    The format is that of OpenAI's Batch API and of vllm run-batch. Each line of the input is a
-    request {"custom_id", "method": "POST", "url", "body"} to one of the paths of qrank serve. Each
-    line of the output has the answer to the same line of the input, or its error.
+    Answers are those of qrank serve. The format is that of OpenAI's Batch API and of vllm
+    run-batch. Each line of the input is a request {"custom_id", "method": "POST", "url", "body"} to
+    one of the paths of qrank serve. Each line of the output has the answer to the same line of the
+    input, or its error.
 
     \b
       qrank batch -i requests.jsonl -o answers.jsonl

@@ -20,7 +20,7 @@ _WIDTH = 80
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, to attach to a bug report.")
 @debug_option
 def doctor(as_json: bool) -> None:
-    """Show all backends and devices, and test those that are present.
+    """Show all backends and devices, and test the present ones.
 
     Each backend is examined in a separate process, because drivers may hang or crash. A device
     is tested with a matrix product.

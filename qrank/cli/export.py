@@ -49,7 +49,7 @@ def export(
     revision: str | None,
     force: bool,
 ) -> None:
-    """Write a bundle's variants as the files that other programs load.
+    """Write a bundle's variants as files that other programs load.
 
     sentence-transformers, transformers.js, fastembed, Vespa and text-embeddings-inference load a
     folder with onnx/model_quantized.onnx or openvino/openvino_model_qint8_quantized.xml,
