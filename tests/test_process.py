@@ -129,7 +129,8 @@ finally:
 @pytest.mark.parametrize("name", SIGNALS)
 def test_a_signal_ends_a_command_in_one_line(bundle: Path, documents: Path, name: str) -> None:
     """In a process of its own, because libraries that other tests import handle SIGINT too."""
-    command = [sys.executable, "-c", SIGNALLED, name, "score", "-m", bundle, "-q", "a", documents]
+    command: list[str | Path] = [sys.executable, "-c", SIGNALLED, name]
+    command += ["score", "-m", bundle, "-q", "a", documents]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("", f"qrank: {SIGNALS[name]}\n")
     assert done.returncode == 128 + getattr(signal, name)
