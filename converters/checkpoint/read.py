@@ -118,24 +118,27 @@ class Checkpoint:
         contents = [token.content for _, token in added]
         return tuple(text for text in contents if text.strip() and text not in self.control)
 
+    def tokenizer_json(self) -> dict[str, Any]:
+        """Its tokenizer.json, as its tokenizer stands."""
+        content: dict[str, Any] = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        return content
+
     def text_tokenizer(self) -> dict[str, Any]:
         """Its tokenizer.json with everything but text removed.
 
         Raises:
             ConversionError: the kind of tokenizer is unknown, or ids cannot be kept.
         """
-        original = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        return strip_special_tokens(original, self.control)
+        return strip_special_tokens(self.tokenizer_json(), self.control)
 
     def description(self) -> Description | None:
         """What `qrank export` needs of it; None if no other program could load the model."""
         if not self.family.pair:
             return None
-        original = json.loads(self.tokenizer.backend_tokenizer.to_str())
         named = {role: getattr(self.tokenizer, f"{role}_token") for role in NAMED}
         return Description(
             config=self.config,
-            added_tokens=original["added_tokens"],
+            added_tokens=self.tokenizer_json()["added_tokens"],
             special={role: token for role, token in named.items() if token is not None},
             card=read_card(self.folder),
         )

@@ -173,7 +173,7 @@ def _between(checkpoint: Checkpoint) -> tuple[int | str, ...]:
 
 
 def _original(checkpoint: Checkpoint) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(checkpoint.tokenizer.backend_tokenizer.to_str())
+    content = checkpoint.tokenizer_json()
     return content
 
 
