@@ -150,6 +150,13 @@ def reranker(bundle: Path) -> Iterator[Reranker]:
         yield opened
 
 
+@pytest.fixture(scope="module")
+def length() -> Iterator[Reranker]:
+    """`mini`, with a backend whose logit is the pair's token count."""
+    with Reranker("mini", backend="fakes:length") as opened:
+        yield opened
+
+
 def subset(bundle: Path, folder: Path, variants: list[str]) -> Path:
     """Make a bundle with only some variants of another."""
     folder.mkdir()

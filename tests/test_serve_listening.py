@@ -35,12 +35,6 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
 needs_unix = pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets here")
 
 
-@pytest.fixture(scope="module")
-def length() -> Iterator[Reranker]:
-    with Reranker("mini", backend="fakes:length") as opened:
-        yield opened
-
-
 @pytest.fixture
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a short path: a socket's path is limited to about a hundred bytes."""

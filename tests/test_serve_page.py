@@ -22,12 +22,6 @@ def source(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def length() -> Iterator[Reranker]:
-    with Reranker("mini", backend="fakes:length") as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
 def client(length: Reranker) -> Iterator[httpx.Client]:
     with serving({"mini": length}) as url, httpx.Client(base_url=url, timeout=60) as opened:
         yield opened

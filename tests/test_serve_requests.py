@@ -29,12 +29,6 @@ STATE = ["/health", "/ready", "/info", "/v1/models", "/metrics", "/docs", "/open
 
 
 @pytest.fixture(scope="module")
-def length() -> Iterator[Reranker]:
-    with Reranker("mini", backend="fakes:length") as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
 def client(length: Reranker) -> Iterator[httpx.Client]:
     with (
         serving({"mini": length}, limits=Limits(body=100_000)) as url,
