@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import alternate, arguments, report
-from real_size import convert, make
+from real_size import SHAPES, convert, make, tiny_decoders
 
 from qrank import Reranker
 from qrank.backends import Options, llama, spec
@@ -62,7 +62,11 @@ def main() -> None:
         help="bundle of optimum-intel's int8 export, as qrank convert takes it",
     )
     parser.add_argument("--lengths", nargs="+", type=int, default=[32, 64, 128, 512])
-    parser.add_argument("--documents", type=int, default=8, help="a round; fewer of long ones")
+    parser.add_argument("--documents", type=int, default=20, help="a round; fewer of long ones")
+    parser.add_argument(
+        "--batches", nargs="+", type=int, help="tokens of a batch  [default: the backend's own]"
+    )
+    parser.add_argument("--fp32", action="store_true", help="compute in fp32 too")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--child", nargs=2, metavar=("BUNDLE", "VARIANT"), help="(internal)")
     options = parser.parse_args()
@@ -80,9 +84,10 @@ def main() -> None:
                 convert(checkpoint, bundle, variant)
         torch.set_num_threads(processors())
         rows: dict[str, dict[str, object]] = {}
-        targets = _ours(bundle, options.variants) | _theirs(checkpoint, bundle)
+        targets = _ours(bundle, options.variants, options) | _in_torch(checkpoint)
+        targets |= _theirs(checkpoint, bundle)
         if options.ready:
-            targets |= _ours(options.ready, ["openvino-int8"], "optimum-intel's graph, ")
+            targets |= _ours(options.ready, ["openvino-int8"], options, "optimum-intel's graph, ")
         for length in options.lengths:
             count = max(2, min(options.documents, options.documents * 128 // length))
             cases = {name: prepare(length, count) for name, prepare in targets.items()}
@@ -104,34 +109,48 @@ def _pairs(length: int, count: int) -> Sequences:
 
 
 def _ours(
-    bundle: Path, variants: list[str], label: str = ""
+    bundle: Path, variants: list[str], options: Any, label: str = ""
 ) -> dict[str, Callable[[int, int], Run]]:
     manifest = Manifest.load(bundle)
     prepared: dict[str, Callable[[int, int], Run]] = {}
     for name in variants:
         variant = manifest.variants[name]
-        choices = spec(variant.format).compute_dtypes("cpu")
-        settings = Options(processors(), choices[0] if choices else None)
-        backend = spec(variant.format).open(bundle, variant, "cpu", settings)
-
-        def shared(length: int, count: int, backend: Any = backend) -> Run:
-            return partial(backend.logits, _pairs(length, count))
-
-        def unshared(length: int, count: int, backend: Any = backend) -> Run:
-            return partial(backend.logits, _pairs(length, count).whole())
-
-        row = label + (f"{name} ({choices[0]})" if choices[0] else name)
-        prepared[f"{row}, shared"] = shared
-        prepared[f"{row}, unshared"] = unshared
+        choices = spec(variant.format).compute_dtypes("cpu") or (None,)
+        for dtype in choices if options.fp32 else choices[:1]:
+            for batch in options.batches or [None]:
+                settings = Options(processors(), dtype, batch)
+                backend = spec(variant.format).open(bundle, variant, "cpu", settings)
+                row = label + (f"{name} ({dtype})" if dtype else name)
+                row += f", {batch} a batch" if batch else ""
+                prepared |= _both(row, backend.logits)
     return prepared
+
+
+def _both(row: str, logits: Callable[[Sequences], object]) -> dict[str, Callable[[int, int], Run]]:
+    """Scoring with and without a shared prefix."""
+    return {
+        f"{row}, shared": lambda length, count: partial(logits, _pairs(length, count)),
+        f"{row}, unshared": lambda length, count: partial(logits, _pairs(length, count).whole()),
+    }
+
+
+def _in_torch(checkpoint: Path) -> dict[str, Callable[[int, int], Run]]:
+    """qrank's own scoring of the checkpoint."""
+    dtype = "bf16" if _has_bf16() else "fp32"
+    family = tiny_decoders.FAMILIES.get(SHAPES[SHAPE][0])
+    reranker = Reranker(checkpoint, backend=f"torch-{dtype}", family=family)
+    return _both(f"torch-{dtype}", reranker.engine.logits)
+
+
+def _has_bf16() -> bool:
+    return any("bf16" in name.lower() for name in instruction_sets())
 
 
 def _theirs(checkpoint: Path, bundle: Path) -> dict[str, Callable[[int, int], Run]]:
     prepared: dict[str, Callable[[int, int], Run]] = {}
     if find_spec("sentence_transformers"):
-        fast = any("bf16" in name.lower() for name in instruction_sets())
-        name = "bf16" if fast else "fp32"
-        dtype = torch.bfloat16 if fast else torch.float32
+        name = "bf16" if _has_bf16() else "fp32"
+        dtype = torch.bfloat16 if _has_bf16() else torch.float32
         prepared[f"sentence-transformers, {name}"] = _sentence_transformers(checkpoint, dtype)
     if find_spec("optimum") and find_spec("optimum.intel"):
         prepared["optimum-intel, int8, full logits"] = _optimum(checkpoint)

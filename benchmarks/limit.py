@@ -24,6 +24,7 @@ import numpy as np
 import openvino
 import torch
 from common import alternate, arguments, report
+from numpy.typing import ArrayLike
 from onnx import TensorProto, helper
 from onnxruntime import InferenceSession, SessionOptions
 from openvino import opset13 as ops
@@ -45,6 +46,9 @@ SHAPES: tuple[Shape, ...] = (
 """M, K and N: short and long batches of MiniLM's, BERT-base's and XLM-R-large's width."""
 
 PRECISIONS = ("fp32", "bf16", "int8")
+ROWS = 640
+"""Tokens in the products that a model is compared with: more gain little."""
+
 PATIENCE = 1.0
 """A product that takes more seconds is left out: the library has no kernel of its own for it."""
 
@@ -81,6 +85,51 @@ def main() -> None:
         ]
         title = f"{precision} products in GFLOP/s, {options.threads} threads; peak {peak}"
         report(title, {**columns, "of peak": ".0%"}, cells, as_json=options.json)
+
+
+def best(width: int, inner: int, threads: int, rounds: int) -> dict[str, tuple[str, float]]:
+    """Precision -> the fastest library at a model's size, and its operations per second."""
+    found = {}
+    for precision in PRECISIONS:
+        speeds = rates(precision, (ROWS, width, inner), threads, rounds)
+        name = max(speeds, key=lambda name: speeds[name])
+        found[precision] = (name, speeds[name])
+    return found
+
+
+def operations(config: Mapping[str, Any], lengths: ArrayLike) -> float:
+    """Floating-point operations of an encoder's matrix products, without padding.
+
+    Args:
+        config: the checkpoint's config.json.
+        lengths: tokens of each pair.
+    """
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    tokens = np.asarray(lengths, np.float64)
+    modern = config["model_type"] == "modernbert"  # gated, and with windows in most layers
+    products = tokens * (4 * width**2 + (3 if modern else 2) * width * inner)
+    seen = tokens
+    if modern:
+        every = config["global_attn_every_n_layers"]
+        seen = tokens / every + np.minimum(tokens, config["local_attention"]) * (1 - 1 / every)
+    layer = 2 * products + 4 * tokens * seen * width
+    return float(config["num_hidden_layers"] * layer.sum())
+
+
+def arithmetic(system: str) -> str:
+    """The precision of a system's matrix products, and so of the limit it is compared with.
+
+    Args:
+        system: its name in a table: of a peer, or a variant with its compute dtype.
+    """
+    name = system.rpartition(":")[2]
+    if "openvino" in name.lower() or "optimum-intel" in name or "bf16" in name:
+        if "w8a8" in name:
+            return "int8"
+        # OpenVINO's default on CPUs that have it.
+        has_bf16 = any("bf16" in x.lower() for x in instruction_sets())
+        return "bf16" if has_bf16 and "fp32" not in name else "fp32"
+    return "int8" if "int8" in name or "q8_0" in name or "q4_k" in name else "fp32"
 
 
 def _libraries(row: Mapping[str, object]) -> Iterator[str]:

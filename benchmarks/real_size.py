@@ -4,13 +4,14 @@ Needs no hub: a tiny checkpoint of the tests gets a real model's dimensions. Tim
 those of the real model. Fidelity is that of random weights, so no variant is refused here: 24
 layers of them amplify rounding, unlike trained ones. Every variant is converted in its own process.
 Then all variants, the checkpoint itself in torch and, with `--peer-python`, sentence-transformers
-score the same pairs of 128 and of 512 tokens in turns. For decoders, whose speed `decoders.py`
-measures, this measures the memory of a process that ranks 20 documents of 128 tokens: all of it,
-and the part that is not file-backed.
+and optimum-intel score the same pairs in turns, of 128 and of 512 tokens and of uneven lengths. For
+decoders, whose speed `decoders.py` measures, this measures the memory of a process that ranks 20
+documents of 128 tokens: all of it, and the part that is not file-backed.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import statistics
@@ -24,6 +25,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import limit
 import torch
 from common import alternate, arguments, report, tolerate_anything
 from safetensors import safe_open
@@ -33,7 +35,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     set_seed,
 )
-from vs_peers import DEFAULT, opened
+from vs_peers import opened
 
 from qrank import Reranker
 from qrank.bundle.manifest import Manifest
@@ -154,6 +156,17 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {
 VARIANTS = ("onnx-int8", "openvino-int8", "openvino-int8-w8a8", "gguf-q4_k_m", "gguf-q8_0")
 DECODER_VARIANTS = ("openvino-int8", "openvino-int4", "gguf-q4_k_m", "gguf-q8_0")
 LENGTHS = (128, 512)
+MIX = (225, 90, 512, 130, 175, 60, 300, 110, 255, 150, 380, 200)
+"""Tokens of documents as uneven as Cranfield's abstracts: 52 to 512, 220 in the mean."""
+MIXED = "uneven"
+
+PEERS = (
+    "sentence-transformers, fp32",
+    "sentence-transformers, bf16",
+    "sentence-transformers, OpenVINO",
+    "optimum-intel, int8",
+)
+"""Those of one environment (README.md)."""
 SHORT = 40
 HEAD_GAIN = 6.0
 """Factor for the classifier's weights, so that logits spread over some units."""
@@ -195,14 +208,17 @@ def main() -> None:
         "--variants", nargs="+", help="[default: int8 of each format, and q4_k_m, q8_0]"
     )
     parser.add_argument(
-        "--pairs", type=int, default=8, help="of 128 tokens a round; a quarter of 512"
+        "--pairs", type=int, default=12, help="of 128 tokens a round; a quarter of 512"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--child", nargs=3, metavar=("CHECKPOINT", "BUNDLE", "VARIANT"), help="(internal)"
     )
     parser.add_argument("--scoring", nargs=2, metavar=("BUNDLE", "VARIANT"), help="(internal)")
-    parser.add_argument("--peer-python", type=Path, help="that has sentence-transformers")
+    parser.add_argument("--peer-python", type=Path, help="of the peers with OpenVINO (README.md)")
+    parser.add_argument(
+        "--batches", nargs="+", type=int, help="tokens of a batch  [default: the backend's own]"
+    )
     parser.add_argument(
         "--short",
         action="store_true",
@@ -241,11 +257,10 @@ def main() -> None:
                 rows = [scoring(bundle, variant) for variant in variants]
                 report(f"Memory of scoring, {title}", SCORING, rows, as_json=options.json)
                 continue
-            rows = speed(
-                checkpoint, bundle, variants, options.pairs, options.rounds, options.peer_python
-            )
-            columns = {"target": "", **{f"pairs/s at {length}": ",.1f" for length in LENGTHS}}
-            report(f"Scoring with {title}", columns, rows, as_json=options.json)
+            rows = speed(checkpoint, bundle, variants, options)
+            columns = {"target": "", **dict.fromkeys(_lengths(options.pairs), ",.1f")}
+            columns |= {"vs fastest peer": ".2f", "of best": ".0%"}
+            report(f"Pairs/s with {title}", columns, rows, as_json=options.json)
 
 
 def make(shape: str, folder: Path) -> None:
@@ -373,41 +388,65 @@ def speed(
     checkpoint: Path,
     bundle: Path,
     variants: list[str],
-    pairs: int,
-    rounds: int,
-    peer: Path | None,
+    options: argparse.Namespace,
 ) -> list[dict[str, object]]:
-    """Median pairs per second of every target at every length, and of sentence-transformers."""
+    """Median pairs per second of every target at every length, and of the peers."""
     threads = processors()
-    rows: dict[str, dict[str, object]] = {}
-    for length in LENGTHS:
-        count = max(2, pairs * LENGTHS[0] // length)
-        # Longer than fits, so that every pair has the maximum number of tokens.
+    speeds: dict[str, dict[str, float]] = {}
+    for column, lengths in _lengths(options.pairs).items():
+        # Longer than fits, so that a pair of the maximum length has just that.
         texts = [
             ("what is it", " ".join("abcdefgh"[(i + j) % 8] for j in range(length)))
-            for i in range(count)
+            for i, length in enumerate(lengths)
         ]
+        longest = max(lengths)
         with ExitStack() as stack:
-            targets = {
-                variant: stack.enter_context(Reranker(bundle, backend=variant, max_length=length))
-                for variant in variants
-            }
-            targets["torch-fp32"] = stack.enter_context(
-                Reranker(checkpoint, backend="torch", max_length=length)
-            )
-            cases: dict[str, Callable[[], object]] = {
-                n: partial(target.score, texts, raw=True) for n, target in targets.items()
-            }
-            if peer is not None:
+            cases: dict[str, Callable[[], object]] = {}
+            for name in variants:
+                for batch in options.batches or [None]:
+                    label = name if batch is None else f"{name}, {batch} a batch"
+                    target = stack.enter_context(
+                        Reranker(bundle, backend=name, max_length=longest, max_batch_tokens=batch)
+                    )
+                    if dtype := target.choice.options.compute_dtype:
+                        label += f" ({dtype})"
+                    cases[label] = partial(target.score, texts, raw=True)
+            target = stack.enter_context(Reranker(checkpoint, backend="torch", max_length=longest))
+            cases["torch-fp32"] = partial(target.score, texts, raw=True)
+            for name in PEERS if options.peer_python else ():
                 script = Path(__file__).with_name("peer.py")
-                command = [*map(str, (peer, script, DEFAULT, checkpoint, bundle, threads))]
-                ask = stack.enter_context(opened(command, threads, tokens=length))
-                cases[DEFAULT] = partial(ask, texts[0][0], [document for _, document in texts])
-            seconds = alternate(cases, rounds)
+                command = [options.peer_python, script, name, checkpoint, bundle, threads]
+                ask = stack.enter_context(opened([*map(str, command)], threads, tokens=longest))
+                case = partial(ask, texts[0][0], [document for _, document in texts])
+                try:
+                    case()
+                except RuntimeError as error:
+                    sys.stderr.write(f"left out: {error}\n")
+                    continue
+                cases[name] = case
+            seconds = alternate(cases, options.rounds)
         for name, found in seconds.items():
-            row = rows.setdefault(name, {"target": name})
-            row[f"pairs/s at {length}"] = count / statistics.median(found)
-    return list(rows.values())
+            speeds.setdefault(name, {})[column] = len(texts) / statistics.median(found)
+    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    best = limit.best(config["hidden_size"], config["intermediate_size"], threads, rounds=5)
+    mixed = _lengths(options.pairs)[MIXED]
+    work = limit.operations(config, mixed) / len(mixed)
+    fastest = max((speeds[name][MIXED] for name in PEERS if name in speeds), default=None)
+    return [
+        {
+            "target": name,
+            **found,
+            "vs fastest peer": fastest and found[MIXED] / fastest,
+            "of best": found[MIXED] * work / best[limit.arithmetic(name)][1],
+        }
+        for name, found in speeds.items()
+    ]
+
+
+def _lengths(pairs: int) -> dict[str, list[int]]:
+    """Column -> tokens of each document that is timed."""
+    same = {f"at {length}": [length] * max(2, pairs * LENGTHS[0] // length) for length in LENGTHS}
+    return {**same, MIXED: [MIX[i % len(MIX)] for i in range(max(pairs, len(MIX)))]}
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from qrank.system.machine import cpu_name, instruction_sets, processors
 
 HERE = Path(__file__).parent
 SIZES = ("MiniLM-L6", "MiniLM-L12", "ettin-reranker-150m", "bge-reranker-v2-m3")
-VARIANTS = ("onnx-int8", "openvino-int8", "gguf-q8_0")
+VARIANTS = ("onnx-int8", "openvino-int8", "openvino-fp16", "openvino-int8-w8a8", "gguf-q8_0")
 
 
 def main() -> None:

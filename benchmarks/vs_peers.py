@@ -33,7 +33,7 @@ from qrank.bundle.manifest import TOKENIZER, Manifest
 from qrank.quality.collection import Collection
 from qrank.quality.metrics import MAIN, measure
 from qrank.scoring.pair_tokenizer import PairTokenizer
-from qrank.system.machine import instruction_sets, processors
+from qrank.system.machine import processors
 
 DEFAULT = "sentence-transformers, fp32"
 ONNX_PEERS = (
@@ -50,11 +50,9 @@ COLUMNS = {
     "vs default": ".2f",
     "vs fastest peer": ".2f",
     MAIN: ".3f",
-    "of limit": ".0%",
+    "of best": ".0%",
 }
-LIMITS = {"matrix products in": "", "best": "", "GFLOP/s": ",.0f"}
-ROWS = 640
-"""Tokens in the products that are the machine's limit: more gain little."""
+LIMITS = {"matrix products in": "", "best": "", "GFLOP/s": ",.0f", "of peak": ".0%"}
 
 Ask = Callable[[str, list[str]], dict[str, Any]]
 
@@ -105,9 +103,11 @@ def main() -> None:
         }
         seconds = alternate(cases, options.rounds)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    best = _limits(options)
+    config = json.loads((options.checkpoint / "config.json").read_text("utf-8"))
+    size = (config["hidden_size"], config["intermediate_size"])
+    best, peaks = limit.best(*size, options.threads, options.rounds), limit.peaks(options.threads)
     pairs = sum(len(documents) for _, documents in timed)
-    operations = _operations(options, timed)
+    operations = limit.operations(config, _lengths(options, timed))
     peers = [name for name in systems if not name.startswith(OURS)]
     fastest = min((median[name] for name in peers), default=None)
     default = median.get(DEFAULT)
@@ -118,7 +118,7 @@ def main() -> None:
             "vs default": default and default / median[name],
             "vs fastest peer": fastest and fastest / median[name],
             MAIN: ndcg[name],
-            "of limit": operations / median[name] / best[_arithmetic(name)][1],
+            "of best": operations / median[name] / best[limit.arithmetic(name)][1],
         }
         for name in systems
     ]
@@ -128,10 +128,15 @@ def main() -> None:
     )
     report(title, COLUMNS, rows, as_json=options.json)
     table = [
-        {"matrix products in": precision, "best": name, "GFLOP/s": found / 1e9}
+        {
+            "matrix products in": precision,
+            "best": name,
+            "GFLOP/s": found / 1e9,
+            "of peak": found / peaks[precision] if precision in peaks else None,
+        }
         for precision, (name, found) in best.items()
     ]
-    report(f"The machine's limit ({ROWS} tokens)", LIMITS, table, as_json=options.json)
+    report(f"The machine's limit ({limit.ROWS} tokens)", LIMITS, table, as_json=options.json)
     if compute_dtype and not options.json:
         sys.stdout.write(f"The chosen target computes in {compute_dtype}.\n")
 
@@ -201,37 +206,10 @@ def _through(ask: Ask, tasks: list[tuple[str, list[str]]]) -> None:
         ask(query, documents)
 
 
-def _limits(options: Any) -> dict[str, tuple[str, float]]:
-    """The fastest library by precision, and its operations per second at the model's size."""
-    config = json.loads((options.checkpoint / "config.json").read_text("utf-8"))
-    shape = (ROWS, config["hidden_size"], config["intermediate_size"])
-    found = {}
-    for precision in limit.PRECISIONS:
-        rates = limit.rates(precision, shape, options.threads, options.rounds)
-        name = max(rates, key=lambda name: rates[name])
-        found[precision] = (name, rates[name])
-    return found
-
-
-def _operations(options: Any, tasks: list[tuple[str, list[str]]]) -> float:
-    """Floating-point operations of the matrix products for the tasks, without padding."""
-    config = json.loads((options.checkpoint / "config.json").read_text("utf-8"))
-    width, inner = config["hidden_size"], config["intermediate_size"]
+def _lengths(options: Any, tasks: list[tuple[str, list[str]]]) -> list[int]:
+    """Tokens of each pair of the tasks."""
     tokenizer = PairTokenizer(options.bundle / TOKENIZER, Manifest.load(options.bundle).family)
-    lengths = np.array(
-        [len(tokenizer.whole(query, d)[0]) for query, documents in tasks for d in documents]
-    )
-    layer = 2 * lengths * (4 * width**2 + 2 * width * inner) + 4 * lengths**2 * width
-    return float(config["num_hidden_layers"] * layer.sum())
-
-
-def _arithmetic(system: str) -> str:
-    """The precision of a system's matrix products, and so of the limit it is compared with."""
-    name = system.rpartition(":")[2]
-    if "OpenVINO" in name or "optimum-intel" in name or "bf16" in name:
-        # OpenVINO's default on CPUs that have it.
-        return "bf16" if any("BF16" in x.upper() for x in instruction_sets()) else "fp32"
-    return "int8" if "int8" in name or "q8_0" in name or "q4_k" in name else "fp32"
+    return [len(tokenizer.whole(query, d)[0]) for query, documents in tasks for d in documents]
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ _HOW = {
     "openvino-fp16": "Weights in fp16.",
     "openvino-int8": "Weights in 8 bits, one scale and zero point per row. Activations are not "
     "quantized.",
-    "openvino-int8-w8a8": "Weights and activations in 8 bits, calibrated on example pairs (NNCF). "
+    "openvino-int8-w8a8": "Weights in 8 bits, one scale per row; activations in 8 bits as the "
+    "model runs, one scale per token, so a score does not depend on the rest of its batch. "
     "Wrong on x86 CPUs without VNNI or AMX: there OpenVINO's 8-bit products overflow.",
     "openvino-int4": "Weights in 4 bits, in groups of 64 or 32 that share a scale and a zero "
     "point; the words, and matrices whose rounding costs the most, in 8 bits.",

@@ -28,6 +28,7 @@ from qrank.converters.checkpoint.probes import calibration_pairs
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.convert import convert
 from qrank.converters.openvino import export as converter
+from qrank.converters.openvino.weights import shrink
 from qrank.errors import ConversionError, InputError, TargetError
 from qrank.system import machine
 from qrank.system.extras import need
@@ -50,16 +51,7 @@ def test_the_head_stays_fp32(
     checkpoint_of: Callable[[str], Path],
     bundle_of: Callable[[str], Path],
 ) -> None:
-    """The graph has the checkpoint's head weights; int8-w8a8 scales their columns."""
-
-    def same(found: Any, weight: Any) -> bool:
-        if found.shape != weight.shape:
-            return False
-        if precision == "int8-w8a8":
-            scales = found / weight
-            return np.allclose(scales, scales[:1], rtol=1e-5)
-        return np.array_equal(found, weight)
-
+    """The graph has the checkpoint's head weights."""
     heads = {
         "bert": ["bert.pooler.dense", "classifier"],
         "xlm-roberta": ["classifier.dense", "classifier.out_proj"],
@@ -71,7 +63,7 @@ def test_the_head_stays_fp32(
     weights = AutoModelForSequenceClassification.from_pretrained(checkpoint_of(kind)).state_dict()
     for name in next(found for start, found in heads.items() if kind.startswith(start)):
         weight = weights[f"{name}.weight"].numpy()
-        assert any(same(w, weight) or same(w.T, weight) for w in floats), name
+        assert any(np.array_equal(weight, w) or np.array_equal(weight, w.T) for w in floats), name
 
 
 @pytest.mark.parametrize(
@@ -164,23 +156,23 @@ def test_a_file_that_is_not_whole_is_caught(
 
 
 @pytest.mark.usefixtures("quick")
-def test_quantization_looks_at_the_pairs_of_the_file_too(
+def test_channels_are_evened_out_for_the_pairs_of_the_file_too(
     checkpoint_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Sequences] = []
-    quantize = converter._quantize
+    scalings = converter.scalings
 
-    def record(graph: object, head: set[str], calibration: Sequences) -> object:
+    def record(checkpoint: Checkpoint, calibration: Sequences) -> object:
         seen.append(calibration)
-        return quantize(graph, head, calibration)
+        return scalings(checkpoint, calibration)
 
-    monkeypatch.setattr(converter, "_quantize", record)
+    monkeypatch.setattr(converter, "scalings", record)
     # In users' pairs, a special token's name is text and does not refuse the conversion.
     pairs = [{"query": "red?", "document": "mars [SEP]"}, {"query": "why?", "document": ""}] * 9
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, pairs)), "utf-8")
     command = ["convert", str(checkpoint_of("bert")), "--to", "openvino", "--precision"]
-    command += ["int8-w8a8", "--calibration", str(path), "-o", str(tmp_path / "out")]
+    command += ["int8", "--calibration", str(path), "-o", str(tmp_path / "out")]
     CliRunner().invoke(main, command)
     (calibration,) = seen
     ours = len(calibration_pairs())
@@ -198,7 +190,31 @@ def test_pairs_that_are_none_are_refused(
     path = tmp_path / "pairs.jsonl"
     path.write_text(content, "utf-8")
     with pytest.raises(InputError, match=message):
-        convert(bert, [("openvino", "int8-w8a8")], tmp_path / "out", calibration=path)
+        convert(bert, [("openvino", "int8")], tmp_path / "out", calibration=path)
+
+
+@tiny.needs_vnni
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
+def test_int8_products_have_a_scale_for_each_token(size: float) -> None:
+    """Within the rounding of 8 bits on both sides, and nothing in a batch matters to a token."""
+    ov, rng = need("openvino"), np.random.default_rng(0)
+    weights = rng.standard_normal((96, 64), np.float32)
+    x = ov.opset13.parameter([-1, -1, 64], np.float32, name="x")
+    product = ov.opset13.matmul(x, ov.opset13.constant(weights), False, True)
+    graph = ov.Model([product], [x])
+    shrink(graph, "int8-w8a8", keep=set())
+    compiled = ov.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    given = rng.standard_normal((2, 3, 64), np.float32) * np.float32(size)
+    given[1, 2] = 0
+    found = np.array(compiled([given])[0])
+    exact = given @ weights.T
+    steps = np.abs(given).max(-1, keepdims=True) / 127 * np.abs(weights).max()
+    assert (np.abs(found - exact) <= 8 * steps).all()
+    assert not found[1, 2].any()
+    louder = given.copy()
+    louder[0, 0] *= 1000
+    assert np.array_equal(np.array(compiled([louder])[0])[0, 1:], found[0, 1:])
+    assert np.array_equal(np.array(compiled([given[:1, 1:]])[0]), found[:1, 1:])
 
 
 # Running
@@ -344,23 +360,6 @@ def test_a_fused_feed_forward_part_gets_one_stream_of_two_threads(
     assert backend._streams._max_workers == 2
     assert not has_fused_mlp(backend._model(None))
     backend.close()
-
-
-@tiny.needs_vnni
-def test_lengths_that_are_computed_wrongly_are_not_padded_to(bundle: Path) -> None:
-    manifest = Manifest.load(bundle)
-    for precision, compute_dtype in (
-        ("int8-w8a8", "bf16"),
-        ("int8-w8a8", "fp32"),
-        ("int8", "bf16"),
-    ):
-        variant = manifest.variants[f"openvino-{precision}"]
-        backend = openvino.open(bundle, variant, "cpu", Options(1, compute_dtype=compute_dtype))
-        lengths = [backend._length(n) for n in (1, 16, 17, 32, 33, 48, tiny.MAX_LENGTH)]
-        backend.close()
-        wrong = (precision, compute_dtype) in openvino.WRONG_LENGTHS
-        between = 48 if wrong else 32
-        assert lengths == [16, 16, between, between, 48, 48, tiny.MAX_LENGTH]
 
 
 def test_int8_activations_are_refused_where_their_products_overflow(

@@ -3,26 +3,19 @@
 It exports its own fp32 ONNX graph with `converters/onnx/export.py` into a temporary folder. To save
 memory, weights are stored next to the graph, a decoder's in their stored data type, and constants
 are not folded. OpenVINO reads that graph. Then `converters/openvino/weights.py` shrinks the
-weights, or NNCF quantizes weights and activations. docs/benchmarks.md compares this with
-optimum-intel's method.
+weights. docs/benchmarks.md compares this with optimum-intel's method.
 """
 
 from __future__ import annotations
 
 import gc
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-import numpy as np
-
-from qrank.bundle.sequences import Sequences, feed
+from qrank.bundle.sequences import Sequences
 from qrank.converters.checkpoint.evening import even, scalings
-from qrank.converters.checkpoint.logs import errors_only
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.onnx.export import HEAD, export
 from qrank.converters.openvino.weights import shrink
@@ -32,7 +25,7 @@ from qrank.system.extras import need
 if TYPE_CHECKING:
     import openvino
 
-MODULES = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "openvino", "nncf")
+MODULES = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "openvino")
 """Modules needed to convert and verify."""
 
 MEMORY = 0.8
@@ -62,28 +55,19 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
 
     Args:
         checkpoint: loaded here; a decoder's matrices in their stored data type.
-        precision: one of the format's `made` precisions. `int8` and `int4` quantize only weights,
-            `int8-w8a8` activations too. The head stays fp32.
+        precision: one of the format's `made` precisions. The head stays fp32.
         folder: exists and is empty.
-        calibration: pairs whose activations quantization is calibrated on.
+        calibration: pairs whose activations say how to even out channels.
 
     Returns:
         "": there is no note.
 
     Raises:
-        ConversionError: the graph cannot be exported, the written files are incomplete, or
-            `int8-w8a8` was requested for a decoder family.
+        ConversionError: the graph cannot be exported, or the written files are incomplete.
     """
     ov = need("openvino")
-    if precision == "int8-w8a8" and checkpoint.family.decoder:
-        raise ConversionError(
-            "int8-w8a8 is for encoder families: one scale for all activations does not fit the few "
-            "very large ones of causal language models. Take int8, whose activations are quantized "
-            "as they come"
-        )
     with TemporaryDirectory(dir=folder.parent) as temporary:
         path = Path(temporary) / "model.onnx"
-        activations = precision == "int8-w8a8"
         found = {} if precision == "fp16" else scalings(checkpoint, calibration)
         model = checkpoint.load(lean=True)
         even(model, found)
@@ -91,13 +75,10 @@ def convert(checkpoint: Checkpoint, precision: str, folder: Path, calibration: S
         export(model, checkpoint, path, in_one_file=False, optimize=False)
         del model
         gc.collect()  # The exporter leaves reference cycles that hold the weights.
-        graph = ov.convert_model(path) if activations else ov.Core().read_model(path)
+        graph = ov.Core().read_model(path)
         bound(graph, checkpoint.family.max_length)
         head = set() if checkpoint.family.decoder else head_nodes(graph)
-        if activations:
-            graph = _quantize(graph, head, calibration)
-        else:
-            shrink(graph, precision, keep=head)
+        shrink(graph, precision, keep=head)
         # Weights already have their final precision; others, like the head's, must not shrink.
         ov.save_model(graph, folder / "model.xml", compress_to_fp16=False)
     check(folder / "model.xml")
@@ -167,26 +148,3 @@ def bound(graph: openvino.Model, longest: int) -> None:
             shape[place] = ov.Dimension(least, longest)
         shapes[node.any_name] = shape
     graph.reshape(shapes)
-
-
-def _quantize(graph: openvino.Model, head: set[str], calibration: Sequences) -> openvino.Model:
-    """Quantize weights and activations to int8, calibrated on the activations of some pairs."""
-    nncf = need("nncf")
-    names = [i.any_name for i in graph.inputs]
-    pairs = [feed(names, calibration.take(np.array([i]))) for i in range(len(calibration))]
-    with quiet():
-        quantized: openvino.Model = nncf.quantize(
-            graph,
-            nncf.Dataset(pairs),
-            model_type=nncf.ModelType.TRANSFORMER,
-            subset_size=len(pairs),
-            ignored_scope=nncf.IgnoredScope(names=sorted(head)),
-        )
-    return quantized
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence NNCF: it logs every node it leaves out and draws progress bars, all on stdout."""
-    with errors_only("nncf"), redirect_stdout(io.StringIO()):
-        yield

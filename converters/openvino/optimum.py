@@ -6,9 +6,10 @@ matrix; the import then stores an encoder's row in fp32, with the values of 8 bi
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +18,6 @@ from qrank.converters.checkpoint.configuration import is_causal, read_config
 from qrank.converters.checkpoint.json_files import explained
 from qrank.converters.checkpoint.logs import errors_only
 from qrank.converters.checkpoint.read import Checkpoint
-from qrank.converters.openvino.export import quiet
 from qrank.converters.openvino.prebuilt import import_file, precision
 from qrank.converters.prebuilt import refuse_windows
 from qrank.errors import ConversionError
@@ -98,7 +98,11 @@ def _export(checkpoint: Checkpoint, asked: str, folder: Path) -> str:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Silence warnings, logs and progress of all that takes part."""
-    with quiet(), errors_only("optimum"), errors_only("transformers"), warnings.catch_warnings():
+    """Silence warnings, logs and progress of all that takes part; NNCF's are on stdout."""
+    with ExitStack() as stack:
+        for name in ("nncf", "optimum", "transformers"):
+            stack.enter_context(errors_only(name))
+        stack.enter_context(redirect_stdout(io.StringIO()))
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         yield

@@ -2,7 +2,8 @@
 
 NNCF holds a whole model in fp32 before it compresses it: 16 GB for 4 billion parameters. Here each
 weight is read, quantized and released, into the same nodes that NNCF makes: int8 with a scale and a
-zero point per row, int4 with a scale and a zero point per group of a row's weights.
+zero point per row, int4 with a scale and a zero point per group of a row's weights. In int8-w8a8
+products are computed in int8: see `_Tokens`.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ if TYPE_CHECKING:
 _LARGE = 2**12
 """Minimum number of elements to shrink: smaller constants are not weights."""
 
+_LEAST = 1e-6
+"""Lower bound for a token's divisor: one of nothing but zeros stays as it is."""
+
 
 def shrink(graph: openvino.Model, precision: str, *, keep: set[str]) -> None:
     """Convert every matrix and embedding table of a graph read from ONNX to a precision.
 
     Args:
         graph: changed in place.
-        precision: `fp16`, `int8` or `int4`. In `int4`, embedding tables and the products that add
-            to the residual sum are int8: 4 bits there cost the most.
+        precision: `fp16`, `int8`, `int8-w8a8` or `int4`. In `int4`, embedding tables and the
+            products that add to the residual sum are int8: 4 bits there cost the most. In
+            `int8-w8a8`, embedding tables are as in `int8`.
         keep: names of nodes to leave unchanged: the score head's.
     """
     ov = need("openvino")
@@ -37,6 +42,7 @@ def shrink(graph: openvino.Model, precision: str, *, keep: set[str]) -> None:
     matrix = _int4 if precision == "int4" else table
     # Several nodes may use one table, which is shrunk once.
     made: dict[str, Any] = {}
+    tokens = _Tokens() if precision == "int8-w8a8" else None
     for node in graph.get_ordered_ops():
         if node.get_type_name() not in ("MatMul", "Gather") or node.get_friendly_name() in keep:
             continue
@@ -54,9 +60,13 @@ def shrink(graph: openvino.Model, precision: str, *, keep: set[str]) -> None:
         else:
             # Use one row per output: what the graph transposes is already stored like that.
             turned ^= node.get_attributes()["transpose_b"]
-            make = table if _is_summed(node) else matrix
-            weights = make(rows if turned else np.ascontiguousarray(rows.T))
-            product = ov.opset13.matmul(node.input(0).get_source_output(), weights, False, True)
+            rows = rows if turned else np.ascontiguousarray(rows.T)
+            given = node.input(0).get_source_output()
+            if tokens is not None:
+                product = tokens.product(given, rows)
+            else:
+                make = table if _is_summed(node) else matrix
+                product = ov.opset13.matmul(given, make(rows), False, True)
             product.set_friendly_name(node.get_friendly_name())
             for user in node.output(0).get_target_inputs():
                 user.replace_source_output(product.output(0))
@@ -79,6 +89,51 @@ def _is_summed(node: Any) -> bool:
             if all(_constant(source)[0] is None for source in sources) or _is_summed(user):
                 return True
     return False
+
+
+class _Tokens:
+    """Products of activations and weights in int8, with a scale for each token.
+
+    A token is divided by its largest absolute value, the quotients are rounded to 127 steps on both
+    sides of 0, and the product is multiplied by what was divided. So no range is calibrated, and a
+    token's result does not depend on its neighbours. OpenVINO's CPU plugin computes in int8 what is
+    between a FakeQuantize and a signed constant with one scale per row.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, int], tuple[Any, Any]] = {}
+
+    def product(self, given: Any, rows: Floats) -> Any:
+        """The product of `given` [..., inputs] and `rows` [outputs, inputs], transposed."""
+        opset = need("openvino").opset13
+        rounded, scale = self._rounded(given)
+        return opset.multiply(opset.matmul(rounded, _signed(rows), False, True), scale)
+
+    def _rounded(self, given: Any) -> tuple[Any, Any]:
+        """The quotients, rounded, and each token's divisor; made once for all products of it."""
+        key = (given.get_node().get_friendly_name(), given.get_index())
+        if key not in self._made:
+            opset = need("openvino").opset13
+            largest = opset.reduce_max(opset.absolute(given), np.array([-1]), keep_dims=True)
+            # 128 steps below 0 and 127 above, so that the largest is 127 steps from 0.
+            scale = opset.maximum(
+                opset.multiply(largest, np.float32(128 / 127)), np.float32(_LEAST)
+            )
+            low, high = np.float32(-1), np.float32(127 / 128)
+            quotients = opset.divide(given, scale)
+            self._made[key] = (
+                opset.fake_quantize(quotients, low, high, low, high, 256),
+                scale,
+            )
+        return self._made[key]
+
+
+def _signed(rows: Floats) -> Any:
+    """rows -> int8 * scale, with a scale per row."""
+    opset = need("openvino").opset13
+    scale = np.maximum(np.abs(rows).max(axis=1, keepdims=True) / 127, np.float32(2**-24))
+    integers = np.clip(np.rint(rows / scale), -127, 127).astype(np.int8)
+    return opset.multiply(opset.convert(opset.constant(integers), "f32"), opset.constant(scale))
 
 
 def _half(rows: Floats) -> Any:

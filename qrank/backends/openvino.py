@@ -20,17 +20,12 @@ from qrank.bundle.fidelity import BFLOAT16, EIGHT_BITS, FLOAT16, FLOAT32, FOUR_B
 from qrank.bundle.manifest import Variant
 from qrank.bundle.sequences import Floats
 from qrank.errors import TargetError
-from qrank.scoring.batching import CPU_BATCHES, DEVICE_BATCHES, default_batch
+from qrank.scoring.batching import CPU_BATCHES, DEVICE_BATCHES, TILE_BATCHES, default_batch
 from qrank.system import cache, machine
 from qrank.system.extras import need
 
 if TYPE_CHECKING:
     import openvino
-
-WRONG_LENGTHS: dict[tuple[str, str | None], tuple[int, ...]] = {("int8-w8a8", "bf16"): (32,)}
-"""Padded lengths for which OpenVINO's CPU plugin gives wrong logits, by precision and compute
-dtype: with 2026.4 on AMX off by up to 4 at a spread of 3; other lengths are right. They are rounded
-up one step further."""
 
 GROUP = 64
 """Channels of a token whose activations share a scale when multiplied with int8 weights: twice as
@@ -81,7 +76,9 @@ def batches(device: str) -> tuple[int, ...]:
     """Padded tokens per batch worth trying, the default first; none for NPUs (static shapes)."""
     if device.startswith("npu"):
         return ()
-    return CPU_BATCHES if device == "cpu" else DEVICE_BATCHES
+    if device != "cpu":
+        return DEVICE_BATCHES
+    return TILE_BATCHES if _has_tiles() else CPU_BATCHES
 
 
 def memory(device: str) -> int | None:
@@ -131,7 +128,6 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
         settings |= {"CACHE_DIR": str(folder_of_cache), "CACHE_MODE": "OPTIMIZE_SIZE"}
     path = folder / variant.folder / "model.xml"
     weights = path.with_suffix(".bin")
-    avoided = WRONG_LENGTHS.get((variant.precision, options.compute_dtype), ())
 
     def compiled(length: int | None) -> openvino.CompiledModel:
         """The graph for one pair of this length; for None, for any batch of any length."""
@@ -160,14 +156,14 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
         del model  # not held while the graph is compiled
         if not options.static_shapes and not device.startswith("npu"):
             try:
-                batch = options.max_batch_tokens or default_batch(device, decoder)
+                batch = options.max_batch_tokens
+                batch = batch or default_batch(device, decoder, tiles=_has_tiles())
                 return OpenvinoBackend(
                     compiled,
                     limit,
                     batch,
                     weights,
                     options.memory,
-                    avoided,
                     spread=device == "cpu",
                 )
             except RuntimeError as error:
@@ -186,6 +182,11 @@ def saturates() -> bool:
     known = set(machine.instruction_sets())
     x86 = platform.machine() in ("x86_64", "AMD64")
     return x86 and bool(known) and not known & {"VNNI", "AVX-VNNI"}
+
+
+def _has_tiles() -> bool:
+    """Whether products in bf16 and int8 are computed in tiles: on CPUs with AMX."""
+    return "AMX bf16" in machine.instruction_sets()
 
 
 def _core() -> openvino.Core:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -47,7 +47,6 @@ class OpenvinoBackend:
         batch: int | None,
         weights: Path,
         memory: MemoryBudget,
-        avoided: Sequence[int] = (),
         *,
         spread: bool = False,
     ) -> None:
@@ -59,11 +58,9 @@ class OpenvinoBackend:
             batch: padded tokens per batch. None: static shapes, one pair at a time.
             weights: the file that holds them.
             memory: budget for batches.
-            avoided: lengths not to pad to.
             spread: cut a request so that all streams have as much to do, as on the CPU.
         """
         self._compile = compiled
-        self._avoided = avoided
         self._limit = limit
         self._batch = batch
         self._weights = weights
@@ -125,8 +122,7 @@ class OpenvinoBackend:
     def _length(self, longest: int) -> int:
         """The length to pad a batch to, given its longest sequence."""
         if self._batch:
-            length = -(-longest // STEP) * STEP
-            return min(length + STEP if length in self._avoided else length, self._limit)
+            return min(-(-longest // STEP) * STEP, self._limit)
         length = SHORTEST_BUCKET
         while length < longest:
             length *= 2

@@ -13,7 +13,7 @@ from qrank.bundle.manifest import Manifest, Variant
 from qrank.errors import BundleError, InputError, MissingExtraError, TargetError
 from qrank.select.losses import losses
 from qrank.select.measurements import PROFILES, Measurement, Profile, recalled
-from qrank.select.targets import NEEDS_EVAL, Target, TargetKey, guesses, named
+from qrank.select.targets import NEEDS_RANKING, Target, TargetKey, guesses, named
 
 Taken = TypeVar("Taken")
 
@@ -125,7 +125,7 @@ def deprioritized(manifest: Manifest, criteria: Criteria) -> set[str]:
     """Names of variants to take last.
 
     They lose over MAX_LOSS. If `qrank eval` has not measured them, they agree with the original by
-    less than LEAST on the conversion's rankings, or are of NEEDS_EVAL.
+    less than LEAST on the conversion's rankings, or are of NEEDS_RANKING and have not ranked.
 
     Empty if a backend or a bound on the loss is given: then that decides.
     """
@@ -141,8 +141,9 @@ def deprioritized(manifest: Manifest, criteria: Criteria) -> set[str]:
 
 def _doubtful(variant: Variant) -> bool:
     """Whether a variant that `qrank eval` has not measured may lose more than MAX_LOSS."""
-    disagrees = variant.ranking is not None and variant.ranking.ndcg < LEAST
-    return disagrees or variant.precision in NEEDS_EVAL
+    if variant.ranking is None:
+        return variant.precision in NEEDS_RANKING
+    return variant.ranking.ndcg < LEAST
 
 
 def _within_loss(manifest: Manifest, criteria: Criteria) -> set[str]:

@@ -11,9 +11,10 @@ from qrank.backends import BACKENDS, format_of, formats, keys, others, reads, sp
 from qrank.bundle.manifest import Manifest, Variant
 from qrank.errors import TargetError
 
-NEEDS_EVAL = ("int8-w8a8",)
-"""Precisions whose loss the probes cannot reveal: activation scales come from calibration data, and
-a variant that passed its probes lost 0.048 nDCG@10 (docs/benchmarks.md)."""
+NEEDS_RANKING = ("int8-w8a8",)
+"""Precisions whose loss the probes do not show: with activations in one calibrated range for all
+tokens, as bundles had them before conversions ranked, one lost 0.048 nDCG@10
+(docs/benchmarks.md)."""
 
 log = logging.getLogger("qrank")
 
@@ -185,8 +186,7 @@ def convertible(backend: str | None, device: str | None) -> list[tuple[str, str]
     """What a checkpoint can be converted to, as (format, precision), the expected fastest first.
 
     Args:
-        backend: as for `named`; None: any. Precisions of NEEDS_EVAL are only for those who name
-            them.
+        backend: as for `named`; None: any.
         device: as for `guesses`.
 
     Raises:
@@ -194,10 +194,10 @@ def convertible(backend: str | None, device: str | None) -> list[tuple[str, str]
     """
     device = device or "cpu"
     every = [(name, made) for name, format in formats().items() for made in format.made]
-    found = [v for v in every if v[1] not in NEEDS_EVAL]
+    found = every
     if backend is not None and ":" not in backend:
         known = [v for v in every if backend == "-".join(v)]
-        known = known or [v for v in found if backend == v[0]]
+        known = known or [v for v in every if backend == v[0]]
         name, _, variant = backend.partition("/")
         if not known and name not in BACKENDS and name in others():
             readable = reads(name)

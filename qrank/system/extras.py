@@ -17,7 +17,7 @@ EXTRA_OF = {
     "gguf": "convert",
     "ir_measures": "eval",
     "matplotlib": "plot",
-    "nncf": "convert",
+    "nncf": "optimum",
     "onnx": "convert",
     "onnxscript": "convert",
     "openvino": "convert",
