@@ -26,6 +26,7 @@ from qrank.backends.contract import Options
 from qrank.bundle.locate import DEFAULT, locate
 from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Sequences, feed, no_prefix, read_prefix
+from qrank.system.machine import has_vnni
 
 COLUMNS = {"node": "", "ms": ".1f", "share": ".1%", "count": ",d"}
 SMALL = 0.01
@@ -104,7 +105,8 @@ def _onnx(
     settings.intra_op_num_threads = 1
     settings.enable_profiling = True
     settings.enable_cpu_mem_arena = False
-    settings.add_session_config_entry("session.x64quantprecision", "1")
+    if not has_vnni():
+        settings.add_session_config_entry("session.x64quantprecision", "1")
     with tempfile.TemporaryDirectory() as folder:
         settings.profile_file_prefix = str(Path(folder) / "profile")
         path = bundle.folder / bundle.manifest.variants[name].folder / "model.onnx"

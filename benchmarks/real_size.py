@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from vs_peers import opened
 
 from qrank import Reranker
 from qrank.bundle.manifest import Manifest
-from qrank.converters import fidelity, sources
+from qrank.converters import fidelity, ranking, sources
 from qrank.converters.convert import convert as make_bundle
 from qrank.system.machine import peak_memory, processors
 
@@ -321,6 +322,9 @@ def _shorten() -> None:
         vars(module)[name] = lambda *given, pairs=pairs: [
             (query[:SHORT], document[:SHORT]) for query, document in pairs(*given)
         ]
+    whole = ranking.ranking_data()
+    queries = [(query[:SHORT], [text[:SHORT] for text in texts]) for query, texts in whole.queries]
+    vars(ranking)["ranking_data"] = lambda: replace(whole, queries=queries)
 
 
 def convert(checkpoint: Path, bundle: Path, variant: str, *flags: str) -> dict[str, object]:

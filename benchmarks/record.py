@@ -2,7 +2,8 @@
 
 Converts `mini` to every variant, tunes it, and compares it with all peers (`vs_peers.py`); then
 compares random weights at the sizes of real rerankers with sentence-transformers (`real_size.py`).
-Results are stored under `results/`, one file for each kind of CPU; `picture.py` draws them.
+Results are stored under `results/`, one file for each kind of CPU, as soon as a part is done;
+`picture.py` draws them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qrank.system.machine import cpu_name, instruction_sets, processors
 
 HERE = Path(__file__).parent
 SIZES = ("MiniLM-L6", "MiniLM-L12", "ettin-reranker-150m", "bge-reranker-v2-m3")
+MINI = {"onnx": ("int8",), "openvino": ("int8", "fp16", "int8-w8a8"), "gguf": ("q8_0", "q4_k_m")}
 VARIANTS = ("onnx-int8", "openvino-int8", "openvino-fp16", "openvino-int8-w8a8", "gguf-q8_0")
 
 
@@ -35,31 +37,48 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=40, help="of Cranfield, for mini")
     parser.add_argument("--queries", type=int, default=5, help="judged, for mini")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-mini", action="store_true", help="sizes alone")
+    parser.add_argument("--work", type=Path, help="folder to keep checkpoints and bundles in")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work:
-        tables = list(_mini(options, Path(work)))
+    path = HERE / "results" / f"{_slug(cpu_name(), instruction_sets()[-1])}.json"
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        if not options.no_mini:
+            _store(path, options, list(_mini(options, work)))
         for size in options.sizes:
             given = ["--shapes", size, "--variants", *VARIANTS, "--short"]
-            given += ["--peer-python", str(options.openvino_python)]
-            tables += _tables("real_size.py", *given, "--rounds", str(options.rounds))
+            given += ["--peer-python", str(options.openvino_python), "--work", str(work)]
+            given += ["--rounds", str(options.rounds)]
+            _store(path, options, list(_tables("real_size.py", *given)))
+    sys.stderr.write(f"{path}\n")
+
+
+def _store(path: Path, options: Any, tables: list[dict[str, Any]]) -> None:
+    """Write the results so far; tables of earlier runs stay, but for those with these titles."""
+    earlier = json.loads(path.read_text("utf-8"))["tables"] if path.exists() else []
+    today = datetime.now(UTC).date().isoformat()
+    new = [{"date": today, **table} for table in tables if table["rows"]]
+    titles = [table["title"] for table in new]
     content = {
         "cpu": cpu_name(),
         "instruction sets": instruction_sets(),
         "threads": processors(),
-        "date": datetime.now(UTC).date().isoformat(),
         "versions": _versions(options),
-        "tables": tables,
+        "tables": new + [table for table in earlier if table["title"] not in titles],
     }
-    path = HERE / "results" / f"{_slug(cpu_name(), instruction_sets()[-1])}.json"
+    # mini's first, which the picture shows.
+    content["tables"].sort(key=lambda table: not table["title"].startswith("mini"))
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    sys.stderr.write(f"{path}\n")
 
 
 def _mini(options: Any, work: Path) -> Iterator[dict[str, Any]]:
     """mini in every variant, compared with all peers."""
     checkpoint, bundle = HERE.parent / "models" / "mini", work / "mini"
-    _run("-m", "qrank", "convert", checkpoint, "-o", bundle, "--min-agreement", "-1")
+    for format, precisions in MINI.items():
+        named = [word for precision in precisions for word in ("--precision", precision)]
+        given = ["--to", format, *named, "-o", bundle, "--min-agreement", "-1"]
+        _run("-m", "qrank", "convert", checkpoint, *given)
     _run("-m", "qrank", "tune", bundle)
     yield from _tables(
         "vs_peers.py",

@@ -311,11 +311,11 @@ class Reranker:
         _check(instruction, long_documents)
         engine, texts = self.engine, as_pairs(pairs)
         stops = range(SCORED_AT_ONCE, len(texts) + SCORED_AT_ONCE, SCORED_AT_ONCE)
-        scored = [
-            ScoredPairs.of(inputs, engine.logits(inputs), engine.scores)
-            for inputs in engine.preparing(texts, stops, instruction, long_documents)
-        ]
-        found = [part.logits if raw else part.scores for part in scored]
+        found = []
+        for inputs in engine.preparing(texts, stops, instruction, long_documents):
+            part = ScoredPairs.of(inputs, engine.logits(inputs), engine.scores)
+            # Not the whole part, which holds its token ids.
+            found.append(part.logits if raw else part.scores)
         return np.concatenate([np.empty(0, np.float32 if raw else np.float64), *found])
 
     @overload

@@ -137,6 +137,27 @@ def opened(device: str) -> onnx.OnnxBackend:
     return onnx.open(folder, variant, device, Options(1))
 
 
+@pytest.mark.parametrize(
+    ("sets", "widens"), [(["AVX2"], True), (["AVX-512", "VNNI"], False), ([], True)]
+)
+def test_products_are_widened_where_they_would_saturate_and_only_there(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, sets: list[str], widens: bool
+) -> None:
+    """Elsewhere it halves the speed."""
+    monkeypatch.setattr("qrank.system.machine.instruction_sets", lambda: sets)
+    found: list[str] = []
+    add = onnxruntime.SessionOptions.add_session_config_entry
+
+    def seen(settings: Any, key: str, value: str) -> None:
+        found.append(key)
+        add(settings, key, value)
+
+    monkeypatch.setattr(onnxruntime.SessionOptions, "add_session_config_entry", seen)
+    variant = Manifest.load(bundle).variants["onnx-int8"]
+    onnx.open(bundle, variant, "cpu", Options(1)).close()
+    assert ("session.x64quantprecision" in found) == widens
+
+
 def test_a_device_that_leaves_most_of_the_work_to_the_cpu_is_refused(
     coreml: Callable[[int], None],
 ) -> None:

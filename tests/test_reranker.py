@@ -1,5 +1,6 @@
 """The public API: results, their order, and error messages."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,27 @@ def test_many_pairs_are_scored_some_at_a_time(
     parts = reranker.score(iter(pairs), raw=True, long_documents=long_documents)
     assert parts.dtype == whole.dtype
     np.testing.assert_allclose(parts, whole, atol=1e-4)
+
+
+def test_token_ids_of_scored_pairs_are_not_kept(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory grows by the pairs and their scores, not by their tokens."""
+    monkeypatch.setattr("qrank.reranker.SCORED_AT_ONCE", 50)
+    text = "mars is red " * 200
+
+    def peak(count: int) -> int:
+        pairs = [(QUERY, text)] * count
+        tracemalloc.start()
+        reranker.score(pairs)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    with Reranker(bundle, backend="fakes:ties") as reranker:
+        peak(50)
+        more = (peak(2000) - peak(1000)) / 1000
+    assert more < 120  # bytes a pair; its 160 token ids take 640
 
 
 def test_raw_gives_float32_logits_and_scores_are_their_activation(reranker: Reranker) -> None:

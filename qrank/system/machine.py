@@ -96,6 +96,15 @@ def instruction_sets() -> list[str]:
     return [name for name, flag in INSTRUCTION_SETS.items() if flag in flags]
 
 
+def has_vnni() -> bool:
+    """Whether this x86 CPU has instructions that sum products of bytes in 32 bits.
+
+    Without them, runtimes sum pairs of products in 16 bits, which can overflow. False also if the
+    system does not report instruction sets.
+    """
+    return not {"VNNI", "AVX-VNNI"}.isdisjoint(instruction_sets())
+
+
 def cores() -> int:
     """As `processors`, but each physical core counts once, if the system reports them."""
     if not hasattr(os, "sched_getaffinity"):
