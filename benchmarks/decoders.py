@@ -30,6 +30,7 @@ from real_size import SHAPES, convert, make, tiny_decoders
 
 from qrank import Reranker
 from qrank.backends import Options, llama, spec
+from qrank.backends.torch import as_bundle
 from qrank.bundle.manifest import Manifest
 from qrank.bundle.sequences import Sequences
 from qrank.system.machine import instruction_sets, peak_memory, processors
@@ -138,8 +139,12 @@ def _in_torch(checkpoint: Path) -> dict[str, Callable[[int, int], Run]]:
     """qrank's own scoring of the checkpoint."""
     dtype = "bf16" if _has_bf16() else "fp32"
     family = tiny_decoders.FAMILIES.get(SHAPES[SHAPE][0])
-    reranker = Reranker(checkpoint, backend=f"torch-{dtype}", family=family)
-    return _both(f"torch-{dtype}", reranker.engine.logits)
+    bundle, _ = as_bundle(str(checkpoint), family)
+    manifest = bundle.manifest
+    settings = Options(processors(), family=manifest.family)
+    variant = manifest.variants[f"torch-{dtype}"]
+    backend = spec("torch").open(bundle.folder, variant, "cpu", settings)
+    return _both(f"torch-{dtype}", backend.logits)
 
 
 def _has_bf16() -> bool:

@@ -4,9 +4,11 @@ import logging
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -27,8 +29,8 @@ from transformers import (
 )
 
 from qrank import Reranker
+from qrank.backends import Options, llama, openvino, tolerance
 from qrank.backends import gguf as gguf_backend
-from qrank.backends import llama, tolerance
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import TOKENIZER, Manifest
 from qrank.bundle.sequences import Logits, Sequences
@@ -36,8 +38,9 @@ from qrank.cli import main
 from qrank.converters.checkpoint.probes import probe_pairs
 from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.convert import convert
-from qrank.errors import ConversionError, FamilyError, InputError
+from qrank.errors import ConversionError, FamilyError, InputError, TargetError
 from qrank.scoring.pair_tokenizer import PairTokenizer
+from qrank.system.extras import need
 
 TASK = (
     "You are a search relevance expert who evaluates how well documents match search queries. For "
@@ -519,16 +522,40 @@ def test_a_label_of_several_tokens_is_refused(
         read_checkpoint(str(checkpoint_of("zerank")), family=str(changed))
 
 
-def test_activations_of_a_decoder_have_no_one_scale(
-    checkpoint_of: Callable[[str], Path], tmp_path: Path
+def test_openvino_compiles_what_it_may_fuse_for_one_stream_of_two_threads(
+    bundle_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConversionError, match="int8-w8a8 is for encoder families"):
-        convert(
-            str(checkpoint_of("qwen3")),
-            [("openvino", "int8-w8a8")],
-            tmp_path / "bundle",
-            family="qwen3-reranker",
-        )
+    """On AMX, compiling such a graph for streams of one thread dies of SIGFPE already."""
+    bundle = bundle_of("qwen3")
+    variants = Manifest.load(bundle).variants
+    monkeypatch.setattr(openvino, "_has_tiles", lambda: True)
+    monkeypatch.setattr(openvino, "has_fused_mlp", lambda model: True)
+    compiled: list[int] = []
+
+    class Core:
+        """Notes the number of streams of every graph that is compiled."""
+
+        def __init__(self) -> None:
+            self._core = need("openvino").Core()
+
+        def compile_model(self, model: Any, device: str, settings: dict[str, Any]) -> Any:
+            compiled.append(settings["NUM_STREAMS"])
+            return self._core.compile_model(model, device, settings)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._core, name)
+
+    monkeypatch.setattr(openvino, "_core", Core)
+    options = Options(2, compute_dtype="bf16")
+    openvino.open(bundle, variants["openvino-fp16"], "cpu", options).close()
+    assert compiled == [1]
+    with pytest.raises(TargetError, match="takes two threads"):
+        openvino.open(bundle, variants["openvino-fp16"], "cpu", replace(options, threads=1))
+    assert compiled == [1]
+    # Weights with a zero point are never fused.
+    monkeypatch.setattr(openvino, "has_fused_mlp", lambda model: False)
+    openvino.open(bundle, variants["openvino-int8"], "cpu", options).close()
+    assert compiled == [1, 2]
 
 
 def test_the_tolerances_of_sharing_are_within_those_of_fidelity() -> None:

@@ -15,7 +15,7 @@ from qrank.backends import keys
 from qrank.backends.contract import GRAPH_STEMS, BackendSpec, Format, Options, Precision
 from qrank.backends.mapped import dropping_pages
 from qrank.backends.openvino_graph import OpenvinoBackend
-from qrank.backends.openvino_nodes import computed_weights, has_fused_mlp
+from qrank.backends.openvino_nodes import computed_weights, has_fused_mlp, may_fuse_mlp
 from qrank.bundle.fidelity import BFLOAT16, EIGHT_BITS, FLOAT16, FLOAT32, FOUR_BITS
 from qrank.bundle.manifest import Variant
 from qrank.bundle.sequences import Floats
@@ -129,24 +129,34 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
     path = folder / variant.folder / "model.xml"
     weights = path.with_suffix(".bin")
 
+    two_threads = TargetError(
+        f"openvino fuses feed-forward layers of {variant.name} in {options.compute_dtype}, which "
+        "takes two threads: allow more threads"
+    )
+
     def compiled(length: int | None) -> openvino.CompiledModel:
         """The graph for one pair of this length; for None, for any batch of any length."""
         model = core.read_model(path)
         if length is not None:
             model.reshape({i.any_name: _static(i, length) for i in model.inputs})
         more = {} if device != "cpu" else {"DYNAMIC_QUANTIZATION_GROUP_SIZE": _group(model)}
+        one_stream = settings | more | {"NUM_STREAMS": 1}
         with dropping_pages(weights):
+            in_bf16 = device == "cpu" and options.compute_dtype == "bf16"
+            if in_bf16 and _has_tiles() and _is_decoder(model) and may_fuse_mlp(model):
+                if options.threads < 2:
+                    raise two_threads
+                made = core.compile_model(model, "CPU", one_stream)
+                if has_fused_mlp(made):
+                    return made
             made = core.compile_model(model, device.upper(), settings | more)
             if device != "cpu":
                 return made
-            fused = options.compute_dtype == "bf16" and has_fused_mlp(made)
+            fused = in_bf16 and has_fused_mlp(made)
             if fused and options.threads < 2:
-                raise TargetError(
-                    f"openvino fuses feed-forward layers of {variant.name} in "
-                    f"{options.compute_dtype}, which takes two threads: allow more threads"
-                )
+                raise two_threads
             if fused or (options.threads > 1 and computed_weights(made)):
-                made = core.compile_model(model, "CPU", settings | more | {"NUM_STREAMS": 1})
+                made = core.compile_model(model, "CPU", one_stream)
             return made
 
     try:

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import openvino
 
+_WIDE = 64
+"""Constants with fewer rows or columns are no weights of a feed-forward block."""
+
 _NOT_IN_PLACE = ("Const", "Convert", "Reorder")
 """Layer types of constant nodes that compute nothing in place."""
 
@@ -37,6 +40,27 @@ def has_fused_mlp(model: openvino.CompiledModel) -> bool:
     with one thread crashes.
     """
     return any(_layer(node) == "LLMMLP" for node in model.get_runtime_model().get_ops())
+
+
+def may_fuse_mlp(model: openvino.Model) -> bool:
+    """Whether a causal model's feed-forward blocks may be fused in bf16, before it is compiled.
+
+    Compiling it for streams of one thread can crash already. Matrices with a zero point are not
+    fused, and neither are products in int8.
+    """
+    types = set()
+    for node in model.get_ops():
+        if node.get_type_name() == "FakeQuantize":
+            return False
+        if node.get_type_name() == "Constant" and min(_matrix(node), default=0) >= _WIDE:
+            types.add(node.get_element_type().get_type_name())
+    return not types.isdisjoint(("f16", "bf16", "f32", "i8"))
+
+
+def _matrix(node: openvino.Node) -> list[int]:
+    """A constant's dimensions if it has two."""
+    shape = list(node.output(0).shape)
+    return shape if len(shape) == 2 else []
 
 
 def _layer(node: openvino.Node) -> str:
