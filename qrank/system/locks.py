@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,10 +37,13 @@ def try_lock(file: IO[Any]) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        log.warning(
-            "%s cannot be locked (%s): let one process at a time write there", file.name, error
-        )
+        _tell(Path(file.name).parent, str(error))
     return True
+
+
+@cache
+def _tell(folder: Path, reason: str) -> None:
+    log.warning("%s has no locks (%s): let one process at a time write there", folder, reason)
 
 
 def lies_at(file: IO[Any], path: Path) -> bool:
