@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 Rows = list[dict[str, Any]]
 
 FORMS = (".jsonl", ".csv", ".tsv", ".parquet")
-PACKED = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
+PACKED: dict[str, Any] = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
 
 
 def rows_of(count: int, *, first: int = 0) -> Rows:
@@ -48,7 +48,7 @@ def write(path: Path, rows: Rows) -> Path:
         table.writeheader()
         table.writerows(rows)
     data = text.getvalue().encode()
-    path.write_bytes(PACKED[packed].compress(data) if packed else data)  # type: ignore[attr-defined]
+    path.write_bytes(PACKED[packed].compress(data) if packed else data)
     return path
 
 
@@ -60,7 +60,7 @@ def read(path: Path) -> Rows:
     name, data = path.name, path.read_bytes()
     for suffix, module in PACKED.items():
         if name.endswith(suffix):
-            name, data = name.removesuffix(suffix), module.decompress(data)  # type: ignore[attr-defined]
+            name, data = name.removesuffix(suffix), module.decompress(data)
     text = data.decode()
     if name.endswith(".jsonl"):
         return [json.loads(line) for line in text.split("\n") if line]

@@ -495,7 +495,7 @@ def test_another_process_is_waited_for(
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, length: Reranker) -> None:
-    peaks = []
+    peaks: list[int] = []
     for count in (300, 300, 1200):  # the first warms caches up
         rows = [{"id": "", "query": "q", "document": "a" * 5000}] * count
         given = write(tmp_path / f"{len(peaks)}/a.jsonl", rows)
@@ -530,7 +530,14 @@ def test_command_line(tmp_path: Path, length: Reranker) -> None:
     for name in "ab":
         write(tmp_path / f"in/{name}.jsonl", rows_of(9))
     out = tmp_path / "out"
-    given = ["--pairs", tmp_path / "in/a.jsonl", tmp_path / "in/b.jsonl", "-o", out, "--raw"]
+    given: list[str | Path] = [
+        "--pairs",
+        tmp_path / "in/a.jsonl",
+        tmp_path / "in/b.jsonl",
+        "-o",
+        out,
+        "--raw",
+    ]
     done = qrank_(*given)
     assert (done.exit_code, done.stdout) == (0, "")
     assert done.stderr == "qrank: wrote 2 files of 18 rows\n"

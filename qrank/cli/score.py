@@ -121,9 +121,17 @@ def score(
       qrank score --pairs 'in/*.parquet' --document-column text -o out
     """
     tables = {name: opening.pop(name) for name in PAIRS}
-    others = {"-q": query, "--jsonl": jsonl, "--format": format, "--top-k": top_k}
-    others |= {"--min-score": min_score, "--budget-ms": budget_ms, "--run": run}
-    others |= {"--queries": queries, "--documents": documents}
+    others: dict[str, object] = {
+        "-q": query,
+        "--jsonl": jsonl,
+        "--format": format,
+        "--top-k": top_k,
+        "--min-score": min_score,
+        "--budget-ms": budget_ms,
+        "--run": run,
+        "--queries": queries,
+        "--documents": documents,
+    }
     check_pairs(tables, others, run=run is not None)
     if model is None:
         notice(f"no --model given: using the bundled {DEFAULT}")

@@ -14,6 +14,10 @@ from qrank.scoring.activation import Scores
 from qrank.system.extras import need
 from qrank.system.parquet import open_parquet, readable
 
+_GROUP = 1 << 24
+"""Bytes of a row group that is written. The writer keeps a description of each in memory: of a
+million rows, in groups of a chunk, they took 25 MB."""
+
 
 class ParquetTable:
     """See `qrank.pairs.table.Table`.
@@ -146,12 +150,24 @@ class _Writer:
             table._file.schema_arrow.append(self._field),
             compression="NONE" if codec == "UNCOMPRESSED" else codec,
         )
+        self._waiting: list[Any] = []
 
     def write(self, chunk: Chunk, scores: Scores) -> None:
-        if chunk.pairs:
-            found = self._arrow.array(scores, self._arrow.float64())
-            table = chunk.good.append_column(self._field, found)
-            self._writer.write_table(table, row_group_size=table.num_rows)
+        found = self._arrow.array(scores, self._arrow.float64())
+        self._waiting.append(chunk.good.append_column(self._field, found))
+        if sum(table.nbytes for table in self._waiting) >= _GROUP:
+            self._flush()
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            self._flush()
+        finally:
+            self._writer.close()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            # Chunks may have different dictionaries of a column.
+            table = self._arrow.concat_tables(self._waiting).unify_dictionaries()
+            self._waiting.clear()
+            if table.num_rows:
+                self._writer.write_table(table, row_group_size=table.num_rows)
