@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from qrank.errors import ConversionError
+from qrank.system.locks import lies_at, try_lock
 
 LOCK = ".qrank-lock"
 
@@ -50,12 +51,12 @@ def _acquire(target: Path) -> tuple[IO[str], Path]:
         with suppress(FileNotFoundError):  # the previous holder just removed the folder it created
             file = path.open("a+", encoding="utf-8")
             try:
-                if _try_lock(file) and _same(file, path):
+                if try_lock(file) and lies_at(file, path):
                     file.truncate(0)
                     file.write(str(os.getpid()))
                     file.flush()
                     return file, path
-                if not told and _same(file, path):
+                if not told and lies_at(file, path):
                     file.seek(0)
                     holder = file.read().strip()
                     log.warning("waiting for process %s, which converts into %s", holder, target)
@@ -65,33 +66,3 @@ def _acquire(target: Path) -> tuple[IO[str], Path]:
                 raise
             file.close()
         time.sleep(_POLL)
-
-
-def _same(file: IO[str], path: Path) -> bool:
-    """Whether a path is still this open file: the previous holder may have removed it."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _try_lock(file: IO[str]) -> bool:
-    if sys.platform == "win32":
-        import msvcrt
-
-        try:
-            # Lock a byte beyond the text, so that others can read who holds it.
-            file.seek(2**20)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:  # some network file systems have no locks
-        log.warning("%s cannot be locked (%s): convert into it once at a time", file.name, error)
-    return True

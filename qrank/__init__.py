@@ -11,13 +11,15 @@ from qrank.system.version import __version__
 
 if TYPE_CHECKING:
     from qrank.measure.tuning import tune
+    from qrank.pairs.score import score_files
     from qrank.reranker import Ranking, Reranker
 
-__all__ = ["QrankError", "Ranking", "Reranker", "__version__", "tune"]
+__all__ = ["QrankError", "Ranking", "Reranker", "__version__", "score_files", "tune"]
 
 _PLACES = {
     "Ranking": "qrank.reranker",
     "Reranker": "qrank.reranker",
+    "score_files": "qrank.pairs.score",
     "tune": "qrank.measure.tuning",
 }
 

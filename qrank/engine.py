@@ -19,6 +19,7 @@ from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits
 from qrank.errors import TargetError
 from qrank.scoring import activation, calibration
+from qrank.scoring.calibration import Calibration
 from qrank.scoring.deadline import LatencyEstimate
 from qrank.scoring.encoding import encode_in_steps
 from qrank.scoring.inputs import LongDocuments, ModelInput, group_by_prefix
@@ -110,6 +111,11 @@ class Engine:
         """Kendall's tau against the original on the probes, in its compute dtype."""
         proven = None if self._proof is None else self._proof.kendall
         return self.target.variant.fidelity.kendall if proven is None else proven
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What `scores` applies instead of the family's activation."""
+        return self._calibration
 
     @property
     def max_length(self) -> int:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import click
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from conftest import subset
@@ -98,6 +100,9 @@ def folder(
         _write(folder / name, texts)
     _write(folder / "documents.jsonl", _records("d", texts, "id"))
     _write(folder / "queries.jsonl", _records("q", list(asked), "id"))
+    (folder / "in").mkdir()
+    table = pa.table({"query": [*asked][:2], "text": texts[:2]})
+    pq.write_table(table, folder / "in/a.parquet")
     _write(folder / "scifact/corpus.jsonl", _records("d", texts, "_id"))
     _write(folder / "scifact/queries.jsonl", _records("q", list(asked), "_id"))
     rows = [f"q{i}\td{place}\t1" for i, place in enumerate(asked.values())]

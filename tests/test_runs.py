@@ -1,18 +1,27 @@
 """`--run`: whole TREC runs, refused early or reranked one query at a time."""
 
 import gc
+import gzip
 import json
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from conftest import contents
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qrank import Reranker
 from qrank.cli import main
 from qrank.errors import InputError
+from qrank.pairs.plan import Shard
 from qrank.quality.rerank_run import RunReranker
+from qrank.quality.run_output import rerank_into
 
 Files = tuple[Path, Path, Path]
 Write = Callable[..., Files]
@@ -179,6 +188,82 @@ def test_a_run_goes_with_its_texts(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["score", "--run", str(tmp_path / "run.trec")])
     assert result.exit_code == 2
     assert "--run goes with --queries and --documents" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def reranked(tmp_path_factory: pytest.TempPathFactory, length: Reranker) -> Iterator[RunReranker]:
+    """A run of 9 queries, with queries and documents in Parquet."""
+    folder = tmp_path_factory.mktemp("run")
+    queries = [{"id": f"q{i}", "text": f"{i} " * i} for i in range(9)]
+    documents = [{"docid": i, "text": "a " * i, "vector": [0.5] * i} for i in range(20)]
+    for name, rows in (("q", queries), ("d", documents)):
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+    lines = [f"q{i} Q0 {(i * 7 + j) % 20} {j} {-j} bm25\n" for i in range(9) for j in range(5)]
+    (folder / "bm25.trec.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    run = RunReranker(folder / "bm25.trec.gz", folder / "q.parquet", folder / "d.parquet")
+    with closing(run):
+        yield run
+
+
+def test_a_run_is_written_whole_or_in_shards(
+    tmp_path: Path, length: Reranker, reranked: RunReranker
+) -> None:
+    wanted = "".join(f"{x}\n" for lines in reranked.rerank(length, top_k=3) for x in lines)
+    output, before = rerank_into(tmp_path / "out", reranked, length, top_k=3)
+    assert (output, before) == (tmp_path / "out/bm25.trec", 0)
+    assert output.read_text("utf-8") == wanted
+    assert sorted(contents(tmp_path / "out")) == ["_qrank.json", "bm25.trec"]
+    for n in range(4):
+        rerank_into(tmp_path / "cut", reranked, length, top_k=3, shard=Shard(n, 4))
+    parts = sorted((tmp_path / "cut").glob("bm25.?-of-4.trec"))
+    assert "".join(part.read_text("utf-8") for part in parts) == wanted
+    with pytest.raises(InputError, match="top_k: 3 there, 4 now"):
+        rerank_into(tmp_path / "out", reranked, length, top_k=4)
+
+
+@settings(max_examples=30)
+@given(place=st.integers(0, 2000), other=st.booleans())
+def test_a_killed_run_goes_on_anywhere(
+    tmp_path_factory: pytest.TempPathFactory,
+    length: Reranker,
+    reranked: RunReranker,
+    place: int,
+    other: bool,
+) -> None:
+    folder = tmp_path_factory.mktemp("killed")
+
+    def stop(name: str, done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rerank_into(folder, reranked, length, progress=stop)
+    kept = folder / "_bm25.trec.kept"
+    content = kept.read_bytes()[:place]
+    kept.write_bytes(content.replace(b"q5 ", b"q6 ") if other else content)
+    output, before = rerank_into(folder, reranked, length)
+    wanted = "".join(f"{x}\n" for lines in reranked.rerank(length) for x in lines)
+    assert output.read_text("utf-8") == wanted
+    assert before == max(len({line.split()[0] for line in content.splitlines()}) - 1, 0) or other
+
+
+def test_a_run_into_a_folder_by_the_command_line(
+    write: Write, bundle: Path, tmp_path: Path
+) -> None:
+    files = write(RUN, QUERIES, DOCUMENTS)
+    out = str(tmp_path / "out")
+    code, told, err = invoke(files, bundle, "-o", out, "-k", "1", "--shard", "1/2")
+    assert (code, told, err) == (0, "", f"qrank: {out}/run.1-of-2.trec\n")
+    assert (tmp_path / "out/run.1-of-2.trec").read_text("utf-8") == "q1 Q0 d3 1 7 qrank\n"
+    code, _, err = invoke(files, bundle, "-o", out, "--budget-ms", "9")
+    assert code == 2
+    assert "-o takes no --budget-ms" in err
+
+
+def test_other_commands_do_not_read_parquet_as_lines(tmp_path: Path, bundle: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "d.parquet")
+    command = ["score", "-m", str(bundle), "-q", "a", str(tmp_path / "d.parquet")]
+    assert "is a Parquet file; expected a text" in CliRunner().invoke(main, command).stderr
 
 
 def peak(files: Files, reranker: Reranker) -> int:

@@ -8,7 +8,8 @@ import signal
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -269,6 +270,17 @@ def opening_options(command: Command) -> Command:
         help="The model's own scores, or probabilities fitted by qrank calibrate.",
     )
     return scores(backend(run_options(criteria_options(max_loss(memory_option(command))))))
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Ctrl-C says that the command continues."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "what was scored is kept, and the same command goes on from there"
+        ) from None
 
 
 def megabytes(size: int) -> str:

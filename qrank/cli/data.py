@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from qrank.cli.common import InputFile, notice, run_options
+from qrank.cli.common import InputFile, notice, resumable, run_options
 from qrank.cli.spinner import spinner
 from qrank.quality.bm25 import Run
 from qrank.quality.collection import Collection, Files
@@ -25,8 +25,8 @@ _OPTIONS = (
         help="Folder with corpus.jsonl, queries.jsonl, qrels/test.tsv (BEIR), or documents.jsonl, "
         "queries.jsonl, qrels.trec.",
     ),
-    click.option("--queries", type=InputFile(), help="JSONL with id and text."),
-    click.option("--documents", type=InputFile(), help="JSONL with id and text."),
+    click.option("--queries", type=InputFile(), help="JSONL or Parquet with id and text."),
+    click.option("--documents", type=InputFile(), help="JSONL or Parquet with id and text."),
     click.option(
         "--qrels", type=InputFile(), help="Judgements: TREC's four columns, or BEIR's TSV."
     ),
@@ -72,11 +72,8 @@ def collection(options: dict[str, Any]) -> Iterator[Collection]:
     files = Files.find(options["data"], **{name: options[name] for name in _FILES})
     opened = Collection(files)
     try:
-        yield opened
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            "what was scored is kept, and the same command goes on from there"
-        ) from None
+        with resumable():
+            yield opened
     finally:
         opened.close()
 

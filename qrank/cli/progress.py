@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,20 +20,25 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from qrank.quality.score_cache import Progress, no_progress
+from qrank.cli.common import notice
+from qrank.system.steps import Progress, no_progress
+
+EVERY = 60.0
+"""Seconds between two lines about progress, where no bar can be drawn."""
 
 
 @contextmanager
-def progress_bars(*, beside_results: bool = False) -> Iterator[Progress]:
+def progress_bars(*, beside_results: bool = False, lines: bool = False) -> Iterator[Progress]:
     """Show one progress bar per name, with its rate and the time left, if stderr is a terminal.
 
     Args:
         beside_results: results are printed at the same time; if they go to the terminal, no bar
             is shown, because they would break it.
+        lines: if stderr is no terminal, print a line a minute: for logs of long jobs.
     """
     console = Console(stderr=True)
     if not console.is_terminal or (beside_results and sys.stdout.isatty()):
-        yield no_progress
+        yield _Lines() if lines else no_progress
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
     tasks: dict[str, Any] = {}
@@ -43,7 +49,7 @@ def progress_bars(*, beside_results: bool = False) -> Iterator[Progress]:
         def show(name: str, done: int, total: int) -> None:
             if name not in tasks:
                 tasks[name] = bars.add_task(name, total=total)
-            bars.update(tasks[name], completed=done)
+            bars.update(tasks[name], completed=done, total=total)
 
         yield show
 
@@ -57,3 +63,28 @@ class _Rate(ProgressColumn):
         if speed is None:
             return Text("")
         return Text(f"{speed:.1f}/s" if speed >= 1 else f"{speed * 60:.1f}/min")
+
+
+class _Lines:
+    """A `Progress` that prints a line a minute, with the rate of that minute."""
+
+    def __init__(self) -> None:
+        self._told: tuple[float, int] | None = None
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._told is None:
+            self._told = now, done
+            return
+        since = now - self._told[0]
+        if since < EVERY:
+            return
+        rate = (done - self._told[1]) / since
+        left = f", {_time((total - done) / rate)} left" if rate else ""
+        notice(f"{name}: {done:,} of {total:,}, {rate:,.1f}/s{left}")
+        self._told = now, done
+
+
+def _time(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"

@@ -18,13 +18,18 @@ from qrank.cli.common import (
     debug_option,
     notice,
     opening_options,
+    resumable,
 )
 from qrank.cli.obtain import opened, revision_option
 from qrank.cli.output import WRITERS, Result
+from qrank.cli.pairs import PAIRS, pairs_options, score_pairs
+from qrank.cli.pairs import check as check_pairs
 from qrank.cli.progress import progress_bars
 from qrank.cli.tune import measure as measure_targets
+from qrank.pairs.plan import Shard
 from qrank.quality.records import text_of
 from qrank.quality.rerank_run import RunReranker
+from qrank.quality.run_output import rerank_into
 from qrank.reranker import Reranker
 from qrank.scoring.inputs import LongDocuments
 from qrank.system.safejson import parse_object
@@ -71,8 +76,11 @@ from qrank.system.textfiles import STANDARD_INPUT, TextFile
     "the others follow in their order.",
 )
 @click.option("--run", type=InputFile(), help="Rerank this TREC run, grouped by query.")
-@click.option("--queries", type=InputFile(), help="With --run: JSONL with id and text.")
-@click.option("--documents", type=InputFile(), help="With --run: JSONL with id and text.")
+@click.option("--queries", type=InputFile(), help="With --run: JSONL or Parquet with id and text.")
+@click.option(
+    "--documents", type=InputFile(), help="With --run: JSONL or Parquet with id and text."
+)
+@pairs_options
 @debug_option
 def score(
     query: str | None,
@@ -99,6 +107,9 @@ def score(
     --queries and --documents rerank a whole TREC run. All files may be pipes, and may be
     compressed with gzip, bzip2, xz or zstd.
 
+    --pairs scores the rows of tables: each file with a column of queries and one of documents
+    becomes a file in the folder -o, with a column of scores.
+
     A checkpoint on the hub is converted on first use, to the variant expected to be fastest here,
     and kept in your data folder (qrank models). That takes: pip install "qrank[convert]".
 
@@ -107,7 +118,21 @@ def score(
       qrank score -m BAAI/bge-reranker-base -q "which planet is red?" notes.txt
       grep -i plant notes.txt | qrank score -q "how do plants make food?" -k 5
       qrank score --run bm25.trec --queries q.jsonl --documents d.jsonl > new.trec
+      qrank score --pairs 'in/*.parquet' --document-column text -o out
     """
+    tables = {name: opening.pop(name) for name in PAIRS}
+    others: dict[str, object] = {
+        "-q": query,
+        "--jsonl": jsonl,
+        "--format": format,
+        "--top-k": top_k,
+        "--min-score": min_score,
+        "--budget-ms": budget_ms,
+        "--run": run,
+        "--queries": queries,
+        "--documents": documents,
+    }
+    check_pairs(tables, others, run=run is not None)
     if model is None:
         notice(f"no --model given: using the bundled {DEFAULT}")
 
@@ -129,6 +154,10 @@ def score(
 
     if raw and opening["calibrated"]:
         raise click.UsageError("--raw prints logits: give --scores calibrated or --raw")
+    if tables["pairs"]:
+        how = {"raw": raw, "instruction": instruction, "long_documents": long_documents}
+        score_pairs(load, files, tables, **how)
+        return
     if run is not None:
         if queries is None or documents is None:
             raise click.UsageError("--run goes with --queries and --documents")
@@ -138,8 +167,14 @@ def score(
             raise click.UsageError("--run writes logits: it takes no --scores")
         if format not in (None, "trec"):
             raise click.UsageError("--run writes a TREC run: --format trec")
+        output, shard = tables["output"], tables["shard"]
+        if output is not None and budget_ms is not None:
+            raise click.UsageError("-o takes no --budget-ms: its outputs do not depend on time")
         reader = RunReranker(run, queries, documents)
-        _score_run(load, reader, top_k, instruction, long_documents, budget_ms)
+        if output is None:
+            _score_run(load, reader, top_k, instruction, long_documents, budget_ms)
+        else:
+            _write_run(load, reader, output, shard, top_k, instruction, long_documents)
         return
     if query is None:
         raise click.UsageError("give a query with -q, or a run with --run")
@@ -197,6 +232,31 @@ def _score_run(
                     click.echo("\n".join(lines))
                 progress("reranking", done, run.count)
         _tell_what_was_left(run.documents, run.scored, run.shown, run.truncated, long_documents)
+
+
+def _write_run(
+    load: Callable[[], Reranker],
+    run: RunReranker,
+    folder: Path,
+    shard: Shard | None,
+    top_k: int | None,
+    instruction: str | None,
+    long_documents: LongDocuments,
+) -> None:
+    with closing(run), resumable(), load() as reranker, progress_bars(lines=True) as progress:
+        output, before = rerank_into(
+            folder,
+            run,
+            reranker,
+            shard=shard,
+            top_k=top_k,
+            instruction=instruction,
+            long_documents=long_documents,
+            progress=progress,
+        )
+    kept = f", {before:,} queries of it reranked before" if before else ""
+    notice(f"{output}{kept}")
+    _tell_what_was_left(run.documents, run.scored, run.shown, run.truncated, long_documents)
 
 
 def _tell_what_was_left(

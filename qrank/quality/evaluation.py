@@ -16,11 +16,12 @@ from qrank.errors import InputError, MissingExtraError, TargetError
 from qrank.quality.bm25 import Run
 from qrank.quality.collection import Collection
 from qrank.quality.metrics import MAIN, Difference, Order, kendall, measure, overlap
-from qrank.quality.score_cache import Progress, Scored, Setting, no_progress, score
+from qrank.quality.score_cache import Scored, Setting, score
 from qrank.select.losses import Loss, remember
 from qrank.select.obtain import Wanted, obtain
 from qrank.select.targets import Target, named
 from qrank.system.extras import need
+from qrank.system.steps import Progress, no_progress
 
 WITHIN = 50
 """Top documents of the first stage that the reranked top 10 should come from."""

@@ -93,6 +93,11 @@ def id_of(record: dict[str, Any], kind: str) -> str | None:
     return identity
 
 
+def _fields(kind: str) -> frozenset[str]:
+    """Fields of a kind of records that are read at all."""
+    return frozenset((*IDS[kind], *TEXTS[kind], "title"))
+
+
 def _no_text(record: dict[str, Any], kind: str) -> str:
     there = [name for name in TEXTS[kind] if name in record]
     if not there:
@@ -161,10 +166,10 @@ class Places:
 
 
 class Texts:
-    """Texts of a JSONL file by id. Only their places in the file are kept: see `Places`.
+    """Texts of a JSONL or Parquet file by id. Only their places in the file are kept: see `Places`.
 
-    A line is an object with an id and a text, under one of the names in `IDS` and `TEXTS`, and an
-    optional title: see `text_of`.
+    A line or row has an id and a text, under one of the names in `IDS` and `TEXTS`, and an optional
+    title: see `text_of`.
 
     Args:
         path: the file; see `TextFile`.
@@ -177,7 +182,7 @@ class Texts:
     def __init__(self, path: Path, kind: str) -> None:
         self._kind = kind
         with ExitStack() as opened:
-            self._file = opened.enter_context(TextFile(path))
+            self._file = opened.enter_context(TextFile(path, _fields(kind)))
             self.name = self._file.name
             """Name of the file in errors."""
             self._places = opened.enter_context(closing(Places()))

@@ -14,9 +14,10 @@ from qrank.bundle.sequences import Logits
 from qrank.errors import InputError
 from qrank.quality.bm25 import Run
 from qrank.quality.collection import Collection
-from qrank.quality.score_cache import Progress, Setting, no_progress, score
+from qrank.quality.score_cache import Setting, score
 from qrank.scoring.activation import Scores, activate
 from qrank.scoring.calibration import METHODS, Labels, check_folder, save
+from qrank.system.steps import Progress, no_progress
 
 log = logging.getLogger("qrank")
 

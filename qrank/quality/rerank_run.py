@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
 from qrank.errors import InputError
-from qrank.quality.records import Places, Texts, run_lines
+from qrank.quality.records import Places, RunLine, Texts, run_lines
 from qrank.reranker import Reranker
 from qrank.scoring.inputs import LongDocuments
 from qrank.system.textfiles import TextFile
@@ -37,6 +37,7 @@ class RunReranker:
         documents: JSONL with id and text: see `Texts`.
 
     Attributes:
+        files: the arguments.
         count: number of queries in the run.
         documents: number of documents of all queries reranked so far.
         scored: how many of these were scored within the budget.
@@ -50,6 +51,7 @@ class RunReranker:
     """
 
     def __init__(self, run: Path, queries: Path, documents: Path) -> None:
+        self.files = (run, queries, documents)
         with ExitStack() as opened:
             self._run = opened.enter_context(TextFile(run))
             self._queries = opened.enter_context(closing(Texts(queries, "query")))
@@ -63,6 +65,8 @@ class RunReranker:
         self,
         reranker: Reranker,
         *,
+        first: int = 0,
+        stop: int | None = None,
         top_k: int | None = None,
         instruction: str | None = None,
         long_documents: LongDocuments = "truncate",
@@ -71,8 +75,17 @@ class RunReranker:
         """Yield the reranked run query by query, as lines without line ends; see `Reranker.rank`.
 
         Scores are logits, because evaluators sort by score and an activation may create ties.
+
+        Args:
+            reranker: ranks each query's documents.
+            first: the first query, from 0.
+            stop: the query after the last one; None: the end.
+            top_k: as the following, see `Reranker.rank`.
+            instruction: see there.
+            long_documents: see there.
+            budget_ms: see there.
         """
-        for query, lines in groupby(run_lines(self._run), key=lambda line: line.query):
+        for query, lines in self._groups(first, stop):
             identities = [line.document for line in lines]
             try:
                 asked = self._queries[query]
@@ -97,9 +110,17 @@ class RunReranker:
                 for rank, (item, number) in enumerate(zip(ranking, numbers, strict=True), 1)
             ]
 
+    def queries(self, first: int = 0, stop: int | None = None) -> Iterator[str]:
+        """The ids of the queries [first, stop), in order."""
+        return (query for query, _ in self._groups(first, stop))
+
     def close(self) -> None:
         """Close the files."""
         self._opened.close()
+
+    def _groups(self, first: int, stop: int | None) -> Iterator[tuple[str, Iterator[RunLine]]]:
+        groups = groupby(run_lines(self._run), key=lambda line: line.query)
+        return islice(groups, first, stop)
 
     def _check(self, seen: Places) -> int:
         current = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,15 +21,9 @@ from qrank.select.targets import Target
 from qrank.system import cache
 from qrank.system.disk import cannot_write
 from qrank.system.safejson import parse_json
+from qrank.system.steps import Progress, no_progress
 
 log = logging.getLogger("qrank")
-
-Progress = Callable[[str, int, int], None]
-"""Called with a target's name, the number of its queries that are done, and of all queries."""
-
-
-def no_progress(target: str, done: int, total: int) -> None:
-    """A `Progress` that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +89,7 @@ def score(
         candidates: what to score.
         custom: whether the backend is the user's own. Changes to its code cannot be detected, so
             nothing is cached.
-        progress: called before the first query and after each query.
+        progress: called with the target's name before the first query and after each query.
     """
     file = None if custom else _file(reranker, setting)
     known = {} if file is None else _read(file)

@@ -22,6 +22,7 @@ EXTRA_OF = {
     "onnxscript": "convert",
     "openvino": "convert",
     "optimum": "optimum",
+    "pyarrow": "parquet",
     "prometheus_client": "serve",
     "safetensors": "convert",
     "scipy": "eval",

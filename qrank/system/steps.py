@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is done, how much of it, and of how much."""
+
+
+def no_progress(name: str, done: int, total: int) -> None:
+    """A `Progress` that does nothing."""
+
 
 class Step(str):
     """A step's description, which knows its place among equals.

@@ -1,4 +1,7 @@
-"""Read text files that may be compressed, piped, with a byte order mark, or not quite UTF-8."""
+"""Read text files that may be compressed, piped, with a byte order mark, or not quite UTF-8.
+
+`compressed` writes what `TextFile` reads.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,13 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from qrank.errors import InputError
 from qrank.system.disk import cannot_write
+from qrank.system.parquet import JsonLines
 
 STANDARD_INPUT = Path("-")
 """The path that means standard input."""
@@ -67,13 +71,16 @@ class TextFile:
 
     Args:
         path: the file, or `STANDARD_INPUT`.
+        fields: if there are any, it may be a Parquet file, which is read as JSON objects, a row a
+            line, of these columns.
 
     Raises:
         InputError: it is not text, is damaged, or has a compression that this Python cannot read.
         OSError: it cannot be read, or the copy cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fields: Collection[str] = ()) -> None:
+        self._fields = fields
         self.name = "standard input" if path == STANDARD_INPUT else str(path)
         """Name of the file in errors."""
         self._told = False
@@ -148,6 +155,9 @@ class TextFile:
                 break
             file.seek(begin)
             file, begin = self._unpacked(file, kind, opened), 0
+        if self._fields and head.startswith(b"PAR1"):
+            file.seek(begin)
+            return self._copied(JsonLines(file, self.name, self._fields), opened), 0
         encoding = next((name for name, boms in _BOMS.items() if head.startswith(boms)), "utf-8")
         if encoding == "utf-8":
             self._see_that_it_is_text(head)
@@ -255,16 +265,43 @@ def _reader(kind: str, name: str) -> tuple[Callable[[IO[bytes]], Any], tuple[typ
         import lzma
 
         return lzma.LZMAFile, (lzma.LZMAError,)
+    zstd = _zstd(name)
+    return zstd.ZstdFile, (zstd.ZstdError,)
+
+
+def _zstd(name: str) -> Any:
     for package in ("compression.zstd", "backports.zstd"):
         try:
-            zstd: Any = importlib.import_module(package)
+            return importlib.import_module(package)
         except ImportError:
             continue
-        return zstd.ZstdFile, (zstd.ZstdError,)
     raise InputError(
         f"{name} is compressed by zstd, which Python reads from 3.14 on, and before with a "
         "package: pip install backports.zstd; or decompress it: zstd -d"
     )
+
+
+def compressed(file: IO[bytes], name: str) -> IO[bytes]:
+    """A file that compresses into another as a name's suffix says; without one of `SUFFIXES`, that.
+
+    Equal content is compressed to equal bytes. Closing it leaves the other open.
+    """
+    if name.endswith(".gz"):
+        import gzip
+
+        # Without a file name and a time.
+        return cast(IO[bytes], gzip.GzipFile("", "wb", 6, file, mtime=0))
+    if name.endswith(".bz2"):
+        import bz2
+
+        return cast(IO[bytes], bz2.BZ2File(file, "wb"))
+    if name.endswith(".xz"):
+        import lzma
+
+        return cast(IO[bytes], lzma.LZMAFile(file, "wb"))
+    if name.endswith(".zst"):
+        return cast(IO[bytes], _zstd(name).ZstdFile(file, "wb"))
+    return file
 
 
 def read_lines(path: Path) -> list[str]:

@@ -1,0 +1,1 @@
+"""Files of pairs, of any size: scored chunk by chunk, resumed, shared among machines."""
