@@ -1,4 +1,4 @@
-"""`qrank doctor --report`: every target's result, and nothing about the person who made it."""
+"""`qrank doctor --report FILE`: every target's result, and nothing about the person who made it."""
 
 import json
 import platform

@@ -1,4 +1,4 @@
-"""Check every target of a bundle on this machine, for `qrank doctor --report`.
+"""Check every target of a bundle on this machine, for `qrank doctor --report FILE`.
 
 The report is made to be sent to somebody else, by whoever has hardware that we lack. It holds no
 name of a user or a host, no folder, no environment variable and no text.
