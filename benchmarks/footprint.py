@@ -108,12 +108,12 @@ def _environments(folder: Path, *, openvino: bool) -> dict[str, tuple[list[str],
         wanted["openvino"] = [f"{wheel}[openvino]"]
     found = {}
     for name, packages in wanted.items():
-        python = folder / name / "bin/python"
+        python = folder / f"with-{name}/bin/python"
         if not python.exists():
-            _run(sys.executable, "-m", "venv", "--without-pip", folder / name)
+            _run(sys.executable, "-m", "venv", "--without-pip", folder / f"with-{name}")
             pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
             _run(*pip, "install", "--quiet", *packages)
-        (site,) = (folder / name).glob("lib/*/site-packages")
+        (site,) = (folder / f"with-{name}").glob("lib/*/site-packages")
         found[name] = ([str(python), str(script)], _bytes(site))
     freezer = folder / "freezer"
     if not freezer.exists():

@@ -64,7 +64,7 @@ def test_an_application_of_one_file_ranks_alike_and_starts_once(
     run(*pip, "pyinstaller>=6.10")
     (tmp_path / "app.py").write_text(COUNTED, "utf-8")
     places = ["--distpath", tmp_path, "--workpath", tmp_path / "work", "--specpath", tmp_path]
-    freeze = [offline, "-m", "PyInstaller", "--onefile", "--log-level", "ERROR"]
+    freeze = [offline.with_name("pyinstaller"), "--onefile", "--log-level", "ERROR"]
     run(*freeze, *places, tmp_path / "app.py")
     app = tmp_path / "app"
     assert app.stat().st_size < 120e6

@@ -34,7 +34,8 @@ hiddenimports = [
 ]
 datas = collect_data_files("qrank")
 # Versions of runtimes are in the keys of proofs; entry points name other packages' backends.
-_PACKAGES = {name for module in _RUNTIMES for name in metadata.packages_distributions()[module]}
+_FOUND = metadata.packages_distributions()
+_PACKAGES = {name for module in _RUNTIMES for name in _FOUND.get(module, ())}
 _PACKAGES |= {point.dist.name for point in _OTHERS if point.dist}
 for package in sorted(_PACKAGES):
     datas += copy_metadata(package)
