@@ -111,7 +111,14 @@ def _environments(folder: Path, *, openvino: bool) -> dict[str, tuple[list[str],
         python = folder / f"with-{name}/bin/python"
         if not python.exists():
             _run(sys.executable, "-m", "venv", "--without-pip", folder / f"with-{name}")
-            pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+            pip: list[str | Path] = [
+                sys.executable,
+                "-m",
+                "pip",
+                "--python",
+                python,
+                "--disable-pip-version-check",
+            ]
             _run(*pip, "install", "--quiet", *packages)
         (site,) = (folder / f"with-{name}").glob("lib/*/site-packages")
         found[name] = ([str(python), str(script)], _bytes(site))
@@ -123,7 +130,14 @@ def _environments(folder: Path, *, openvino: bool) -> dict[str, tuple[list[str],
     for form in ("onedir", "onefile"):
         out = folder / f"frozen-{form}"
         if not out.exists():
-            places = ["--distpath", out, "--workpath", folder / "work", "--specpath", folder]
+            places: list[str | Path] = [
+                "--distpath",
+                out,
+                "--workpath",
+                folder / "work",
+                "--specpath",
+                folder,
+            ]
             freeze = [freezer / "bin/pyinstaller", "--noconfirm", "--log-level", "ERROR"]
             _run(*freeze, f"--{form}", *places, script)
         app = out / "rank" if form == "onefile" else out / "rank/rank"

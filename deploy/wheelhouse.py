@@ -75,11 +75,17 @@ def collect(folder: Path, platform: str, python: str, extras: str, wheel: Path |
     wanted, needed = folder.parent / "wanted", folder.parent / "needed"
     wanted.write_text(f"qrank[{extras}] @ {wheel.resolve().as_uri()}\n", "utf-8")
     _run("uv", "pip", "compile", *uv, "--no-emit-package", "qrank", "-o", needed, wanted)
-    pip = ["--quiet", "--only-binary", ":all:", "--no-deps", "--dest", folder]
+    pip: list[str | Path] = ["--quiet", "--only-binary", ":all:", "--no-deps", "--dest", folder]
     if for_pip:
         pip += ["--python-version", python, *for_pip]
     _run("pip", "download", *pip, "--requirement", needed)
-    alone = ["--no-index", "--find-links", folder, "--target", folder.parent / "nowhere"]
+    alone: list[str | Path] = [
+        "--no-index",
+        "--find-links",
+        folder,
+        "--target",
+        folder.parent / "nowhere",
+    ]
     _run("uv", "pip", "install", "--dry-run", *uv, *alone, f"qrank[{extras}]")
 
 

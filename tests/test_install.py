@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent.parent
 
 pytestmark = pytest.mark.install
 
+Words = list[str | Path]
+
 APP = (ROOT / "examples/frozen/app.py").read_text("utf-8")
 
 COUNTED = f"""
@@ -42,7 +44,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(sys.executable, ROOT / "deploy/wheelhouse.py", "--out", folder / "wheels")
     run(sys.executable, "-m", "venv", "--without-pip", folder / "venv")
     python = folder / "venv/bin/python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    pip: Words = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
     # A configured index or folder would be asked otherwise.
     alone = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_EXTRA_INDEX_URL": ""}
     run(*pip, "--no-index", "--find-links", folder / "wheels", "qrank[onnx]", **alone)
@@ -60,17 +62,25 @@ def test_a_wheelhouse_is_enough_to_install_and_rank(offline: Path, tmp_path: Pat
 def test_an_application_of_one_file_ranks_alike_and_starts_once(
     offline: Path, tmp_path: Path
 ) -> None:
-    pip = [sys.executable, "-m", "pip", "--python", offline, "install", "--quiet"]
+    pip: Words = [sys.executable, "-m", "pip", "--python", offline, "install", "--quiet"]
     run(*pip, "pyinstaller>=6.10")
     (tmp_path / "app.py").write_text(COUNTED, "utf-8")
-    places = ["--distpath", tmp_path, "--workpath", tmp_path / "work", "--specpath", tmp_path]
-    freeze = [offline.with_name("pyinstaller"), "--onefile", "--log-level", "ERROR"]
+    places: Words = [
+        "--distpath",
+        tmp_path,
+        "--workpath",
+        tmp_path / "work",
+        "--specpath",
+        tmp_path,
+    ]
+    freeze: Words = [offline.with_name("pyinstaller"), "--onefile", "--log-level", "ERROR"]
     run(*freeze, *places, tmp_path / "app.py")
     app = tmp_path / "app"
     assert app.stat().st_size < 120e6
     variables = {"STARTS": tmp_path / "starts", "QRANK_CACHE": tmp_path / "cache"}
-    score = ["score", "-q", "how do plants make food?", ROOT / "docs/sample/passages.txt"]
-    for arguments in ([], [], score, ["doctor"]):
+    score: Words = ["score", "-q", "how do plants make food?", ROOT / "docs/sample/passages.txt"]
+    uses: list[Words] = [[], [], score, ["doctor"]]
+    for arguments in uses:
         printed = run(app, *arguments, **variables)
         assert printed == run(offline, tmp_path / "app.py", *arguments, **variables)
     # No child of it started it again: those that qrank tries things in would be it.

@@ -59,8 +59,9 @@ def test_a_report_has_every_target_and_no_names(
     assert (onnx.result, onnx.reason, onnx.speeds) == ("conforms", None, speeds)
     assert onnx.max_abs == pytest.approx(manifest.variants["onnx-int8"].fidelity.max_abs, abs=0.01)
     assert onnx.kendall == pytest.approx(manifest.variants["onnx-int8"].fidelity.kendall, abs=0.01)
-    assert onnx.allowed is not None
     assert onnx.load is not None
+    assert onnx.max_abs is not None
+    assert onnx.allowed is not None
     assert onnx.max_abs < onnx.allowed
     openvino = found["openvino-int8@cpu", "fp32"]
     assert (openvino.result, openvino.speeds) == ("conforms", {})
