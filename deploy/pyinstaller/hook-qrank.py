@@ -39,7 +39,7 @@ _PACKAGES = {name for module in _RUNTIMES for name in _FOUND.get(module, ())}
 _PACKAGES |= {point.dist.name for point in _OTHERS if point.dist}
 for package in sorted(_PACKAGES):
     datas += copy_metadata(package)
-binaries = []
-for module in _RUNTIMES:
-    # OpenVINO loads libopenvino_ir_frontend.so.2640 and others by name.
-    binaries += collect_dynamic_libs(module, search_patterns=["*.dll", "*.dylib", "lib*.so*"])
+binaries = [library for module in _RUNTIMES for library in collect_dynamic_libs(module)]
+if "openvino" in _RUNTIMES:
+    # Loaded by name, which ends with a version on Linux: no dependency, and no lib*.so.
+    binaries += collect_dynamic_libs("openvino", search_patterns=["libopenvino_ir_frontend.so.*"])
