@@ -137,6 +137,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
 
 def _wrapped(head: str, text: str) -> list[str]:
     """Lines of 80 columns or fewer, indented below the first one's text."""
-    return textwrap.wrap(text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head)) or [
-        head.rstrip()
-    ]
+    indent = " " * len(head)
+    lines = textwrap.wrap(
+        text, _WIDTH, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False
+    )
+    return lines or [head.rstrip()]

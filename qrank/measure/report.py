@@ -128,7 +128,8 @@ def report(
         },
         "targets": [asdict(target) for target in targets],
     }
-    return _impersonal(content, _names(), _folders(bundle))
+    impersonal: dict[str, Any] = _impersonal(content, _names(), _folders(bundle))
+    return impersonal
 
 
 def _checked(
