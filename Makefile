@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-browser test-js optimum lint docs bench bench-peers build clean
+.PHONY: help setup demo test test-browser test-js frozen wheelhouse optimum lint docs bench bench-peers build clean
 
 help: ## Show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -16,7 +16,7 @@ demo: $(VENV)/.demo ## Make .venv with the light runtime and rerank a sample fil
 test: $(VENV)/.test ## Run the tests
 	@# xdist's loadfile waits for ever after a worker that died and was replaced.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
-	  -m "not browser"
+	  -m "not browser and not install"
 
 test-browser: $(VENV)/.test-browser ## Run the tests of the page of qrank serve, in Chromium
 	$(BIN)/python tests/browser.py
@@ -25,6 +25,13 @@ test-browser: $(VENV)/.test-browser ## Run the tests of the page of qrank serve,
 test-js: $(VENV)/.test clients/js/node_modules/.installed ## Run the tests of clients/js, in Node and Chromium, and compare with Python
 	cd clients/js && npm run types && npm test
 	$(BIN)/python -m pytest -n 2 tests/test_js.py
+
+frozen: $(VENV)/.test-install ## Install qrank without a network, freeze an application of one file, and test both
+	$(BIN)/python -m pytest -m install tests/test_install.py
+
+wheelhouse: $(VENV)-wheelhouse/.wheelhouse ## Collect all wheels for PLATFORM=manylinux_2_28_aarch64 (VERSION=3.12, EXTRAS=onnx) in dist/
+	$(VENV)-wheelhouse/bin/python deploy/wheelhouse.py --platform $(or $(PLATFORM),native) \
+	  $(if $(VERSION),--python $(VERSION)) --extras $(or $(EXTRAS),onnx)
 
 optimum: $(VENV)-optimum/.optimum ## Run the tests of --exporter optimum, in an environment of its own
 	$(VENV)-optimum/bin/python -m pytest tests/test_optimum.py
@@ -58,7 +65,7 @@ build: $(VENV)/.test ## Build wheel and sdist into dist/
 	$(BIN)/python -m build
 
 clean: ## Remove what was made, .venv included
-	rm -rf $(VENV) $(VENV)-optimum $(VENV)-peers-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-optimum $(VENV)-peers-* $(VENV)-wheelhouse build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -82,6 +89,15 @@ $(VENV)/.docs: $(VENV)/.test
 
 $(VENV)/.test-browser: $(VENV)/.test
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[browser-test]"
+	touch $@
+
+$(VENV)/.test-install: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[install-test]"
+	touch $@
+
+$(VENV)-wheelhouse/.wheelhouse:
+	$(PYTHON) -m venv $(VENV)-wheelhouse
+	$(VENV)-wheelhouse/bin/pip install --quiet --disable-pip-version-check "uv>=0.9"
 	touch $@
 
 # optimum-intel takes older packages than .venv has.

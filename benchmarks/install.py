@@ -26,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        wheel = options.wheel or _build(folder / "dist")
+        wheel = options.wheel or build_wheel(folder / "dist")
         environment = folder / "venv"
         _run("-m", "venv", "--without-pip", str(environment))
         pip = ("-m", "pip", "--python", str(environment), "--disable-pip-version-check")
@@ -53,7 +53,8 @@ def main() -> None:
     report("Installed size of qrank[cpu]", COLUMNS, named, as_json=options.json)
 
 
-def _build(folder: Path) -> Path:
+def build_wheel(folder: Path) -> Path:
+    """Build the wheel of this checkout into a folder."""
     root = Path(__file__).parent.parent
     _run("-m", "build", "--wheel", "--outdir", str(folder), str(root))
     (wheel,) = folder.glob("*.whl")

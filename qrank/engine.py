@@ -14,6 +14,7 @@ import numpy as np
 
 from qrank import backends
 from qrank.backends.forks import waited_for
+from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import Manifest
 from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Logits
@@ -188,6 +189,12 @@ class Engine:
                 "no ranking can be made of that. Name another variant or device"
             )
         return logits
+
+    def fidelity(self) -> Fidelity:
+        """How close its logits are to the original's, on all of the bundle's probes."""
+        probes = self.manifest.probes
+        with self._in_use() as backend:
+            return Fidelity.of(backend.logits(probes.work), probes.logits)
 
     def scores(self, logits: Logits) -> activation.Scores:
         """Apply the calibration, or else the family's activation, to logits; shape [n]."""

@@ -7,7 +7,9 @@ like `fakes`: fast enough that a choice by speed only would select them.
 from __future__ import annotations
 
 import ctypes
+import getpass
 import os
+import platform
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ import numpy as np
 from qrank.backends import Backend, BackendSpec, Options
 from qrank.bundle.manifest import Variant
 from qrank.bundle.sequences import Floats, Logits, Sequences
+from qrank.errors import TargetError
 
 RIGHT = BackendSpec(
     open=fakes.length,
@@ -43,6 +46,18 @@ def _wrong(folder: Path, variant: Variant, device: str, options: Options) -> Bac
 
 WRONG = replace(RIGHT, open=_wrong)
 """Returns random logits unrelated to the model."""
+
+
+def _talk(folder: Path, variant: Variant, device: str, options: Options) -> NoReturn:
+    host = platform.node()
+    raise TargetError(
+        f"cannot load {Path.home()}/drivers/gpu.so of {getpass.getuser()}@{host}, nor "
+        f"/opt/{host}/private/vendor.so from {folder}"
+    )
+
+
+TALKS = replace(RIGHT, open=_talk)
+"""Fails with a message that names the user, the host and folders."""
 
 
 def _hang(folder: Path, variant: Variant, device: str, options: Options) -> NoReturn:

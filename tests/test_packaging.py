@@ -74,6 +74,7 @@ def belongs(name: str) -> bool:
         or name == "qrank/py.typed"
         or (folder == "models" and name.endswith(".toml") and name.count("/") == 1)
         or (folder == "converters" and name.endswith(".jsonl"))
+        or (name.startswith("deploy/pyinstaller/") and name.endswith(".py"))
         or name.startswith("qrank/serve/static/")
         or name.startswith("models/mini/bundle/")
     )
@@ -81,7 +82,7 @@ def belongs(name: str) -> bool:
 
 def installed_name(name: str) -> str:
     own = name.startswith(("qrank/", "haystack_integrations/"))
-    return name if own else f"qrank/{name}"
+    return name if own else f"qrank/{name.replace('deploy/pyinstaller/', '__pyinstaller/')}"
 
 
 def test_the_wheel_holds_what_is_installed_and_nothing_else(wheel_names: set[str]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from click.testing import CliRunner
-from serving import process, serving
+from serving import SECONDS, process, serving
 from test_serve import body
 
 from qrank import Reranker
@@ -21,6 +21,7 @@ from qrank.cli import main
 from qrank.cli.names import split_name
 from qrank.errors import InputError, QrankError
 from qrank.serve.listening import listen
+from qrank.serve.notify import notify
 
 
 def has_ipv6() -> bool:
@@ -131,6 +132,32 @@ def test_the_command_listens_at_a_unix_socket(folder: Path) -> None:
         running.send_signal(signal.SIGTERM)
         assert running.wait(30) == 0
     assert not path.exists()
+
+
+@needs_unix
+@pytest.mark.parametrize("abstract", [False, True], ids=["file", "abstract"])
+def test_systemd_is_told_when_it_is_ready_and_when_it_stops(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool
+) -> None:
+    name = f"{folder}/notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"\0{name}" if abstract else name)
+        manager.settimeout(SECONDS)
+        monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}" if abstract else name)
+        with process("--backend", "fakes:length") as (_, running):
+            assert manager.recv(100) == b"READY=1"
+            running.send_signal(signal.SIGTERM)
+            assert manager.recv(100) == b"STOPPING=1"
+            assert running.wait(SECONDS) == 0
+
+
+@needs_unix
+def test_a_service_manager_that_is_gone_is_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", f"{folder}/nobody")
+    with pytest.raises(QrankError, match="systemd cannot be told READY=1"):
+        notify("READY=1")
 
 
 @needs_unix

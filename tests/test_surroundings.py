@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -147,6 +148,18 @@ def test_the_proof_is_remembered(own_cache: Path, copy: Path) -> None:
     assert key is not None
     store("proofs", key, right["record"])
     Reranker(copy, backend="onnx-int8").close()
+
+
+def test_an_application_of_one_file_remembers_what_holds_at_its_next_start(
+    own_cache: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its modules are no files, and its files lie elsewhere at each start."""
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setattr(sys, "_MEIPASS", str(copy.parent), raising=False)
+    origin = SimpleNamespace(origin=str(copy.parent / "onnxruntime/__init__.py"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: origin)
+    Reranker(copy, backend="onnx-int8").close()
+    assert [path.name for path in own_cache.iterdir()] == ["proofs"]
 
 
 @pytest.mark.parametrize(

@@ -1,32 +1,50 @@
-"""The documentation matches what the backends declare."""
+"""The documentation matches what the backends declare, and what was reported."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from tables import TABLES
+from tables import TABLES, unverified, verified_table
 
 from qrank.backends import formats, spec
 from qrank.cli import main
+from qrank.measure.report import SCHEMA, TargetReport
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("path", TABLES)
-def test_a_table_is_as_generated(path: str) -> None:
-    table = "\n".join(["", *TABLES[path](), "", ""])
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_as_generated(name: str) -> None:
+    path, made = TABLES[name]
+    table = "\n".join(["", *made(), "", ""])
     assert table in (ROOT / path).read_text("utf-8"), f"see `python tests/tables.py`:{table}"
 
 
-def test_the_docs_say_of_every_target_how_far_it_is_verified() -> None:
-    text = (ROOT / "docs/hardware.md").read_text("utf-8")
-    rows = text.partition("| target | verified |\n")[2].partition("\n\n")[0]
-    for name, format in formats().items():
-        for precision in format.made:
-            assert f"`{name}-{precision}`" in rows
-        (line,) = [line for line in rows.splitlines() if f"{name} on " in line]
-        for kind in spec(name).kinds:
-            assert kind == "cpu" or f"`{kind}`" in line
+def test_only_reports_verify_a_target(tmp_path: Path) -> None:
+    assert "- `onnx` on `cpu`: any precision" in unverified(tmp_path)
+    assert len(verified_table(tmp_path)) == 2
+    targets = [
+        TargetReport("onnx-int8@cpu", "fails", "computes wrongly", runtime="onnxruntime 1.32.0"),
+        TargetReport("onnx-int8@cuda", "absent", "no such device"),
+        TargetReport("openvino-fp16@gpu", "conforms", None, "fp16", "openvino 1", 0.001, 0.03, 1.0),
+    ]
+    report = {
+        "schema": SCHEMA,
+        "date": "2026-12-01",
+        "machine": {"system": "Linux 6.1 aarch64", "cpu": "some CPU", "instruction_sets": []},
+        "model": {"name": "mini"},
+        "targets": [asdict(target) for target in targets],
+    }
+    (tmp_path / "one.json").write_text(json.dumps(report), "utf-8")
+    first, second = verified_table(tmp_path)[2:]
+    assert "fails: computes wrongly" in first
+    assert "`openvino-fp16@gpu` | fp16 | 0.001 | 0.03 | 1.000 | some CPU, Linux aarch64" in second
+    left = unverified(tmp_path)
+    assert "- `onnx` on `cuda`: any precision" in left
+    assert "- `openvino` on `gpu`: `int8`, `int8-w8a8`, `int4`" in left
+    assert not any(line.startswith("- `onnx` on `cpu`") and "`int8`" in line for line in left)
 
 
 @pytest.mark.parametrize("command", ["score", "serve", "eval"])

@@ -23,6 +23,7 @@ from typing import Any
 from qrank.backends import BACKENDS, entry_points, spec
 from qrank.bundle.manifest import Manifest, Variant
 from qrank.system import machine
+from qrank.system.frozen import frozen
 from qrank.system.version import __version__
 
 
@@ -88,5 +89,7 @@ def runtime(name: str) -> list[str]:
         return sorted(f"{dist.name}-{dist.version}" for dist in found if dist)
     modules = spec(name).modules
     files = [found.origin for found in map(importlib.util.find_spec, modules) if found]
+    if frozen():  # no files: they are in the application, and change with it
+        files = [sys.executable] if files else []
     times = [str(Path(file).stat().st_mtime_ns) for file in files if file]
     return machine.packages(modules) + times

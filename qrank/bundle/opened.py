@@ -11,6 +11,7 @@ from qrank.bundle.hub_names import snapshot
 from qrank.bundle.manifest import CONVERT_AGAIN, TOKENIZER, FileRecord, Manifest, Variant
 from qrank.errors import BundleError
 from qrank.system import cache
+from qrank.system.frozen import unpacked
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,16 @@ class Bundle:
                 )
             state = _Hashed(stat.st_size, stat.st_mtime_ns, stat.st_ino, record.sha256)
             key = {"path": str(path)}
-            if always_hash or cache.load("hashes", key, _Hashed) != state:
+            lasting = not unpacked(path)
+            if always_hash or not lasting or cache.load("hashes", key, _Hashed) != state:
                 found = FileRecord.of(path).sha256
                 if found != record.sha256:
                     raise BundleError(
                         f"{path} is damaged: its sha256 is {found[:12]}…, "
                         f"{record.sha256[:12]}… expected; {_advice(self.folder)}"
                     )
-                cache.store("hashes", key, asdict(state))
+                if lasting:
+                    cache.store("hashes", key, asdict(state))
 
 
 def _advice(folder: Path) -> str:

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from qrank.bundle.fidelity import Fidelity
 from qrank.errors import QrankError
 from qrank.measure.candidates import Candidate
 from qrank.measure.discover import Responder, start
@@ -153,6 +154,11 @@ class Tournament:
         limit = self.patience(opened.candidate, expected)
         seconds: float = opened.child.ask(question, limit)["seconds"]
         return seconds
+
+    def fidelity(self, opened: Opened) -> Fidelity:
+        """How close a candidate is to the original, on all of the bundle's probes."""
+        limit = self.patience(opened.candidate, None)
+        return Fidelity(**opened.child.ask({"do": "fidelity"}, limit))
 
     def peak(self, opened: Opened) -> int | None:
         """Peak memory of a candidate's process in bytes; None if the system does not report it."""

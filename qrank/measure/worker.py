@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,11 @@ class Trial:
         self._reranker.rank(query, documents)
         return {"seconds": time.perf_counter() - start}
 
+    def fidelity(self) -> dict[str, Any]:
+        """The opened target's `Fidelity` to the original, on all probes."""
+        assert self._reranker is not None
+        return asdict(self._reranker.engine.fidelity())
+
     def memory(self) -> dict[str, Any]:
         """Peak memory of this process in bytes."""
         return {"bytes": machine.peak_memory()}
@@ -73,7 +79,7 @@ class Trial:
 def questions() -> dict[str, Callable[..., dict[str, Any]]]:
     """The questions that a new trial answers, by name."""
     trial = Trial()
-    names = ("survey", "check", "open", "rank", "memory")
+    names = ("survey", "check", "open", "rank", "fidelity", "memory")
     return {name: getattr(trial, name) for name in names}
 
 

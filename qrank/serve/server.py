@@ -19,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qrank.errors import QrankError
 from qrank.serve.guard import Guard
+from qrank.serve.notify import notify
 
 HEAD_SECONDS = 10.0
 """Time to receive the head of a request, from its first byte or the start of the connection."""
@@ -113,10 +114,15 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._ready()
+            notify("READY=1")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept no new connections; after a moment, close the idle ones."""
         self._guard.draining = True
+        try:
+            notify("STOPPING=1")
+        except QrankError as error:  # no reason to leave requests unanswered
+            logging.getLogger("qrank.serve").warning("%s", error)
         for server in self.servers:
             server.close()
         if self.server_state.connections:

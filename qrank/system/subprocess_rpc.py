@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from qrank import errors
 from qrank.errors import QrankError, TargetError
+from qrank.system.frozen import frozen
 from qrank.system.signals import held
 
 _GOODBYE = 5.0
@@ -42,7 +43,7 @@ def wanted() -> bool:
 
     False if this process is a child, or a frozen application, which has no Python to start.
     """
-    return not _answering and not getattr(sys, "frozen", False)
+    return not _answering and not frozen()
 
 
 class NoChildError(TargetError):

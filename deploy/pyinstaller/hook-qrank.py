@@ -1,0 +1,45 @@
+"""PyInstaller's hook for qrank, which loads by name much that PyInstaller takes from imports.
+
+It collects qrank's modules, `mini`, the cards and the page of `qrank serve`; the runtimes of the
+backends that are installed, and other packages' backends. torch and what else is only for
+converting and evaluating stays out, unless the application imports it itself.
+"""
+
+# ruff: noqa: N999 (the name is PyInstaller's)
+from importlib import metadata
+
+from PyInstaller.utils.hooks import (
+    collect_data_files,
+    collect_dynamic_libs,
+    collect_submodules,
+    copy_metadata,
+)
+
+from qrank.backends import BACKENDS, entry_points, spec
+from qrank.system.extras import EXTRA_OF, installed
+
+_BUNDLES = [name for name in BACKENDS if name != "torch"]  # torch runs checkpoints
+_RUNTIMES = [m for name in _BUNDLES for m in spec(name).modules if spec(name).missing() is None]
+_CODECS = [name for name in ("brotli", "compression.zstd", "backports.zstd") if installed(name)]
+_OTHERS = list(entry_points(()))
+
+excludedimports = [
+    module for module, extra in EXTRA_OF.items() if extra != "serve" and module not in _RUNTIMES
+]
+hiddenimports = [
+    *collect_submodules("qrank", lambda name: not name.startswith("qrank.integrations")),
+    *_RUNTIMES,
+    *_CODECS,
+    *(point.module for point in _OTHERS),
+]
+datas = collect_data_files("qrank")
+# Versions of runtimes are in the keys of proofs; entry points name other packages' backends.
+_FOUND = metadata.packages_distributions()
+_PACKAGES = {name for module in _RUNTIMES for name in _FOUND.get(module, ())}
+_PACKAGES |= {point.dist.name for point in _OTHERS if point.dist}
+for package in sorted(_PACKAGES):
+    datas += copy_metadata(package)
+binaries = [library for module in _RUNTIMES for library in collect_dynamic_libs(module)]
+if "openvino" in _RUNTIMES:
+    # Loaded by name, which ends with a version on Linux: no dependency, and no lib*.so.
+    binaries += collect_dynamic_libs("openvino", search_patterns=["libopenvino_ir_frontend.so.*"])
