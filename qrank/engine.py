@@ -35,7 +35,7 @@ class Engine:
     """Scores pairs with one target of a bundle. Thread-safe.
 
     After a fork, the child loads the model again on first use, because a runtime's threads do not
-    survive a fork. Backend openvino raises an error there.
+    survive a fork. Backend openvino raises an error there; `Reranker` then takes another target.
 
     Attributes:
         bundle: the target's bundle.
@@ -80,7 +80,7 @@ class Engine:
         bundle.provide(variant)
         self._calibration = calibration.load(self.manifest, variant) if calibrated else None
         _living.add(self)
-        self._ready()
+        self.open()
 
     @property
     def manifest(self) -> Manifest:
@@ -202,6 +202,14 @@ class Engine:
             return self._calibration.apply(logits)
         family = self.manifest.family
         return activation.activate(logits, family.activation, family.temperature)
+
+    def open(self) -> None:
+        """Load the model if it is not: after `close`, and in a forked child.
+
+        Raises:
+            BundleError, TargetError, MissingExtraError: the target does not work here.
+        """
+        self._ready()
 
     def close(self) -> None:
         """Free the model; the next use loads it again.

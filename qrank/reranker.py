@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any, Literal, get_args, overload
 import numpy as np
 
 from qrank import backends
+from qrank.backends.forks import waited_for
 from qrank.backends.torch import as_bundle
 from qrank.bundle.locate import DEFAULT
 from qrank.bundle.opened import Bundle
@@ -45,13 +48,11 @@ class Reranker:
     """Scores (query, document) pairs with a bundle. Thread-safe.
 
     After a fork, the child loads the model again on first use, because a runtime's threads do not
-    survive a fork. Backend openvino raises an error there: create the Reranker after the fork.
+    survive a fork. OpenVINO cannot run there: the child takes the next target, with a warning, or
+    raises an error if the backend was named. Create the Reranker after the fork.
 
     Pickling or copying keeps only its arguments, and unpickling opens the model again. So it can be
     passed to other processes, on this machine or on others that have the model.
-
-    Attributes:
-        engine: the opened target.
     """
 
     def __init__(
@@ -154,12 +155,36 @@ class Reranker:
         tokenizer = PairTokenizer(
             tokenizer_json, manifest.family, max_length=max_length, threads=options.threads
         )
-        opened = partial(Engine, bundle, tokenizer, max_memory=max_bytes, calibrated=calibrated)
-        self.engine = first_that_works(choices(manifest, criteria, options), opened)
+        self._open = partial(Engine, bundle, tokenizer, max_memory=max_bytes, calibrated=calibrated)
+        self._choices = choices(manifest, criteria, options)
+        self._engine = first_that_works(self._choices, self._open)
+        self._process = os.getpid()
+        self._lock = waited_for(threading.RLock())
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For `pickle` and `copy`: open again with the same arguments."""
         return partial(type(self), **self._arguments), ()
+
+    @property
+    def engine(self) -> Engine:
+        """The opened target; in a forked child, the first from it on that works there.
+
+        Raises:
+            QrankError: in a forked child, none works.
+        """
+        if self._process != os.getpid():
+            with self._lock:
+                if self._process != os.getpid():
+                    rest = self._choices[self._choices.index(self._engine.choice) :]
+                    self._engine = first_that_works(rest, self._opened_again)
+                    self._process = os.getpid()
+        return self._engine
+
+    def _opened_again(self, choice: Choice) -> Engine:
+        if choice != self._engine.choice:
+            return self._open(choice)
+        self._engine.open()
+        return self._engine
 
     @property
     def choice(self) -> Choice:
@@ -363,7 +388,7 @@ class Reranker:
         Calls running on other threads finish normally; the last of them frees the model. A reranker
         that is garbage-collected without `close` frees it too.
         """
-        self.engine.close()
+        self._engine.close()
 
     def __enter__(self) -> Reranker:
         return self

@@ -16,6 +16,7 @@ from pathlib import Path
 import fakes
 import numpy as np
 import pytest
+from conftest import subset
 
 from qrank import Reranker
 from qrank.backends import BACKENDS
@@ -215,6 +216,59 @@ def test_a_forked_child_gives_the_same_scores(
     differences = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(differences) == 2
     assert max(differences) < 1e-6
+
+
+FORK_OF_OPENVINO = """
+import os, sys, threading
+from qrank import Reranker
+
+pairs = [("which planet is red?", "mars is red " * n) for n in range(12)]
+reranker = Reranker(sys.argv[1])
+before = reranker.score(pairs)
+others = [threading.Thread(target=reranker.score, args=[pairs * 5]) for _ in range(2)]
+for thread in others:
+    thread.start()
+child = os.fork()
+if child == 0:
+    calls = [threading.Thread(target=reranker.score, args=[pairs]) for _ in range(3)]
+    for thread in calls:
+        thread.start()
+    print(abs(reranker.score(pairs) - before).max(), reranker.target.name, flush=True)
+    for thread in calls:
+        thread.join()
+    reranker.close()
+    print(len(reranker.score(pairs)), reranker.target.name, flush=True)
+    sys.exit(7)
+for thread in others:
+    thread.join()
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert (reranker.score(pairs) == before).all()
+print(reranker.target.name)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_takes_the_next_target_where_openvino_cannot_run(
+    bundle: Path, tmp_path: Path
+) -> None:
+    """A web server's worker, of an application that named no backend."""
+    folder = subset(bundle, tmp_path / "two", ["onnx-int8", "openvino-int8"])
+    done = subprocess.run(
+        [sys.executable, "-c", FORK_OF_OPENVINO, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    (warning,) = done.stderr.splitlines()
+    assert warning.startswith("taking the next target: openvino-int8@cpu: openvino cannot run in a")
+    assert "make the Reranker after the fork" in warning
+    first, again, parent = done.stdout.splitlines()
+    difference, target = first.split()
+    assert float(difference) < 0.1
+    assert target == "onnx-int8@cpu"
+    assert again == "12 onnx-int8@cpu"
+    assert parent == "openvino-int8@cpu"
 
 
 FORK_BESIDE_LOCKS = """

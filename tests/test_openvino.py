@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 from qrank import Reranker
 from qrank.backends import Backend, Options, openvino, tolerance
+from qrank.backends.openvino_cache import compile_or_load
 from qrank.backends.openvino_nodes import computed_weights, has_fused_mlp
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import Manifest, Variant
@@ -378,8 +379,9 @@ def test_int8_activations_are_refused_where_their_products_overflow(
 SCORE = """
 import sys
 from qrank import Reranker
-with Reranker(sys.argv[1], backend="openvino") as reranker:
+with Reranker(sys.argv[1], backend="openvino-int8") as reranker:
     print([float(x) for x in reranker.score([("which planet is red?", "mars")] * 9, raw=True)])
+    print(reranker.engine._backend._model(None).get_property("LOADED_FROM_CACHE"))
 assert sys.modules["openvino_telemetry"] is None
 """
 
@@ -397,15 +399,68 @@ def test_compiled_graphs_are_kept_in_the_cache_folder(bundle: Path, tmp_path: Pa
     first = score(bundle, home, HOME=home, QRANK_CACHE=cache)
     assert (first.returncode, first.stderr) == (0, "")
     assert list(home.iterdir()) == []
-    blobs = list(cache.glob("openvino/*/*.blob"))
-    assert blobs
+    # The process that checked the probes compiled it.
+    logits, loaded = first.stdout.splitlines()
+    assert loaded == "True"
+    (blob,) = cache.glob("openvino/*/*.blob")
+    assert [x.name for x in (cache / "openvino").iterdir()] == [blob.parent.name]
     assert score(bundle, home, HOME=home, QRANK_CACHE=cache).stdout == first.stdout
     # Truncated files, for example after a full disk, are made again.
-    for blob in blobs:
-        blob.chmod(0o644)
-        os.truncate(blob, blob.stat().st_size // 2)
+    blob.chmod(0o644)
+    os.truncate(blob, blob.stat().st_size // 2)
     third = score(bundle, home, HOME=home, QRANK_CACHE=cache)
-    assert (third.returncode, third.stderr, third.stdout) == (0, "", first.stdout)
+    assert (third.returncode, third.stderr) == (0, "")
+    assert third.stdout.splitlines() == [logits, "False"]
+
+
+def test_processes_that_start_at_once_keep_one_compiled_graph(
+    bundle: Path, own_cache: Path
+) -> None:
+    """None writes into a file that another one may have mapped."""
+    core, options = need("openvino").Core(), {"INFERENCE_PRECISION_HINT": "f32"}
+    place = own_cache / "openvino" / "graph"
+
+    class Slower:
+        """A core during whose first work another one finishes."""
+
+        def compile_model(self, model: Any, device: str, settings: dict[str, Any]) -> Any:
+            compile_or_load(core, graph(bundle, "int8"), options, place)
+            return core.compile_model(model, device, settings)
+
+    made = compile_or_load(Slower(), graph(bundle, "int8"), options, place)
+    assert not made.get_property("LOADED_FROM_CACHE")
+    (blob,) = place.iterdir()
+    assert [x.name for x in place.parent.iterdir()] == [place.name]
+    written = blob.stat()
+    assert compile_or_load(core, graph(bundle, "int8"), options, place).get_property(
+        "LOADED_FROM_CACHE"
+    )
+    assert blob.stat().st_mtime_ns == written.st_mtime_ns
+
+
+def test_graphs_of_large_models_are_not_kept(
+    bundle: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They hold the weights once more."""
+    variant = Manifest.load(bundle).variants["openvino-int8"]
+    weights = bundle / "openvino-int8" / "model.bin"
+    monkeypatch.setattr(openvino, "LARGE", weights.stat().st_size)
+    openvino.open(bundle, variant, "cpu", Options(1)).close()
+    assert not list(own_cache.glob("openvino/*"))
+
+
+def test_a_cpu_is_used_without_looking_for_other_devices(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That would load their drivers, which may hang or crash."""
+
+    def look(core: object) -> list[str]:
+        raise AssertionError("the devices were listed")
+
+    monkeypatch.setattr(need("openvino").Core, "available_devices", property(look))
+    variant = Manifest.load(bundle).variants["openvino-int8"]
+    assert openvino.compute_dtypes("cpu")
+    openvino.open(bundle, variant, "cpu", Options(1)).close()
 
 
 def test_works_where_nothing_can_be_kept(bundle: Path, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@
 | logits | `of_run` | a variant as it runs here, how it runs and reads; threads do not matter |
 | losses | `of_run` | a variant as it runs here on a device with its format's own backend |
 | measurements | `of_machine` | the whole bundle, all runtimes and devices here, the threads |
-| openvino | `of_files` | a variant's files; OpenVINO itself adds the device and its version |
+| openvino | `of_graph` | a variant's files, the runtime, the CPU, and how its graph was compiled |
+| openvino | `of_files` | a variant's files; for other devices OpenVINO adds these and its version |
 
 "A variant as it runs here" means its files and family (`Manifest.identity`), and `conditions`. So
 adding or removing other variants does not matter, except for measurements, which compare them. The
@@ -58,6 +59,11 @@ def of_machine(manifest: Manifest, **how: Any) -> dict[str, Any]:
 def of_files(variant: Variant) -> dict[str, Any]:
     """The key of results that depend only on a variant's files."""
     return {"files": [record.sha256 for record in variant.files.values()]}
+
+
+def of_graph(variant: Variant, backend: str, **how: Any) -> dict[str, Any]:
+    """The key of a variant's graph that a backend's runtime compiled for this CPU."""
+    return {**of_files(variant), "runtime": runtime(backend), "cpu": machine.cpu(), **how}
 
 
 def conditions(name: str, device: str) -> dict[str, Any]:

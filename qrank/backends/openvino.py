@@ -13,7 +13,8 @@ import numpy as np
 
 from qrank.backends import keys
 from qrank.backends.contract import GRAPH_STEMS, BackendSpec, Format, Options, Precision
-from qrank.backends.mapped import dropping_pages
+from qrank.backends.mapped import LARGE, dropping_pages
+from qrank.backends.openvino_cache import compile_or_load
 from qrank.backends.openvino_graph import OpenvinoBackend
 from qrank.backends.openvino_nodes import computed_weights, has_fused_mlp, may_fuse_mlp
 from qrank.bundle.fidelity import BFLOAT16, EIGHT_BITS, FLOAT16, FLOAT32, FOUR_BITS
@@ -123,12 +124,10 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
             "computes in fp32, instead of int8-w8a8"
         )
     _opened_in.append(os.getpid())
-    settings = _settings(device, options)
-    if folder_of_cache := _cache(variant):
-        settings |= {"CACHE_DIR": str(folder_of_cache), "CACHE_MODE": "OPTIMIZE_SIZE"}
+    settings = _settings(device, variant, options)
     path = folder / variant.folder / "model.xml"
     weights = path.with_suffix(".bin")
-
+    unused: list[openvino.Model] = []
     two_threads = TargetError(
         f"openvino fuses feed-forward layers of {variant.name} in {options.compute_dtype}, which "
         "takes two threads: allow more threads"
@@ -136,34 +135,42 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
 
     def compiled(length: int | None) -> openvino.CompiledModel:
         """The graph for one pair of this length; for None, for any batch of any length."""
-        model = core.read_model(path)
+        model = unused.pop() if unused else core.read_model(path)
         if length is not None:
             model.reshape({i.any_name: _static(i, length) for i in model.inputs})
-        more = {} if device != "cpu" else {"DYNAMIC_QUANTIZATION_GROUP_SIZE": _group(model)}
-        one_stream = settings | more | {"NUM_STREAMS": 1}
         with dropping_pages(weights):
-            in_bf16 = device == "cpu" and options.compute_dtype == "bf16"
-            if in_bf16 and _has_tiles() and _is_decoder(model) and may_fuse_mlp(model):
+            if device != "cpu":
+                return core.compile_model(model, device.upper(), settings)
+
+            def on_cpu(**more: Any) -> openvino.CompiledModel:
+                group = DECODER_GROUP if decoder else GROUP
+                every = {**settings, "DYNAMIC_QUANTIZATION_GROUP_SIZE": group, **more}
+                # Kept for each length, the weights would be kept as often.
+                place = None if length else _place(variant, weights, every)
+                return compile_or_load(core, model, every, place)
+
+            in_bf16 = options.compute_dtype == "bf16"
+            if in_bf16 and decoder and _has_tiles() and may_fuse_mlp(model):
                 if options.threads < 2:
                     raise two_threads
-                made = core.compile_model(model, "CPU", one_stream)
+                made = on_cpu(NUM_STREAMS=1)
                 if has_fused_mlp(made):
                     return made
-            made = core.compile_model(model, device.upper(), settings | more)
-            if device != "cpu":
-                return made
+            made = on_cpu()
             fused = in_bf16 and has_fused_mlp(made)
             if fused and options.threads < 2:
                 raise two_threads
             if fused or (options.threads > 1 and computed_weights(made)):
-                made = core.compile_model(model, "CPU", one_stream)
+                made = on_cpu(NUM_STREAMS=1)
             return made
 
     try:
         model = core.read_model(path)
         limit = model.input("input_ids").partial_shape[1].max_length
         decoder = _is_decoder(model)
-        del model  # not held while the graph is compiled
+        # Given away when it is compiled, to hold it no longer than that.
+        unused.append(model)
+        del model
         if not options.static_shapes and not device.startswith("npu"):
             try:
                 batch = options.max_batch_tokens
@@ -218,6 +225,8 @@ def _core() -> openvino.Core:
 
 
 def _require(core: openvino.Core, device: str) -> None:
+    if device == "cpu":
+        return  # always there; listing the devices would load the drivers of all
     present = [name.lower() for name in core.available_devices]
     if device not in present:
         raise TargetError(
@@ -225,10 +234,13 @@ def _require(core: openvino.Core, device: str) -> None:
         )
 
 
-def _settings(device: str, options: Options) -> dict[str, Any]:
+def _settings(device: str, variant: Variant, options: Options) -> dict[str, Any]:
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[options.compute_dtype or "fp32"]}
     if device != "cpu":
-        return {**settings, "PERFORMANCE_HINT": "THROUGHPUT"}
+        settings["PERFORMANCE_HINT"] = "THROUGHPUT"
+        if variant.files and (place := cache.place("openvino", keys.of_files(variant))):
+            settings |= {"CACHE_DIR": str(place), "CACHE_MODE": "OPTIMIZE_SIZE"}
+        return settings
     return {
         **settings,
         # One stream per thread: on 2 cores, 25 % more pairs per second than one stream on both.
@@ -239,17 +251,18 @@ def _settings(device: str, options: Options) -> dict[str, Any]:
     }
 
 
-def _group(model: openvino.Model) -> int:
-    return DECODER_GROUP if _is_decoder(model) else GROUP
-
-
 def _is_decoder(model: openvino.Model) -> bool:
     return any("last" in i.names for i in model.inputs)
 
 
-def _cache(variant: Variant) -> Path | None:
-    """OpenVINO's cache folder for these files' compiled graphs; None if it cannot be kept."""
-    return cache.place("openvino", keys.of_files(variant)) if variant.files else None
+def _place(variant: Variant, weights: Path, settings: dict[str, Any]) -> Path | None:
+    """Folder of a variant's graph compiled for the CPU; None if it is not kept.
+
+    A compiled graph holds the weights, so that of a large model would fill the disk.
+    """
+    if not variant.files or weights.stat().st_size >= LARGE:
+        return None
+    return cache.place("openvino", keys.of_graph(variant, "openvino", settings=settings))
 
 
 def _static(node: Any, length: int) -> list[int]:
