@@ -11,11 +11,12 @@ COPY converters converters
 COPY models models
 COPY haystack_integrations haystack_integrations
 COPY deploy/pyinstaller deploy/pyinstaller
-# Neither pip nor packages' own tests are needed in the image.
+# The image needs neither pip, nor packages' own tests, nor onnxruntime's library for C programs.
 RUN python -m venv --without-pip /opt/qrank && \
     python -m pip --python /opt/qrank/bin/python install --no-cache-dir --no-compile \
       ".[${EXTRAS}]" && \
-    find /opt/qrank -type d -name tests -prune -exec rm -r {} +
+    find /opt/qrank -type d -name tests -prune -exec rm -r {} + && \
+    find /opt/qrank -name "libonnxruntime.so.*" -delete
 # A server that starts here leaves the bytecode of what it imports, and no more. `timeout` ends it.
 RUN timeout 15 /opt/qrank/bin/qrank serve --port 0 || [ $? -eq 124 ]
 

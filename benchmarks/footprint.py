@@ -2,9 +2,9 @@
 
 Each row is an environment of its own, made from a wheel: `least` has only what scoring imports, and
 no command; `onnx` and `openvino` are the extras; the last two are the `onnx` environment frozen by
-PyInstaller, into a folder and into one file. OpenVINO needs a bundle with a variant for it. A start
-is a process from its begin to its end, which ranks 20 short documents; the first one finds an empty
-cache folder, which adds the proof, and computes the longest probe.
+PyInstaller, into a folder and into one file. A start is a process from its begin to its end, which
+ranks 20 short documents; the first one finds an empty cache folder, which adds the proof, and with
+it the longest probe.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ RANK = """
 import json, sys
 from qrank import Reranker
 from qrank.system.machine import peak_memory
-model, backend, texts = sys.argv[1:]
+backend, texts = sys.argv[1:]
 with open(texts, encoding="utf-8") as file:
     documents = file.read().splitlines()
-with Reranker(model, backend=backend) as reranker:
+with Reranker("mini", backend=backend) as reranker:
     best = reranker.rank("how do plants make food?", documents)[0]
 print(json.dumps({"score": best.score, "peak": peak_memory()}))
 """
@@ -49,7 +49,6 @@ COLUMNS = {
 def main() -> None:
     """Make the environments, then time starts in turns."""
     parser = arguments(__doc__)
-    parser.add_argument("--bundle", help="with openvino-int8; without: no row of OpenVINO")
     parser.add_argument("--rounds", type=int, default=9, help="[default: %(default)s]")
     parser.add_argument(
         "--folder", type=Path, help="keeps the environments: what it has is not made again"
@@ -58,12 +57,11 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         made = options.folder or Path(temporary)
-        cases = _environments(made, openvino=options.bundle is not None)
+        cases = _environments(made)
         if options.prepare:
             return
-        models = {"openvino": (options.bundle, "openvino-int8")}
         starts = {
-            name: [*command, *models.get(name, ("mini", "onnx-int8"))]
+            name: [*command, "openvino" if name == "openvino" else "onnx"]
             for name, (command, _) in cases.items()
         }
         told: dict[tuple[str, bool], dict[str, float]] = {}
@@ -97,7 +95,7 @@ def main() -> None:
     report("Footprint: ranking 20 short documents", COLUMNS, rows, as_json=options.json)
 
 
-def _environments(folder: Path, *, openvino: bool) -> dict[str, tuple[list[str], int]]:
+def _environments(folder: Path) -> dict[str, tuple[list[str], int]]:
     """Each environment's command that ranks, and its size in bytes, made if they are not there."""
     script = folder / "rank.py"
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,9 +103,11 @@ def _environments(folder: Path, *, openvino: bool) -> dict[str, tuple[list[str],
     if not list((folder / "dist").glob("*.whl")):
         build_wheel(folder / "dist")
     (wheel,) = (folder / "dist").glob("*.whl")
-    wanted = {"least": [str(wheel), *LEAST, "--no-deps"], "onnx": [f"{wheel}[onnx]"]}
-    if openvino:
-        wanted["openvino"] = [f"{wheel}[openvino]"]
+    wanted = {
+        "least": [str(wheel), *LEAST, "--no-deps"],
+        "onnx": [f"{wheel}[onnx]"],
+        "openvino": [f"{wheel}[openvino]"],
+    }
     found = {}
     for name, packages in wanted.items():
         python = folder / f"with-{name}/bin/python"

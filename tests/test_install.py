@@ -76,7 +76,7 @@ def test_an_application_of_one_file_ranks_alike_and_starts_once(
     freeze: Words = [offline.with_name("pyinstaller"), "--onefile", "--log-level", "ERROR"]
     run(*freeze, *places, tmp_path / "app.py")
     app = tmp_path / "app"
-    assert app.stat().st_size < 120e6
+    assert app.stat().st_size < 100e6
     variables = {"STARTS": tmp_path / "starts", "QRANK_CACHE": tmp_path / "cache"}
     score: Words = ["score", "-q", "how do plants make food?", ROOT / "docs/sample/passages.txt"]
     uses: list[Words] = [[], [], score, ["doctor"]]

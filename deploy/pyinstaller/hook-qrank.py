@@ -1,8 +1,8 @@
 """PyInstaller's hook for qrank, which loads by name much that PyInstaller takes from imports.
 
-It collects qrank's modules, `mini`, the cards and the page of `qrank serve`; the runtimes of the
-backends that are installed, and other packages' backends. torch and what else is only for
-converting and evaluating stays out, unless the application imports it itself.
+It collects qrank's modules, the cards and the page of `qrank serve`; the runtimes of the backends
+that are installed, and `mini` for these; and other packages' backends. torch and what else is only
+for converting and evaluating stays out, unless the application imports it itself.
 """
 
 # ruff: noqa: N999 (the name is PyInstaller's)
@@ -32,7 +32,8 @@ hiddenimports = [
     *_CODECS,
     *(point.module for point in _OTHERS),
 ]
-datas = collect_data_files("qrank")
+_ABSENT = [name for name in _BUNDLES if spec(name).missing() is not None]
+datas = collect_data_files("qrank", excludes=[f"models/*/bundle/{name}-*" for name in _ABSENT])
 # Versions of runtimes are in the keys of proofs; entry points name other packages' backends.
 _FOUND = metadata.packages_distributions()
 _PACKAGES = {name for module in _RUNTIMES for name in _FOUND.get(module, ())}
