@@ -142,14 +142,10 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
             if device != "cpu":
                 return core.compile_model(model, device.upper(), settings)
 
-            def on_cpu(**more: Any) -> openvino.CompiledModel:
-                group = DECODER_GROUP if decoder else GROUP
-                every = {**settings, "DYNAMIC_QUANTIZATION_GROUP_SIZE": group, **more}
-                # Kept for each length, the weights would be kept as often.
-                place = None if length else _place(variant, weights, every)
-                return compile_or_load(core, model, every, place)
-
-            made = on_cpu()
+            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = DECODER_GROUP if decoder else GROUP
+            # Kept for each length, the weights would be kept as often.
+            place = None if length else _place(variant, weights, settings)
+            made = compile_or_load(core, model, settings, place)
             fused = options.compute_dtype == "bf16" and has_fused_mlp(made)
             if fused and options.threads < 2:
                 raise TargetError(
@@ -157,7 +153,7 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
                     f"{options.compute_dtype}, which takes two threads: allow more threads"
                 )
             if fused or (options.threads > 1 and computed_weights(made)):
-                made = on_cpu(NUM_STREAMS=1)
+                made = compile_or_load(core, model, settings | {"NUM_STREAMS": 1}, place)
             return made
 
     try:
@@ -250,11 +246,13 @@ def _is_decoder(model: openvino.Model) -> bool:
 def _place(variant: Variant, weights: Path, settings: dict[str, Any]) -> Path | None:
     """Folder of a variant's graph compiled for the CPU; None if it is not kept.
 
-    A compiled graph holds the weights, so that of a large model would fill the disk.
+    A compiled graph holds the weights, so that of a large model would fill the disk. It is the same
+    for all numbers of threads and streams.
     """
     if not variant.files or weights.stat().st_size >= LARGE:
         return None
-    return cache.place("openvino", keys.of_graph(variant, "openvino", settings=settings))
+    how = {k: v for k, v in settings.items() if k not in ("INFERENCE_NUM_THREADS", "NUM_STREAMS")}
+    return cache.place("openvino", keys.of_graph(variant, "openvino", settings=how))
 
 
 def _static(node: Any, length: int) -> list[int]:
