@@ -1,4 +1,4 @@
-# qrank serve on a CPU: onnxruntime, no torch, no root.
+# qrank serve on a CPU: onnxruntime, and OpenVINO on x86-64; no torch, no root.
 #   docker build -t qrank .
 #   docker run --rm -p 8000:8000 qrank
 # --build-arg EXTRAS=cpu,serve adds OpenVINO, faster and larger.
@@ -24,7 +24,7 @@ FROM python:3.12-slim
 COPY --from=build /opt/qrank /opt/qrank
 RUN useradd --system --create-home --home-dir /var/lib/qrank qrank
 USER qrank
-# What was verified once is remembered here: mount a volume to start faster.
+# What was verified and compiled once is kept here: mount a volume to start faster.
 ENV PATH=/opt/qrank/bin:$PATH QRANK_CACHE=/var/lib/qrank HF_HUB_DISABLE_TELEMETRY=1
 EXPOSE 8000
 HEALTHCHECK --start-period=30s CMD ["python", "-c", \

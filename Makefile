@@ -51,7 +51,7 @@ docs: $(VENV)/.docs ## Build the documentation as a site into build/site; warnin
 
 bench: $(VENV)/.test ## Run the benchmarks; DATA=folder with Cranfield (see benchmarks/README.md)
 	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER; see benchmarks/README.md"; exit 2; }
-	for script in startup install latency batching budget; do \
+	for script in startup install extras latency batching budget; do \
 	  $(BIN)/python benchmarks/$$script.py --data $(DATA) || exit 1; \
 	done
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,13 +229,22 @@ def test_a_query_beyond_the_limit_is_noticed_once(bundle: Path) -> None:
     assert result.stderr.count("the query has 50 tokens") == 1
 
 
-def test_the_default_model_is_noticed() -> None:
-    if "mini" not in bundled():
-        pytest.skip("models/mini/bundle is not there yet")
-    result = qrank_("score", "-q", "which planet is red?", stdin="bread\nmars is red\n")
+@pytest.mark.parametrize(
+    ("without", "target"), [(None, "openvino-int8@cpu"), ("openvino", "onnx-int8@cpu")]
+)
+def test_the_default_model_is_noticed(
+    without: str | None, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And runs on the fastest runtime that is installed; nothing is said about the others."""
+    if without is not None:
+        monkeypatch.setitem(sys.modules, without, None)
+    command = ("score", "-q", "which planet is red?", "-f", "json")
+    result = qrank_(*command, stdin="bread\nmars is red\n")
     assert result.exit_code == 0
     assert result.stderr == "qrank: no --model given: using the bundled mini\n"
-    assert result.stdout.splitlines()[0].endswith("mars is red")
+    found = json.loads(result.stdout)
+    assert found["target"] == target
+    assert found["results"][0]["index"] == 1
 
 
 def test_version() -> None:

@@ -94,7 +94,7 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_mini_scores_the_same_elsewhere(mini: Path) -> None:
-    with Reranker("mini") as reranker:
+    with Reranker("mini", backend="onnx") as reranker:
         # The long one by itself: a batch is padded.
         for texts in (SHORT[:50], ["the red planet " * 400]):
             ours = reranker.score([(QUERY, text) for text in texts], raw=True)

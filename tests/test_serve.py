@@ -304,7 +304,7 @@ def test_state(client: httpx.Client) -> None:
     assert info["model_id"] == "mini"
     assert info["model_type"]["reranker"]["id2label"]
     assert info["max_input_length"] == 512
-    assert info["models"]["mini"]["target"] == "onnx-int8@cpu"
+    assert info["models"]["mini"]["target"] == "openvino-int8@cpu"
     assert client.get("/docs").status_code == 200
     assert {*EVERY, "/info"} <= set(client.get("/openapi.json").json()["paths"])
 
@@ -347,7 +347,7 @@ def test_metrics_count(client: httpx.Client) -> None:
     tokens = post(client, "/v1/rerank", query=QUERY, documents=TEXTS)["usage"]["total_tokens"]
     grown = [sample(client, name) - old for name, old in zip(names, before, strict=True)]
     assert grown == [len(TEXTS), tokens, 1, 1, len(TEXTS), 1]
-    assert sample(client, 'qrank_target_info{model="mini",target="onnx-int8@cpu"}') == 1
+    assert sample(client, 'qrank_target_info{model="mini",target="openvino-int8@cpu"}') == 1
     assert sample(client, 'qrank_queue_tokens{model="mini"}') == 0
     client.get("/one"), client.get("/two")
     assert "/one" not in client.get("/metrics").text

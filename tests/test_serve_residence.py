@@ -124,7 +124,7 @@ def test_two_requests_open_a_model_once(openers: list[Opener]) -> None:
             assert (openers[0].count, it.open) == (1, "a")
             info = json.loads(await it.get("/info"))["models"]
             assert (info["a"]["open"], info["b"]["open"]) == (True, False)
-            assert info["a"]["target"] == "onnx-int8@cpu"
+            assert info["a"]["target"] == "openvino-int8@cpu"
 
     asyncio.run(play())
 
@@ -339,4 +339,4 @@ def test_the_command_bounds_the_memory_of_several_models() -> None:
             assert ask(url, name) == 200
             found = info(url)
             assert [model for model in found if found[model]["open"]] == [name]
-            assert found[name]["target"] == "onnx-int8@cpu"
+            assert found[name]["target"] == "openvino-int8@cpu"

@@ -58,7 +58,7 @@ def export(
     family.
 
     \b
-      qrank export mini -o ./mini-onnx
+      qrank export mini --variant onnx -o ./mini-onnx
       qrank export BAAI/bge-reranker-base --variant openvino-int8 -o ./bge
       hf upload OWNER/NAME ./mini-onnx
     """
