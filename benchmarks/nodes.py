@@ -138,10 +138,13 @@ def _openvino(
     bundle: Bundle, name: str, work: Sequences, options: Any
 ) -> tuple[float, dict[str, list[float]]]:
     """Milliseconds of a run, and those of its nodes by kind."""
-    settings = openvino_backend._settings("cpu", Options(1, options.compute_dtype))
+    variant = bundle.manifest.variants[name]
+    settings = openvino_backend._settings("cpu", variant, Options(1, options.compute_dtype))
     core = openvino.Core()
-    model = core.read_model(bundle.folder / bundle.manifest.variants[name].folder / "model.xml")
-    settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = openvino_backend._group(model)
+    model = core.read_model(bundle.folder / variant.folder / "model.xml")
+    decoder = bundle.manifest.family.decoder
+    group = openvino_backend.DECODER_GROUP if decoder else openvino_backend.GROUP
+    settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = group
     compiled = core.compile_model(model, "CPU", settings | {"PERF_COUNT": True})
     request = compiled.create_infer_request()
     shapes = {
