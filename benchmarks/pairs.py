@@ -24,6 +24,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from qrank.backends import Backend, Options
 from qrank.bundle.locate import DEFAULT
 from qrank.bundle.manifest import Manifest, Variant
 from qrank.bundle.sequences import Logits, Sequences
+from qrank.pairs.score import ROWS
 from qrank.quality.collection import Collection
 from qrank.system.machine import peak_memory, processors
 
@@ -86,7 +88,9 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 1_000_000])
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--pairs", type=int, default=20_000, help="of the time")
-    parser.add_argument("--rows", type=int, help="rows of a chunk, of the time  [default: qrank's]")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[ROWS], help="of a chunk, of the time"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--child", help="(internal)")
     options = parser.parse_args()
@@ -240,15 +244,15 @@ def _timed(options: Any, work: Path) -> tuple[str, dict[str, str], list[Row]]:
             row[column] = " ".join(row[column].split()[:words])
     _write(iter(rows), work / "in.parquet", len(rows))
     pairs = [(row["query"], row["document"]) for row in rows]
-    chunk = {} if options.rows is None else {"rows": options.rows}
     with Reranker(DEFAULT) as reranker:
         number = iter(range(1000))
-        cases: dict[str, Callable[[], object]] = {
-            "Reranker.score": lambda: reranker.score(pairs),
-            "score_files": lambda: score_files(
-                reranker, work / "in.parquet", work / str(next(number)), **chunk
-            ),
-        }
+
+        def files(size: int) -> object:
+            return score_files(reranker, work / "in.parquet", work / str(next(number)), rows=size)
+
+        cases: dict[str, Callable[[], object]] = {"Reranker.score": lambda: reranker.score(pairs)}
+        for size in options.rows:
+            cases[f"score_files, chunks of {size:,}"] = partial(files, size)
         reranker.score(pairs[:500])
         seconds = alternate(cases, options.rounds)
         target = reranker.target.name
