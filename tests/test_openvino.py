@@ -25,6 +25,7 @@ from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import Manifest, Variant
 from qrank.bundle.sequences import Logits, Sequences
 from qrank.cli import main
+from qrank.converters.checkpoint.evening import scalings
 from qrank.converters.checkpoint.probes import calibration_pairs
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.convert import convert
@@ -161,7 +162,6 @@ def test_channels_are_evened_out_for_the_pairs_of_the_file_too(
     checkpoint_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Sequences] = []
-    scalings = converter.scalings
 
     def record(checkpoint: Checkpoint, calibration: Sequences) -> object:
         seen.append(calibration)
