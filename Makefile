@@ -11,7 +11,7 @@ help: ## Show this
 setup: $(VENV)/.test ## Make .venv with everything: runtime, converters (torch), tests, linters
 
 demo: $(VENV)/.demo ## Make .venv with the light runtime and rerank a sample file with mini
-	$(BIN)/qrank score -q "how do plants make food?" --top-k 5 --format table docs/sample/passages.txt
+	$(BIN)/qrank score -q "how do plants make food?" --top-k 3 --format table docs/sample/passages.txt
 
 test: $(VENV)/.test ## Run the tests
 	@# xdist's loadfile waits for ever after a worker that died and was replaced.

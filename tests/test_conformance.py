@@ -107,14 +107,18 @@ def test_conformance(
     assert min(lengths) <= 4
     assert max(lengths) == tiny.MAX_LENGTH
     assert shared(lengths) > 2
-    format, precision = row
-    conforms(bundle_of(kind), f"{format}-{precision}", PAIRS, theirs, ALONE)
+    conforms(bundle_of(kind), "-".join(row), PAIRS, theirs, ALONE, **exactly(row))
 
 
 def test_the_original_conforms(kind: str, checkpoint_of: Callable[[str], Path]) -> None:
     """With backend torch, which needs no conversion."""
     theirs, _ = reference(checkpoint_of(kind))
     conforms(checkpoint_of(kind), "torch-fp32", PAIRS, theirs, ALONE)
+
+
+def exactly(row: tuple[str, str]) -> dict[str, str | None]:
+    """The option for fp32, which fp16's bounds are for: bf16 has others, on CPUs that have it."""
+    return {"compute_dtype": "fp32"} if row == ("openvino", "fp16") else {}
 
 
 def conforms(

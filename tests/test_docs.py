@@ -203,8 +203,8 @@ def compare(block: Block, printed: str) -> None:
         return
     (text, numbers), (expected, known) = _without_numbers(printed), _without_numbers(shown)
     assert text == expected, f"{block.place} prints\n{printed}"
-    # Sums of int8 products differ slightly between CPUs.
-    np.testing.assert_allclose(numbers, known, atol=0.02, err_msg=block.place)
+    # OpenVINO computes in bf16 where the CPU does, and sums of int8 products differ between CPUs.
+    np.testing.assert_allclose(numbers, known, atol=0.05, err_msg=block.place)
 
 
 def _without_numbers(printed: str) -> tuple[list[str], list[float]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny_encoders
-from test_conformance import ALONE, PAIRS, conforms, reference
+from test_conformance import ALONE, PAIRS, conforms, exactly, reference
 
 from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.convert import convert
@@ -43,4 +43,4 @@ def test_conformance(encoder: str, checkpoint_of: Folders, tmp_path: Path) -> No
     made = convert(str(folder), variants, tmp_path / "bundle", family=family)
     assert not made.failed
     for row in variants:
-        conforms(made.folder, "-".join(row), PAIRS, reference(folder)[0], ALONE)
+        conforms(made.folder, "-".join(row), PAIRS, reference(folder)[0], ALONE, **exactly(row))

@@ -21,7 +21,14 @@ KINDS: dict[str, type[QrankError]] = {name: getattr(errors, name) for name in er
 
 
 def test_public_names() -> None:
-    assert sorted(qrank.__all__) == ["QrankError", "Ranking", "Reranker", "__version__", "tune"]
+    assert sorted(qrank.__all__) == [
+        "QrankError",
+        "Ranking",
+        "Reranker",
+        "__version__",
+        "score_files",
+        "tune",
+    ]
     for name in qrank.__all__:
         assert hasattr(qrank, name)
 
@@ -88,12 +95,12 @@ def test_extras_exist_and_bring_their_modules() -> None:
         needed += [(module, backend.extra) for module in backend.modules]
     # An environment of its own, which `make optimum` makes.
     needed.remove(("optimum", "optimum"))
-    assert brought("optimum") == brought("convert") | {"optimum-intel"}
+    assert brought("optimum") == brought("convert") | {"nncf", "optimum-intel"}
     distributions = metadata.packages_distributions()
     for module, extra in needed:
         found = {name.replace("_", "-") for name in distributions[module]}
         assert found & brought(extra), f"qrank[{extra}] does not bring {module}"
-    assert brought("cpu") == {"onnxruntime"}, "the light runtime"
+    assert brought("cpu") == {"onnxruntime", "openvino"}, "the light runtimes"
     apart = {"browser-test", "docs", "onnx-gpu", "optimum"}
     assert set().union(*map(brought, set(optional) - apart)) == brought("test")
 
@@ -105,7 +112,11 @@ def test_an_unknown_extra_is_a_mistake_of_ours() -> None:
 
 def test_every_package_on_disk_is_installed() -> None:
     settings = PROJECT["tool"]["setuptools"]
-    places = {"qrank.converters": "converters", "qrank.models": "models"}
+    places = {
+        "qrank.__pyinstaller": "deploy/pyinstaller",
+        "qrank.converters": "converters",
+        "qrank.models": "models",
+    }
     assert settings["package-dir"] == places
     on_disk = {
         ".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("qrank/**/__init__.py")

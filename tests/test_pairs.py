@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -240,7 +241,7 @@ def test_another_target_or_length_is_refused(tmp_path: Path, length: Reranker) -
     ):
         score_files(other, given, tmp_path / "out")
     told = str(caught.value)
-    assert 'target: "fakes:length/onnx-int8@cpu" there, "fakes:ties/onnx-int8@cpu" now' in told
+    assert re.search(r'target: "fakes:length/\S+@cpu" there, "fakes:ties/\S+@cpu" now', told)
     assert "max_length: 512 there, 99 now" in told
     assert "digest" not in told
 

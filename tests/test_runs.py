@@ -244,7 +244,9 @@ def test_a_killed_run_goes_on_anywhere(
     output, before = rerank_into(folder, reranked, length)
     wanted = "".join(f"{x}\n" for lines in reranked.rerank(length) for x in lines)
     assert output.read_text("utf-8") == wanted
-    assert before == max(len({line.split()[0] for line in content.splitlines()}) - 1, 0) or other
+    # The last line may be cut off, and the last query not whole.
+    lines = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+    assert before == max(len({line.split()[0] for line in lines}) - 1, 0) or other
 
 
 def test_a_run_into_a_folder_by_the_command_line(

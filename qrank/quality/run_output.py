@@ -113,6 +113,8 @@ def _resumed(file: IO[bytes], queries: Iterator[str]) -> int:
     file.seek(0)
     with open(file.fileno(), "rb", closefd=False) as buffered:
         for line in buffered:
+            if not line.endswith(b"\n"):
+                break  # the beginning of a query's name may look like another query
             query = line.partition(b" ")[0].decode("utf-8", "replace")
             if query != current:
                 if current is not None:
