@@ -33,7 +33,7 @@ def compile_or_load(
     if place is None:
         return core.compile_model(model, "CPU", settings)
     if place.exists():
-        return core.compile_model(model, "CPU", settings | _kept_in(place))
+        return core.compile_model(model, "CPU", {**settings, **_kept_in(place)})
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = TemporaryDirectory(prefix=".", dir=place.parent)
@@ -44,7 +44,7 @@ def compile_or_load(
         # OpenVINO writes into the file that other processes read, which may have it mapped. So it
         # writes elsewhere, and the whole folder is put in place at once.
         own = Path(folder) / "graph"
-        made = core.compile_model(model, "CPU", settings | _kept_in(own))
+        made = core.compile_model(model, "CPU", {**settings, **_kept_in(own)})
         if own.is_dir() and any(own.iterdir()):
             try:
                 own.rename(place)
