@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from qrank import Reranker
+from qrank.backends import tolerance
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.locate import locate
 from qrank.bundle.manifest import TOKENIZER, FileRecord, Manifest, Probes, Variant
@@ -214,7 +215,11 @@ def test_every_variant_scores_the_same_elsewhere(bundle: Path, every: Path) -> N
         with Reranker(bundle, backend=variant, compute_dtype=dtype) as reranker:
             ours = reranker.score([(QUERY, text) for text in texts], raw=True)
         run = run_openvino if place.endswith(".xml") else run_onnx
-        np.testing.assert_allclose(run(every, place, texts), ours, atol=1e-4, err_msg=variant)
+        atol = 1e-4
+        if place.endswith(".xml"):
+            # With VNNI, OpenVINO rounds activations in groups; qrank's are of another size.
+            atol = tolerance(*variant.split("-", 1)).share * np.ptp(ours)
+        np.testing.assert_allclose(run(every, place, texts), ours, atol=atol, err_msg=variant)
 
 
 def test_weights_beside_the_graph(
