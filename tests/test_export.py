@@ -218,7 +218,7 @@ def test_every_variant_scores_the_same_elsewhere(bundle: Path, every: Path) -> N
         atol = 1e-4
         if place.endswith(".xml"):
             # With VNNI, OpenVINO rounds activations in groups; qrank's are of another size.
-            atol = tolerance(*variant.split("-", 1)).share * np.ptp(ours)
+            atol = tolerance(*variant.split("-", 1)).share * float(np.ptp(ours))
         np.testing.assert_allclose(run(every, place, texts), ours, atol=atol, err_msg=variant)
 
 
