@@ -79,7 +79,7 @@ def alternate(cases: Mapping[Any, Callable[[], object]], rounds: int) -> dict[An
 
     Cases take turns, in another order each round, so that other load on the machine affects all of
     them alike. A first round warms up and does not count. `machine` then says how much of the
-    machine others took meanwhile.
+    machine others took during all calls so far.
     """
     order = np.random.default_rng(0)
     keys = list(cases)
@@ -94,12 +94,12 @@ def alternate(cases: Mapping[Any, Callable[[], object]], rounds: int) -> dict[An
     if before is not None and (after := _processor_seconds()) is not None:
         everyone, ours = (late - early for late, early in zip(after, before, strict=True))
         whole = (time.perf_counter() - begun) * (os.cpu_count() or 1)
-        _others.append(max(everyone - ours, 0.0) / whole)
+        _taken.append((max(everyone - ours, 0.0), whole))
     return seconds
 
 
-_others: list[float] = []
-"""Shares of the machine that others took, by call of `alternate`."""
+_taken: list[tuple[float, float]] = []
+"""Processor seconds that others took, and all there were, by call of `alternate`."""
 
 
 def _processor_seconds() -> tuple[float, float] | None:
@@ -166,7 +166,8 @@ def machine() -> str:
     Names such as "AMD EPYC" are those of many CPUs: their instruction sets tell them apart.
     """
     versions = [f"{p} {metadata.version(p)}" for p in ("onnxruntime", "numpy")]
-    busy = [f"others took {_others[-1]:.0%} of them"] if _others else []
+    others, whole = (sum(column) for column in zip(*_taken, strict=True)) if _taken else (0, 0)
+    busy = [f"others took {others / whole:.0%} of them"] if whole else []
     return ", ".join(
         [
             f"{cpu_name()} ({instruction_sets()[-1]})" if instruction_sets() else cpu_name(),

@@ -1,7 +1,8 @@
 """Where a graph's time goes, by kind of node: what a profile of one batch on one thread shows.
 
 For onnxruntime its own profile, for OpenVINO its performance counters. Fused nodes have the names
-of the runtime's kernels. The graph runs as qrank runs it, in one stream.
+of the runtime's kernels. The graph runs as qrank runs it, in one stream: 16-bit causal models in
+OpenVINO on two threads.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from common import arguments, report
 
 from qrank.backends import openvino as openvino_backend
 from qrank.backends.contract import Options
+from qrank.backends.openvino_nodes import may_fuse_mlp
 from qrank.bundle.locate import DEFAULT, locate
 from qrank.bundle.opened import Bundle
 from qrank.bundle.sequences import Sequences, feed, no_prefix, read_prefix
@@ -139,10 +141,13 @@ def _openvino(
 ) -> tuple[float, dict[str, list[float]]]:
     """Milliseconds of a run, and those of its nodes by kind."""
     variant = bundle.manifest.variants[name]
-    settings = openvino_backend._settings("cpu", variant, Options(1, options.compute_dtype))
     core = openvino.Core()
     model = core.read_model(bundle.folder / variant.folder / "model.xml")
     decoder = bundle.manifest.family.decoder
+    # A fused feed-forward block crashes on one thread.
+    threads = 2 if decoder and may_fuse_mlp(model) else 1
+    settings = openvino_backend._settings("cpu", variant, Options(threads, options.compute_dtype))
+    settings["NUM_STREAMS"] = 1
     group = openvino_backend.DECODER_GROUP if decoder else openvino_backend.GROUP
     settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = group
     compiled = core.compile_model(model, "CPU", settings | {"PERF_COUNT": True})

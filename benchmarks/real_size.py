@@ -396,6 +396,9 @@ def speed(
 ) -> list[dict[str, object]]:
     """Median pairs per second of every target at every length, and of the peers."""
     threads = processors()
+    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    size = (config["hidden_size"], config["intermediate_size"])
+    best = limit.best(*size, threads, rounds=5)
     speeds: dict[str, dict[str, float]] = {}
     for column, lengths in _lengths(options.pairs).items():
         # Longer than fits, so that a pair of the maximum length has just that.
@@ -431,8 +434,7 @@ def speed(
             seconds = alternate(cases, options.rounds)
         for name, found in seconds.items():
             speeds.setdefault(name, {})[column] = len(texts) / statistics.median(found)
-    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
-    best = limit.best(config["hidden_size"], config["intermediate_size"], threads, rounds=5)
+    best = limit.best(*size, threads, rounds=5, earlier=best)
     mixed = _lengths(options.pairs)[MIXED]
     work = limit.operations(config, mixed) / len(mixed)
     fastest = max((speeds[name][MIXED] for name in PEERS if name in speeds), default=None)

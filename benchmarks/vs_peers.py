@@ -101,11 +101,13 @@ def main() -> None:
         cases: dict[str, Callable[[], object]] = {
             label: partial(_through, ask, timed) for label, ask in systems.items()
         }
+        config = json.loads((options.checkpoint / "config.json").read_text("utf-8"))
+        size = (config["hidden_size"], config["intermediate_size"])
+        best = limit.best(*size, options.threads, options.rounds)
         seconds = alternate(cases, options.rounds)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    config = json.loads((options.checkpoint / "config.json").read_text("utf-8"))
-    size = (config["hidden_size"], config["intermediate_size"])
-    best, peaks = limit.best(*size, options.threads, options.rounds), limit.peaks(options.threads)
+    best = limit.best(*size, options.threads, options.rounds, best)
+    peaks = limit.peaks(options.threads)
     pairs = sum(len(documents) for _, documents in timed)
     operations = limit.operations(config, _lengths(options, timed))
     peers = [name for name in systems if not name.startswith(OURS)]

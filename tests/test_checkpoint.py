@@ -24,10 +24,13 @@ from transformers import (
 
 import qrank.converters
 from qrank import Reranker
+from qrank.bundle.sequences import Sequences
 from qrank.cli import main
 from qrank.converters.checkpoint.read import read_checkpoint
+from qrank.converters.checkpoint.reference import run_reference
 from qrank.converters.convert import convert
 from qrank.errors import ConversionError, FamilyError, QrankError
+from qrank.system import machine
 
 PAIRS = [("which planet is red?", "Mars is red."), ("?", "bread"), ("red", "")]
 MISSING = "(missing)"
@@ -131,6 +134,27 @@ def test_weights_in_several_files_are_those_of_the_index(copy_of: Callable[..., 
     (folder / "part-1.safetensors").unlink()
     with pytest.raises(ConversionError, match=r"index\.json names part-1\.safetensors, which"):
         read_checkpoint(str(folder))
+
+
+def test_a_decoders_original_is_upcast_beforehand_where_memory_suffices(
+    copy_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of("qwen3")
+    weights = load_file(folder / "model.safetensors")
+    stored = {name: weight.bfloat16() for name, weight in weights.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    edit(folder / "config.json", dtype="bfloat16")
+    checkpoint = read_checkpoint(str(folder), family=tiny_decoders.FAMILIES["qwen3"])
+    work = Sequences([np.arange(3, 40, dtype=np.int32), np.arange(9, 20, dtype=np.int32)])
+    found = {}
+    for free in (0, None, 1 << 40):
+        monkeypatch.setattr(machine, "free_memory", lambda free=free: free)
+        model = checkpoint.load_to_run()
+        found[model.get_parameter("model.layers.0.mlp.up_proj.weight").dtype] = run_reference(
+            model, work, checkpoint.family
+        )
+    assert [*found] == [torch.bfloat16, torch.float32]
+    np.testing.assert_array_equal(found[torch.bfloat16], found[torch.float32])
 
 
 def test_quantized_weights_are_refused(copy_of: Callable[..., Path]) -> None:

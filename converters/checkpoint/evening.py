@@ -163,7 +163,7 @@ def balance(x: Floats, w: Floats) -> Floats:
 def _measured(checkpoint: Checkpoint, calibration: Sequences) -> Mapping[str, Scaling]:
     if read_config(checkpoint.folder)["model_type"] not in _RULES:
         return {}
-    model = checkpoint.load(lean=True)
+    model = checkpoint.load_to_run()
     vectors = list(_vectors(model))
     calibration = calibration.take(np.arange(0, len(calibration), -(-len(calibration) // _PAIRS)))
     names = {readers[0] for _, readers in vectors}

@@ -58,7 +58,7 @@ class Original:
 
     @cached_property
     def _model(self) -> PreTrainedModel:
-        return self.checkpoint.load(lean=True)
+        return self.checkpoint.load_to_run()
 
 
 def run_reference(model: PreTrainedModel, work: Sequences, family: Family) -> Logits:
