@@ -8,7 +8,6 @@ OpenVINO on two threads.
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -133,7 +132,7 @@ def _onnx(
         elif event.get("name") == "model_run":
             runs.append(defaultdict(list))
     # The last is after the last run.
-    return statistics.median(times[1:]), _middle(runs[:-1], options.rounds)
+    return _middle(times, runs[:-1], options.rounds)
 
 
 def _openvino(
@@ -167,7 +166,7 @@ def _openvino(
             if milliseconds := node.real_time.total_seconds() * 1e3:
                 found[f"{node.node_type} {node.exec_type}"].append(milliseconds)
         runs.append(found)
-    return statistics.median(times[1:]), _middle(runs, options.rounds)
+    return _middle(times, runs, options.rounds)
 
 
 def _inputs(shapes: Mapping[str, Any], work: Sequences, present: Any) -> Inputs:
@@ -183,9 +182,11 @@ def _inputs(shapes: Mapping[str, Any], work: Sequences, present: Any) -> Inputs:
     return feed(list(shapes), work, more=more)
 
 
-def _middle(runs: list[dict[str, list[float]]], rounds: int) -> dict[str, list[float]]:
-    """The run whose nodes took the median time, of the last `rounds`."""
-    last = sorted(runs[-rounds:], key=lambda run: sum(map(sum, run.values())))
+def _middle(
+    times: list[float], runs: list[dict[str, list[float]]], rounds: int
+) -> tuple[float, dict[str, list[float]]]:
+    """The run that took the median time, of the last `rounds`, and its nodes."""
+    last = sorted(zip(times[-rounds:], runs[-rounds:], strict=True), key=lambda run: run[0])
     return last[len(last) // 2]
 
 

@@ -53,7 +53,7 @@ def draw(content: dict[str, Any]) -> Figure:
     shown.sort(key=lambda row: row["pairs/s"])
     names = [_label(row["system"]) for row in shown]
     speeds = [row["pairs/s"] for row in shown]
-    figure = Figure(figsize=(7.5, 0.8 + 0.36 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(7.5, 1.0 + 0.36 * len(shown)), layout="constrained")
     axes = figure.add_subplot()
     axes.barh(names, speeds, color=[_color(name) for name in names], height=0.68)
     slowest = rows[ORIGINAL]["pairs/s"]
@@ -64,10 +64,11 @@ def draw(content: dict[str, Any]) -> Figure:
         ours = name.startswith("qrank")
         label.set(color=OURS if ours else TEXT, fontsize=11, weight="bold" if ours else "normal")
     sets = content["instruction sets"]
-    cpu = f"{content['cpu']} ({sets[-1]})" if sets else content["cpu"]
+    name = content["cpu"].replace("(R)", "").replace("(TM)", "")
+    cpu = f"{name} ({sets[-1]})" if sets else name
     model = table["title"].partition(":")[0]
     figure.suptitle(
-        f"Pairs per second: {model}, texts of uneven length, {content['threads']} threads of {cpu}",
+        f"Pairs per second: {model}, texts of uneven length\n{content['threads']} threads of {cpu}",
         fontsize=11,
         color=TEXT,
         x=0.01,

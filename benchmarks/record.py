@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--openvino-python", type=Path, required=True, help="see README.md")
     parser.add_argument("--onnx-python", type=Path, required=True, help="see README.md")
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=SIZES)
+    parser.add_argument("--variants", nargs="*", default=VARIANTS, help="of the sizes")
     parser.add_argument("--documents", type=int, default=40, help="of Cranfield, for mini")
     parser.add_argument("--queries", type=int, default=5, help="judged, for mini")
     parser.add_argument("--rounds", type=int, default=5)
@@ -46,7 +47,7 @@ def main() -> None:
         if not options.no_mini:
             _store(path, options, list(_mini(options, work)))
         for size in options.sizes:
-            given = ["--shapes", size, "--variants", *VARIANTS, "--short"]
+            given = ["--shapes", size, "--variants", *options.variants, "--short"]
             given += ["--peer-python", str(options.openvino_python), "--work", str(work)]
             given += ["--rounds", str(options.rounds)]
             _store(path, options, list(_tables("real_size.py", *given)))
