@@ -243,7 +243,7 @@ class _Cluster:
         finally:
             for worker in self._workers.values():
                 ray.kill(worker.actor)
-            self._mark.unlink()
+            self._mark.unlink(missing_ok=True)
         self._scoring.tell_of_outdated()
         return self._scoring.done
 
@@ -336,12 +336,14 @@ class _Cluster:
         worker = self._workers.pop(spot)
         ray.kill(worker.actor)
         where, why = worker.node.address, " ".join(str(error).split())[:500]
-        what = worker.piece[0].name if worker.piece else where
-        if self._losses[what].are_too_many(worker.rows[0]):
+        name = worker.piece[0].name if worker.piece else None
+        if self._losses[name or spot[0]].are_too_many(worker.rows[0]):
             raise QrankError(
-                f"the processes for {what} ended {_LOSSES} times, the last on {where}: {why}"
+                f"{_LOSSES} processes for {name or where} ended without getting any further, the "
+                f"last on {where}: {why}"
             )
-        log.warning("a process on %s ended, and %s begins again: %s", where, what, why)
+        again = f", and {name} is given to another one" if name else ""
+        log.warning("a process on %s ended%s: %s", where, again, why)
 
     def _tell(self) -> None:
         """Tell how much is done."""

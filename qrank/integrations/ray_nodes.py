@@ -122,8 +122,8 @@ def _room(found: Sequence[Node], spare: int, threads: int) -> list[str]:
     if not any(each.values()):  # all nodes are small: some of them are left to others
         each = {node.id: node.cpus // threads for node in found}
     rounds = range(max(each.values(), default=0))
-    nodes = [id for number in rounds for id, count in each.items() if number < count]
-    return nodes[: max(total - spare, 0) // threads]
+    turns = [id for number in rounds for id, count in each.items() if number < count]
+    return turns[: max(total - spare, 0) // threads]
 
 
 def _threads(found: Sequence[Node], spare: int) -> int:
