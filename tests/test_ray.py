@@ -42,8 +42,8 @@ pytestmark = [
 CPUS = 2
 STORE = 80 * 2**20
 
-QUICK = {"backend": "fakes:length"}
-SLOW = {"backend": "fakes:sleepy"}
+QUICK: dict[str, Any] = {"backend": "fakes:length"}
+SLOW: dict[str, Any] = {"backend": "fakes:sleepy"}
 
 
 class Nodes:

@@ -358,12 +358,12 @@ class _Cluster:
 _ACTOR: Any = ray.remote(_Scorer)
 
 
-def _told(error: RayTaskError, node: Node) -> BaseException:
+def _told(error: RayTaskError, node: Node) -> Exception:
     """An error of another process as one of this one, if it is no mistake of ours."""
-    cause: BaseException = error.cause
+    cause: object = error.cause
     if isinstance(cause, QrankError):
         return type(cause)(f"{cause} (on {node.address})")
     if isinstance(cause, OSError) and cause.errno is not None:
-        told = f"{cause.strerror} (on {node.address})"
-        return type(cause)(cause.errno, told, cause.filename)
-    return error
+        return OSError(cause.errno, f"{cause.strerror} (on {node.address})", cause.filename)
+    found: Exception = error
+    return found

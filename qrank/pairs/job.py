@@ -101,13 +101,14 @@ class Job:
             with closing(source.open(columns)) as table:
                 return table.count()
 
+        every: Sequence[Shard | None] = [None] if shards is None else shards
         shares: dict[str, Any] = {"shards": None, "inputs": None}
         if shards is not None:
             files_found = fingerprint({each.name: each.path for each in found})
             shares = {"shards": shards[0].count, "inputs": files_found}
         return cls(
             target,
-            [piece for shard in shards or [None] for piece in pieces(found, shard, rows, count)],
+            [piece for shard in every for piece in pieces(found, shard, rows, count)],
             columns,
             raw,
             instruction,
