@@ -69,12 +69,14 @@ def test_a_lazy_reranker_opens_once_closes_and_travels() -> None:
         ("haystack", "haystack"),
         ("lancedb", "lancedb"),
         ("mteb", "mteb"),
+        ("ray", "ray"),
+        ("ray_files", "ray"),
     ],
 )
 def test_an_integration_imports_its_host_alone(module: str, host: str | None) -> None:
     if host is not None:
         pytest.importorskip(host)
-    hosts = ("langchain_core", "llama_index", "haystack", "lancedb", "mteb")
+    hosts = ("langchain_core", "llama_index", "haystack", "lancedb", "mteb", "ray")
     code = (
         f"import qrank.integrations.{module}, sys, json;"
         f"print(json.dumps([h for h in {(*hosts, 'torch', 'transformers')} if h in sys.modules]))"

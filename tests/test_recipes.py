@@ -1,4 +1,4 @@
-"""The recipes of docs/integrations.md: the very lines that the page shows, run with each library.
+"""The recipes of docs/integrations.md and scale.md: their very lines, run with each library.
 
 Those of large libraries, or whose requirements conflict with others', run where they are installed.
 """
@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from qrank import Reranker
 
-PAGE = (Path(__file__).parent.parent / "docs" / "integrations.md").read_text("utf-8")
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = (DOCS / "integrations.md").read_text("utf-8")
+SCALE = (DOCS / "scale.md").read_text("utf-8")
 QUERY = "which planet is red?"
 TEXTS = [
     "bread is baked in a hot oven",
@@ -34,9 +38,9 @@ pytestmark = [
 ]
 
 
-def blocks(heading: str) -> list[str]:
-    """The code blocks under a heading of the page."""
-    section = re.search(rf"^##+ {heading}\n(.*?)(?=^#|\Z)", PAGE, re.MULTILINE | re.DOTALL)
+def blocks(heading: str, page: str = PAGE) -> list[str]:
+    """The code blocks under a heading of a page."""
+    section = re.search(rf"^##+ {heading}\n(.*?)(?=^##|\Z)", page, re.MULTILINE | re.DOTALL)
     assert section is not None, f"no recipe for {heading}"
     return re.findall(r"^```python\n(.*?)^```", section[1], re.MULTILINE | re.DOTALL)
 
@@ -61,6 +65,15 @@ def order() -> Iterator[list[str]]:
     """The texts as `Reranker.rank` orders them."""
     with Reranker("mini") as reranker:
         yield [each.text for each in reranker.rank(QUERY, TEXTS)]
+
+
+@pytest.fixture(scope="module")
+def wanted() -> list[dict[str, Any]]:
+    """The rows of the engines' recipes with their scores."""
+    with Reranker("mini") as reranker:
+        scores = reranker.score([(QUERY, text) for text in TEXTS]).tolist()
+    rows = zip(PAIRS.to_pylist(), scores, strict=True)
+    return [{**row, "score": pytest.approx(score, abs=1e-6)} for row, score in rows]
 
 
 def test_txtai(order: list[str]) -> None:
@@ -203,3 +216,70 @@ def test_every_recipe_is_run() -> None:
         if name.startswith("test_")
     }
     assert {heading.lower() for heading in re.findall(r"^### (.*)$", section, re.M)} <= set(tests)
+
+
+# Engines
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Runs the block with a text, in a folder with pairs and the module of the page."""
+    code = blocks("On other engines", SCALE)
+    (tmp_path / "scorer.py").write_text(code[0], "utf-8")
+    (tmp_path / "in").mkdir()
+    pq.write_table(PAIRS, tmp_path / "in/a.parquet", row_group_size=2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def run_block(text: str, **given: Any) -> None:
+        (block,) = (each for each in code if text in each)
+        exec(compile(block, f"docs/scale.md, {text}", "exec"), {"__name__": "recipe", **given})
+
+    yield run_block
+    sys.modules.pop("scorer", None)
+
+
+PAIRS = pa.table({"id": list("abcdef"), "query": [QUERY] * 6, "document": TEXTS})
+
+
+def scored() -> list[dict[str, Any]]:
+    """The rows that an engine wrote, by id."""
+    return sorted(pq.read_table("scored").to_pylist(), key=lambda row: str(row["id"]))
+
+
+def test_dask(engine: Callable[..., None], wanted: list[dict[str, Any]]) -> None:
+    pytest.importorskip("dask.dataframe")
+    engine("dask")
+    assert scored() == wanted
+
+
+def test_daft(engine: Callable[..., None], wanted: list[dict[str, Any]]) -> None:
+    pytest.importorskip("daft", reason="daft takes older versions of pyarrow and tqdm")
+    engine("daft")
+    assert scored() == wanted
+
+
+def test_spark_without_spark(engine: Callable[..., None], wanted: list[dict[str, Any]]) -> None:
+    class Frame:
+        """As much of Spark as the block uses."""
+
+        read = property(lambda self: self)
+        write = property(lambda self: self)
+
+        def parquet(self, folder: str) -> Any:
+            if folder == "in":
+                return self
+            batches = [pa.record_batch(each.columns, self.names) for each in self.found]
+            pq.write_table(pa.Table.from_batches(batches), "scored")
+            return None
+
+        def select(self, *names: str) -> Any:
+            return self
+
+        def mapInArrow(self, function: Any, schema: str) -> Any:  # noqa: N802
+            self.names = [each.split()[0] for each in schema.split(",")]
+            self.found = list(function(iter(PAIRS.to_batches(max_chunksize=4))))
+            return self
+
+    engine("mapInArrow", spark=Frame())
+    assert scored() == wanted

@@ -11,9 +11,11 @@ import click
 from qrank.cli.common import notice, resumable
 from qrank.cli.progress import progress_bars
 from qrank.errors import InputError
+from qrank.pairs.job import ROWS, OnError
 from qrank.pairs.plan import Shard
-from qrank.pairs.score import ROWS, OnError, score_files
+from qrank.pairs.score import ScoredFiles, score_files
 from qrank.reranker import Reranker
+from qrank.system.extras import need
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -62,12 +64,31 @@ _OPTIONS = (
         help="With -o: do share I of N, from 0. auto/N: I is the task of a Slurm array or of a "
         "Kubernetes job; auto: N too, from Slurm.",
     ),
+    click.option(
+        "--engine",
+        type=click.Choice(["ray"]),
+        help="With --pairs: score on all nodes of a Ray cluster, which need the files, -o and the "
+        "model's folder at the same paths.",
+    ),
+    click.option(
+        "--address",
+        help="With --engine ray: of the cluster; local starts one on this machine.  "
+        "[default: auto, a running one]",
+    ),
+    click.option(
+        "--shards",
+        type=click.IntRange(min=1),
+        help="With --engine ray: cut the rows of all files into N parts.  [default: whole files]",
+    ),
 )
 
 _ONLY = ("query_column", "document_column", "score_column", "on_error", "rows")
-"""Parameters that only go with --pairs, and whose default is that of `score_files`."""
+"""Arguments of `score_files`, with its defaults; they only go with --pairs."""
 
-PAIRS = ("pairs", "output", "shard", *_ONLY)
+_ON_RAY = ("address", "shards")
+"""Parameters that only go with --engine ray."""
+
+PAIRS = ("pairs", "output", "shard", "engine", *_ON_RAY, *_ONLY)
 """All parameters of `pairs_options`."""
 
 
@@ -90,6 +111,11 @@ def check(options: dict[str, Any], others: dict[str, object], *, run: bool) -> N
         UsageError: there are such.
     """
     pairs, output = options["pairs"], options["output"]
+    for name in _ON_RAY:
+        if options[name] is not None and options["engine"] is None:
+            raise click.UsageError(f"--{name} goes with --engine ray")
+    if options["engine"] is not None and options["shard"] is not None:
+        raise click.UsageError("--engine does all shards: give --shards N instead of --shard")
     if pairs and output is None:
         raise click.UsageError("--pairs goes with -o FOLDER")
     if pairs:
@@ -97,7 +123,7 @@ def check(options: dict[str, Any], others: dict[str, object], *, run: bool) -> N
             if value is not None and value is not False:
                 raise click.UsageError(f"--pairs takes no {name}")
         return
-    for name in _ONLY:
+    for name in ("engine", *_ONLY):
         if options[name] is not None:
             raise click.UsageError(f"--{name.replace('_', '-')} goes with --pairs")
     if output is not None and not run:
@@ -117,17 +143,50 @@ def score_pairs(
         options: values of `pairs_options`.
         how: arguments of `score_files`: raw, instruction, long_documents.
     """
-    given = {name: options[name] for name in _ONLY if options[name] is not None}
     with resumable(), load() as reranker, progress_bars(lines=True) as progress:
         done = score_files(
             reranker,
             [*options["pairs"], *files],
             options["output"],
-            **given,
+            **_given(options),
             **how,
             shard=options["shard"],
             progress=progress,
         )
+    _tell(done)
+
+
+def score_on_ray(
+    model: str,
+    opening: dict[str, Any],
+    files: tuple[Path, ...],
+    options: dict[str, Any],
+    **how: Any,
+) -> None:
+    """The same on the nodes of a Ray cluster; `opening` are other arguments of `Reranker`."""
+    need("ray")
+    from qrank.integrations import ray_files
+
+    with resumable(), progress_bars(lines=True) as progress:
+        done = ray_files.score_files(
+            [*options["pairs"], *files],
+            options["output"],
+            model=model,
+            # Each node would convert it for itself.
+            options={**opening, "convert": False},
+            **{name: options[name] for name in _ON_RAY},
+            **_given(options),
+            **how,
+            progress=progress,
+        )
+    _tell(done)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in _ONLY if options[name] is not None}
+
+
+def _tell(done: ScoredFiles) -> None:
     before = f", {done.kept:,} of them scored before" if done.kept else ""
     there = f"; {len(done.there):,} were there" if done.there else ""
     notice(f"wrote {len(done.written):,} files of {done.rows:,} rows{before}{there}")

@@ -22,7 +22,7 @@ from qrank.cli.common import (
 )
 from qrank.cli.obtain import opened, revision_option
 from qrank.cli.output import WRITERS, Result
-from qrank.cli.pairs import PAIRS, pairs_options, score_pairs
+from qrank.cli.pairs import PAIRS, pairs_options, score_on_ray, score_pairs
 from qrank.cli.pairs import check as check_pairs
 from qrank.cli.progress import progress_bars
 from qrank.cli.tune import measure as measure_targets
@@ -119,6 +119,7 @@ def score(
       grep -i plant notes.txt | qrank score -q "how do plants make food?" -k 5
       qrank score --run bm25.trec --queries q.jsonl --documents d.jsonl > new.trec
       qrank score --pairs 'in/*.parquet' --document-column text -o out
+      qrank score --pairs 'in/*.parquet' -o out --engine ray
     """
     tables = {name: opening.pop(name) for name in PAIRS}
     others: dict[str, object] = {
@@ -156,7 +157,12 @@ def score(
         raise click.UsageError("--raw prints logits: give --scores calibrated or --raw")
     if tables["pairs"]:
         how = {"raw": raw, "instruction": instruction, "long_documents": long_documents}
-        score_pairs(load, files, tables, **how)
+        if tables["engine"] is None:
+            score_pairs(load, files, tables, **how)
+        elif measure:
+            raise click.UsageError("--engine takes no --measure: run qrank tune on one node")
+        else:
+            score_on_ray(model or DEFAULT, {**opening, "revision": revision}, files, tables, **how)
         return
     if run is not None:
         if queries is None or documents is None:

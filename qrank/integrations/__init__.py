@@ -8,6 +8,7 @@
 | `haystack` | a ranker component | `qrank[haystack]` |
 | `lancedb` | a reranker of search results | `qrank[lancedb]` |
 | `mteb` | a cross-encoder for its reranking tasks | `qrank[mteb]` |
+| `ray` | scores for datasets, and for files on the nodes of a cluster | `qrank[ray]` |
 
 `cross_encoder` and `mteb` open their models at once, as the classes they replace do; the others at
 first use. docs/integrations.md has the rules that all of them keep; tests/hosts.py tests a new one.

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import IO
 
 import numpy as np
 
 from qrank.errors import InputError, QrankError
-from qrank.pairs.folder import ELSEWHERE, claimed, forget, hidden, settle, whole
+from qrank.pairs.folder import claimed, forget, hidden, whole
+from qrank.pairs.job import ROWS, Job, OnError
 from qrank.pairs.kept import KeptScores
-from qrank.pairs.plan import Piece, Shard, Source, fingerprint, pieces, sources
-from qrank.pairs.table import Chunk, Columns, Reject, Table
+from qrank.pairs.plan import Piece, Shard
+from qrank.pairs.table import Chunk, Reject, Table
 from qrank.reranker import Reranker
-from qrank.scoring import arguments
 from qrank.scoring.activation import Scores
 from qrank.scoring.inputs import LongDocuments
 from qrank.system.steps import Progress, no_progress
-
-OnError = Literal["stop", "reject"]
-
-ROWS = 1024
-"""Rows of a chunk, unless asked: about ten seconds of a small model on two cores."""
 
 _POLL = 0.5
 """Seconds between two looks at files that other processes work on."""
@@ -108,74 +102,34 @@ def score_files(
         OSError: an output cannot be written.
         TargetError: as for `Reranker.rank`.
     """
-    rows = arguments.whole("rows", rows, 1) or ROWS
-    raw = arguments.flag("raw", raw)
-    arguments.one_of("on_error", on_error, get_args(OnError))
-    columns = Columns(query_column, document_column, score_column)
     shard = Shard.parse(shard) if isinstance(shard, str) else shard
-    found = sources(files)
-    target = Path(folder)
-    _see_that_inputs_stay(found, target)
-
-    def count(source: Source) -> int:
-        with closing(source.open(columns)) as table:
-            return table.count()
-
-    settings = {
-        **settings_of(reranker, raw, instruction, long_documents),
-        **{f"{name}_column": value for name, value in columns._asdict().items()},
-        "rows": rows,
-        "shards": None if shard is None else shard.count,
-        "inputs": None if shard is None else fingerprint({x.name: x.path for x in found}),
-    }
-    todo = pieces(found, shard, rows, count)
-    settle(target, settings, (target / piece.name for piece in todo))
-    if not todo:
+    job = Job.of(
+        files,
+        folder,
+        None if shard is None else [shard],
+        query_column=query_column,
+        document_column=document_column,
+        score_column=score_column,
+        raw=raw,
+        instruction=instruction,
+        long_documents=long_documents,
+        rows=rows,
+        on_error=on_error,
+    )
+    if not job.pieces:
         log.warning(
             "nothing is left for shard %s: there are fewer chunks of %d rows than shards; --rows "
             "makes smaller ones",
             shard,
-            rows,
+            job.rows,
         )
-
-    def score(pairs: list[tuple[str, str]]) -> Scores:
-        if raw:
-            logits = reranker.score(
-                pairs, raw=True, instruction=instruction, long_documents=long_documents
-            )
-            return logits.astype(np.float64)
-        return reranker.score(pairs, instruction=instruction, long_documents=long_documents)
-
-    job = _Job(score, target, columns, rows, on_error, _Expected(todo, progress))
-    job.run(todo)
-    return job.done
+    return Scoring(job, progress).run(reranker)
 
 
-def settings_of(
-    reranker: Reranker, raw: bool, instruction: str | None, long_documents: LongDocuments
-) -> dict[str, Any]:
-    """Everything that a pair's score depends on, as JSON values; threads do not matter."""
-    engine, target = reranker.engine, reranker.target
-    kind = "logits" if raw else "model"
-    if engine.calibration is not None and not raw:
-        fitted = json.dumps(asdict(engine.calibration))
-        kind = f"calibrated {hashlib.sha256(fitted.encode()).hexdigest()[:16]}"
-    return {
-        "model": engine.manifest.name,
-        "digest": engine.manifest.identity(target.variant),
-        "target": f"{target.key.selector}@{target.device}",
-        "compute_dtype": engine.compute_dtype,
-        "max_length": engine.max_length,
-        "scores": kind,
-        "instruction": instruction,
-        "long_documents": long_documents,
-    }
-
-
-class _Expected:
+class Expected:
     """Tells how many rows are done, and how many there will be: by bytes, in unopened files."""
 
-    def __init__(self, todo: list[Piece], progress: Progress) -> None:
+    def __init__(self, todo: Sequence[Piece], progress: Progress) -> None:
         self._bytes = {piece: piece.source.path.stat().st_size for piece in todo}
         self._rows: dict[Piece, int] = {}
         self._progress = progress
@@ -206,47 +160,78 @@ class _Expected:
         self._progress("scoring", done, self._known + more)
 
 
-class _Job:
-    """Scores pieces, one after the other."""
+class Scoring:
+    """The scoring of a job's pieces.
+
+    Attributes:
+        done: what was done so far.
+        expected: how many rows there will be.
+
+    Args:
+        job: what is scored, and how.
+        progress: as for `score_files`.
+        pieces: those of the job that are scored here. None: all.
+    """
 
     def __init__(
-        self,
-        score: Callable[[list[tuple[str, str]]], Scores],
-        folder: Path,
-        columns: Columns,
-        rows: int,
-        on_error: OnError,
-        expected: _Expected,
+        self, job: Job, progress: Progress = no_progress, pieces: Sequence[Piece] | None = None
     ) -> None:
-        self._score = score
-        self._folder = folder
-        self._columns = columns
-        self._rows = rows
-        self._on_error = on_error
-        self._expected = expected
+        self._job = job
+        self._pieces = job.pieces if pieces is None else pieces
         self._outdated: list[Path] = []
         self.done = ScoredFiles()
+        self.expected = Expected(self._pieces, progress)
 
-    def run(self, todo: list[Piece]) -> None:
-        """Score the pieces whose output is not there; wait for those that others work on."""
-        left = []
-        for piece in todo:
-            if self._there(piece):
-                continue
-            left.append(piece)
-            if piece.stop is not None:
-                self._expected.opened(piece, piece.stop - piece.first)
-            elif piece.quick:  # shows the columns too: an error comes before hours of work
-                with closing(piece.source.open(self._columns)) as table:
-                    self._expected.opened(piece, piece.size(table))
+    def run(self, reranker: Reranker) -> ScoredFiles:
+        """Score the pieces one after the other; wait for those that other processes work on.
+
+        Raises as `score_files`.
+        """
+        self._job.settle(reranker)
+        left = self.left()
         waits = False
         while left:
-            left = [piece for piece in left if not (self._there(piece) or self._claim(piece))]
+            left = [each for each in left if not (self._there(each) or self._claim(reranker, each))]
             if left:
                 if not waits:
                     log.warning("waiting for %s, which another process scores", left[0].name)
                 waits = True
                 time.sleep(_POLL)
+        self.tell_of_outdated()
+        return self.done
+
+    def left(self) -> list[Piece]:
+        """The pieces whose output is not there.
+
+        Raises:
+            InputError: one lacks a column. Not all are read for that.
+        """
+        left = []
+        for piece in self._pieces:
+            if self._there(piece):
+                continue
+            left.append(piece)
+            if piece.stop is not None:
+                self.expected.opened(piece, piece.stop - piece.first)
+            elif piece.quick:  # shows the columns too: an error comes before hours of work
+                with closing(piece.source.open(self._job.columns)) as table:
+                    self.expected.opened(piece, piece.size(table))
+        return left
+
+    def add(self, piece: Piece | None, other: ScoredFiles) -> None:
+        """Add what another process did of a piece."""
+        done = self.done
+        if piece is not None:
+            self.expected.opened(piece, other.rows)
+        done.written += other.written
+        done.there += other.there
+        done.rows += other.rows
+        done.kept += other.kept
+        done.rejected += other.rejected
+        done.rejects += other.rejects
+
+    def tell_of_outdated(self) -> None:
+        """Warn of outputs that were there, and are older than their inputs."""
         if self._outdated:
             log.warning(
                 "%d outputs are older than their inputs, the first %s; they are left as they are: "
@@ -255,34 +240,36 @@ class _Job:
             )
 
     def _there(self, piece: Piece) -> bool:
-        output = self._folder / piece.name
+        output = self._job.folder / piece.name
         if not output.exists():
             return False
         self.done.there.append(output)
-        self._expected.leave_out(piece)
+        self.expected.leave_out(piece)
         forget(output)
         if output.stat().st_mtime < piece.source.path.stat().st_mtime:
             self._outdated.append(output)
         return True
 
-    def _claim(self, piece: Piece) -> bool:
+    def _claim(self, reranker: Reranker, piece: Piece) -> bool:
         """Score a piece; False if another process does."""
-        output = self._folder / piece.name
+        output = self._job.folder / piece.name
         output.parent.mkdir(parents=True, exist_ok=True)
         with claimed(output) as file:
             if file is None:
                 return False
             if not self._there(piece):  # until now it may have been finished
                 kept = KeptScores(file, hidden(output, ".kept"))
-                with closing(piece.source.open(self._columns)) as table:
-                    self._write(piece, output, table, kept)
+                with closing(piece.source.open(self._job.columns)) as table:
+                    self._write(reranker, piece, output, table, kept)
                 self.done.written.append(output)
         return True
 
-    def _write(self, piece: Piece, output: Path, table: Table, kept: KeptScores) -> None:
+    def _write(
+        self, reranker: Reranker, piece: Piece, output: Path, table: Table, kept: KeptScores
+    ) -> None:
         done = self.done
-        self._expected.opened(piece, piece.size(table))
-        self._expected.tell(done.rows)
+        self.expected.opened(piece, piece.size(table))
+        self.expected.tell(done.rows)
         rejected = good = 0
         first = ""
         rejects: IO[bytes] | None = None
@@ -291,19 +278,19 @@ class _Job:
             ExitStack() as opened,
             closing(table.writer(file)) as writer,
         ):
-            for chunk in table.chunks(self._rows, piece.first, piece.stop):
-                if chunk.rejects and self._on_error == "stop":
+            for chunk in table.chunks(self._job.rows, piece.first, piece.stop):
+                if chunk.rejects and self._job.on_error == "stop":
                     raise _stopped(piece, table.unit, chunk.rejects[0])
                 if chunk.rejects and rejects is None:
                     first = chunk.rejects[0].reason
                     rejects = opened.enter_context(whole(rejects_of(output)))
                 if rejects is not None:
                     rejects.writelines(_listed(table.unit, each) for each in chunk.rejects)
-                writer.write(chunk, self._scores(piece, chunk, kept))
+                writer.write(chunk, self._scores(reranker, piece, chunk, kept))
                 rejected += len(chunk.rejects)
                 good += len(chunk.pairs)
                 done.rows += chunk.rows
-                self._expected.tell(done.rows)
+                self.expected.tell(done.rows)
             if rejected and not good:
                 raise InputError(
                     f"none of the {rejected} rows of {piece.source.path} can be scored: "
@@ -315,7 +302,7 @@ class _Job:
             done.rejects.append(rejects_of(output))
         done.rejected += rejected
 
-    def _scores(self, piece: Piece, chunk: Chunk, kept: KeptScores) -> Scores:
+    def _scores(self, reranker: Reranker, piece: Piece, chunk: Chunk, kept: KeptScores) -> Scores:
         """The scores of a chunk's good rows."""
         pairs = list(dict.fromkeys(chunk.pairs))
         if not pairs:
@@ -325,7 +312,7 @@ class _Job:
             self.done.kept += chunk.rows
         else:
             try:
-                scores = self._score(pairs)
+                scores = self._job.scores(reranker, pairs)
             except QrankError as error:
                 raise type(error)(f"{piece.source.path}: {error}") from error
             kept.add(pairs, scores)
@@ -351,17 +338,3 @@ def _listed(unit: str, reject: Reject) -> bytes:
     if reject.text is not None:
         record["text"] = reject.text
     return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-
-
-def _see_that_inputs_stay(found: list[Source], folder: Path) -> None:
-    """Refuse outputs beside their inputs, and inputs that are outputs.
-
-    Raises:
-        InputError: an input lies in the output folder.
-    """
-    inside = folder.resolve()
-    for source in found:
-        if inside in source.path.resolve().parents:
-            raise InputError(
-                f"{source.path} lies in {folder}, where the outputs are to be written; {ELSEWHERE}"
-            )

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import IO
 
 from qrank.pairs.folder import append, claimed, hidden, settle, whole
+from qrank.pairs.job import settings_of
 from qrank.pairs.plan import Shard, fingerprint
-from qrank.pairs.score import settings_of
 from qrank.quality.rerank_run import RunReranker
 from qrank.reranker import Reranker
 from qrank.scoring.inputs import LongDocuments

@@ -24,6 +24,7 @@ EXTRA_OF = {
     "optimum": "optimum",
     "pyarrow": "parquet",
     "prometheus_client": "serve",
+    "ray": "ray",
     "safetensors": "convert",
     "scipy": "eval",
     "sentencepiece": "convert",
