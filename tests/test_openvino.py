@@ -295,6 +295,34 @@ def test_arithmetic_that_misses_the_probes_is_not_used(
     assert opened[3:] == ["bf16"]
 
 
+def test_numbers_that_fp16_cannot_hold_are_told(
+    own_cache: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an NPU, which computes in nothing else."""
+    real = openvino.open
+
+    class Overflowing:
+        def __init__(self, inner: Backend) -> None:
+            self._inner = inner
+            self.close = inner.close
+
+        def logits(self, work: Sequences) -> Logits:
+            found = self._inner.logits(work)
+            found[0] = np.inf
+            return found
+
+    def overflowing(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+        assert options.compute_dtype == "fp16"
+        return Overflowing(real(folder, variant, device, replace(options, compute_dtype="fp32")))
+
+    monkeypatch.setattr(openvino.SPEC, "open", overflowing)
+    monkeypatch.setattr(openvino.SPEC, "compute_dtypes", lambda device: ("fp16",))
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    told = r"\(1 of \d+ logits are infinite or no numbers: fp16 ends at 65,504"
+    with pytest.raises(TargetError, match=told):
+        Reranker(bundle, backend="openvino-fp16")
+
+
 def test_bf16_is_as_good_of_fp16_as_of_int8_weights_where_it_ranks_as_well(
     own_cache: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
