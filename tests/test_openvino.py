@@ -14,6 +14,7 @@ import fakes
 import numpy as np
 import pytest
 import tiny
+import tiny_decoders
 from click.testing import CliRunner
 from transformers import AutoModelForSequenceClassification
 
@@ -238,6 +239,22 @@ def test_static_shapes_score_as_dynamic_ones(kind: str, bundle_of: Callable[[str
         assert fixed.engine._backend is not None
         lengths = sorted(fixed.engine._backend._models)  # type: ignore[attr-defined]
     assert lengths == [64, 128, tiny.MAX_LENGTH]
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * max(1.0, float(np.ptp(theirs))))
+
+
+def test_a_causal_model_on_static_shapes_reads_its_prefix_with_each_document(
+    bundle_of: Callable[[str], Path],
+) -> None:
+    bundle = bundle_of("qwen3")
+    with (
+        Reranker(bundle, backend="openvino-fp16", compute_dtype="fp32") as dynamic,
+        Reranker(bundle, backend=f"{__name__}:static") as fixed,
+    ):
+        ours, theirs = fixed.score(PAIRS, raw=True), dynamic.score(PAIRS, raw=True)
+        assert fixed.engine._backend is not None
+        lengths = set(fixed.engine._backend._models)  # type: ignore[attr-defined]
+    assert len(lengths) > 2
+    assert lengths <= {64, 128, 256, 512, 1024, 2048, tiny_decoders.MAX_LENGTH}
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * max(1.0, float(np.ptp(theirs))))
 
 

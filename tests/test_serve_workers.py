@@ -267,8 +267,8 @@ def test_workers_end_if_the_supervisor_is_killed(
         running.kill()
         assert answer.result().status_code == 200  # what was accepted is answered
         wait_for(lambda: not any(map(runs, left)))
-        with pytest.raises(httpx.ConnectError):
-            client.get("/health")
+    with socket.socket(socket.AF_UNIX) as late, pytest.raises(ConnectionRefusedError):
+        late.connect(str(path))
 
 
 def test_a_worker_that_cannot_start_ends_the_server_with_its_message() -> None:
