@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 
 
 def fleeting(worker: Worker) -> None:
-    """Serves for a moment, then dies."""
+    """Serves for a moment and dies, if it is the first."""
     worker.opened([])
     worker.serving()
+    time.sleep(0.5 if worker.number == 1 else 60)
     os._exit(9)
 
 

@@ -183,7 +183,6 @@ def serve(
     """
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         need(module)
-    from qrank.serve.app import build
     from qrank.serve.keys import read_keys
     from qrank.serve.listening import UNIX, Listening, listen
     from qrank.serve.request import Limits
@@ -230,6 +229,8 @@ def serve(
                 stop_seconds=drain_delay + GRACE_SECONDS + drain_timeout,
             ).run(partial(serves, listening=listening))
             return
+        from qrank.serve.app import build  # not in the supervisor, which does without
+
         served, settings = open_served(opened, models, **serving)
         said = [f"{each.name} is {each.target or 'opened at its first request'}" for each in served]
         guard = build(

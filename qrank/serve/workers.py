@@ -116,6 +116,11 @@ class _Place:
         other.close()  # so that the line ends with the process
         self.opened, self.served = False, None
 
+    def let_serve(self) -> None:
+        """Tell the process that it may serve."""
+        with contextlib.suppress(OSError):  # it has died: the line's end will say so
+            self.line.send(None)
+
     def died(self) -> str:
         """Take note that the process has died; how it did, in words."""
         self.line.close()
@@ -161,6 +166,7 @@ class Supervisor:
         self._sockets = sockets
         self._seconds = stop_seconds + _MARGIN
         self._may_serve = False
+        self._ready = False
         self._said: list[str] = []
 
     def run(self, ready: Callable[[Sequence[str]], None]) -> None:
@@ -182,6 +188,7 @@ class Supervisor:
                 self._start(self._places[0])
                 if number := self._follow(stop, self._all_serve):
                     raise Ended(number)
+                self._ready = True
                 ready(self._said)
                 notify("READY=1")
                 self._follow(stop, lambda: False)
@@ -225,11 +232,11 @@ class Supervisor:
             if other not in self._running:
                 self._start(other)
         if self._may_serve:
-            place.line.send(None)
+            place.let_serve()
         elif all(other.opened for other in self._places):
             self._may_serve = True
             for other in self._places:
-                other.line.send(None)
+                other.let_serve()
 
     def _replace(self, place: _Place) -> None:
         """Start another process where one has died.
@@ -241,11 +248,11 @@ class Supervisor:
         self._running.remove(place)
         multiprocess.mark_process_dead(place.process.pid, str(self._folder))
         code = place.process.exitcode or 1
-        if not self._may_serve:
+        if not self._ready:
             if code > 0:
                 raise SystemExit(code)  # it has said why
             raise QrankError(
-                f"worker {place.number} of {len(self._places)} {how}, before it could serve; each "
+                f"worker {place.number} of {len(self._places)} {how}, before all served; each "
                 "worker holds all models: give fewer --workers"
             )
         if place.deaths >= DEATHS:
