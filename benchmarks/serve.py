@@ -1,9 +1,10 @@
 """`qrank serve` under load: throughput against the engine's, short requests during long ones.
 
 Clients are threads of this process, over loopback; each sends BM25's best documents for one query
-after the other. All systems take turns: qrank, and with their Pythons sentence-transformers behind
-a minimal FastAPI app and infinity, on the same checkpoint. With `--soak N` instead, it sends N
-requests of random shapes, and shows the server's memory after each tenth of them.
+after the other. All systems take turns: qrank, with several `--workers` a server for each number,
+and with their Pythons sentence-transformers behind a minimal FastAPI app and infinity, on the same
+checkpoint. With `--soak N` instead, it sends N requests of random shapes, and shows the server's
+memory after each tenth of them.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=processors())
     parser.add_argument("--backend", help="of the server  [default: the preferred variant]")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1], help="of a server each")
     parser.add_argument("--soak", type=int, metavar="N", help="requests of random shapes")
     parser.add_argument("--peer-python", help="with sentence-transformers, fastapi and uvicorn")
     parser.add_argument("--infinity-python", help="with infinity-emb[torch,server]")
@@ -79,7 +81,11 @@ def main() -> None:
         for query in list(collection.queries)[: options.queries]
     ]
     with ExitStack() as stack:
-        ports = {"qrank serve": stack.enter_context(server(serve))[0]}
+        ports = {}
+        for count in options.workers:
+            name = "qrank serve" if count == 1 else f"qrank serve --workers {count}"
+            command = [*serve, "--workers", str(count)]
+            ports[name] = stack.enter_context(server(command))[0]
         if options.peer_python:
             peer = [options.peer_python, str(HERE / "plain_app.py"), options.peer_model]
             ports[PEER] = stack.enter_context(server(peer))[0]

@@ -22,6 +22,7 @@ import numpy as np
 from qrank.backends import Backend, Options, onnx
 from qrank.bundle.manifest import Manifest, Variant
 from qrank.bundle.sequences import Ids, Logits, Sequences
+from qrank.errors import TargetError
 
 LONG = 40
 """`nan_when_long` and `inf_when_long` fail for pairs of more tokens than this."""
@@ -91,6 +92,12 @@ def slow(folder: Path, variant: Variant, device: str, options: Options) -> Backe
     """Like `length`, but takes half a second to open."""
     time.sleep(0.5)
     return Fake(folder, len)
+
+
+def refusing(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """Cannot be opened, and says what it was given."""
+    memory = (options.memory._size or 0) / 2**20
+    raise TargetError(f"{options.threads} threads and {memory:.0f} MB are not enough")
 
 
 NAP = 0.005

@@ -58,9 +58,10 @@ def process(
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Run `qrank serve` on a free port; once it serves, yield its URL and the process.
 
-    Stderr lines up to then are appended to `said`. Later ones are read and discarded: a full pipe
-    would block the server.
+    Lines of stderr are appended to `said`. They are always read: a full pipe would block the
+    server.
     """
+    said = [] if said is None else said
     command = [str(Path(sys.executable).parent / "qrank"), "serve", "--port", "0"]
     here = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path(__file__).parent)]))
     started = subprocess.Popen(
@@ -72,13 +73,12 @@ def process(
     assert started.stderr is not None
     try:
         for line in started.stderr:
-            if said is not None:
-                said.append(line)
+            said.append(line)
             if found := re.search(r"serving at (\S+)", line):
                 break
         else:
             raise AssertionError("it did not start")
-        reader = threading.Thread(target=started.stderr.read)
+        reader = threading.Thread(target=said.extend, args=(started.stderr,))
         reader.start()
         try:
             yield found[1], started

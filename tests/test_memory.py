@@ -143,6 +143,21 @@ def test_first_come_first_served() -> None:
     assert {entered.get(), entered.get()} == {1, 2}
 
 
+def test_processes_that_share_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "memory", lambda: 10**9)
+
+    def most() -> list[int]:
+        machines, devices = (MemoryBudget.beside(10**8, None, QWEN3) for _ in range(2))
+        devices.move(10**9, 10**8)
+        found = (each.max_batch_size(5) for each in (machines, devices))
+        return [count for count in found if count]
+
+    alone = most()
+    monkeypatch.setattr(MemoryBudget, "sharers", 4)
+    # Each has a fourth, with the model in it: a sixth is left for batches.
+    assert most() == [count // 6 for count in alone]
+
+
 def test_one_that_needs_everything_gets_it_beside_a_stream_of_small_ones() -> None:
     memory = MemoryBudget(4 * QWEN3.estimate_bytes(100), QWEN3)
     done = threading.Event()

@@ -14,6 +14,7 @@ import fakes
 import numpy as np
 import pytest
 import tiny
+import tiny_decoders
 from click.testing import CliRunner
 from transformers import AutoModelForSequenceClassification
 
@@ -241,6 +242,22 @@ def test_static_shapes_score_as_dynamic_ones(kind: str, bundle_of: Callable[[str
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * max(1.0, float(np.ptp(theirs))))
 
 
+def test_a_causal_model_on_static_shapes_reads_its_prefix_with_each_document(
+    bundle_of: Callable[[str], Path],
+) -> None:
+    bundle = bundle_of("qwen3")
+    with (
+        Reranker(bundle, backend="openvino-fp16", compute_dtype="fp32") as dynamic,
+        Reranker(bundle, backend=f"{__name__}:static") as fixed,
+    ):
+        ours, theirs = fixed.score(PAIRS, raw=True), dynamic.score(PAIRS, raw=True)
+        assert fixed.engine._backend is not None
+        lengths = set(fixed.engine._backend._models)  # type: ignore[attr-defined]
+    assert len(lengths) > 2
+    assert lengths <= {64, 128, 256, 512, 1024, 2048, tiny_decoders.MAX_LENGTH}
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * max(1.0, float(np.ptp(theirs))))
+
+
 @pytest.mark.parametrize("device", ["gpu.7", "npu.7", "auto", "hetero:cpu"])
 def test_an_absent_device_is_told_with_those_present(bundle: Path, device: str) -> None:
     with pytest.raises(TargetError, match=rf"no device '{device}'; present are: .*cpu"):
@@ -293,6 +310,34 @@ def test_arithmetic_that_misses_the_probes_is_not_used(
     with pytest.raises(TargetError, match="computes wrongly"):
         Reranker(bundle, backend="openvino-int8", compute_dtype="bf16")
     assert opened[3:] == ["bf16"]
+
+
+def test_numbers_that_fp16_cannot_hold_are_told(
+    own_cache: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an NPU, which computes in nothing else."""
+    real = openvino.open
+
+    class Overflowing:
+        def __init__(self, inner: Backend) -> None:
+            self._inner = inner
+            self.close = inner.close
+
+        def logits(self, work: Sequences) -> Logits:
+            found = self._inner.logits(work)
+            found[0] = np.inf
+            return found
+
+    def overflowing(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+        assert options.compute_dtype == "fp16"
+        return Overflowing(real(folder, variant, device, replace(options, compute_dtype="fp32")))
+
+    monkeypatch.setattr(openvino.SPEC, "open", overflowing)
+    monkeypatch.setattr(openvino.SPEC, "compute_dtypes", lambda device: ("fp16",))
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    told = r"\(1 of \d+ logits are infinite or no numbers: fp16 ends at 65,504"
+    with pytest.raises(TargetError, match=told):
+        Reranker(bundle, backend="openvino-fp16")
 
 
 def test_bf16_is_as_good_of_fp16_as_of_int8_weights_where_it_ranks_as_well(

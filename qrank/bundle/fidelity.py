@@ -104,7 +104,8 @@ def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
 def _kendall(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     """Kendall's tau-b: the correlation of the signs of all pairwise differences."""
     upper = np.triu_indices(len(a), 1)
-    signs_a = np.sign(a[:, None] - a[None, :])[upper]
-    signs_b = np.sign(b[:, None] - b[None, :])[upper]
+    with np.errstate(invalid="ignore"):  # two infinite numbers have no difference
+        signs_a = np.sign(a[:, None] - a[None, :])[upper]
+        signs_b = np.sign(b[:, None] - b[None, :])[upper]
     norm = float(np.sqrt((signs_a @ signs_a) * (signs_b @ signs_b)))
     return float(signs_a @ signs_b) / norm if norm else 0.0

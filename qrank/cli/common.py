@@ -30,6 +30,10 @@ _LEAVE_MORE = frozenset({"batch", "calibrate", "convert", "export", "serve", "tu
 """Commands whose printed output is not their only result."""
 
 
+ARGUMENTS = "qrank.arguments"
+"""Key of a context's `meta`: the command line's arguments, as given."""
+
+
 def notice(message: str) -> None:
     """Print a message on stderr, separate from the results."""
     # Not with click.echo: it bypasses rich and would write into a progress bar or spinner.
@@ -67,6 +71,8 @@ class Group(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """See click."""
+        if ctx.parent is None:
+            ctx.meta[ARGUMENTS] = list(args)
         _refuse_repeats(self, ctx, args)
         return super().parse_args(ctx, args)
 

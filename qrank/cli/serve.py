@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from qrank.cli.common import FiniteRange, debug_option, notice
+from qrank.cli.common import ARGUMENTS, FiniteRange, debug_option, notice
 from qrank.cli.served import open_served, served_options
+from qrank.scoring.memory import MemoryBudget
 from qrank.system.extras import need
+from qrank.system.frozen import frozen
+from qrank.system.machine import processors
+
+if TYPE_CHECKING:  # it takes the packages of extra `serve`
+    from qrank.serve.workers import Worker
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _COUNT = click.IntRange(min=1)
@@ -20,6 +30,14 @@ _SECONDS = FiniteRange(min=0, min_open=True)
 
 @click.command()
 @served_options
+@click.option(
+    "--workers",
+    type=_COUNT,
+    default=1,
+    show_default=True,
+    help="Processes that serve. Each opens all models, with its part of --threads and "
+    "--max-memory; a worker that dies is replaced.",
+)
 @click.option(
     "--idle-unload",
     "idle_seconds",
@@ -111,6 +129,14 @@ _SECONDS = FiniteRange(min=0, min_open=True)
     show_default=True,
     help="Seconds for running requests to finish when the server stops.",
 )
+@click.option(
+    "--drain-delay",
+    type=FiniteRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Seconds to go on accepting requests after SIGTERM while /ready says 503, so that a load "
+    "balancer sends no more.",
+)
 @click.option("--no-page", is_flag=True, help="Do not serve the page at /.")
 @debug_option
 @click.pass_context
@@ -118,6 +144,7 @@ def serve(
     context: click.Context,
     /,
     models: tuple[str, ...],
+    workers: int,
     idle_seconds: float | None,
     host: str,
     port: int,
@@ -134,6 +161,7 @@ def serve(
     max_body: int,
     body_timeout: float,
     drain_timeout: float,
+    drain_delay: float,
     no_page: bool,
     **serving: Any,
 ) -> None:
@@ -149,16 +177,17 @@ def serve(
       qrank serve
       qrank serve mini legal=./my-bundle --port 8080
       qrank serve --host unix:/run/qrank.sock
+      qrank serve --workers 4
       curl localhost:8000/rerank -H 'content-type: application/json' \\
         -d '{"query": "which planet is red?", "texts": ["mars", "bread"]}'
     """
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         need(module)
-    from qrank.serve.app import build
     from qrank.serve.keys import read_keys
-    from qrank.serve.listening import UNIX, listen
+    from qrank.serve.listening import UNIX, Listening, listen
     from qrank.serve.request import Limits
-    from qrank.serve.server import run, server
+    from qrank.serve.server import GRACE_SECONDS, log_to_stderr, run, server
+    from qrank.serve.workers import Supervisor, Worker
 
     if (tls_cert is None) != (tls_key is None):
         raise click.UsageError("--tls-cert and --tls-key go together")
@@ -176,18 +205,34 @@ def serve(
         queue_tokens=queue_tokens,
         seconds=request_timeout,
     )
+    worker = context.find_object(Worker)
+    _check_workers(workers, serving["threads"])
+    if worker is not None:
+        _share(workers, serving)
+
+    def serves(said: Sequence[str], listening: Listening) -> None:
+        for line in said:
+            notice(line)
+        notice(f"serving at {' and '.join(listening.addresses('https' if tls_cert else 'http'))}")
+
     with ExitStack() as opened:
-        listening = opened.enter_context(listen(host, port))
+        if worker is None:
+            listening = opened.enter_context(listen(host, port))
+            if not keys and listening.public:
+                notice("anyone who reaches this address can use it: no --api-key-file is given")
+        if workers > 1 and worker is None:
+            log_to_stderr()
+            Supervisor(
+                workers,
+                partial(_work, context.meta[ARGUMENTS]),
+                listening.sockets,
+                stop_seconds=drain_delay + GRACE_SECONDS + drain_timeout,
+            ).run(partial(serves, listening=listening))
+            return
+        from qrank.serve.app import build  # not in the supervisor, which does without
+
         served, settings = open_served(opened, models, **serving)
-        urls = listening.addresses("https" if tls_cert else "http")
-
-        def ready() -> None:
-            for model in served:
-                notice(f"{model.name} is {model.target or 'opened at its first request'}")
-            notice(f"serving at {' and '.join(urls)}")
-
-        if not keys and listening.public:
-            notice("anyone who reaches this address can use it: no --api-key-file is given")
+        said = [f"{each.name} is {each.target or 'opened at its first request'}" for each in served]
         guard = build(
             served,
             limits=limits,
@@ -199,10 +244,37 @@ def serve(
         )
         made = server(
             guard,
-            ready=ready,
+            ready=partial(serves, said, listening) if worker is None else worker.serving,
             drain_seconds=drain_timeout,
+            drain_delay=drain_delay,
             cors=cors_origin,
             certificate=tls_cert,
             key=tls_key,
         )
-        run(made, listening.sockets)
+        if worker is not None:
+            worker.opened(said)
+        log_to_stderr(None if worker is None else worker.number)
+        run(made, listening.sockets if worker is None else worker.sockets)
+
+
+def _check_workers(workers: int, threads: int | None) -> None:
+    if workers > 1 and (os.name != "posix" or frozen()):
+        where = "a frozen application" if frozen() else "this system"
+        raise click.UsageError(f"--workers: {where} runs one; start several servers instead")
+    if threads is not None and threads < workers:
+        raise click.UsageError(f"each of {workers} --workers takes a thread: give more --threads")
+
+
+def _share(workers: int, opening: dict[str, Any]) -> None:
+    """Give the models that this process opens a worker's part of the machine."""
+    opening["threads"] = max((opening["threads"] or processors()) // workers, 1)
+    if opening["max_memory"] is not None:
+        opening["max_memory"] //= workers
+    MemoryBudget.sharers = workers
+
+
+def _work(arguments: Sequence[str], worker: Worker) -> None:
+    """Run the command as a worker, in a process of its own."""
+    # By its name, because it imports this module.
+    main = importlib.import_module("qrank.cli").main
+    main(list(arguments), prog_name="qrank", obj=worker)

@@ -19,6 +19,9 @@ class MemoryBudget:
     stream of small ones could starve it.
     """
 
+    sharers = 1
+    """Processes like this one on the machine: without a limit, each takes a part of its memory."""
+
     def __init__(
         self,
         size: int | None = None,
@@ -47,8 +50,8 @@ class MemoryBudget:
         Args:
             files: bytes of the model.
             limit: strict limit in bytes for model and batches together. None: half of the memory
-                that the machine, or its container, has besides the model; a batch that takes more
-                runs alone.
+                that the machine, or its container, has besides the model, of this process' part
+                (`sharers`); a batch that takes more runs alone.
             dimensions: of the model; None if its bundle does not contain them.
 
         Raises:
@@ -56,7 +59,8 @@ class MemoryBudget:
         """
         if limit is None:
             whole = machine.memory()
-            return cls(whole and max(whole - files, 0) // 2, dimensions, strict=False)
+            own = whole and max(whole // cls.sharers - files, 0) // 2
+            return cls(own, dimensions, strict=False)
         if dimensions is None:
             raise TargetError(
                 "the bundle does not say its model's dimensions, so its memory cannot be bounded: "
@@ -77,7 +81,7 @@ class MemoryBudget:
             files: bytes of the model.
         """
         if self._size is not None and not self._strict:
-            self._size = self._free = max(whole - files, 0) // 2
+            self._size = self._free = max(whole // self.sharers - files, 0) // 2
 
     def check(self, length: int, what: str) -> None:
         """Refuse a sequence that exceeds a strict budget.

@@ -239,7 +239,8 @@ class _Case:
         if missed := bar.shortfall(fidelity):
             raise WrongError(
                 f"{self.target.name} computes wrongly on this machine ({self._runtime()}): "
-                f"{missed} against the probes of the bundle. Name another variant or device"
+                f"{missed} against the probes of the bundle{_lost(logits, compute_dtype)}. Name "
+                "another variant or device"
             )
         return None if exact else fidelity.kendall
 
@@ -274,6 +275,16 @@ class _Case:
 
     def _runtime(self) -> str:
         return spec(self.target.backend).version()
+
+
+def _lost(logits: Logits, compute_dtype: str | None) -> str:
+    """How many logits are no numbers, and why that may be; "" if all are."""
+    count = int(np.count_nonzero(~np.isfinite(logits)))
+    if not count:
+        return ""
+    why = ": fp16 ends at 65,504, and the model may compute larger numbers"
+    lost = f"{count} of {len(logits)} logits are infinite or no numbers"
+    return f" ({lost}{why if compute_dtype == 'fp16' else ''})"
 
 
 def _digest(probes: Probes) -> str:

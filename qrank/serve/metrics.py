@@ -1,10 +1,16 @@
-"""Metrics of the server, for Prometheus."""
+"""Metrics of the server, for Prometheus: of one process, or of all workers together."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""Variable that names the folder of the metrics of all workers. prometheus_client reads it when it
+is imported; without it, the metrics are those of this process."""
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -25,16 +31,35 @@ class Metrics:
             registry=registry,
             buckets=_SECONDS,
         )
+        workers = Gauge(
+            "qrank_workers",
+            "Processes that serve.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        workers.set(1)
         self._target = Gauge(
-            "qrank_target_info", "1 for what runs.", ["model", "target"], registry=registry
+            "qrank_target_info",
+            "1 for what runs, 0 for what ran.",
+            ["model", "target"],
+            registry=registry,
+            multiprocess_mode="livemax",
         )
         self._pairs = Counter("qrank_pairs", "Pairs scored.", ["model"], registry=registry)
         self._tokens = Counter("qrank_tokens", "Tokens read.", ["model"], registry=registry)
         self._queue_tokens = Gauge(
-            "qrank_queue_tokens", "Tokens waiting or running.", ["model"], registry=registry
+            "qrank_queue_tokens",
+            "Tokens waiting or running.",
+            ["model"],
+            registry=registry,
+            multiprocess_mode="livesum",
         )
         self._queue_requests = Gauge(
-            "qrank_queue_requests", "Requests waiting or running.", ["model"], registry=registry
+            "qrank_queue_requests",
+            "Requests waiting or running.",
+            ["model"],
+            registry=registry,
+            multiprocess_mode="livesum",
         )
         self._dropped = Counter(
             "qrank_dropped",
@@ -65,7 +90,11 @@ class Metrics:
         )
 
         self._open = Gauge(
-            "qrank_model_open", "1 while the model is open.", ["model"], registry=registry
+            "qrank_model_open",
+            "Processes in which the model is open.",
+            ["model"],
+            registry=registry,
+            multiprocess_mode="livesum",
         )
         self._openings = Counter(
             "qrank_model_openings", "Openings of the model.", ["model"], registry=registry
@@ -90,7 +119,7 @@ class Metrics:
 
     def closed(self, model: str, target: str, reason: str) -> None:
         """Count that a model was closed that ran as `target`."""
-        self._target.remove(model, target)
+        self._target.labels(model, target).set(0)
         self._open.labels(model).set(0)
         self._closings.labels(model, reason).inc()
 
@@ -115,7 +144,11 @@ class Metrics:
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+        registry = self._registry
+        if os.environ.get(FOLDER):
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)
+        return generate_latest(registry)
 
 
 @dataclass(frozen=True)

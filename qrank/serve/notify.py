@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 
@@ -24,3 +25,11 @@ def notify(state: str) -> None:
             channel.sendall(state.encode())
     except OSError as error:
         raise QrankError(f"systemd cannot be told {state} at {address}: {error}") from error
+
+
+def notify_stopping() -> None:
+    """Tell it `STOPPING=1`; a warning if that fails, which is no reason to leave requests."""
+    try:
+        notify("STOPPING=1")
+    except QrankError as error:
+        logging.getLogger("qrank.serve").warning("%s", error)

@@ -9,8 +9,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from starlette.middleware.cors import CORSMiddleware
@@ -19,7 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qrank.errors import QrankError
 from qrank.serve.guard import Guard
-from qrank.serve.notify import notify
+from qrank.serve.notify import notify, notify_stopping
 
 HEAD_SECONDS = 10.0
 """Time to receive the head of a request, from its first byte or the start of the connection."""
@@ -34,12 +35,18 @@ GRACE_SECONDS = 1.0
 class JsonLines(logging.Formatter):
     """A log record as one line of JSON; `extra={"fields": {...}}` adds fields."""
 
+    def __init__(self, always: Mapping[str, Any]) -> None:
+        """Args: always: fields of every line."""
+        super().__init__()
+        self._always = always
+
     def format(self, record: logging.LogRecord) -> str:
         """See logging."""
         content = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
             "level": record.levelname.lower(),
             "message": record.getMessage(),
+            **self._always,
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
@@ -88,17 +95,21 @@ class Protocol(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn's server; on SIGTERM it answers all accepted requests before it exits."""
 
-    def __init__(self, config: uvicorn.Config, guard: Guard, ready: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, guard: Guard, ready: Callable[[], None], delay: float
+    ) -> None:
         """Make a server.
 
         Args:
             config: for uvicorn.
             guard: gets `draining` set at the end; if it fails, the server stops.
             ready: called when the server accepts requests.
+            delay: seconds to go on accepting connections after SIGTERM.
         """
         super().__init__(config)
         self._guard = guard
         self._ready = ready
+        self._delay = delay
         guard.on_failure = self._end
 
     @property
@@ -119,10 +130,10 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept no new connections; after a moment, close the idle ones."""
         self._guard.draining = True
-        try:
-            notify("STOPPING=1")
-        except QrankError as error:  # no reason to leave requests unanswered
-            logging.getLogger("qrank.serve").warning("%s", error)
+        notify_stopping()
+        until = time.monotonic() + (0 if self.failed else self._delay)
+        while time.monotonic() < until and not self.force_exit:
+            await asyncio.sleep(0.1)
         for server in self.servers:
             server.close()
         if self.server_state.connections:
@@ -135,6 +146,7 @@ def server(
     *,
     ready: Callable[[], None],
     drain_seconds: float,
+    drain_delay: float = 0,
     cors: Sequence[str] = (),
     certificate: Path | None = None,
     key: Path | None = None,
@@ -145,6 +157,7 @@ def server(
         guard: the application.
         ready: called when the server accepts requests.
         drain_seconds: time for running requests when it stops.
+        drain_delay: seconds to go on accepting connections after SIGTERM, while /ready says 503.
         cors: origins whose pages may send requests; none: CORS is off.
         certificate: file for TLS.
         key: file with the certificate's key.
@@ -172,7 +185,17 @@ def server(
         ssl_certfile=certificate,
         ssl_keyfile=key,
     )
-    return Server(config, guard, ready)
+    return Server(config, guard, ready, drain_delay)
+
+
+def log_to_stderr(worker: int | None = None) -> None:
+    """Write the log as lines of JSON, with the number of the worker, if this process is one."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines({} if worker is None else {"worker": worker}))
+    for name, level in (("qrank.serve", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
 
 
 def run(server: Server, sockets: list[socket.socket]) -> None:
@@ -181,12 +204,6 @@ def run(server: Server, sockets: list[socket.socket]) -> None:
     Raises:
         QrankError: a bug ended a queue.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    for name, level in (("qrank.serve", logging.INFO), ("uvicorn", logging.WARNING)):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level)
     # uvicorn raises the signal again at its end; that must not kill the process.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
