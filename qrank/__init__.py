@@ -10,13 +10,15 @@ from qrank.errors import QrankError
 from qrank.system.version import __version__
 
 if TYPE_CHECKING:
+    from qrank.cascade import Cascade
     from qrank.measure.tuning import tune
     from qrank.pairs.score import score_files
     from qrank.reranker import Ranking, Reranker
 
-__all__ = ["QrankError", "Ranking", "Reranker", "__version__", "score_files", "tune"]
+__all__ = ["Cascade", "QrankError", "Ranking", "Reranker", "__version__", "score_files", "tune"]
 
 _PLACES = {
+    "Cascade": "qrank.cascade",
     "Ranking": "qrank.reranker",
     "Reranker": "qrank.reranker",
     "score_files": "qrank.pairs.score",

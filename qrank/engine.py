@@ -21,7 +21,7 @@ from qrank.bundle.sequences import Logits
 from qrank.errors import TargetError
 from qrank.scoring import activation, calibration
 from qrank.scoring.calibration import Calibration
-from qrank.scoring.deadline import LatencyEstimate
+from qrank.scoring.deadline import LatencyEstimate, doubling, score_within
 from qrank.scoring.encoding import encode_in_steps
 from qrank.scoring.inputs import LongDocuments, ModelInput, group_by_prefix
 from qrank.scoring.memory import MemoryBudget
@@ -164,6 +164,42 @@ class Engine:
                 longest = max(inputs, key=lambda each: each.tokens)
                 self._memory.check(longest.tokens, f"document {longest.owner}")
             yield inputs
+
+    def scoring(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        stops: Iterable[int] | None = None,
+        instruction: str | None = None,
+        long_documents: LongDocuments = "truncate",
+        *,
+        seconds: float | None = None,
+        always: bool = True,
+    ) -> Iterator[tuple[list[ModelInput], Logits]]:
+        """Score pairs in order, some at a time.
+
+        Args:
+            pairs: queries may differ.
+            stops: where each part ends: ascending indices of `pairs`. None: all pairs at once, or
+                with `seconds` as `doubling` says.
+            instruction: as for `Reranker.rank`.
+            long_documents: as for `Reranker.rank`.
+            seconds: time for these pairs; see `qrank.scoring.deadline`. None: no limit.
+            always: with `seconds`, score the first pair even if the time is up.
+
+        Yields:
+            The inputs of some pairs, and their logits.
+
+        Raises:
+            InputError, TargetError: as `prepare` and `logits`.
+        """
+        if stops is None:
+            stops = [len(pairs)] if seconds is None else doubling(len(pairs))
+        steps = self.preparing(pairs, stops, instruction, long_documents)
+        parts: Iterable[list[ModelInput]] = steps
+        if seconds is not None:
+            parts = score_within(seconds, steps, self.latency, always=always)
+        for inputs in parts:
+            yield inputs, self.logits(inputs)
 
     def logits(self, inputs: Sequence[ModelInput]) -> Logits:
         """One logit per input from `prepare`, shape [n]; inputs of several calls may be mixed.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -21,8 +21,8 @@ from qrank.bundle.sequences import Logits
 from qrank.engine import Engine
 from qrank.errors import InputError
 from qrank.scoring import activation, arguments
-from qrank.scoring.deadline import doubling, score_within
-from qrank.scoring.inputs import LongDocuments, as_pairs, as_text, as_texts
+from qrank.scoring.asked import Asked, check_reading
+from qrank.scoring.inputs import LongDocuments, ModelInput, as_pairs
 from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.scoring.ranking import Ranking, Rankings, ScoredPairs
 from qrank.select.measurements import PROFILES, Profile
@@ -229,29 +229,19 @@ class Reranker:
                 there is, or the family takes no instruction.
             TargetError: the backend failed, or returned a logit that is not finite.
         """
-        top_k = arguments.whole("top_k", top_k, 0)
-        milliseconds = "milliseconds, more than 0"
-        budget_ms = arguments.number("budget_ms", budget_ms, milliseconds, lambda x: x > 0)
-        _check(instruction, long_documents)
-        if not isinstance(text_key, str):
-            raise arguments.wrong("text_key", text_key, "the name of the field with the text")
-        query = as_text(query, "query")
-        texts = as_texts(documents, "documents", "document", text_key)
-        if not texts:
+        asked = Asked.of(query, documents, text_key, top_k, instruction, long_documents, budget_ms)
+        if not asked.texts:
             return Rankings()
-        pairs = [(query, text) for text in texts]
-        engine, asked = self.engine, (instruction, long_documents)
-        if budget_ms is None:
-            inputs = engine.prepare(pairs, *asked)
-            logits = engine.logits(inputs)
-        else:
-            steps = engine.preparing(pairs, doubling(len(pairs)), *asked)
-            inputs, found = [], []
-            for some in score_within(budget_ms / 1000, steps, engine.latency):
-                inputs += some
-                found.append(engine.logits(some))
-            logits = np.concatenate(found)
-        return Rankings.of(ScoredPairs.of(inputs, logits, engine.scores), texts)[:top_k]
+        pairs = [(asked.query, text) for text in asked.texts]
+        how = (None, asked.instruction, asked.long_documents)
+        engine = self.engine
+        inputs: list[ModelInput] = []
+        logits: list[Logits] = []
+        for some, found in engine.scoring(pairs, *how, seconds=asked.seconds):
+            inputs += some
+            logits.append(found)
+        scored = ScoredPairs.of(inputs, np.concatenate(logits), engine.scores)
+        return Rankings.of(scored, asked.texts)[: asked.top_k]
 
     async def arank(
         self,
@@ -333,7 +323,7 @@ class Reranker:
                 "its documents there is rank(query, documents)"
             )
         raw = arguments.flag("raw", raw)
-        _check(instruction, long_documents)
+        check_reading(instruction, long_documents)
         engine, texts = self.engine, as_pairs(pairs)
         stops = range(SCORED_AT_ONCE, len(texts) + SCORED_AT_ONCE, SCORED_AT_ONCE)
         found = []
@@ -400,9 +390,3 @@ class Reranker:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _check(instruction: object, long_documents: object) -> None:
-    """Reject an invalid instruction or way to treat long documents."""
-    arguments.text("instruction", instruction)
-    arguments.one_of("long_documents", long_documents, get_args(LongDocuments))

@@ -68,6 +68,11 @@ def shortness(folder: Path, variant: Variant, device: str, options: Options) -> 
     return Fake(folder, lambda ids: -len(ids))
 
 
+def scrambled(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
+    """One of 97 logits, which says nothing about the pair; the same for the same pair."""
+    return Fake(folder, lambda ids: int(ids.astype(np.int64) @ np.arange(1, len(ids) + 1)) % 97)
+
+
 def saturated(folder: Path, variant: Variant, device: str, options: Options) -> Backend:
     """Logits so large that their sigmoid is 1.0 in float64; larger for longer pairs."""
     return Fake(folder, lambda ids: 40.0 + len(ids))

@@ -25,7 +25,7 @@ FLOORS: list[set[str]] = [
     {"select", "converters.onnx", "converters.gguf"},
     {"engine", "converters.openvino"},
     {"reranker"},
-    {"measure", "pairs"},
+    {"cascade", "measure", "pairs"},
     {"quality", "serve", "integrations"},
     {"cli"},
     {""},

@@ -1,7 +1,7 @@
 """Pictures: ticks cover the data, labels stand beside their points, the chosen one is marked."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from qrank.cli.labels import clusters, place_labels
 from qrank.cli.pictures import CHOSEN, INK, OTHER, linear_ticks, log_ticks, shortened
-from qrank.cli.plots import draw_bench, draw_evaluation, plot_bench
+from qrank.cli.plots import draw_bench, draw_cascades, draw_evaluation, plot_bench
 from qrank.measure.bench import Row
+from qrank.quality.cascade_evaluation import CascadeEvaluation
+from qrank.quality.cascade_evaluation import Row as CascadeRow
 from qrank.quality.evaluation import Evaluation
 from qrank.quality.evaluation import Row as Run
 from qrank.quality.metrics import MEASURES, Difference
@@ -214,3 +216,32 @@ def test_eval_shows_each_run_with_its_interval_and_the_reference() -> None:
     bars = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2]
     assert any(np.allclose(bar, [0.634, 0.696]) for bar in bars)
     assert [text.get_text() for text in axes.texts] == ["0.687", "0.688", "0.665"]
+
+
+def test_a_frontier_has_its_line_and_labels_beside_it() -> None:
+    even = Difference(0.0, 0.01, 0.5)
+    found: list[tuple[str, float, float | None]] = [
+        ("BM25", 0.342, None),
+        ("small", 0.352, 520.0),
+        ("large", 0.412, 1400.0),
+    ]
+    found += [("keep 5", 0.380, 590.0), ("keep 20", 0.409, 800.0), ("keep 50", 0.413, 1220.0)]
+    rows = [
+        CascadeRow(
+            name, None, dict.fromkeys(MEASURES, value), None if name == "large" else even, ms
+        )
+        for name, value, ms in found
+    ]
+    shown = (["small", "large"], ["a", "b"], "data", 9, 100, [5.2, 14.0], rows)
+    figure = draw_cascades(CascadeEvaluation(*shown, 10, 50, 4, 5, [], None))
+    boxes = label_boxes(figure)
+    assert set(boxes) == {name for name, *_ in found}
+    (axes,) = figure.axes
+    (line,) = [each for each in axes.lines if len(each.get_xdata()) == 4]
+    best = [(520.0, 0.352), (590.0, 0.380), (800.0, 0.409), (1220.0, 0.413)]
+    assert list(zip(line.get_xdata(), line.get_ydata(), strict=True)) == best
+    for (name, box), (a, b) in product(boxes.items(), pairwise(axes.transData.transform(best))):
+        for x, y in np.linspace(a, b, 50):
+            assert not box.contains(x, y), name
+    (diamond,) = [each for each in axes.lines if each.get_marker() == "D"]
+    assert diamond.get_xdata()[0] == 1400

@@ -9,6 +9,7 @@ from qrank.cli.batch import batch
 from qrank.cli.bench import bench
 from qrank.cli.cache import cache
 from qrank.cli.calibrate import calibrate
+from qrank.cli.cascade import cascade
 from qrank.cli.common import Group, debug_option
 from qrank.cli.convert import convert
 from qrank.cli.doctor import doctor
@@ -58,6 +59,7 @@ for command in (
     bench,
     cache,
     calibrate,
+    cascade,
     convert,
     doctor,
     evaluate,

@@ -65,7 +65,7 @@ def calibrate(
       qrank calibrate my-bundle --data beir/scifact
       qrank score -m my-bundle --scores calibrated --min-score 0.3 -q QUERY FILE
     """
-    if judged and options["run"] is not None:
+    if judged and options["runs"]:
         raise click.UsageError("--judged takes no --run")
     named = () if backend is None else (backend,)
     with collection(options) as opened:

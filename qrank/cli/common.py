@@ -18,6 +18,7 @@ import click
 from qrank.cli.lazy import device_option
 from qrank.cli.streams import see_to_output, standard_streams
 from qrank.errors import InputError, QrankError
+from qrank.quality.metrics import Difference
 from qrank.scoring.arguments import size
 from qrank.select.measurements import PROFILES
 from qrank.select.selection import POLICIES
@@ -222,6 +223,27 @@ def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
         raise click.BadParameter(str(error)) from error
 
 
+def whole_numbers(
+    ctx: click.Context, parameter: click.Parameter, value: str | None
+) -> list[int] | None:
+    """Parse 20 or 10,20,50: the callback of an option."""
+    if value is None:
+        return None
+    parts = value.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise click.BadParameter(f"{value!r}: give whole numbers like 20 or 10,20,50")
+    return [int(part) for part in parts]
+
+
+def first_length_option(command: Command) -> Command:
+    """`--first-length`: how much the first model of a cascade reads."""
+    return click.option(
+        "--first-length",
+        type=click.IntRange(min=1),
+        help="Maximum tokens of a pair for the first of several models.  [default: as for all]",
+    )(command)
+
+
 def memory_option(command: Command) -> Command:
     """`--max-memory`: memory limit for the model and its batches."""
     return click.option(
@@ -292,3 +314,12 @@ def resumable() -> Iterator[None]:
 def megabytes(size: int) -> str:
     """A number of bytes as text, such as 23.9 MB."""
     return f"{size / 1e6:.1f} MB"
+
+
+def difference_cells(difference: Difference | None) -> tuple[str, str]:
+    """A difference with its margin, and p."""
+    if difference is None:
+        return "", ""
+    margin = "" if difference.margin is None else f" ±{difference.margin:.3f}"
+    p = "" if difference.p is None else f"{difference.p:.2g}"
+    return f"{difference.mean:+.3f}{margin}", p

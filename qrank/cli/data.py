@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from qrank.cli.common import InputFile, notice, resumable, run_options
+from qrank.cli.ranking import check_runs
 from qrank.cli.spinner import spinner
 from qrank.quality.bm25 import Run
 from qrank.quality.collection import Collection, Files
@@ -30,7 +31,14 @@ _OPTIONS = (
     click.option(
         "--qrels", type=InputFile(), help="Judgements: TREC's four columns, or BEIR's TSV."
     ),
-    click.option("--run", type=InputFile(), help="First stage, as a TREC run.  [default: BM25]"),
+    click.option(
+        "--run",
+        "runs",
+        multiple=True,
+        type=InputFile(),
+        help="First stage, as a TREC run.  [default: BM25]",
+    ),
+    click.option("--rrf", is_flag=True, help="Fuse several --run by reciprocal ranks first."),
     click.option(
         "--depth",
         type=click.IntRange(min=1),
@@ -80,13 +88,15 @@ def collection(options: dict[str, Any]) -> Iterator[Collection]:
 
 def candidates(collection: Collection, options: dict[str, Any]) -> tuple[str, Run]:
     """The name of the first stage, and its candidates."""
-    run, depth, most = options["run"], options["depth"], options["max_queries"]
-    if run is None:
+    runs, depth, most = options["runs"], options["depth"], options["max_queries"]
+    check_runs(runs, rrf=options["rrf"])
+    if not runs:
         with spinner() as progress:
             progress("finding candidates by BM25")
             return "BM25", collection.bm25(depth, most)
-    found = collection.run(run, depth, most)
+    found = collection.run(*runs, depth=depth, max_queries=most)
     lacking = len(collection.queries) - len(found)
     if lacking and most is None:
-        notice(f"{run} has none of {lacking} judged queries, which are left out")
+        has = f"{runs[0]} has" if len(runs) == 1 else f"{len(runs)} runs have"
+        notice(f"{has} none of {lacking} judged queries, which are left out")
     return "first stage", found

@@ -12,25 +12,46 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qrank.cli.common import debug_option, notice
+from qrank.cli.common import (
+    debug_option,
+    difference_cells,
+    first_length_option,
+    notice,
+    whole_numbers,
+)
 from qrank.cli.data import candidates, collection, data_options, setting
+from qrank.cli.evaluate_cascades import evaluate_cascades
 from qrank.cli.obtain import obtained, revision_option
 from qrank.cli.plots import check_plot, plot_evaluation
 from qrank.cli.progress import progress_bars
+from qrank.quality.cascade_evaluation import KEEPS
 from qrank.quality.evaluation import AGREEMENT, WITHIN, Evaluation
 from qrank.quality.evaluation import evaluate as run
-from qrank.quality.metrics import MEASURES, Difference
+from qrank.quality.metrics import MEASURES
 from qrank.select.obtain import Wanted
 
 
 @click.command("eval")
-@click.argument("bundle")
+@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE [LARGE]")
 @revision_option
 @click.option(
     "--backend",
     "backends",
     multiple=True,
     help="onnx, openvino-int8, ...; can be repeated.  [default: every variant]",
+)
+@click.option(
+    "--keep",
+    "keeps",
+    callback=whole_numbers,
+    metavar="N[,N...]",
+    help=f"With LARGE: documents that it rescores.  [default: {','.join(map(str, KEEPS))}]",
+)
+@first_length_option
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=1),
+    help="With LARGE: documents that an early exit settles.  [default: 10]",
 )
 @click.option(
     "--reference",
@@ -47,9 +68,12 @@ from qrank.select.obtain import Wanted
 )
 @debug_option
 def evaluate(
-    bundle: str,
+    bundles: tuple[str, ...],
     revision: str | None,
     backends: tuple[str, ...],
+    keeps: list[int] | None,
+    first_length: int | None,
+    top_k: int | None,
     reference: str | None,
     family: str | None,
     as_json: bool,
@@ -62,10 +86,33 @@ def evaluate(
     judged query: the 100 best of BM25, or those of --run. Scores are kept, so the same command
     continues after Ctrl-C.
 
+    With two bundles, a small and a LARGE one, it is measured how well and how fast cascades of them
+    rank, and an early exit of qrank cascade is fitted. --backend names one of each, or one for
+    both.
+
     \b
       qrank eval my-bundle --data beir/scifact
+      qrank eval my-small my-bundle --keep 10,20,50 --data beir/scifact
       qrank eval my-bundle --queries q.jsonl --documents d.jsonl --qrels q.trec
     """
+    if len(bundles) > 1:
+        if reference is not None or family is not None:
+            raise click.UsageError("--reference and --family go with one bundle")
+        evaluate_cascades(
+            bundles,
+            revision,
+            backends,
+            as_json,
+            plot,
+            options,
+            keeps=keeps or list(KEEPS),
+            top_k=top_k or 10,
+            first_length=first_length,
+        )
+        return
+    if any(given is not None for given in (keeps, top_k, first_length)):
+        raise click.UsageError("--keep, --top-k and --first-length go with two bundles")
+    (bundle,) = bundles
     if family is not None and reference is None:
         raise click.UsageError("--family goes with --reference")
     if plot is not None:
@@ -112,7 +159,7 @@ def _table(result: Evaluation) -> None:
         table.add_row(
             Text(row.name),
             *(f"{value:.3f}" for value in row.measures.values()),
-            *_difference(difference),
+            *difference_cells(difference),
             "" if row.kendall is None else f"{row.kendall:.3f}",
             "" if row.overlap is None else f"{row.overlap:.0%}",
         )
@@ -132,11 +179,3 @@ def _table(result: Evaluation) -> None:
         notes.append(f"{before} rankings were scored before and kept.")
     for note in notes:
         console.print(Text(note, style="dim"))
-
-
-def _difference(difference: Difference | None) -> tuple[str, str]:
-    if difference is None:
-        return "", ""
-    margin = "" if difference.margin is None else f" ±{difference.margin:.3f}"
-    p = "" if difference.p is None else f"{difference.p:.2g}"
-    return f"{difference.mean:+.3f}{margin}", p

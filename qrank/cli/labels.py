@@ -56,7 +56,9 @@ def clusters(points: Floats, reach: float) -> list[list[int]]:
     return found
 
 
-def place_labels(marks: Floats, sizes: Floats, area: Box) -> list[Place] | None:
+def place_labels(
+    marks: Floats, sizes: Floats, area: Box, taken: Floats | None = None
+) -> list[Place] | None:
     """Place each label as close to its mark as the others allow.
 
     No label overlaps another one or a mark, or leaves the area, and no leader crosses a label or
@@ -67,6 +69,7 @@ def place_labels(marks: Floats, sizes: Floats, area: Box) -> list[Place] | None:
         marks: [n, 4] boxes within the area.
         sizes: [n, 2] widths and heights of the labels.
         area: where labels may be.
+        taken: [m, 4] boxes that labels leave free. None: there are none.
 
     Returns:
         [n] places; None if there is no room for all.
@@ -78,7 +81,7 @@ def place_labels(marks: Floats, sizes: Floats, area: Box) -> list[Place] | None:
     orders = [np.argsort(key, kind="stable") for key in (-crowd, x, -x, y, -y)]
     choices = [_choices(i, marks, sizes[i], area) for i in range(len(at))]
     for crossing in (False, True):
-        tried = [_in_order(order, marks, choices, crossing) for order in orders]
+        tried = [_in_order(order, marks, choices, taken, crossing) for order in orders]
         found = [one for one in tried if one is not None]
         if found:
             return min(found, key=lambda one: one[0])[1]
@@ -122,16 +125,18 @@ def _in_order(
     order: NDArray[np.int64],
     marks: Floats,
     choices: Sequence[tuple[Floats, Floats]],
+    taken: Floats | None,
     crossing: bool,
 ) -> tuple[float, list[Place]] | None:
     """Place labels one after the other; their total cost and places, if all have one."""
     places: dict[int, Place] = {}
     standing, lines = np.empty((0, 4)), np.empty((0, 4))
+    beside = marks if taken is None else np.vstack([marks, taken])
     around = np.array([-MARGIN, -MARGIN / 2, MARGIN, MARGIN / 2])
     total = 0.0
     for i in order:
         boxes, costs = choices[i]
-        free = ~_overlap(boxes, np.vstack([marks, standing])).any(axis=1)
+        free = ~_overlap(boxes, np.vstack([beside, standing])).any(axis=1)
         if not crossing:
             free &= ~_crossed(boxes, lines).any(axis=1)
         others = np.vstack([np.delete(marks, i, axis=0), standing])

@@ -26,6 +26,10 @@ override the writing direction. Joiners, spaces, marks and unassigned characters
 """
 
 
+Names = str | list[str]
+"""Of a model or a target; of several, those of a cascade."""
+
+
 @dataclass(frozen=True)
 class Result:
     """A ranked document and the fields its input line had.
@@ -53,13 +57,18 @@ class Result:
             record["truncated"] = True
         if ranking.part is not None:
             record["part"] = list(ranking.part)
+        if ranking.stage is not None:
+            record["stage"] = ranking.stage
         return record
 
 
-def _table(results: Sequence[Result], model: str, target: str, scored_count: int | None) -> None:
+def _table(
+    results: Sequence[Result], model: Names, target: Names, scored_count: int | None
+) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
     # rich narrows only columns that may wrap: the document, which then ends in an ellipsis.
-    for name in ("rank", "score", "index"):
+    staged = isinstance(model, list)
+    for name in ("rank", "score", "index", *["stage"] * staged):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("document")
     for rank, result in enumerate(results, 1):
@@ -67,36 +76,42 @@ def _table(results: Sequence[Result], model: str, target: str, scored_count: int
             str(rank),
             f"{result.score:.4f}" if result.ranking.scored else "–",
             str(result.ranking.index),
+            *[_stage(result) or "–"] * staged,
             Text(_line(result.ranking.text), no_wrap=True, overflow="ellipsis"),
         )
     console = Console()
     console.print(table)
-    console.print(Text(f"{model}, {target}", style="dim"))
+    for stage in zip(_list(model), _list(target), strict=True):
+        console.print(Text(", ".join(stage), style="dim"))
 
 
-def _tsv(results: Sequence[Result], model: str, target: str, scored_count: int | None) -> None:
+def _tsv(results: Sequence[Result], model: Names, target: Names, scored_count: int | None) -> None:
     for rank, result in enumerate(results, 1):
-        click.echo(
-            f"{rank}\t{result.score:.6g}\t{result.ranking.index}\t{_line(result.ranking.text)}"
-        )
+        columns = [str(rank), f"{result.score:.6g}", str(result.ranking.index)]
+        if isinstance(model, list):
+            columns.append(_stage(result))
+        click.echo("\t".join([*columns, _line(result.ranking.text)]))
 
 
-def _json(results: Sequence[Result], model: str, target: str, scored_count: int | None) -> None:
-    content: dict[str, Any] = {"model": model, "target": target}
+def _json(results: Sequence[Result], model: Names, target: Names, scored_count: int | None) -> None:
+    kind = ("models", "targets") if isinstance(model, list) else ("model", "target")
+    content: dict[str, Any] = dict(zip(kind, (model, target), strict=True))
     if scored_count is not None:
         content["scored_count"] = scored_count
     content["results"] = [result.record() for result in results]
     click.echo(json.dumps(content, ensure_ascii=False, indent=2))
 
 
-def _jsonl(results: Sequence[Result], model: str, target: str, scored_count: int | None) -> None:
+def _jsonl(
+    results: Sequence[Result], model: Names, target: Names, scored_count: int | None
+) -> None:
     for result in results:
         click.echo(json.dumps(result.record(), ensure_ascii=False))
 
 
-def _trec(results: Sequence[Result], model: str, target: str, scored_count: int | None) -> None:
+def _trec(results: Sequence[Result], model: Names, target: Names, scored_count: int | None) -> None:
     # Logits, as in `qrank.quality.rerank_run`: an evaluator sorts by them.
-    numbers = falling([result.ranking.logit for result in results])
+    numbers = falling([result.ranking for result in results])
     for rank, (result, number) in enumerate(zip(results, numbers, strict=True), 1):
         try:
             identity = id_of(result.fields, "document")
@@ -109,12 +124,20 @@ def _trec(results: Sequence[Result], model: str, target: str, scored_count: int 
         click.echo(f"q Q0 {identity} {rank} {number:{LOGIT}} {TAG}")
 
 
+def _stage(result: Result) -> str:
+    return "" if result.ranking.stage is None else str(result.ranking.stage)
+
+
+def _list(names: Names) -> list[str]:
+    return names if isinstance(names, list) else [names]
+
+
 def _line(text: str) -> str:
     """A text on one line, without characters that control a terminal or break a column."""
     return _BREAKING.sub(" ", text)
 
 
-WRITERS: dict[str, Callable[[Sequence[Result], str, str, int | None], None]] = {
+WRITERS: dict[str, Callable[[Sequence[Result], Names, Names, int | None], None]] = {
     "table": _table,
     "tsv": _tsv,
     "json": _json,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from qrank.cli.pictures import (
 )
 from qrank.errors import InputError
 from qrank.measure.bench import Row
+from qrank.quality.cascade_evaluation import CascadeEvaluation
 from qrank.quality.evaluation import Evaluation
 from qrank.quality.metrics import MAIN
 from qrank.system.disk import cannot_write
@@ -89,7 +90,9 @@ def draw_bench(rows: Sequence[Row], chosen: Row | None, title: str) -> Any:
         _fidelity_axis(axes, [row.kendall for row in rows])
         for row in rows:
             mark(axes, row.pairs, row.kendall, "*" if row is chosen else "o")
-        if _label(figure, axes, rows, chosen, names):
+        points = [(row.pairs, row.kendall) for row in rows]
+        marked = None if chosen is None or chosen not in rows else rows.index(chosen)
+        if _label(figure, axes, points, names, marked):
             return figure
     raise AssertionError("unreachable")
 
@@ -118,30 +121,38 @@ def _fidelity_axis(axes: Any, taus: Sequence[float]) -> None:
 
 
 def _label(
-    figure: Any, axes: Any, rows: Sequence[Row], chosen: Row | None, names: Sequence[str]
+    figure: Any,
+    axes: Any,
+    data: Sequence[tuple[float, float]],
+    names: Sequence[str],
+    chosen: int | None,
+    curve: Sequence[tuple[float, float]] = (),
 ) -> bool:
-    """Write each label beside its point; False if there is no room for all.
+    """Write each label beside its point, not on a curve; False if there is no room for all.
 
     Points that touch share a place, where their labels are listed in their order.
     """
-    if not rows:
+    if not data:
         return True
-    points = axes.transData.transform([(row.pairs, row.kendall) for row in rows])
+    points = axes.transData.transform(data)
     texts = [
-        write(figure, name, CHOSEN if row is chosen else INK, bold=row is chosen)
-        for row, name in zip(rows, names, strict=True)
+        write(figure, name, CHOSEN if i == chosen else INK, bold=i == chosen)
+        for i, name in enumerate(names)
     ]
     groups = clusters(points, 2 * RADIUS)
     marks, sizes = np.empty((len(groups), 4)), np.empty((len(groups), 2))
     for i, group in enumerate(groups):
         marks[i, :2] = points[group].min(axis=0) - RADIUS
         marks[i, 2:] = points[group].max(axis=0) + RADIUS
-        widths = [text_width(names[j], bold=rows[j] is chosen) for j in group]
+        widths = [text_width(names[j], bold=j == chosen) for j in group]
         sizes[i] = max(widths), LINE * len(group)
     whole = figure.bbox.size
     area = axes.get_window_extent()
     room = (area.x0, area.y0 - RADIUS, whole[0] - MARGIN, area.y1 + 0.6 * LINE)
-    places = place_labels(marks, sizes, room)
+    steps = axes.transData.transform(curve) if curve else ()
+    taken = [np.linspace(a, b, 60) for a, b in pairwise(steps)]
+    boxes = np.hstack([np.vstack(taken) - 1, np.vstack(taken) + 1]) if taken else None
+    places = place_labels(marks, sizes, room, boxes)
     if places is None:
         return False
     for place, group, (x, _) in zip(places, groups, (marks[:, :2] + marks[:, 2:]) / 2, strict=True):
@@ -200,6 +211,54 @@ def draw_evaluation(evaluation: Evaluation) -> Any:
         f"{MAIN}; bars: 95% interval of the difference to {reference_name}", parse_math=False
     )
     return figure
+
+
+def plot_cascades(evaluation: CascadeEvaluation, path: Path) -> None:
+    """Plot nDCG@10 and the time per query of both models and of their cascades."""
+    _save(draw_cascades(evaluation), path)
+
+
+def draw_cascades(evaluation: CascadeEvaluation) -> Any:
+    """The matplotlib figure of `plot_cascades`."""
+    first, *rows = evaluation.rows
+    rows.sort(key=lambda row: row.milliseconds or 0.0)
+    points = [(row.milliseconds or 0.0, row.measures[MAIN]) for row in rows]
+    names = [shortened(row.name) for row in rows]
+    values = [first.measures[MAIN], *(value for _, value in points)]
+    widen = max(0.0, LEAST - (max(values) - min(values))) / 2
+    title = (
+        f"{' and '.join(evaluation.models)}: {evaluation.queries:,} queries of {evaluation.data}, "
+        f"{evaluation.depth} candidates"
+    )
+    large = next(i for i, row in enumerate(rows) if row.difference is None)
+    for height in count(3.0, 0.6):
+        figure, axes = new_figure(height, title, right=80.0)
+        set_ticks(axes.xaxis, linear_ticks(0.0, max(time for time, _ in points)))
+        set_ticks(
+            axes.yaxis,
+            linear_ticks(max(0.0, min(values) - widen), min(1.0, max(values) + widen)),
+        )
+        axes.set_xlabel("milliseconds a query: left is faster")
+        axes.set_ylabel(f"{MAIN}: up is better")
+        axes.axhline(first.measures[MAIN], color=INK, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+        best = _frontier(points)
+        axes.plot(*zip(*best, strict=True), color=OTHER, linewidth=1, zorder=2)
+        for i, point in enumerate(points):
+            mark(axes, *point, "D" if i == large else "o")
+        # The first stage has a height, but no time: its label stands at the end of its line.
+        labelled = [*points, (axes.get_xlim()[1], first.measures[MAIN])]
+        if _label(figure, axes, labelled, [*names, first.name], large, best):
+            return figure
+    raise AssertionError("unreachable")
+
+
+def _frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no faster one equals, the fastest first."""
+    found: list[tuple[float, float]] = []
+    for point in sorted(points, key=lambda each: (each[0], -each[1])):
+        if not found or point[1] > found[-1][1]:
+            found.append(point)
+    return found
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -3,57 +3,43 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
 from qrank.bundle.locate import DEFAULT
-from qrank.cli.common import (
-    FiniteFloat,
-    FiniteRange,
-    InputFile,
-    debug_option,
-    notice,
-    opening_options,
-    resumable,
-)
+from qrank.cli.common import FiniteFloat, debug_option, notice, opening_options, resumable
 from qrank.cli.obtain import opened, revision_option
-from qrank.cli.output import WRITERS, Result
 from qrank.cli.pairs import PAIRS, pairs_options, score_on_ray, score_pairs
 from qrank.cli.pairs import check as check_pairs
 from qrank.cli.progress import progress_bars
+from qrank.cli.ranking import (
+    ASKED,
+    how_options,
+    rank_query,
+    rank_run,
+    run_of,
+    run_options,
+    tell_what_was_left,
+    what_options,
+    write,
+)
 from qrank.cli.tune import measure as measure_targets
 from qrank.pairs.plan import Shard
-from qrank.quality.records import text_of
 from qrank.quality.rerank_run import RunReranker
 from qrank.quality.run_output import rerank_into
 from qrank.reranker import Reranker
-from qrank.scoring.inputs import LongDocuments
-from qrank.system.safejson import parse_object
-from qrank.system.textfiles import STANDARD_INPUT, TextFile
 
 
 @click.command()
-@click.option("-q", "--query", help="Query to rank the documents for.")
-@click.argument("files", nargs=-1, type=InputFile())
-@click.option("--instruction", help="What relevant means, for models that take an instruction.")
+@what_options
 @click.option("-m", "--model", help=f"Bundled name, bundle folder or hub id.  [default: {DEFAULT}]")
 @revision_option
-@click.option(
-    "--jsonl", is_flag=True, help='Lines are JSON objects with a "text" and an optional "title".'
-)
-@click.option(
-    "-f",
-    "--format",
-    type=click.Choice(list(WRITERS)),
-    help="Output format.  [default: table on a terminal, tsv in a pipe]",
-)
-@click.option("-k", "--top-k", type=click.IntRange(min=0), help="Print only the best N.")
+@how_options
 @click.option("--min-score", type=FiniteFloat(), help="Omit documents that score lower.")
-@click.option("--raw", is_flag=True, help="Print logits, without the model's activation.")
 @opening_options
 @click.option(
     "--measure/--no-measure",
@@ -62,50 +48,21 @@ from qrank.system.textfiles import STANDARD_INPUT, TextFile
     "without a notice.  [default: guess, with a notice on a terminal]",
 )
 @click.option("--family", help="The checkpoint's family card, if it does not identify itself.")
-@click.option(
-    "--long-documents",
-    type=click.Choice(get_args(LongDocuments)),
-    default="truncate",
-    show_default=True,
-    help="Of a document that is too long, read the beginning, the end, or the best part.",
-)
-@click.option(
-    "--budget-ms",
-    type=FiniteRange(min=0, min_open=True),
-    help="Time limit per query in milliseconds. Scores as many of the first documents as fit; "
-    "the others follow in their order.",
-)
-@click.option("--run", type=InputFile(), help="Rerank this TREC run, grouped by query.")
-@click.option("--queries", type=InputFile(), help="With --run: JSONL or Parquet with id and text.")
-@click.option(
-    "--documents", type=InputFile(), help="With --run: JSONL or Parquet with id and text."
-)
+@run_options
 @pairs_options
 @debug_option
 def score(
-    query: str | None,
-    files: tuple[Path, ...],
-    instruction: str | None,
     model: str | None,
     revision: str | None,
-    jsonl: bool,
-    format: str | None,
-    top_k: int | None,
     min_score: float | None,
-    raw: bool,
     measure: bool | None,
-    long_documents: LongDocuments,
-    budget_ms: float | None,
-    run: Path | None,
-    queries: Path | None,
-    documents: Path | None,
     **opening: Any,
 ) -> None:
     """Rank documents for a query, most relevant first.
 
     Each line of FILES or of standard input (-) is a document, blank lines included. --run,
-    --queries and --documents rerank a whole TREC run. All files may be pipes, and may be
-    compressed with gzip, bzip2, xz or zstd.
+    --queries and --documents rerank a whole TREC run, or several that --rrf fuses. All files may
+    be pipes, and may be compressed with gzip, bzip2, xz or zstd.
 
     --pairs scores the rows of tables: each file with a column of queries and one of documents
     becomes a file in the folder -o, with a column of scores.
@@ -122,18 +79,21 @@ def score(
       qrank score --pairs 'in/*.parquet' -o out --engine ray
     """
     tables = {name: opening.pop(name) for name in PAIRS}
+    asked = {name: opening.pop(name) for name in ASKED}
+    runs, raw = asked["runs"], asked["raw"]
     others: dict[str, object] = {
-        "-q": query,
-        "--jsonl": jsonl,
-        "--format": format,
-        "--top-k": top_k,
+        "-q": asked["query"],
+        "--jsonl": asked["jsonl"],
+        "--format": asked["format"],
+        "--top-k": asked["top_k"],
         "--min-score": min_score,
-        "--budget-ms": budget_ms,
-        "--run": run,
-        "--queries": queries,
-        "--documents": documents,
+        "--budget-ms": asked["budget_ms"],
+        "--run": runs or None,
+        "--rrf": asked["rrf"],
+        "--queries": asked["queries"],
+        "--documents": asked["documents"],
     }
-    check_pairs(tables, others, run=run is not None)
+    check_pairs(tables, others, run=bool(runs))
     if model is None:
         notice(f"no --model given: using the bundled {DEFAULT}")
 
@@ -156,7 +116,8 @@ def score(
     if raw and opening["calibrated"]:
         raise click.UsageError("--raw prints logits: give --scores calibrated or --raw")
     if tables["pairs"]:
-        how = {"raw": raw, "instruction": instruction, "long_documents": long_documents}
+        how = {name: asked[name] for name in ("raw", "instruction", "long_documents")}
+        files = asked["files"]
         if tables["engine"] is None:
             score_pairs(load, files, tables, **how)
         elif measure:
@@ -164,80 +125,22 @@ def score(
         else:
             score_on_ray(model or DEFAULT, {**opening, "revision": revision}, files, tables, **how)
         return
-    if run is not None:
-        if queries is None or documents is None:
-            raise click.UsageError("--run goes with --queries and --documents")
-        if query is not None or files or jsonl or min_score is not None or raw:
-            raise click.UsageError("--run takes no -q, FILES, --jsonl, --min-score or --raw")
+    if runs:
+        output, shard = tables["output"], tables["shard"]
         if opening["calibrated"]:
             raise click.UsageError("--run writes logits: it takes no --scores")
-        if format not in (None, "trec"):
-            raise click.UsageError("--run writes a TREC run: --format trec")
-        output, shard = tables["output"], tables["shard"]
-        if output is not None and budget_ms is not None:
+        if output is not None and asked["budget_ms"] is not None:
             raise click.UsageError("-o takes no --budget-ms: its outputs do not depend on time")
-        reader = RunReranker(run, queries, documents)
+        run = run_of(asked, {"--min-score": min_score})
         if output is None:
-            _score_run(load, reader, top_k, instruction, long_documents, budget_ms)
+            rank_run(load, run, asked)
         else:
-            _write_run(load, reader, output, shard, top_k, instruction, long_documents)
+            _write_run(load, run, output, shard, asked)
         return
-    if query is None:
-        raise click.UsageError("give a query with -q, or a run with --run")
-    if not files and (sys.stdin is None or sys.stdin.isatty()):
-        raise click.UsageError("give FILES, or documents on standard input")
-    lines = list(_lines(files or [STANDARD_INPUT], jsonl))
-    with load() as reranker:
-        ranking = reranker.rank(
-            query,
-            [text for text, _ in lines],
-            top_k=top_k,
-            instruction=instruction,
-            long_documents=long_documents,
-            budget_ms=budget_ms,
-        )
-    if not lines:
-        notice("there is no document to rank")
-    _tell_what_was_left(
-        len(lines),
-        ranking.scored_count,
-        len(ranking),
-        sum(item.truncated for item in ranking),
-        long_documents,
-    )
-    results = [
-        Result(item, item.logit if raw else item.score, lines[item.index][1]) for item in ranking
-    ]
+    reranker, ranking, results = rank_query(load, asked)
     if min_score is not None:
         results = [result for result in results if result.score >= min_score]
-    chosen = format or ("table" if sys.stdout.isatty() else "tsv")
-    scored_count = None if budget_ms is None else ranking.scored_count
-    WRITERS[chosen](results, reranker.engine.manifest.name, reranker.target.name, scored_count)
-
-
-def _score_run(
-    load: Callable[[], Reranker],
-    run: RunReranker,
-    top_k: int | None,
-    instruction: str | None,
-    long_documents: LongDocuments,
-    budget_ms: float | None,
-) -> None:
-    with closing(run), load() as reranker:
-        reranked = run.rerank(
-            reranker,
-            top_k=top_k,
-            instruction=instruction,
-            long_documents=long_documents,
-            budget_ms=budget_ms,
-        )
-        with progress_bars(beside_results=True) as progress:
-            progress("reranking", 0, run.count)
-            for done, lines in enumerate(reranked, 1):
-                if lines:
-                    click.echo("\n".join(lines))
-                progress("reranking", done, run.count)
-        _tell_what_was_left(run.documents, run.scored, run.shown, run.truncated, long_documents)
+    write(asked, results, ranking, reranker.engine.manifest.name, reranker.target.name)
 
 
 def _write_run(
@@ -245,9 +148,7 @@ def _write_run(
     run: RunReranker,
     folder: Path,
     shard: Shard | None,
-    top_k: int | None,
-    instruction: str | None,
-    long_documents: LongDocuments,
+    asked: dict[str, Any],
 ) -> None:
     with closing(run), resumable(), load() as reranker, progress_bars(lines=True) as progress:
         output, before = rerank_into(
@@ -255,41 +156,12 @@ def _write_run(
             run,
             reranker,
             shard=shard,
-            top_k=top_k,
-            instruction=instruction,
-            long_documents=long_documents,
+            top_k=asked["top_k"],
+            instruction=asked["instruction"],
+            long_documents=asked["long_documents"],
             progress=progress,
         )
     kept = f", {before:,} queries of it reranked before" if before else ""
     notice(f"{output}{kept}")
-    _tell_what_was_left(run.documents, run.scored, run.shown, run.truncated, long_documents)
-
-
-def _tell_what_was_left(
-    documents: int, scored: int, shown: int, truncated: int, long_documents: LongDocuments
-) -> None:
-    """Print notices about documents that were not scored, or not read whole."""
-    if scored < documents:
-        notice(
-            f"scored {scored} of the {documents} documents within the budget; "
-            "the others follow in their given order"
-        )
-    if truncated:
-        read = "end" if long_documents == "tail" else "beginning"
-        notice(
-            f"{truncated} of the {shown} documents shown did not fit and only their {read} "
-            "was read; --long-documents chunk reads them whole"
-        )
-
-
-def _lines(files: Iterable[Path], jsonl: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line's text, and its JSON object; {} for plain lines."""
-    for path in files:
-        with TextFile(path) as file:
-            for number, line in file:
-                if not jsonl:
-                    yield line, {}
-                    continue
-                where = f"{file.name}, line {number}"
-                record = parse_object(line, where, 'a JSON object with a "text"')
-                yield text_of(record, "document", where), record
+    left = (run.documents, run.scored, run.shown, run.truncated)
+    tell_what_was_left(*left, asked["long_documents"])

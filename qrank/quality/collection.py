@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Set
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from qrank.errors import InputError
 from qrank.quality.bm25 import Run, bm25
+from qrank.quality.fusion import fuse
 from qrank.quality.records import Texts, judgements, run_lines
 from qrank.system.textfiles import STANDARD_INPUT, SUFFIXES, TextFile
 
@@ -140,13 +140,14 @@ class Collection:
         run = bm25(queries, self.documents, depth + bool(itself))
         return _without(run, itself, depth)
 
-    def run(self, path: Path, depth: int = 100, max_queries: int | None = None) -> Run:
+    def run(self, *paths: Path, depth: int = 100, max_queries: int | None = None) -> Run:
         """The best documents of a TREC run's judged queries, by score; ties keep the run's order.
 
-        A query that is also a document is not a candidate for itself: see `_itself`.
+        Several runs are fused: see `qrank.quality.fusion`. A query that is also a document is not a
+        candidate for itself: see `_itself`.
 
         Args:
-            path: path of the run.
+            paths: paths of the runs.
             depth: maximum number of documents per query.
             max_queries: use only this many queries, in the order of the queries' file. None: all.
 
@@ -154,27 +155,29 @@ class Collection:
             InputError: a line cannot be parsed, repeats a document, or names one that the documents
                 file lacks (the message names the line); or no query of the run is judged.
         """
+        runs = [self._ranked(path) for path in paths]
+        named = {query for run in runs for query in run}
+        queries = [query for query in self.queries if query in named][:max_queries]
+        if len(runs) == 1:
+            ranked = {query: runs[0][query] for query in queries}
+        else:
+            ranked = {query: fuse(run.get(query, ()) for run in runs) for query in queries}
+        return _without(ranked, self._itself(queries), depth)
+
+    def _ranked(self, path: Path) -> Run:
+        """The judged queries of a TREC run, their documents by score."""
         found: Run = {}
         others = set()
         with TextFile(path) as file:
             for line in run_lines(file):
-                where = f"{file.name}, line {line.number}"
                 if line.query not in self.queries:
                     others.add(line.query)
                     continue
-                try:
-                    score = float(line.score)
-                except ValueError:
-                    score = math.nan
-                if not math.isfinite(score):
-                    raise InputError(f"{where}: the score {line.score!r} is no finite number")
+                score = line.number_of_score()
                 if line.document not in self.documents:
-                    raise InputError(f"{where}: the documents file lacks {line.document!r}")
+                    raise InputError(f"{line.where}: the documents file lacks {line.document!r}")
                 if line.document in found.setdefault(line.query, {}):
-                    raise InputError(
-                        f"{where}: document {line.document!r} stands there twice for query "
-                        f"{line.query!r}"
-                    )
+                    raise InputError(line.repeated())
                 found[line.query][line.document] = score
             if not found:
                 raise InputError(
@@ -182,12 +185,10 @@ class Collection:
                 )
             what = f"in {file.name}, not judged, left out"
             _tell(what, len(others), len(others) + len(found), "queries")
-        queries = [query for query in self.queries if query in found][:max_queries]
-        ranked = {
-            query: dict(sorted(found[query].items(), key=lambda item: -item[1]))
-            for query in queries
+        return {
+            query: dict(sorted(scores.items(), key=lambda item: -item[1]))
+            for query, scores in found.items()
         }
-        return _without(ranked, self._itself(queries), depth)
 
     def judged(self, max_queries: int | None = None) -> Run:
         """The judged documents of each query as candidates without a first stage: all score 0."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import math
 import re
 import sqlite3
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,23 @@ def _shown(value: object) -> str:
     return json.dumps(value)
 
 
+@contextmanager
+def kept_on_disk() -> Iterator[None]:
+    """Writing to a temporary SQLite database (`connect("")`), which spills to disk as it grows.
+
+    Raises:
+        OSError: the disk has no space for it.
+    """
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        import tempfile  # slow to import, and needed only here
+
+        full = OSError(errno.ENOSPC, f"an index of ids cannot be kept: {error}")
+        folder = Path(tempfile.gettempdir())
+        raise cannot_write(full, folder, "SQLITE_TMPDIR names another folder") from error
+
+
 class Places:
     """Ids and the place of each in a file; many of them are kept on disk.
 
@@ -128,22 +146,16 @@ class Places:
     """
 
     def __init__(self) -> None:
-        # A temporary SQLite database, which spills to disk as it grows.
         self._database = sqlite3.connect("")
         self._database.execute("CREATE TABLE place (id TEXT PRIMARY KEY, start INTEGER)")
 
     def add(self, identity: str, start: int) -> bool:
         """Add an id with its place; False if the id is already there."""
         try:
-            self._database.execute("INSERT INTO place VALUES (?, ?)", (identity, start))
+            with kept_on_disk():
+                self._database.execute("INSERT INTO place VALUES (?, ?)", (identity, start))
         except sqlite3.IntegrityError:
             return False
-        except sqlite3.OperationalError as error:
-            import tempfile  # slow to import, and needed only here
-
-            full = OSError(errno.ENOSPC, f"an index of ids cannot be kept: {error}")
-            folder = Path(tempfile.gettempdir())
-            raise cannot_write(full, folder, "SQLITE_TMPDIR names another folder") from error
         return True
 
     def get(self, identity: str) -> int | None:
@@ -231,12 +243,38 @@ class Texts:
 
 @dataclass(frozen=True)
 class RunLine:
-    """A line of a TREC run; `score` is the column's text."""
+    """A line of a TREC run; `file` and `number` tell where it is, `score` is the column's text."""
 
+    file: str
     number: int
     query: str
     document: str
     score: str
+
+    @property
+    def where(self) -> str:
+        """File and line, for errors."""
+        return f"{self.file}, line {self.number}"
+
+    def number_of_score(self) -> float:
+        """The score as a number.
+
+        Raises:
+            InputError: it is no finite number.
+        """
+        try:
+            score = float(self.score)
+        except ValueError:
+            score = math.nan
+        if not math.isfinite(score):
+            raise InputError(f"{self.where}: the score {self.score!r} is no finite number")
+        return score
+
+    def repeated(self) -> str:
+        """The error of a line whose document its query has already."""
+        return (
+            f"{self.where}: document {self.document!r} stands there twice for query {self.query!r}"
+        )
 
 
 def run_lines(file: TextFile) -> Iterator[RunLine]:
@@ -254,7 +292,7 @@ def run_lines(file: TextFile) -> Iterator[RunLine]:
                 f"{file.name}, line {number}: expected 6 columns (query Q0 document rank "
                 f"score tag), found {len(fields)}"
             )
-        yield RunLine(number, fields[0], fields[2], fields[4])
+        yield RunLine(file.name, number, fields[0], fields[2], fields[4])
 
 
 @dataclass(frozen=True)

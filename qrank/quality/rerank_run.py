@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import groupby, islice
 from pathlib import Path
 
+from qrank.cascade import Cascade
 from qrank.errors import InputError
+from qrank.quality.fusion import FusedRun
 from qrank.quality.records import Places, RunLine, Texts, run_lines
 from qrank.reranker import Reranker
 from qrank.scoring.inputs import LongDocuments
-from qrank.system.textfiles import TextFile
+from qrank.scoring.ranking import Ranking
+from qrank.system.textfiles import STANDARD_INPUT, SUFFIXES, TextFile
 
 TAG = "qrank"
 """The last column of a run qrank writes."""
@@ -21,23 +23,44 @@ LOGIT = ".9g"
 """Format of a logit: different float32 values are written differently."""
 
 
-def falling(logits: Sequence[float]) -> list[float]:
-    """Logits of a ranked list; NaNs at its end continue in steps of -1: evaluators sort by them."""
-    scored = [logit for logit in logits if not math.isnan(logit)]
-    lowest = scored[-1] if scored else 0.0
-    return scored + [lowest - number for number in range(1, len(logits) - len(scored) + 1)]
+def falling(ranking: Sequence[Ranking]) -> list[float]:
+    """Logits of a ranked list, so that they fall: evaluators sort by them.
+
+    Documents of another stage of a cascade follow 1 below the lowest of the stage before them, at
+    their own distances; unscored documents continue in steps of -1.
+    """
+    numbers: list[float] = []
+    for (scored, _), group in groupby(ranking, key=lambda item: (item.scored, item.stage)):
+        items = list(group)
+        lowest = numbers[-1] if numbers else 0.0
+        if scored:
+            shift = lowest - 1 - items[0].logit if numbers else 0.0
+            numbers += [item.logit + shift for item in items]
+        else:
+            numbers += [lowest - place for place in range(1, len(items) + 1)]
+    return numbers
+
+
+def _name(run: Path) -> str:
+    """The file name of a run, without suffixes of compression."""
+    name = "run.trec" if run == STANDARD_INPUT else run.name
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name
 
 
 class RunReranker:
     """Reranks a run, after checking all of it before anything is scored.
 
     Args:
-        run: TREC run file: query, Q0, document, rank, score, tag; grouped by query.
+        run: TREC run file: query, Q0, document, rank, score, tag; grouped by query. Several are
+            fused: see `qrank.quality.fusion`.
         queries: JSONL with id and text: see `Texts`.
         documents: JSONL with id and text: see `Texts`.
 
     Attributes:
-        files: the arguments.
+        files: the arguments, as one list.
+        name: file name of the run without suffixes of compression, or `rrf.trec`.
         count: number of queries in the run.
         documents: number of documents of all queries reranked so far.
         scored: how many of these were scored within the budget.
@@ -50,10 +73,14 @@ class RunReranker:
             line.
     """
 
-    def __init__(self, run: Path, queries: Path, documents: Path) -> None:
-        self.files = (run, queries, documents)
+    def __init__(self, run: Path | Sequence[Path], queries: Path, documents: Path) -> None:
+        runs = [run] if isinstance(run, Path) else list(run)
+        self.files = (*runs, queries, documents)
+        self.name = _name(runs[0]) if len(runs) == 1 else "rrf.trec"
         with ExitStack() as opened:
-            self._run = opened.enter_context(TextFile(run))
+            self._run: TextFile | FusedRun
+            self._run = TextFile(runs[0]) if len(runs) == 1 else FusedRun(runs)
+            opened.callback(self._run.close)
             self._queries = opened.enter_context(closing(Texts(queries, "query")))
             self._documents = opened.enter_context(closing(Texts(documents, "document")))
             with closing(Places()) as seen:
@@ -63,7 +90,7 @@ class RunReranker:
 
     def rerank(
         self,
-        reranker: Reranker,
+        reranker: Reranker | Cascade,
         *,
         first: int = 0,
         stop: int | None = None,
@@ -104,7 +131,7 @@ class RunReranker:
             self.scored += ranking.scored_count
             self.shown += len(ranking)
             self.truncated += sum(item.truncated for item in ranking)
-            numbers = falling([item.logit for item in ranking])
+            numbers = falling(ranking)
             yield [
                 f"{query} Q0 {identities[item.index]} {rank} {number:{LOGIT}} {TAG}"
                 for rank, (item, number) in enumerate(zip(ranking, numbers, strict=True), 1)
@@ -119,14 +146,17 @@ class RunReranker:
         self._opened.close()
 
     def _groups(self, first: int, stop: int | None) -> Iterator[tuple[str, Iterator[RunLine]]]:
-        groups = groupby(run_lines(self._run), key=lambda line: line.query)
+        groups = groupby(self._lines(), key=lambda line: line.query)
         return islice(groups, first, stop)
+
+    def _lines(self) -> Iterator[RunLine]:
+        return run_lines(self._run) if isinstance(self._run, TextFile) else iter(self._run)
 
     def _check(self, seen: Places) -> int:
         current = None
         documents: set[str] = set()
-        for line in run_lines(self._run):
-            where = f"{self._run.name}, line {line.number}"
+        for line in self._lines():
+            where = line.where
             if line.query != current:
                 current = line.query
                 documents.clear()
@@ -140,9 +170,7 @@ class RunReranker:
             if line.document not in self._documents:
                 raise InputError(f"{where}: the documents file lacks {line.document!r}")
             if line.document in documents:
-                raise InputError(
-                    f"{where}: document {line.document!r} stands there twice for query {current!r}"
-                )
+                raise InputError(line.repeated())
             documents.add(line.document)
         if current is None:
             raise InputError(f"{self._run.name} is empty: there is no run to rerank")

@@ -16,7 +16,6 @@ from qrank.quality.rerank_run import RunReranker
 from qrank.reranker import Reranker
 from qrank.scoring.inputs import LongDocuments
 from qrank.system.steps import Progress, no_progress
-from qrank.system.textfiles import STANDARD_INPUT, SUFFIXES
 
 _POLL = 0.5
 """Seconds between two attempts to take an output that another process writes."""
@@ -57,7 +56,7 @@ def rerank_into(
         OSError: the output cannot be written.
     """
     first, stop = (0, run.count) if shard is None else shard.share(run.count)
-    output = folder / _name(run.files[0], shard)
+    output = folder / (run.name if shard is None else shard.named(run.name))
     settings = {
         **settings_of(reranker, True, instruction, long_documents),
         "top_k": top_k,
@@ -93,14 +92,6 @@ def rerank_into(
                 told = True
             time.sleep(_POLL)
     return output, stop - first
-
-
-def _name(run: Path, shard: Shard | None) -> str:
-    """The name of a run's output."""
-    name = "run.trec" if run == STANDARD_INPUT else run.name
-    for suffix in SUFFIXES:
-        name = name.removesuffix(suffix)
-    return name if shard is None else shard.named(name)
 
 
 def _resumed(file: IO[bytes], queries: Iterator[str]) -> int:

@@ -117,6 +117,8 @@ def score_within(
     steps: Iterable[Sequence[ModelInput]],
     latency: LatencyEstimate,
     clock: Callable[[], float] = time.perf_counter,
+    *,
+    always: bool = True,
 ) -> Iterator[list[ModelInput]]:
     """The model inputs to score next, while time is left; the module docstring has the guarantees.
 
@@ -127,20 +129,22 @@ def score_within(
         steps: each step encodes some more documents; all inputs of a document are in one step.
         latency: predicts what documents cost, and learns.
         clock: returns the time in seconds.
+        always: score the first document even if the time is up.
 
     Yields:
         All inputs of one or more documents.
     """
-    begun, first = clock(), True
+    begun, must = clock(), always
     for step in steps:
         waiting = [list(inputs) for _, inputs in groupby(step, key=lambda each: each.owner)]
         while waiting:
             start = clock()
             tokens = [sum(each.tokens for each in inputs) for inputs in waiting]
-            count = latency.fitting(tokens, seconds - (start - begun))
-            if count == 0 and not first:
+            left = seconds - (start - begun)
+            count = latency.fitting(tokens, left) if left > 0 else 0
+            if count == 0 and not must:
                 return
-            count, first = max(count, 1), False
+            count, must = max(count, 1), False
             yield [each for inputs in waiting[:count] for each in inputs]
             latency.learn(count, sum(tokens[:count]), clock() - start)
             del waiting[:count]

@@ -74,6 +74,8 @@ class Ranking:
         truncated: whether the model read only its beginning, or its end.
         part: the characters [start, end) that scored best, if it was cut into chunks.
         scored: whether it was scored in time; if not, score and logit are NaN.
+        stage: the reranker of a `Cascade` that scored it last, from 0; None: there is no cascade,
+            or it was not scored. Scores of different stages cannot be compared.
     """
 
     index: int
@@ -83,6 +85,7 @@ class Ranking:
     truncated: bool = False
     part: tuple[int, int] | None = None
     scored: bool = True
+    stage: int | None = None
 
     def __eq__(self, other: object) -> bool:
         """Whether all fields are equal; the NaN scores of unscored documents are ignored."""
@@ -98,10 +101,11 @@ class Ranking:
         )
         more = ", truncated=True" if self.truncated else ""
         more += f", part={self.part}" if self.part else ""
+        more += "" if self.stage is None else f", stage={self.stage}"
         return f"Ranking(index={self.index}, {numbers}, text={_SHORT.repr(self.text)}{more})"
 
     def _known(self) -> tuple[object, ...]:
-        known = (self.index, self.text, self.truncated, self.part)
+        known = (self.index, self.text, self.truncated, self.part, self.stage)
         return (*known, self.score, self.logit) if self.scored else known
 
 
@@ -114,11 +118,19 @@ class Rankings(list[Ranking]):
 
     Attributes:
         scored_count: number of documents that were scored: all of them, unless a budget ran out.
+        stage_counts: number of documents that each reranker of a `Cascade` scored; () if there is
+            no cascade.
     """
 
-    def __init__(self, ranked: Iterable[Ranking] = (), scored_count: int = 0) -> None:
+    def __init__(
+        self,
+        ranked: Iterable[Ranking] = (),
+        scored_count: int = 0,
+        stage_counts: tuple[int, ...] = (),
+    ) -> None:
         super().__init__(ranked)
         self.scored_count = scored_count
+        self.stage_counts = stage_counts
 
     @classmethod
     def of(cls, found: ScoredPairs, documents: Sequence[str]) -> Rankings:
@@ -146,11 +158,16 @@ class Rankings(list[Ranking]):
 
     def __getitem__(self, place: SupportsIndex | slice) -> Ranking | Rankings:
         found = super().__getitem__(place)
-        return found if isinstance(found, Ranking) else Rankings(found, self.scored_count)
+        if isinstance(found, Ranking):
+            return found
+        return Rankings(found, self.scored_count, self.stage_counts)
 
     def copy(self) -> Rankings:
         """See `list`."""
         return self[:]
 
     def __repr__(self) -> str:
-        return f"Rankings({super().__repr__()}, scored_count={self.scored_count})"
+        counts = f"scored_count={self.scored_count}"
+        if self.stage_counts:
+            counts += f", stage_counts={self.stage_counts}"
+        return f"Rankings({super().__repr__()}, {counts})"
