@@ -59,8 +59,8 @@ def convert(
             `qrank.bundle.locate.place`.
         variants: (format, precision) pairs to make; a precision of None is the default. Variants
             the bundle already has are kept, and proven on rankings if they were not. None: every
-            format that the family supports and whose packages are installed, or every format with
-            a prebuilt file.
+            format that the family supports, that is made unasked (MLX is on Macs alone) and whose
+            packages are installed, or every format with a prebuilt file.
         output: the bundle's folder; None: `NAME-qrank` in the working directory. The variants are
             added to an existing bundle of the same checkpoint. Waits while another conversion
             writes there.

@@ -86,8 +86,8 @@ def of_checkpoint(
     """The maker of each variant of a checkpoint, and variants whose packages are missing.
 
     Args:
-        asked: formats and precisions; None: the default precision of each format whose packages
-            are installed, or of each that the exporter writes.
+        asked: formats and precisions; None: the default precision of each format that is made
+            unasked and whose packages are installed, or of each that the exporter writes.
         exporter: another program that converts; None: qrank itself.
 
     Raises:
@@ -97,7 +97,7 @@ def of_checkpoint(
     if exporter is not None:
         asked = _exported(asked, exporter)
     if asked is None:
-        obstacles = {format: obstacle(format) for format in formats()}
+        obstacles = {name: obstacle(name) for name, format in formats().items() if format.unasked}
         # If no format can be made, keep all: their errors say what is missing.
         at_hand = [format for format, what in obstacles.items() if not what] or list(obstacles)
         for absent in sorted(set(obstacles) - set(at_hand)):

@@ -88,7 +88,7 @@ def versions(modules: tuple[str, ...]) -> dict[str, str]:
     A module may come from another distribution: onnxruntime also comes with onnxruntime-gpu.
     """
     found: dict[str, str] = {}
-    for module in modules:
+    for module in (name.partition(".")[0] for name in modules):
         try:
             found[module] = metadata.version(module)
         except metadata.PackageNotFoundError:

@@ -22,7 +22,7 @@ FLOORS: list[set[str]] = [
     {"converters.checkpoint"},
     {"backends"},
     {"converters"},
-    {"select", "converters.onnx", "converters.gguf"},
+    {"select", "converters.onnx", "converters.gguf", "converters.mlx"},
     {"engine", "converters.openvino"},
     {"reranker"},
     {"cascade", "measure", "pairs"},

@@ -2,14 +2,15 @@
 
 `conforms` is called for each kind of tiny checkpoint in each (format, precision):
 
-| kinds | onnx | openvino | gguf | torch |
-|---|---|---|---|---|
-| encoders: `tiny.CHECKPOINTS` (here) | but int4 | but int4 | all | fp32 |
-| decoders: `tiny_decoders.CHECKPOINTS` (there) | all | but int8-w8a8 | all | fp32 |
-| nemotron (its own file) | but int4 | but int4 | all | fp32 |
-| encoders: `tiny_encoders.CHECKPOINTS` (test_encoders.py) | int8 | int8 | q8_0 | fp32 |
-| Qwen3.5 (test_qwen3_5.py) | none | none | f16 | none |
-| encoder-decoders (test_t5.py) | fp32, fp16, int8 | fp16, int8 | none | fp32 |
+| kinds | onnx | openvino | gguf | mlx | torch |
+|---|---|---|---|---|---|
+| encoders: `tiny.CHECKPOINTS` (here) | but int4 | but int4 | all | but int4 | fp32 |
+| four of these, on the probes (test_mlx.py) | none | none | none | int4 | none |
+| decoders: `tiny_decoders.CHECKPOINTS` (there) | all | but int8-w8a8 | all | all | fp32 |
+| nemotron (its own file) | but int4 | but int4 | all | but int4 | fp32 |
+| encoders: `tiny_encoders.CHECKPOINTS` (test_encoders.py) | int8 | int8 | q8_0 | int8 | fp32 |
+| Qwen3.5 (test_qwen3_5.py) | none | none | f16 | none | none |
+| encoder-decoders (test_t5.py) | fp32, fp16, int8 | fp16, int8 | none | none | fp32 |
 
 "All" is what the backends declare (`qrank.backends.formats`); openvino's int8-w8a8 is left out on
 CPUs without VNNI, where it is refused. Pairs scored together, alone, in reverse order and by many

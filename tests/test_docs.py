@@ -79,7 +79,7 @@ def folder(
     Conversions of it are quick: a ready graph replaces the exporter, and ONNX is the only format
     whose packages are installed.
     """
-    missing = ("openvino", "nncf", "gguf", "llama_cpp")
+    missing = ("openvino", "nncf", "gguf", "llama_cpp", "mlx.core")
     installed = "qrank.converters.makers.installed"
     monkeypatch.setattr(installed, lambda name: name not in missing)
     for name in HUB:

@@ -12,7 +12,7 @@ from qrank.converters.convert import convert
 
 Folders = Callable[[str], Path]
 FAMILIES = {"camembert": "roberta"}
-VARIANTS = [("onnx", "int8"), ("openvino", "int8"), ("gguf", "q8_0")]
+VARIANTS = [("onnx", "int8"), ("openvino", "int8"), ("gguf", "q8_0"), ("mlx", "int8")]
 MORE = {
     "deberta-v2": [("onnx", "fp16"), ("openvino", "fp16")],
     "mpnet": [("onnx", "fp16"), ("openvino", "fp16")],

@@ -44,7 +44,7 @@ DOCUMENTS = ["mars is red", "bread is baked", "the sky is blue"]
 @pytest.fixture
 def onnx_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine where onnx is the only format whose packages are installed."""
-    missing = ("openvino", "nncf", "gguf", "llama_cpp")
+    missing = ("openvino", "nncf", "gguf", "llama_cpp", "mlx.core")
     monkeypatch.setattr(
         "qrank.converters.makers.installed", lambda name: name not in missing and installed(name)
     )
@@ -165,7 +165,7 @@ def test_without_the_converters_there_is_one_line(
     name = f"{MODEL}@v1" if revision else MODEL
     assert refused.stderr.splitlines()[-1] == (
         f"qrank: error: {name} is a checkpoint, and packages are missing to convert it to "
-        'openvino or onnx or gguf; install them with: pip install "qrank[convert]"'
+        'openvino or onnx or gguf or mlx; install them with: pip install "qrank[convert]"'
     )
     assert server.asked == [TOKENIZER]
     assert not data.exists()
@@ -196,7 +196,7 @@ def test_the_expected_fastest_comes_first() -> None:
     assert convertible("openvino", None)[0] == ("openvino", "int8")
     assert convertible("openvino-int8-w8a8", None) == [("openvino", "int8-w8a8")]
     assert convertible("onnx", "cuda")[0] == ("onnx", "fp16")
-    assert {name for name, _ in convertible(None, "metal")} == {"gguf"}
+    assert {name for name, _ in convertible(None, "metal")} == {"gguf", "mlx"}
     assert convertible("fakes:length", None) == convertible(None, None)
     with pytest.raises(TargetError, match="no checkpoint can be converted for backend 'onx'"):
         convertible("onx", None)

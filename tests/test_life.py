@@ -113,7 +113,8 @@ def test_closed_at_random_moments_ten_thousand_calls_are_answered(bundle: Path) 
 
 
 @pytest.mark.parametrize(
-    ("backend", "calls"), [("onnx-int8", 400), ("openvino-int8", 12), ("gguf-f16", 400)]
+    ("backend", "calls"),
+    [("onnx-int8", 400), ("openvino-int8", 12), ("gguf-f16", 400), ("mlx-int8", 100)],
 )
 def test_a_real_model_is_closed_after_its_last_call(bundle: Path, backend: str, calls: int) -> None:
     used_and_closed(Reranker(bundle, backend=backend, threads=2), calls, pause=0.2)
@@ -153,7 +154,7 @@ print(after_three, resident())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is told in other ways here")
-@pytest.mark.parametrize("backend", ["onnx-int8", "openvino-int8", "gguf-f16"])
+@pytest.mark.parametrize("backend", ["onnx-int8", "openvino-int8", "gguf-f16", "mlx-int8"])
 def test_one_that_is_dropped_frees_its_model(bundle: Path, backend: str) -> None:
     """After opening 20 without closing any, memory is at most 10 % above that of three."""
     done = subprocess.run(

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,13 @@ def test_apples_chips_are_told_apart(elsewhere: Path, monkeypatch: pytest.Monkey
         names[machine.cpu_name()] = machine.cpu()
     assert list(names) == ["Apple M1", "Apple M4 Max", "arm"]
     assert len(set(names.values())) == 3
+    assert machine.accelerators() == []
+    libc.chip = b"Apple M4 Max"
+    gpus = set()
+    for cores in (14, 16):
+        monkeypatch.setattr(os, "cpu_count", partial(int, cores))
+        gpus |= set(machine.accelerators())
+    assert gpus == {"Apple M4 Max, 14 cores", "Apple M4 Max, 16 cores"}
 
 
 def test_arms_chips_are_told_apart_on_linux(elsewhere: Path) -> None:

@@ -391,6 +391,7 @@ def test_what_is_not_installed_is_no_guess(bundle: Path, monkeypatch: pytest.Mon
     assert {t.variant.format for t in guesses(Manifest.load(bundle), None, None)} == {
         "onnx",
         "gguf",
+        "mlx",
     }
 
 

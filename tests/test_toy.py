@@ -50,7 +50,7 @@ def test_convert_makes_and_proves_it(toys: Path) -> None:
 
 def test_help_of_convert_names_it() -> None:
     text = " ".join(qrank_("convert", "--help").output.split())
-    assert "[onnx|openvino|gguf|toy]" in text
+    assert "[onnx|openvino|gguf|mlx|toy]" in text
     assert "toy: fp32, fp16" in text
 
 

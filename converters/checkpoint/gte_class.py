@@ -75,7 +75,7 @@ class _Model(nn.Module):
         hidden = self.embeddings(input_ids, token_type_ids)
         mask = padding_mask(attention_mask, hidden.dtype)
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        angles = places[:, None].float() * _frequencies(self.config).to(input_ids.device)
+        angles = places[:, None].float() * frequencies(self.config).to(input_ids.device)
         angles = torch.cat((angles, angles), -1)[None]
         rotation = angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
         for layer in self.layers:
@@ -138,7 +138,7 @@ class _FeedForward(nn.Module):
         return out
 
 
-def _frequencies(config: GteConfig) -> torch.Tensor:
+def frequencies(config: GteConfig) -> torch.Tensor:
     """The rotary frequencies, fp32 of shape [width / 2].
 
     Raises:

@@ -254,7 +254,7 @@ def describe(
     else:
         card = find_card(family or rewriting.family, config, identity if commit else None)
     if config.get("model_type") in HYBRID:
-        card = replace(card, unsupported=("onnx", "openvino"))
+        card = replace(card, unsupported=("onnx", "openvino", "mlx"))
     if not is_language_model(config):
         _check_labels(settings(), card, source)
     files = weights()

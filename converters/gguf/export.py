@@ -24,18 +24,11 @@ from qrank.backends.llama import complaint, library
 from qrank.bundle.sequences import Sequences
 from qrank.converters.checkpoint import evening
 from qrank.converters.checkpoint.configuration import make_settings, read_config
+from qrank.converters.checkpoint.evened_weights import Weights, score_head
 from qrank.converters.checkpoint.probes import probe_pairs
 from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.gguf.layouts import Layout, describe
-from qrank.converters.gguf.tensors import (
-    Tensor,
-    Weights,
-    has_flags,
-    llama_scores,
-    score_head,
-    tensors_of,
-    token_types,
-)
+from qrank.converters.gguf.tensors import Tensor, has_flags, llama_scores, tensors_of, token_types
 from qrank.converters.gguf.vocabulary import rerank_template, same_ids, write_vocabulary
 from qrank.errors import ConversionError
 from qrank.system.extras import need

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from qrank.bundle.family import Family, label_row
 from qrank.bundle.sequences import Floats
-from qrank.converters.checkpoint.configuration import NEMOTRON, auto_class
-from qrank.converters.checkpoint.evening import Scaling
+from qrank.converters.checkpoint.configuration import auto_class
+from qrank.converters.checkpoint.evened_weights import Weights, label_rows
 from qrank.converters.checkpoint.read import Checkpoint
-from qrank.converters.checkpoint.weights import read_weights
 from qrank.converters.gguf import gated_delta
 from qrank.converters.gguf.layouts import Layout, rotary_factors
 from qrank.errors import ConversionError
@@ -56,30 +54,6 @@ class Tensor:
             piece.astype(self.dtype, copy=False).tofile(file)
 
 
-class Weights:
-    """A checkpoint's weights, read some rows at a time and evened out."""
-
-    def __init__(self, folder: Path, scalings: Mapping[str, Scaling]) -> None:
-        # Before 2019, layer norms called their parameters gamma and beta.
-        old = {"gamma": "weight", "beta": "bias"}
-        self._found = {}
-        for stored, part in read_weights(folder).items():
-            module, _, parameter = stored.rpartition(".")
-            self._found[f"{module}.{old.get(parameter, parameter)}"] = part
-        self._scalings = scalings
-        self.shapes = {name: list(part.shape) for name, part in self._found.items()}
-
-    def row(self, name: str, number: int) -> Floats:
-        """One row of a weight."""
-        return self._found[name].row(number)
-
-    def rows(self, name: str, first: int = 0) -> Iterator[Floats]:
-        """The rows of a weight from `first` on, in pieces."""
-        for rows in self._found[name].rows(first):
-            yield self._scalings[name].apply(rows, first) if name in self._scalings else rows
-            first += len(rows)
-
-
 def llama_scores(family: Family) -> bool:
     """Whether llama.cpp itself scores a decoder: only Qwen3's, as a softmax over two labels."""
     return family.architecture == "Qwen3ForCausalLM" and len(family.labels) == 2
@@ -107,22 +81,6 @@ def has_flags(weights: Weights, checkpoint: Checkpoint) -> bool:
 
 def _types_beside(words: str) -> str:
     return words.replace("word_embeddings", "token_type_embeddings")
-
-
-def score_head(weights: Weights, config: PretrainedConfig, family: Family) -> Floats:
-    """The row that maps a pooled hidden state to its logit, from the files; float32 [hidden]."""
-    if not family.labels:
-        row = weights.row("score.weight", 0)
-        return row / np.float32(config.temperature) if config.model_type == NEMOTRON else row
-    head: Floats = label_row(_label_rows(weights, config, family))
-    return head
-
-
-def _label_rows(weights: Weights, config: PretrainedConfig, family: Family) -> Floats:
-    """The labels' rows of the output matrix, shape [labels, hidden]."""
-    tied = config.tie_word_embeddings
-    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    return np.stack([weights.row(name, label) for label in family.labels])
 
 
 def tensors_of(
@@ -170,7 +128,7 @@ def tensors_of(
     if layout.head and (factors := rotary_factors(config)) is not None:
         yield Tensor("rope_freqs.weight", list(factors.shape), lambda: iter([factors]))
     if llama_scores(checkpoint.family):
-        rows = _label_rows(weights, config, checkpoint.family)
+        rows = label_rows(weights, config, checkpoint.family)
         yield Tensor("cls.output.weight", list(rows.shape), lambda: iter([rows]))
     if unmapped:
         raise ConversionError(f"llama.cpp's {layout.arch} has no place for: {', '.join(unmapped)}")

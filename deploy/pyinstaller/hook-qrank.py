@@ -20,6 +20,7 @@ from qrank.system.extras import EXTRA_OF, installed
 
 _BUNDLES = [name for name in BACKENDS if name != "torch"]  # torch runs checkpoints
 _RUNTIMES = [m for name in _BUNDLES for m in spec(name).modules if spec(name).missing() is None]
+_IMPORTED = [module.partition(".")[0] for module in _RUNTIMES]
 _CODECS = [name for name in ("brotli", "compression.zstd", "backports.zstd") if installed(name)]
 _OTHERS = list(entry_points(()))
 
@@ -36,11 +37,13 @@ _ABSENT = [name for name in _BUNDLES if spec(name).missing() is not None]
 datas = collect_data_files("qrank", excludes=[f"models/*/bundle/{name}-*" for name in _ABSENT])
 # Versions of runtimes are in the keys of proofs; entry points name other packages' backends.
 _FOUND = metadata.packages_distributions()
-_PACKAGES = {name for module in _RUNTIMES for name in _FOUND.get(module, ())}
+_PACKAGES = {name for package in _IMPORTED for name in _FOUND.get(package, ())}
 _PACKAGES |= {point.dist.name for point in _OTHERS if point.dist}
 for package in sorted(_PACKAGES):
     datas += copy_metadata(package)
-binaries = [library for module in _RUNTIMES for library in collect_dynamic_libs(module)]
+binaries = [library for package in _IMPORTED for library in collect_dynamic_libs(package)]
+if "mlx" in _IMPORTED:
+    datas += collect_data_files("mlx", includes=["**/*.metallib"])  # Metal's kernels
 if "openvino" in _RUNTIMES:
     # Loaded by name, which ends with a version on Linux: no dependency, and no lib*.so.
     binaries += collect_dynamic_libs("openvino", search_patterns=["libopenvino_ir_frontend.so.*"])

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Backend", "BackendSpec", "Format", "Opener", "Options", "Precision"]
 
-BACKENDS = ("onnx", "openvino", "gguf", "torch")
+BACKENDS = ("onnx", "openvino", "gguf", "mlx", "torch")
 """The files of this folder that are backends. "torch" runs unconverted checkpoints."""
 
 GROUP = "qrank.backends"

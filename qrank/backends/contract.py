@@ -124,6 +124,7 @@ class Format:
         suffix: of prebuilt files.
         weights: a pattern for the files that hold a prebuilt file's weights; `{name}` is the
             file's name and `{stem}` the name without its suffix. "": only the file itself.
+        unasked: whether checkpoints are converted to it if no format is named.
     """
 
     precisions: tuple[Precision, ...]
@@ -132,6 +133,7 @@ class Format:
     importer: str = ""
     suffix: str = ""
     weights: str = ""
+    unasked: bool = True
 
     def precision(self, name: str) -> Precision | None:
         """The precision of this name; None if the format does not have it."""
@@ -163,6 +165,10 @@ def _apart(device: str) -> bool:
     return False
 
 
+def _usual(device: str) -> float:
+    return 1.0
+
+
 @dataclass
 class BackendSpec:
     """A backend. Creating a spec imports no runtime; calling its functions may.
@@ -187,6 +193,8 @@ class BackendSpec:
         product: the matrix product, computed on a device; used by `qrank doctor`.
         in_process: whether its first run on a device may be in the user's process. If not, it runs
             in a separate process first, as it may crash or hang.
+        patience: how many times longer than others it may compute on a device before it counts as
+            hung.
         note: a hint for users about a working device; usually "".
         conflict: what is wrong with its installation, and how to fix it; usually "".
     """
@@ -205,6 +213,7 @@ class BackendSpec:
     memory: Callable[[str], int | None] = _unknown
     product: Callable[[Floats, Floats, str], Floats] | None = None
     in_process: Callable[[str], bool] = _apart
+    patience: Callable[[str], float] = _usual
     note: Callable[[str], str] = _silent
     conflict: Callable[[], str] = str
 

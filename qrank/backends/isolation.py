@@ -40,10 +40,10 @@ def advised(backend: str, device: str) -> bool:
     return not spec(backend).in_process(device) and subprocess_rpc.wanted()
 
 
-def limit(size: int, tokens: int, device: str) -> float:
+def limit(backend: str, size: int, tokens: int, device: str) -> float:
     """Seconds a backend may take to load a model of `size` bytes and read `tokens` tokens."""
     # A byte is roughly one weight: a multiplication and an addition per token.
-    computing = 2 * size * tokens / _OPERATIONS_A_SECOND
+    computing = 2 * size * tokens / _OPERATIONS_A_SECOND * spec(backend).patience(device)
     loading = _SECONDS + size / _BYTES_A_SECOND
     return (loading + computing) * (1 if device == "cpu" else _DRIVER_FACTOR)
 
@@ -63,7 +63,7 @@ class Worker:
             QrankError: raised by the backend.
         """
         question = {"do": "compute_dtypes", "backend": backend, "device": device}
-        found = self._ask(question, f"looking for {device}", limit(0, 0, device))
+        found = self._ask(question, f"looking for {device}", limit(backend, 0, 0, device))
         return tuple(found["compute_dtypes"])
 
     def logits(
@@ -112,7 +112,7 @@ class Worker:
         }
         what = f"computing {variant.precision}{arithmetic} on {where}"
         tokens = sum(int(group.lengths.sum()) + len(group.prefix) for group in groups)
-        found = self._ask(question, what, limit(size, tokens, device))
+        found = self._ask(question, what, limit(backend, size, tokens, device))
         return [np.array(each, np.float32) for each in found["logits"]]
 
     def close(self, *, kill: bool = False) -> None:

@@ -24,8 +24,8 @@ from qrank.quality.ranking_data import read_ranking_data
     "formats",
     multiple=True,
     type=FormatName(),
-    help="Format to convert to; can be repeated.  [default: all whose packages are installed, or "
-    "those of the prebuilt files]",
+    help="Format to convert to; can be repeated.  [default: all whose packages are installed "
+    "(mlx on Macs alone), or those of the prebuilt files]",
 )
 @click.option(
     "--precision",

@@ -142,7 +142,9 @@ def _checked(
         "runtime": next(each.version for each in found if each.backend == target.backend),
     }
     tokens = int(bundle.manifest.probes.work.lengths.sum())
-    limit = max(isolation.limit(target.variant.bytes, tokens, target.device), PATIENCE)
+    limit = max(
+        isolation.limit(target.backend, target.variant.bytes, tokens, target.device), PATIENCE
+    )
     contest = Tournament(bundle.folder, {}, limit)
     try:
         with contest.opened(candidate) as opened:

@@ -14,9 +14,11 @@ from qrank.errors import TargetError
 from qrank.scoring.memory import MemoryBudget
 
 _OUT_OF_MEMORY = re.compile(
-    # onnxruntime's arena; CUDA, ROCm and MPS; cuBLAS; C++; DirectML and Windows; torch on the CPU.
+    # onnxruntime's arena; CUDA, ROCm and MPS; cuBLAS; C++; DirectML and Windows; torch on the CPU;
+    # MLX's allocators, and Metal.
     "failed to allocate memory|smaller than requested bytes|out of memory|alloc_failed|bad.alloc"
-    "|not enough memory|can't allocate memory",
+    "|not enough memory|can't allocate memory"
+    "|unable to allocate|attempting to allocate|insufficient memory",
     re.IGNORECASE,
 )
 

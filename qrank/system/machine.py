@@ -131,9 +131,13 @@ def cpu() -> str:
 def accelerators() -> list[str]:
     """GPUs and NPUs with their models, and NVIDIA's driver, as far as the system lists them.
 
-    For example `dri/renderD128 8086:56a0` (PCI vendor and device ids), `NVIDIA H100 80GB HBM3`.
+    For example `dri/renderD128 8086:56a0` (PCI vendor and device ids), `NVIDIA H100 80GB HBM3`,
+    `Apple M4 Max, 16 cores`.
     """
     found = []
+    if chip := _apple_chip():
+        # Chips of one name are sold with fewer cores, of the GPU too.
+        found.append(f"{chip}, {os.cpu_count()} cores")
     for folder, kind in (("dri", "drm"), ("accel", "accel")):
         for node in sorted((ROOT / "dev" / folder).glob("*")):
             if node.name.startswith(("renderD", "accel")):
@@ -171,7 +175,8 @@ def packages(modules: tuple[str, ...]) -> list[str]:
         spec = importlib.util.find_spec(module)
         if spec is not None and spec.origin is not None:
             site = Path(spec.origin).parent.parent
-            names = [path.name for path in site.glob(f"{module}*-info")]
+            package = module.partition(".")[0]
+            names = [path.name for path in site.glob(f"{package}*-info")]
             found += sorted(name.rpartition(".")[0] for name in names) or [module]
     return found
 

@@ -1,0 +1,1 @@
+"""Conversion to MLX's safetensors."""
