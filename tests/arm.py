@@ -41,12 +41,13 @@ CPU = "cortex-a76"
 """A Raspberry Pi 5's: int8 dot products and fp16, no int8 matrices, no bf16."""
 
 TARGETS = {
-    "onnx-int8": 0.05,
+    "onnx-int8": 0.1,
     "openvino-int8": 0.3,
 }
 """Target -> largest difference of a logit of `mini` from this machine's. onnxruntime multiplies the
-same integers, of which a few are rounded otherwise. OpenVINO also rounds activations to 8 bits on
-x86 CPUs with VNNI. Sums of int8 products that overflow were off by 0.8 and more."""
+same integers, but an activation near the middle of two may round to the other. OpenVINO also rounds
+activations to 8 bits on x86 CPUs with VNNI. Sums of int8 products that overflow were off by 0.8 and
+more."""
 
 PATIENCE = 1800.0
 """Seconds that a target may take in its own process, instead of the minute that is a hang."""
