@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-browser test-js frozen wheelhouse optimum lint docs bench bench-peers build clean
+.PHONY: help setup demo test test-browser test-js arm frozen wheelhouse optimum lint docs bench bench-peers build clean
 
 help: ## Show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 14
@@ -25,6 +25,9 @@ test-browser: $(VENV)/.test-browser ## Run the tests of the page of qrank serve,
 test-js: $(VENV)/.test clients/js/node_modules/.installed ## Run the tests of clients/js, in Node and Chromium, and compare with Python
 	cd clients/js && npm run types && npm test
 	$(BIN)/python -m pytest -n 2 tests/test_js.py
+
+arm: $(VENV)/.test $(VENV)-wheelhouse/.wheelhouse ## Prove and rank on aarch64, emulated (Debian, x86-64; REPORT=FILE writes a report)
+	$(BIN)/python tests/arm.py $(if $(REPORT),--report $(REPORT)) $(TARGETS)
 
 frozen: $(VENV)/.test-install ## Install qrank without a network, freeze an application of one file, and test both
 	$(BIN)/python -m pytest -m install tests/test_install.py

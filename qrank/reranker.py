@@ -91,8 +91,9 @@ class Reranker:
             backend: a format (`onnx`), a variant (`openvino-int8`), `torch` (or `torch-fp16`, ...)
                 to run a checkpoint without converting it, or your own "module:function" (see
                 `qrank.backends`). None: the best target, by `policy`.
-            device: `cpu`, or another kind that the backend knows: `qrank doctor` lists them, and
-                which are present. None: as measured, or `cpu`.
+            device: `cpu`, or another kind that the backend knows, with a number from the second on
+                (`cuda:1`): `qrank doctor` lists them, and which are present. None: as measured, or
+                `cpu`.
             threads: CPU threads in total. None: every CPU this process may use, by its affinity and
                 its container's quota.
             compute_dtype: data type to compute in, if the backend has a choice (openvino): `fp32`,
@@ -123,7 +124,7 @@ class Reranker:
         revision = arguments.text("revision", revision)
         convert = arguments.flag("convert", convert)
         arguments.text("backend", backend)
-        arguments.text("device", device)
+        device = arguments.device(device)
         arguments.text("compute_dtype", compute_dtype)
         threads = arguments.threads(threads)
         max_batch_tokens = arguments.whole("max_batch_tokens", max_batch_tokens, 1)

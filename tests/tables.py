@@ -95,6 +95,8 @@ def _row(report: dict[str, Any], target: TargetReport) -> str:
     system, *_, processor = machine["system"].split()
     sets = machine["instruction_sets"]
     where = f"{machine['cpu']}{f' ({sets[-1]})' if sets else ''}, {system} {processor}"
+    if emulator := machine.get("emulator"):  # added by tests/arm.py
+        where += f", emulated by {emulator}"
     runtime, _, version = (target.runtime or "").partition(" ")
     cells = [f"`{target.target}`", target.compute_dtype or ""]
     if target.result == "conforms":

@@ -102,7 +102,7 @@ def test_extras_exist_and_bring_their_modules() -> None:
         found = {name.replace("_", "-") for name in distributions[package]}
         assert found & brought(extra), f"qrank[{extra}] does not bring {module}"
     assert brought("cpu") == {"onnxruntime", "openvino"}, "the light runtimes"
-    apart = {"browser-test", "docs", "install-test", "onnx-gpu", "optimum"}
+    apart = {"browser-test", "docs", "install-test", "gpu", "optimum"}
     assert set().union(*map(brought, set(optional) - apart)) == brought("test")
 
 

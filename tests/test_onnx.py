@@ -1,6 +1,5 @@
 """ONNX Runtime with limited memory and threads, and on fake devices."""
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -12,12 +11,17 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qrank import Reranker, backends
 from qrank.backends import Options, gguf, onnx
+from qrank.backends.onnx_graph import OnnxBackend
 from qrank.bundle.locate import bundled
 from qrank.bundle.manifest import Manifest
+from qrank.bundle.sequences import Sequences
 from qrank.errors import TargetError
+from qrank.scoring.memory import MemoryBudget
 
 QUERY = "which planet is red?"
 DOCUMENTS = ["mars is red " * count for count in (1, 5, 2, 40, 3, 4)]
@@ -96,6 +100,73 @@ def test_no_more_threads_compute_than_may(threads: int) -> None:
     assert int(done.stdout) <= threads
 
 
+# Few shapes, as TensorRT wants them
+
+
+def test_few_shapes_give_the_same() -> None:
+    manifest = Manifest.load(bundled()["mini"])
+    work = manifest.probes.work.take(np.flatnonzero(manifest.probes.work.lengths < 128))
+    found = []
+    for static in (False, True):
+        options = Options(2, max_batch_tokens=1024, static_shapes=static)
+        backend = onnx.open(bundled()["mini"], manifest.variants["onnx-int8"], "cpu", options)
+        found.append(backend.logits(work))
+        backend.close()
+    # Scales are per token: a score ignores the padding, but for the last bits.
+    np.testing.assert_allclose(found[1], found[0], atol=0.05)
+
+
+class Counted:
+    """A session that only counts the shapes it is given."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, int]] = []
+
+    def get_inputs(self) -> list[Any]:
+        return [SimpleNamespace(name="input_ids", shape=["batch", "length"])]
+
+    def run(self, outputs: list[str], inputs: dict[str, Any]) -> list[Any]:
+        self.shapes.append(inputs["input_ids"].shape)
+        return [inputs["input_ids"][:, :1].astype(np.float32)]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 512), min_size=1, max_size=200),
+    limit=st.sampled_from([48, 500, 512]),
+    tokens=st.integers(1, 40_000),
+)
+def test_shapes_are_few_and_bounded_and_every_sequence_gets_its_own_logit(
+    lengths: list[int], limit: int, tokens: int
+) -> None:
+    session = Counted()
+    lengths = [min(length, limit) for length in lengths]
+    backend = OnnxBackend(
+        lambda shape: session, batch=tokens, streams=1, memory=MemoryBudget(), limit=limit
+    )
+    ids = [np.full(length, place, np.int32) for place, length in enumerate(lengths)]
+    assert backend.logits(Sequences(ids)).tolist() == list(range(len(lengths)))
+    backend.close()
+    for rows, length in session.shapes:
+        assert length == limit or (length >= 64 and length.bit_count() == 1 and length < limit)
+        assert rows == 1 or rows * length <= tokens
+        assert rows.bit_count() == 1 or rows == tokens // length
+    assert len(set(session.shapes)) <= 4 * 10
+
+
+def test_a_thousand_mixed_documents_make_a_handful_of_shapes() -> None:
+    session = Counted()
+    lengths = np.random.default_rng(0).integers(12, 513, 1000)
+    backend = OnnxBackend(
+        lambda shape: session, batch=16_384, streams=1, memory=MemoryBudget(), limit=512
+    )
+    backend.logits(Sequences([np.zeros(length, np.int32) for length in lengths]))
+    backend.close()
+    assert len(session.shapes) == 24
+    assert len(set(session.shapes)) == 4
+    padded = sum(rows * length for rows, length in session.shapes)
+    assert padded < 1.5 * lengths.sum()
+
+
 # Fake devices
 
 
@@ -131,19 +202,27 @@ def part(provider: str, **nodes: int) -> Any:
     return SimpleNamespace(ep_name=provider, get_nodes=lambda: made)
 
 
-def opened(device: str) -> onnx.OnnxBackend:
+def opened(device: str) -> OnnxBackend:
     folder = bundled()["mini"]
     variant = Manifest.load(folder).variants["onnx-int8"]
     return onnx.open(folder, variant, device, Options(1))
 
 
 @pytest.mark.parametrize(
-    ("sets", "widens"), [(["AVX2"], True), (["AVX-512", "VNNI"], False), ([], True)]
+    ("processor", "sets", "widens"),
+    [
+        ("x86_64", ["AVX2"], True),
+        ("AMD64", ["AVX-512", "VNNI"], False),
+        ("x86_64", [], True),
+        ("aarch64", ["NEON dot product"], False),
+        ("arm64", [], False),
+    ],
 )
 def test_products_are_widened_where_they_would_saturate_and_only_there(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, sets: list[str], widens: bool
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, processor: str, sets: list[str], widens: bool
 ) -> None:
-    """Elsewhere it halves the speed."""
+    """Elsewhere it halves the speed; ARM CPUs add products of bytes in 32 bits."""
+    monkeypatch.setattr("platform.machine", lambda: processor)
     monkeypatch.setattr("qrank.system.machine.instruction_sets", lambda: sets)
     found: list[str] = []
     add = onnxruntime.SessionOptions.add_session_config_entry
@@ -183,31 +262,6 @@ def test_an_onnxruntime_that_does_not_tell_who_computes_is_believed(
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", old)
     opened("coreml").close()
-
-
-class Driver:
-    """CUDA's driver, with a GPU of 8 GB or without a GPU."""
-
-    def __init__(self, there: bool) -> None:
-        self._there = there
-
-    def cuInit(self, flags: int) -> int:  # noqa: N802
-        return 0 if self._there else 100
-
-    def cuDeviceGet(self, device: Any, number: int) -> int:  # noqa: N802
-        return 0
-
-    def cuDeviceTotalMem_v2(self, size: Any, device: Any) -> int:  # noqa: N802
-        size._obj.value = 8 * 2**30
-        return 0
-
-
-def test_a_gpus_memory_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(True))
-    assert [backends.memory("onnx", device) for device in ("cuda", "tensorrt")] == 2 * [8 * 2**30]
-    assert [backends.memory("onnx", device) for device in ("cpu", "coreml")] == 2 * [None]
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(False))
-    assert backends.memory("onnx", "cuda") is None
 
 
 def test_batches_are_cut_by_the_memory_of_the_device(

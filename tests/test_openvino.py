@@ -415,6 +415,9 @@ def test_int8_activations_are_refused_where_their_products_overflow(
     for sets, wrong in ((["AVX2"], True), (["AVX2", "AVX-VNNI"], False), ([], False)):
         monkeypatch.setattr(machine, "instruction_sets", lambda sets=sets: sets)
         assert openvino.saturates() == wrong
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr(machine, "instruction_sets", lambda: ["NEON dot product"])
+    assert not openvino.saturates()
     monkeypatch.setattr(openvino, "saturates", lambda: True)
     variant = Manifest.load(bundle).variants["openvino-int8"]
     with pytest.raises(TargetError, match=r"no VNNI.*take int8"):

@@ -41,6 +41,9 @@ def test_only_reports_verify_a_target(tmp_path: Path) -> None:
     first, second = verified_table(tmp_path)[2:]
     assert "fails: computes wrongly" in first
     assert "`openvino-fp16@gpu` | fp16 | 0.001 | 0.03 | 1.000 | some CPU, Linux aarch64" in second
+    report["machine"] |= {"emulator": "qemu 10.0"}  # type: ignore[operator]
+    (tmp_path / "one.json").write_text(json.dumps(report), "utf-8")
+    assert "| some CPU, Linux aarch64, emulated by qemu 10.0 |" in verified_table(tmp_path)[3]
     left = unverified(tmp_path)
     assert "- `onnx` on `cuda`: any precision" in left
     assert "- `openvino` on `gpu`: `int8`, `int8-w8a8`, `int4`" in left

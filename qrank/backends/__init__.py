@@ -14,14 +14,22 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING
 
-from qrank.backends.contract import Backend, BackendSpec, Format, Opener, Options, Precision
+from qrank.backends.contract import (
+    Backend,
+    BackendSpec,
+    Format,
+    Opener,
+    Options,
+    Precision,
+    kind,
+)
 from qrank.bundle.fidelity import Tolerance
 from qrank.errors import TargetError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoints
 
-__all__ = ["Backend", "BackendSpec", "Format", "Opener", "Options", "Precision"]
+__all__ = ["Backend", "BackendSpec", "Format", "Opener", "Options", "Precision", "kind"]
 
 BACKENDS = ("onnx", "openvino", "gguf", "mlx", "torch")
 """The files of this folder that are backends. "torch" runs unconverted checkpoints."""

@@ -7,6 +7,7 @@ help texts and the documentation's tables, what `qrank doctor` checks and what `
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ class Options:
         compute_dtype: data type to compute in: `fp32`, `bf16` or `fp16`. None: the most precise.
         max_batch_tokens: padded tokens per batch; None: the backend's default. Not every backend
             limits batches this way.
-        static_shapes: compile for fixed lengths, as NPUs require, if the backend compiles.
+        static_shapes: run few shapes, as NPUs and TensorRT require, if the backend can.
         family: of the model; None if the bundle's files hold everything the backend needs.
         memory: budget for batches. The backend cuts batches to fit it, and reserves memory for
             each, waiting if necessary.
@@ -62,6 +63,16 @@ class Opener(Protocol):
     def __call__(
         self, folder: Path, variant: Variant, device: str, options: Options
     ) -> Backend: ...
+
+
+def kind(device: str) -> str:
+    """The kind of a device, without its number: `gpu` for `gpu.1`, `cuda` for `cuda:1`."""
+    return re.split("[.:]", device, maxsplit=1)[0]
+
+
+def number(device: str) -> int:
+    """The number of a present device among those of its kind: 1 for `cuda:1`, 0 for `cuda`."""
+    return int(device.partition(":")[2] or 0)
 
 
 PLAIN = ("model", "openvino_model")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import count, takewhile
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
@@ -49,8 +50,13 @@ _GROWTH = 256
 
 
 def devices() -> list[str]:
-    """Devices that this build of llama.cpp supports and finds here."""
-    return [device for device in llama.DEVICES if llama.device_pointer(device)]
+    """Devices that this build of llama.cpp supports and finds here: `cpu`, `cuda`, `cuda:1`, ..."""
+    found: list[str] = []
+    for device in llama.DEVICES:
+        names = (f"{device}:{number}" if number else device for number in count())
+        # They are numbered without gaps; there is one CPU.
+        found += takewhile(llama.device_pointer, ["cpu"] if device == "cpu" else names)
+    return found
 
 
 def memory(device: str) -> int | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qrank.backends import Options, spec
+from qrank.backends import Options, kind, spec
 from qrank.bundle.fidelity import Fidelity
 from qrank.bundle.manifest import FileRecord, Variant
 from qrank.bundle.sequences import Logits, Sequences
@@ -27,8 +27,10 @@ _BYTES_A_SECOND = 1e7
 _OPERATIONS_A_SECOND = 2e10
 """The lowest speed that does not count as a hang: a machine with one core and other work on it."""
 
+_FACTORS = {"cpu": 1, "tensorrt": 30}
 _DRIVER_FACTOR = 5
-"""GPU and NPU drivers compile for minutes where a CPU takes seconds."""
+"""How much longer devices of a kind may take, and the other kinds: GPU and NPU drivers compile for
+minutes where a CPU takes seconds, and TensorRT builds an engine for each length of the probes."""
 
 
 class FatalError(TargetError):
@@ -45,7 +47,7 @@ def limit(backend: str, size: int, tokens: int, device: str) -> float:
     # A byte is roughly one weight: a multiplication and an addition per token.
     computing = 2 * size * tokens / _OPERATIONS_A_SECOND * spec(backend).patience(device)
     loading = _SECONDS + size / _BYTES_A_SECOND
-    return (loading + computing) * (1 if device == "cpu" else _DRIVER_FACTOR)
+    return (loading + computing) * _FACTORS.get(kind(device), _DRIVER_FACTOR)
 
 
 class Worker:

@@ -17,6 +17,7 @@ key of a file hash is its path, and `Bundle.check` compares the rest.
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,7 @@ def of_machine(manifest: Manifest, **how: Any) -> dict[str, Any]:
         "bundle": manifest.digest,
         "qrank": __version__,
         "cpu": machine.cpu(),
-        "system": machine.system(),
-        "accelerators": machine.accelerators(),
+        **_cards(),
         "runtimes": {name: runtime(name) for name in BACKENDS},
         **how,
     }
@@ -64,6 +64,11 @@ def of_files(variant: Variant) -> dict[str, Any]:
 def of_graph(variant: Variant, backend: str, **how: Any) -> dict[str, Any]:
     """The key of a variant's graph that a backend's runtime compiled for this CPU."""
     return {**of_files(variant), "runtime": runtime(backend), "cpu": machine.cpu(), **how}
+
+
+def of_card(variant: Variant, backend: str, device: str, **how: Any) -> dict[str, Any]:
+    """The key of what a backend's runtime built of a variant for a card; `how` as for `of_run`."""
+    return {**of_files(variant), "runtime": runtime(backend), "device": device, **_cards(), **how}
 
 
 def conditions(name: str, device: str) -> dict[str, Any]:
@@ -84,8 +89,18 @@ def conditions(name: str, device: str) -> dict[str, Any]:
         "device": device,
     }
     if device != "cpu":
-        found |= {"system": machine.system(), "accelerators": machine.accelerators()}
+        found |= _cards()
     return found
+
+
+def _cards() -> dict[str, Any]:
+    # A number names one of the visible cards.
+    visible = {name: os.environ.get(name) for name in _VISIBLE if name in os.environ}
+    return {"system": machine.system(), "accelerators": machine.accelerators(), **visible}
+
+
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
+"""Variables that say which of NVIDIA's cards a process sees, and in which order."""
 
 
 def runtime(name: str) -> list[str]:

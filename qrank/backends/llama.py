@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qrank.backends.contract import kind, number
 from qrank.backends.mapped import dropping_pages
 from qrank.bundle.sequences import Floats
 from qrank.errors import TargetError
 from qrank.system import machine
 from qrank.system.extras import need
 
-DEVICES = {"cpu": "CPU", "cuda": "CUDA0", "metal": "MTL0", "vulkan": "Vulkan0"}
-"""llama.cpp's name for the first device of each kind."""
+DEVICES = {"cpu": "CPU", "cuda": "CUDA", "metal": "MTL", "vulkan": "Vulkan"}
+"""Kind of device -> llama.cpp's name for it, which a number follows except for the CPU."""
 
 log = logging.getLogger("qrank.llama")
 
@@ -164,7 +165,8 @@ def version() -> str:
 @cache
 def device_pointer(device: str) -> int | None:
     """llama.cpp's pointer to a device; None if this build does not support it or finds none."""
-    found: int | None = tensors().ggml_backend_dev_by_name(DEVICES[device].encode())
+    name = DEVICES[kind(device)] + ("" if device == "cpu" else str(number(device)))
+    found: int | None = tensors().ggml_backend_dev_by_name(name.encode())
     return found
 
 

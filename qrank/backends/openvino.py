@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +65,7 @@ def compute_dtypes(device: str) -> tuple[str, ...]:
     _require(core, device)
     able = core.get_property(device.upper(), "OPTIMIZATION_CAPABILITIES")
     found = tuple(name for name, capability in CAPABILITIES.items() if capability in able)
-    if device == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
+    if device == "cpu" and machine.x86():
         # x86 CPUs that compute in fp16 also compute in bf16, five times as fast; and int8-w8a8 in
         # fp16 hangs there (2026.4, when several shapes run in succession).
         return tuple(name for name in found if name != "fp16")
@@ -196,8 +195,7 @@ def saturates() -> bool:
     On a Zen 1, a tiny BERT's logits were off by a quarter of their spread. If the system reports no
     instruction sets, only the probes can detect this.
     """
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    return x86 and bool(machine.instruction_sets()) and not machine.has_vnni()
+    return machine.x86() and bool(machine.instruction_sets()) and not machine.has_vnni()
 
 
 def _has_tiles() -> bool:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from qrank.backends.mapped import dropping_pages
 from qrank.bundle.sequences import Logits, Sequences, feed, no_prefix, read_prefix
 from qrank.errors import TargetError
-from qrank.scoring.batching import cut, in_order
+from qrank.scoring.batching import cut, in_order, rounded_length
 from qrank.scoring.memory import MemoryBudget
 
 if TYPE_CHECKING:
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 STEP = 16
 """Lengths are rounded up to a multiple of this. OpenVINO builds kernels for each new shape: with
 fewer shapes, documents of uneven length ran a third faster; the padding costs 3 %."""
-
-SHORTEST_BUCKET = 64
-"""With static shapes, lengths are rounded up to this times a power of two."""
 
 
 class _Stream(threading.local):
@@ -68,7 +65,7 @@ class OpenvinoBackend:
         self._memory = memory
         self._lock = threading.Lock()
         self._models: dict[int | None, openvino.CompiledModel] = {}
-        model = self._model(None if batch else min(SHORTEST_BUCKET, limit))
+        model = self._model(None if batch else rounded_length(1, limit))
         shapes = {i.any_name: i.partial_shape for i in model.inputs}
         self._inputs = list(shapes)
         # Empty if the graph has no `prefix` input.
@@ -123,10 +120,7 @@ class OpenvinoBackend:
         """The length to pad a batch to, given its longest sequence."""
         if self._batch:
             return min(-(-longest // STEP) * STEP, self._limit)
-        length = SHORTEST_BUCKET
-        while length < longest:
-            length *= 2
-        return min(length, self._limit)
+        return rounded_length(longest, self._limit)
 
     def _request(self, length: int | None) -> openvino.InferRequest:
         """This stream's own inference request for a graph."""

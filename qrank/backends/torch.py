@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from qrank.backends.contract import BackendSpec, Format, Options, Precision
+from qrank.backends.contract import BackendSpec, Format, Options, Precision, kind, number
 from qrank.backends.forks import waited_for
 from qrank.bundle.family import Family
 from qrank.bundle.fidelity import BFLOAT16, FLOAT16, FLOAT32, Fidelity
@@ -90,17 +90,18 @@ def version() -> str:
 
 
 def devices() -> list[str]:
-    """Devices this build of torch finds here."""
+    """Devices this build of torch finds here: `cpu`, `cuda`, `cuda:1`, ..., `mps`."""
     torch = need("torch", extra="torch")
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    return ["cpu", *(device for device, there in present.items() if there)]
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cuda = [f"cuda:{card}" if card else "cuda" for card in range(cards)]
+    return ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def memory(device: str) -> int | None:
     """Bytes of a device's own memory; None if it uses the machine's or is absent."""
-    if device != "cuda" or device not in devices():
+    if kind(device) != "cuda" or device not in devices():
         return None
-    return int(need("torch").cuda.get_device_properties(0).total_memory)
+    return int(need("torch").cuda.get_device_properties(number(device)).total_memory)
 
 
 def product(a: Floats, b: Floats, device: str) -> Floats:
@@ -259,7 +260,7 @@ SPEC = BackendSpec(
     format=Format(
         precisions=(
             Precision("fp32", FLOAT32, cpu=12, elsewhere=3),
-            Precision("bf16", BFLOAT16, cpu=13, elsewhere=8),
+            Precision("bf16", BFLOAT16, cpu=13, elsewhere=2),
             Precision("fp16", FLOAT16, cpu=14, elsewhere=1),
         ),
     ),

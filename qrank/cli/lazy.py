@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from qrank.backends import BACKENDS, formats, spec
+from qrank.scoring import arguments
 
 
 class LazyOption(click.Option):
@@ -70,7 +71,8 @@ def device_option(default: str) -> Callable[[Any], Any]:
     return click.option(
         "--device",
         cls=LazyOption,
-        told=lambda: f"{kinds()}.  [default: {default}]",
+        told=lambda: f"{kinds()}; cuda:1 is the second card.  [default: {default}]",
+        callback=lambda ctx, parameter, value: arguments.device(value),
     )
 
 

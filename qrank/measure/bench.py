@@ -116,7 +116,7 @@ def bench(
     query = arguments.text("query", query) or QUERY
     given = None if texts is None else as_texts(texts, "texts", "text")
     backends = as_texts(backends, "backends", "name")
-    device = arguments.text("device", device)
+    device = arguments.device(device)
     bundle = obtain(model, Wanted(backends, device), progress=progress)
     manifest = bundle.manifest
     given = documents(bundle, "passages") if given is None else given

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from qrank.backends import BACKENDS, others, spec
+from qrank.backends import BACKENDS, kind, others, spec
 from qrank.errors import QrankError
 from qrank.measure.discover import Device, start, survey
 from qrank.system import machine
@@ -89,8 +89,8 @@ def _backend(name: str) -> BackendReport:
         advice = f"reinstall it: {own.pip_line}" if own is not None else ""
         return BackendReport(name, None, found.reason, advice)
     devices = [_device(name, device) for device in found.devices]
-    kinds = {device.name.partition(".")[0] for device in devices}
-    devices += [DeviceReport(kind, present=False) for kind in found.kinds if kind not in kinds]
+    kinds = {kind(device.name) for device in devices}
+    devices += [DeviceReport(name, present=False) for name in found.kinds if name not in kinds]
     return BackendReport(name, found.version, advice=found.conflict, devices=devices)
 
 

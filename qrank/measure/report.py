@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from qrank.backends import BACKENDS, isolation, spec, tolerance
+from qrank.backends import BACKENDS, isolation, kind, spec, tolerance
 from qrank.bundle.fidelity import here
 from qrank.bundle.opened import Bundle
 from qrank.errors import QrankError
@@ -184,11 +184,11 @@ def _absent(bundle: Bundle, found: Sequence[Found]) -> Iterator[TargetReport]:
             names = [v.name for v in variants if v.format == each.backend] or [each.backend]
             for name in names:
                 yield TargetReport(name, "absent", each.reason)
-        present = {device.name.partition(".")[0] for device in each.devices}
-        for kind in [kind for kind in each.kinds if kind not in present]:
+        present = {kind(device.name) for device in each.devices}
+        for absent in [name for name in each.kinds if name not in present]:
             for variant in variants:
                 if variant.format in each.formats:
-                    name = Target(variant, kind, each.backend).name
+                    name = Target(variant, absent, each.backend).name
                     yield TargetReport(name, "absent", NO_DEVICE, runtime=each.version)
     known = {name for each in found for name in (*each.formats, each.backend)}
     for variant in variants:

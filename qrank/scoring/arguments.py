@@ -90,6 +90,12 @@ def text(name: str, value: object) -> str | None:
     raise wrong(name, value, "a string, or None")
 
 
+def device(value: object) -> str | None:
+    """The argument `device`, or None; the first of several cards has no number: `cuda`."""
+    found = text("device", value)
+    return found and found.removesuffix(":0")
+
+
 def place(name: str, value: object, wanted: str) -> str | Path:
     """A name, or a path."""
     if isinstance(value, os.PathLike) and isinstance(path := os.fspath(value), str):

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from qrank.backends import BACKENDS, format_of, formats, keys, others, reads, spec
+from qrank.backends import BACKENDS, format_of, formats, keys, kind, others, reads, spec
 from qrank.bundle.manifest import Manifest, Variant
 from qrank.errors import TargetError
 
@@ -105,7 +105,7 @@ def guesses(manifest: Manifest, backend: str | None, device: str | None) -> list
         runs = named(manifest, backend)
     else:
         readable = _readable(manifest)
-        variants = [v for v in readable if _kind(device) in spec(v.format).kinds]
+        variants = [v for v in readable if kind(device) in spec(v.format).kinds]
         if not variants:
             names = dict.fromkeys(variant.format for variant in readable)
             known = {name: ", ".join(spec(name).kinds) for name in names}
@@ -209,7 +209,7 @@ def convertible(backend: str | None, device: str | None) -> list[tuple[str, str]
                 f"{names}; backends are: {', '.join((*BACKENDS, *others()))}"
             )
         found = known
-    fitting = [v for v in found if _kind(device) in spec(v[0]).kinds]
+    fitting = [v for v in found if kind(device) in spec(v[0]).kinds]
     if not fitting:
         kinds = {name: ", ".join(spec(name).kinds) for name in dict.fromkeys(v[0] for v in found)}
         raise TargetError(
@@ -217,8 +217,3 @@ def convertible(backend: str | None, device: str | None) -> list[tuple[str, str]
             + "; ".join(f"{name} {known}" for name, known in kinds.items())
         )
     return sorted(fitting, key=lambda v: _rank(v[0], v[1], device))
-
-
-def _kind(device: str) -> str:
-    """The kind of a device, without its number: `gpu` for `gpu.1`."""
-    return device.partition(".")[0]

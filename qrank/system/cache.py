@@ -25,6 +25,7 @@ KINDS = {
     "losses": "nDCG@10 that variants lose (qrank eval)",
     "logits": "logits of scored queries (qrank eval)",
     "openvino": "graphs that OpenVINO compiled",
+    "tensorrt": "engines that TensorRT built",
 }
 """Folder of the cache -> description of its contents."""
 
@@ -32,6 +33,7 @@ Key = Mapping[str, Any]
 """Everything a record depends on, as JSON values."""
 
 Record = TypeVar("Record")
+Built = TypeVar("Built")
 
 log = logging.getLogger("qrank")
 
@@ -81,6 +83,38 @@ def place(kind: str, key: Key, suffix: str = "") -> Path | None:
         return None
     canonical = json.dumps(key, sort_keys=True)
     return folder / kind / f"{hashlib.sha256(canonical.encode()).hexdigest()[:32]}{suffix}"
+
+
+def built(place: Path | None, build: Callable[[Path | None], Built]) -> Built:
+    """Build something that writes files to load later, or load it if it was built before.
+
+    Args:
+        place: folder of these files, which need not exist; None: they are not kept.
+        build: called with the folder to load from if it exists, or else to write to; None: neither.
+    """
+    # Imported here: importing qrank does not need it.
+    from tempfile import TemporaryDirectory
+
+    if place is None or place.exists():
+        return build(place)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = TemporaryDirectory(prefix=".", dir=place.parent)
+    except OSError as error:
+        log.info("%s is not kept: %s", place.name, error)
+        return build(None)
+    with temporary as folder:
+        # Runtimes write into files that other processes read, which may have them mapped. So they
+        # write elsewhere, and the whole folder is put in place at once.
+        own = Path(folder) / "built"
+        own.mkdir()
+        made = build(own)
+        if any(own.iterdir()):
+            try:
+                own.rename(place)
+            except OSError as error:
+                log.info("another process was first: %s", error)
+    return made
 
 
 def ignore(path: Path, reason: str) -> None:

@@ -96,6 +96,11 @@ def instruction_sets() -> list[str]:
     return [name for name, flag in INSTRUCTION_SETS.items() if flag in flags]
 
 
+def x86() -> bool:
+    """Whether this CPU is an x86: only those have products of bytes that may overflow."""
+    return platform.machine().lower() in ("x86_64", "amd64", "x86", "i386", "i686")
+
+
 def has_vnni() -> bool:
     """Whether this x86 CPU has instructions that sum products of bytes in 32 bits.
 
