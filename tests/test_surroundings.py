@@ -19,7 +19,7 @@ from qrank.bundle.opened import Bundle
 from qrank.cli import main
 from qrank.errors import BundleError, TargetError
 from qrank.select.verify import _Case
-from qrank.system import cache, machine
+from qrank.system import cache, extras, machine
 from qrank.system.cache import store
 
 SCORE = """
@@ -160,6 +160,11 @@ def test_an_application_of_one_file_remembers_what_holds_at_its_next_start(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: origin)
     Reranker(copy, backend="onnx-int8").close()
     assert [path.name for path in own_cache.iterdir()] == ["proofs"]
+
+
+def test_a_module_whose_package_is_not_installed_is_absent() -> None:
+    assert extras.find("not_installed.core") is None
+    assert machine.packages(("not_installed.core",)) == []
 
 
 @pytest.mark.parametrize(

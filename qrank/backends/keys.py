@@ -16,7 +16,6 @@ key of a file hash is its path, and `Bundle.check` compares the rest.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 from qrank.backends import BACKENDS, entry_points, spec
 from qrank.bundle.manifest import Manifest, Variant
 from qrank.system import machine
+from qrank.system.extras import find
 from qrank.system.frozen import frozen
 from qrank.system.version import __version__
 
@@ -109,7 +109,7 @@ def runtime(name: str) -> list[str]:
         found = (point.dist for point in entry_points(tuple(sys.path)) if point.name == name)
         return sorted(f"{dist.name}-{dist.version}" for dist in found if dist)
     modules = spec(name).modules
-    files = [found.origin for found in map(importlib.util.find_spec, modules) if found]
+    files = [found.origin for found in map(find, modules) if found]
     if frozen():  # no files: they are in the application, and change with it
         files = [sys.executable] if files else []
     times = [str(Path(file).stat().st_mtime_ns) for file in files if file]

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import cast
 
@@ -49,12 +50,17 @@ def pip_line(extra: str) -> str:
     return f'pip install "qrank[{extra}]"'
 
 
-def installed(module: str) -> bool:
-    """Whether a module can be found, without importing it; its package may be imported."""
+def find(module: str) -> ModuleSpec | None:
+    """Where a module is, without importing it; its package may be imported. None: not installed."""
     package = module.partition(".")[0]
+    found = importlib.util.find_spec(package)
     # find_spec imports a module's package, which must be there.
-    found = importlib.util.find_spec(package) is not None
-    return found and (module == package or importlib.util.find_spec(module) is not None)
+    return found if found is None or module == package else importlib.util.find_spec(module)
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be found; see `find`."""
+    return find(module) is not None
 
 
 def need(module: str, *, extra: str | None = None) -> ModuleType:

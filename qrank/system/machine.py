@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.util
 import math
 import os
 import platform
@@ -12,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from qrank.system import cgroups
+from qrank.system.extras import find
 
 INSTRUCTION_SETS = {
     "AVX2": "avx2",
@@ -177,7 +177,7 @@ def packages(modules: tuple[str, ...]) -> list[str]:
     """
     found = []
     for module in modules:
-        spec = importlib.util.find_spec(module)
+        spec = find(module)
         if spec is not None and spec.origin is not None:
             site = Path(spec.origin).parent.parent
             package = module.partition(".")[0]
