@@ -54,7 +54,7 @@ def metal(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU that claims to be Metal: everything but MLX's kernels is Metal's."""
     monkeypatch.setitem(backend.DEVICES, "metal", "cpu")
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(backend, "_on_metal", [])
+    monkeypatch.setattr(backend, "_opened_in", [])
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_metals_memory_is_what_it_recommends(metal: None, monkeypatch: pytest.Mo
     assert backend.memory("cpu") is None
 
 
-def test_metal_is_refused_in_a_forked_process(
+def test_a_forked_process_is_refused(
     metal: None, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened(bundle, "int8", "metal").close()

@@ -44,16 +44,13 @@ DEVICES = {"cpu": "cpu", "metal": "gpu"}
 _building = waited_for(threading.Lock())
 """MLX's default device is the process's, and building a graph sets it."""
 
-_on_metal: list[int] = []
-"""Process ids that opened a model on Metal; a forked child inherits the list."""
+_opened_in: list[int] = []
+"""Process ids that opened a model; a forked child inherits the list."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Lane:
-    """A stream of MLX's, for which it has a thread, and the lock of who computes in it.
-
-    A child forked meanwhile would wait for that thread's work forever.
-    """
+    """A stream of MLX's, for which it has a thread, and the lock of who computes in it."""
 
     stream: Any
     computing: Any = field(default_factory=lambda: waited_for(threading.Lock()))
@@ -61,10 +58,7 @@ class _Lane:
 
 _idle: defaultdict[str, list[_Lane]] = defaultdict(list)
 """Device -> streams that nobody computes in. MLX never ends the thread of one, so all models share
-them; a forked child, which lacks those threads, makes new ones."""
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_idle.clear)
+them."""
 
 
 def _evaluated(device: str, build: Callable[[], Any]) -> Any:
@@ -130,19 +124,19 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> MlxBa
     Raises:
         MissingExtraError: mlx is not installed.
         TargetError: the device is absent, MLX cannot load the file, or this process was forked from
-            one that opened a model on Metal.
+            one that opened a model.
     """
     if device not in (present := devices()):
         raise TargetError(
             f"{version()} here has no device {device!r}; present are: {', '.join(present)}"
         )
-    if device != "cpu":
-        if _on_metal and _on_metal[0] != os.getpid():
-            raise TargetError(
-                "Metal cannot run in a process forked from one that had opened a model with it: "
-                "make the Reranker after the fork (no --preload), or take another device"
-            )
-        _on_metal.append(os.getpid())
+    if _opened_in and _opened_in[0] != os.getpid():
+        # MLX reads files in threads that do not survive a fork, and Metal does not either.
+        raise TargetError(
+            "mlx cannot run in a process forked from one that had opened a model with it: make the "
+            "Reranker after the fork (no --preload), or take another backend"
+        )
+    _opened_in.append(os.getpid())
     path = folder / variant.folder / FILE
     dtype = options.compute_dtype or "fp32"
     try:
