@@ -14,6 +14,7 @@ from test_conformance import PAIRS
 
 from qrank.backends import llama
 from qrank.backends.gguf import GgufBackend
+from qrank.converters.checkpoint.evened_weights import Weights
 from qrank.converters.checkpoint.ids import encode_pairs
 from qrank.converters.checkpoint.read import read_checkpoint
 from qrank.converters.gguf import layouts, tensors
@@ -38,7 +39,7 @@ def test_its_layers_are_those_of_llama_cpp(
     writer.add_tokenizer_model("none")
     writer.add_token_type_count(model.config.type_vocab_size)
     writer.add_vocab_size(model.config.vocab_size)
-    weights = tensors.Weights(checkpoint.folder, {})
+    weights = Weights(checkpoint.folder, {})
     for tensor in tensors.tensors_of(weights, model.config, layout, checkpoint):
         if not tensor.name.startswith("cls"):
             whole = np.concatenate(list(tensor.pieces()))

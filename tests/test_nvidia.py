@@ -304,7 +304,7 @@ def test_torch_has_the_fastest_precision_and_attention_on_cards(
 
 def test_building_engines_is_no_hang() -> None:
     cpu, gpu, engines = (
-        isolation.limit(10**8, 1000, name) for name in ("cpu", "cuda:1", "tensorrt:1")
+        isolation.limit("onnx", 10**8, 1000, name) for name in ("cpu", "cuda:1", "tensorrt:1")
     )
     assert cpu < gpu < engines
     assert engines > 1800
