@@ -1,4 +1,4 @@
-"""What `qrank score --pairs` takes and keeps: memory, kills, shards, time, and Ray.
+"""What `qrank score --pairs` takes and keeps: memory, kills, shards, time.
 
 - Memory: peak of a process that scores Parquet files of Cranfield abstracts, each with another
   beginning. A sum of the texts' bytes stands for tokenizer and model, so that a million pairs take
@@ -9,9 +9,6 @@
   joined and compared with those of one run.
 - Time: `score_files` from Parquet to Parquet beside `Reranker.score` of the same pairs in memory,
   by turns in one process. Pairs are short, because then reading and writing weigh most.
-- Ray: two nodes of two CPUs on this machine, so that each computes with one thread, beside one
-  process with two: the same files by `--engine ray` and as a dataset of Ray Data. Opening the model
-  counts, starting the cluster does not.
 """
 
 from __future__ import annotations
@@ -50,7 +47,6 @@ from qrank.system.machine import peak_memory, processors
 HERE = Path(__file__).parent
 DOUBLE = "pairs:double"
 SHARDS = 16
-RAY_FILES = 8
 SEED = 0
 
 
@@ -275,78 +271,11 @@ def _timed(options: Any, work: Path) -> tuple[str, dict[str, str], list[Row]]:
     return title, columns, found
 
 
-def _on_ray(options: Any, work: Path) -> tuple[str, dict[str, str], list[Row]]:
-    import ray
-    from ray.cluster_utils import Cluster
-
-    from qrank.integrations import ray as on_ray
-
-    source = work / "in"
-    source.mkdir()
-    each = options.pairs // RAY_FILES
-    rows = _pairs(options)
-    for number in range(RAY_FILES):
-        _write(rows, source / f"{number}.parquet", each)
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
-    )
-    for _ in range(2):
-        cluster.add_node(num_cpus=2, object_store_memory=200 * 2**20)
-    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-
-    def alone(out: Path) -> None:
-        with Reranker(DEFAULT, threads=2) as reranker:
-            score_files(reranker, source, out, rows=options.rows[0])
-
-    def files(out: Path) -> None:
-        on_ray.score_files(source, out, model=DEFAULT, rows=options.rows[0])
-
-    def dataset(out: Path) -> None:
-        read = ray.data.read_parquet(str(source))
-        on_ray.score(read, DEFAULT, rows=options.rows[0]).write_parquet(str(out))
-
-    ways = {"one process, 2 threads": alone, "--engine ray": files, "Ray Data": dataset}
-    outputs = {name: work / str(number) for number, name in enumerate(ways)}
-
-    def once(name: str) -> None:
-        shutil.rmtree(outputs[name], ignore_errors=True)
-        ways[name](outputs[name])
-
-    try:
-        seconds = alternate({name: partial(once, name) for name in ways}, options.rounds)
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-    scores = {}
-    for name, out in outputs.items():
-        table = pa.concat_tables(pq.read_table(path) for path in out.rglob("*.parquet"))
-        scores[name] = dict(zip(*(table[x].to_pylist() for x in ("id", "score")), strict=True))
-        assert len(table) == len(scores[name]) == each * RAY_FILES, f"{name}: {len(table)} rows"
-    least = {name: min(found) for name, found in seconds.items()}
-    first, *_ = ways
-    found = [
-        {
-            "what": name,
-            "seconds": taken,
-            "pairs/s": each * RAY_FILES / taken,
-            "vs one": least[first] / taken - 1,
-            "scores the same": str(scores[name] == scores[first]),
-        }
-        for name, taken in least.items()
-    ]
-    columns = {"what": "s", "seconds": ".1f", "pairs/s": ",.0f", "vs one": "+.0%"}
-    columns |= {"scores the same": "s"}
-    title = f"Ray: {each * RAY_FILES:,} pairs of Cranfield in {RAY_FILES} files, {DEFAULT}"
-    return title, columns, found
-
-
 PARTS: dict[str, Callable[[Any, Path], tuple[str, dict[str, str], list[Row]]]] = {
     "memory": _memory,
     "kills": _killed,
     "shards": _sharded,
     "time": _timed,
-    "ray": _on_ray,
 }
 
 if __name__ == "__main__":
