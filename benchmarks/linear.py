@@ -7,6 +7,7 @@ pairs of uneven length. Peak memory is given beyond what the texts themselves ta
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -16,10 +17,14 @@ from common import arguments, report
 
 from qrank import Reranker
 from qrank.bundle.locate import DEFAULT
+from qrank.reranker import SCORED_AT_ONCE
 from qrank.scoring.pair_tokenizer import PairTokenizer
 from qrank.system.machine import peak_memory, processors
 
 WORDS = "aero boundary flow heat layer mach number plate shock wave wing the of a in on at".split()
+LEAST = 10_000
+"""Pairs that are timed at least, in several calls if need be."""
+
 COLUMNS = {
     "pairs": ",d",
     "tokens": ",d",
@@ -37,6 +42,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT, help="bundle  [default: %(default)s]")
     parser.add_argument("--backend", help="variant  [default: the chosen one]")
     parser.add_argument("--counts", nargs="+", type=int, default=[1_000, 10_000, 100_000])
+    parser.add_argument("--rounds", type=int, default=1, help="in which the counts take turns")
     parser.add_argument("--words", type=int, default=12, help="of the longest document")
     parser.add_argument("--child", type=int, help="(internal)")
     options = parser.parse_args()
@@ -45,11 +51,14 @@ def main() -> None:
         return
     given = ["--model", options.model, "--words", str(options.words)]
     given += ["--backend", options.backend] if options.backend else []
-    rows = []
-    for count in options.counts:
+    found: dict[int, list[dict[str, float]]] = {count: [] for count in options.counts}
+    for count in options.counts * options.rounds:
         command = [sys.executable, __file__, *given, "--child", str(count)]
-        found = json.loads(subprocess.check_output(command))
-        rows.append({"pairs": count, **found})
+        found[count].append(json.loads(subprocess.check_output(command)))
+    rows = [
+        {"pairs": count, **{name: statistics.median(run[name] for run in runs) for name in runs[0]}}
+        for count, runs in found.items()
+    ]
     for row in rows:
         row["us per token"] = row["seconds"] / row["tokens"] * 1e6
         row["pairs/s"] = row["pairs"] / row["seconds"]
@@ -72,12 +81,14 @@ def _scored(options: object) -> dict[str, float]:
     count, words = vars(options)["child"], vars(options)["words"]
     with Reranker(vars(options)["model"], backend=vars(options)["backend"]) as reranker:
         # Kernels for every length, and the memory that a full step takes.
-        reranker.score(_pairs(200, words))
+        reranker.score(_pairs(SCORED_AT_ONCE, words))
         texts = list(_pairs(count, words))
         size = sum(sys.getsizeof(text) for pair in texts for text in (pair, *pair))
+        calls = -(-LEAST // count)
         begun = time.perf_counter()
-        reranker.score(texts)
-        seconds = time.perf_counter() - begun
+        for _ in range(calls):
+            reranker.score(texts)
+        seconds = (time.perf_counter() - begun) / calls
         peak = (peak_memory() or 0) - size
         tokens = _tokens(reranker, texts[:1000]) * (count / min(count, 1000))
     return {"seconds": seconds, "tokens": int(tokens), "peak MB": peak / 1e6}
