@@ -22,6 +22,7 @@ KINDS: dict[str, type[QrankError]] = {name: getattr(errors, name) for name in er
 
 def test_public_names() -> None:
     assert sorted(qrank.__all__) == [
+        "Cascade",
         "QrankError",
         "Ranking",
         "Reranker",

@@ -69,7 +69,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time out a hanging backend after 15 seconds."""
-    monkeypatch.setattr(isolation, "limit", lambda size, tokens, device: 15.0)
+    monkeypatch.setattr(isolation, "limit", lambda backend, size, tokens, device: 15.0)
 
 
 def qrank_(*arguments: str | Path, stdin: str = "") -> Result:
