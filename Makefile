@@ -16,7 +16,8 @@ demo: $(VENV)/.demo ## Make .venv with the light runtime and rerank a sample fil
 test: $(VENV)/.test ## Run the tests
 	@# xdist's loadfile waits for ever after a worker that died and was replaced.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
-	  -m "not browser and not install"
+	  -m "not browser and not install and not ray"
+	$(BIN)/python -m pytest -m ray tests/test_ray.py
 
 test-browser: $(VENV)/.test-browser ## Run the tests of the page of qrank serve, in Chromium
 	$(BIN)/python tests/browser.py

@@ -32,6 +32,7 @@ from qrank.integrations.ray import score, score_files  # noqa: E402
 from qrank.integrations.ray_nodes import Node, pool  # noqa: E402
 
 pytestmark = [
+    pytest.mark.ray,
     # Ray's own: its next versions, sockets that it leaves open, data for few actors.
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
