@@ -1,7 +1,8 @@
 """Time and memory by number of pairs: time per token and peak memory should not grow.
 
-Each number of pairs is scored by `Reranker.score` in a fresh process, in one call, of
-pairs of uneven length. Peak memory is given beyond what the texts themselves take.
+Each number of pairs is scored by `Reranker.score` in a fresh process, in one call (a small number
+several times), of pairs of uneven length. Peak memory is given beyond what the texts themselves
+take.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import io
 import os
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qrank.backends.contract import kind, number
+from qrank.system.extras import find
 
 KINDS = ("cuda", "tensorrt")
 """Kinds of devices that are NVIDIA's cards."""
@@ -60,7 +60,7 @@ def load_libraries(ort: Any, device: str) -> str:
     if load := getattr(ort, "preload_dlls", None):  # from 1.21 on
         with redirect_stdout(said):  # it prints
             load()
-    if kind(device) == "tensorrt" and (spec := importlib.util.find_spec("tensorrt_libs")):
+    if kind(device) == "tensorrt" and (spec := find("tensorrt_libs")):
         for folder in spec.submodule_search_locations or ():
             # The others need the first.
             for name in ("nvinfer", "nvinfer_plugin", "nvonnxparser"):

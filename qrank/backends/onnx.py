@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,7 @@ from qrank.bundle.sequences import Floats
 from qrank.errors import TargetError
 from qrank.scoring.batching import CPU_BATCHES, DEVICE_BATCHES, default_batch
 from qrank.system import cache, machine
-from qrank.system.extras import need, pip_line
+from qrank.system.extras import find, need, pip_line
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -245,7 +244,7 @@ def _require_most(session: onnxruntime.InferenceSession, device: str, variant: V
 
 def builds() -> list[str]:
     """The installed packages that are onnxruntime, like `onnxruntime-gpu`."""
-    spec = importlib.util.find_spec("onnxruntime")
+    spec = find("onnxruntime")
     if spec is None or spec.origin is None:
         return []
     site = Path(spec.origin).parent.parent

@@ -19,7 +19,7 @@ import ray.data
 from qrank.errors import InputError
 from qrank.integrations.ray_files import score_files
 from qrank.integrations.ray_nodes import Placing, everywhere, nodes, pool
-from qrank.pairs.job import ROWS, scores_of
+from qrank.pairs.job import ROWS, once, scores_of
 from qrank.pairs.table import Columns, places, unusable
 from qrank.reranker import Reranker
 from qrank.scoring import arguments
@@ -134,9 +134,6 @@ class _Scorer:
             for name, text in zip(names[:2], pair, strict=True):
                 if (reason := unusable(name, text)) is not None:
                     raise InputError(f"a row cannot be scored, because {reason}: {pair!r:.300}")
-        unlike = list(dict.fromkeys(pairs))
-        found = dict(
-            zip(unlike, scores_of(self._reranker, unlike, *self._how).tolist(), strict=True)
-        )
-        scores = pa.array([found[pair] for pair in pairs], pa.float64())
+        found = once(pairs, lambda unlike: scores_of(self._reranker, unlike, *self._how))
+        scores = pa.array(found, pa.float64())
         return table.append_column(names.score, scores)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -145,6 +145,18 @@ def scores_of(
         return reranker.score(pairs, instruction=instruction, long_documents=long_documents)
     logits = reranker.score(pairs, raw=True, instruction=instruction, long_documents=long_documents)
     return logits.astype(np.float64)
+
+
+def once(
+    pairs: Sequence[tuple[str, str]], score: Callable[[list[tuple[str, str]]], Scores]
+) -> Scores:
+    """The scores of pairs, shape [n]; equal ones are scored once, and none is not scored at all."""
+    unlike = list(dict.fromkeys(pairs))
+    if not unlike:
+        return np.empty(0)
+    scores = score(unlike)
+    places = {pair: place for place, pair in enumerate(unlike)}
+    return scores[[places[pair] for pair in pairs]]
 
 
 def settings_of(

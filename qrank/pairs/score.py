@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-import numpy as np
-
 from qrank.errors import InputError, QrankError
 from qrank.pairs.folder import claimed, forget, hidden, whole
-from qrank.pairs.job import ROWS, Job, OnError
+from qrank.pairs.job import ROWS, Job, OnError, once
 from qrank.pairs.kept import KeptScores
 from qrank.pairs.plan import Piece, Shard
 from qrank.pairs.table import Chunk, Reject, Table
@@ -304,20 +302,20 @@ class Scoring:
 
     def _scores(self, reranker: Reranker, piece: Piece, chunk: Chunk, kept: KeptScores) -> Scores:
         """The scores of a chunk's good rows."""
-        pairs = list(dict.fromkeys(chunk.pairs))
-        if not pairs:
-            return np.empty(0)
-        scores = kept.take(pairs)
-        if scores is not None:
-            self.done.kept += chunk.rows
-        else:
+
+        def kept_or_scored(pairs: list[tuple[str, str]]) -> Scores:
+            scores = kept.take(pairs)
+            if scores is not None:
+                self.done.kept += chunk.rows
+                return scores
             try:
                 scores = self._job.scores(reranker, pairs)
             except QrankError as error:
                 raise type(error)(f"{piece.source.path}: {error}") from error
             kept.add(pairs, scores)
-        places = {pair: place for place, pair in enumerate(pairs)}
-        return scores[[places[pair] for pair in chunk.pairs]]
+            return scores
+
+        return once(chunk.pairs, kept_or_scored)
 
 
 def rejects_of(output: Path) -> Path:
