@@ -6,9 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -21,13 +19,14 @@ from qrank.scoring import arguments, early_exit
 from qrank.scoring.asked import Asked
 from qrank.scoring.deadline import LatencyEstimate
 from qrank.scoring.inputs import LongDocuments, ModelInput
+from qrank.scoring.ranker import Ranker
 from qrank.scoring.ranking import Ranking, Rankings, ScoredPairs
 
 KEEP = 20
 """Documents that the last reranker scores, unless asked."""
 
 
-class Cascade:
+class Cascade(Ranker):
     """Ranks with several rerankers, each of which scores the best documents of the one before.
 
     Thread-safe, like its rerankers. Pickling or copying opens the models again, as for `Reranker`.
@@ -97,10 +96,6 @@ class Cascade:
             )
         return found, margin
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """For `pickle` and `copy`: open again with the same arguments."""
-        return partial(type(self), **self._arguments), ()
-
     def rank(
         self,
         query: str,
@@ -163,46 +158,10 @@ class Cascade:
             ranked = _reordered(ranked, scored, stage)
         return Rankings(ranked, counts[0], tuple(counts))[: asked.top_k]
 
-    async def arank(
-        self,
-        query: str,
-        documents: Iterable[str | Mapping[str, Any]],
-        *,
-        text_key: str = "text",
-        top_k: int | None = None,
-        instruction: str | None = None,
-        long_documents: LongDocuments = "truncate",
-        budget_ms: float | None = None,
-    ) -> Rankings:
-        """As `rank`, in a thread of asyncio's pool, like `Reranker.arank`."""
-        from asyncio import to_thread
-
-        return await to_thread(
-            self.rank,
-            query,
-            documents,
-            text_key=text_key,
-            top_k=top_k,
-            instruction=instruction,
-            long_documents=long_documents,
-            budget_ms=budget_ms,
-        )
-
     def close(self) -> None:
         """Free the models; the next use loads them again. See `Reranker.close`."""
         for each in self.rerankers:
             each.close()
-
-    def __enter__(self) -> Cascade:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _scored(
         self, stage: int, asked: Asked, documents: Sequence[Ranking], left: float | None

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -24,6 +23,7 @@ from qrank.scoring import activation, arguments
 from qrank.scoring.asked import Asked, check_reading
 from qrank.scoring.inputs import LongDocuments, ModelInput, as_pairs
 from qrank.scoring.pair_tokenizer import PairTokenizer
+from qrank.scoring.ranker import Ranker
 from qrank.scoring.ranking import Ranking, Rankings, ScoredPairs
 from qrank.select.measurements import PROFILES, Profile
 from qrank.select.obtain import Wanted, obtain
@@ -44,7 +44,7 @@ SCORED_AT_ONCE = 4096
 number of pairs."""
 
 
-class Reranker:
+class Reranker(Ranker):
     """Scores (query, document) pairs with a bundle. Thread-safe.
 
     After a fork, the child loads the model again on first use, because a runtime's threads do not
@@ -162,10 +162,6 @@ class Reranker:
         self._process = os.getpid()
         self._lock = waited_for(threading.RLock())
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """For `pickle` and `copy`: open again with the same arguments."""
-        return partial(type(self), **self._arguments), ()
-
     @property
     def engine(self) -> Engine:
         """The opened target; in a forked child, the first from it on that works there.
@@ -243,37 +239,6 @@ class Reranker:
             logits.append(found)
         scored = ScoredPairs.of(inputs, np.concatenate(logits), engine.scores)
         return Rankings.of(scored, asked.texts)[: asked.top_k]
-
-    async def arank(
-        self,
-        query: str,
-        documents: Iterable[str | Mapping[str, Any]],
-        *,
-        text_key: str = "text",
-        top_k: int | None = None,
-        instruction: str | None = None,
-        long_documents: LongDocuments = "truncate",
-        budget_ms: float | None = None,
-    ) -> Rankings:
-        """As `rank`, in a thread of asyncio's pool: the event loop goes on meanwhile.
-
-        Calls may run at once, and share the CPU threads that the reranker was opened with.
-        `budget_ms` counts from when the thread begins. A call that is cancelled stops waiting; its
-        thread still finishes.
-        """
-        # Who awaits has imported it; others' start needs not take the time.
-        from asyncio import to_thread
-
-        return await to_thread(
-            self.rank,
-            query,
-            documents,
-            text_key=text_key,
-            top_k=top_k,
-            instruction=instruction,
-            long_documents=long_documents,
-            budget_ms=budget_ms,
-        )
 
     @overload
     def score(
@@ -380,14 +345,3 @@ class Reranker:
         that is garbage-collected without `close` frees it too.
         """
         self._engine.close()
-
-    def __enter__(self) -> Reranker:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
