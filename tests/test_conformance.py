@@ -4,8 +4,7 @@
 
 | kinds | onnx | openvino | gguf | mlx | torch |
 |---|---|---|---|---|---|
-| encoders: `tiny.CHECKPOINTS` (here) | but int4 | but int4 | all | but int4 | fp32 |
-| four of these, on the probes (test_mlx.py) | none | none | none | int4 | none |
+| encoders: `tiny.CHECKPOINTS` (here; mlx in int4: test_mlx.py) | but int4 | but int4 | all | all | fp32 |
 | decoders: `tiny_decoders.CHECKPOINTS` (there) | all | but int8-w8a8 | all | all | fp32 |
 | nemotron (its own file) | but int4 | but int4 | all | but int4 | fp32 |
 | encoders: `tiny_encoders.CHECKPOINTS` (test_encoders.py) | int8 | int8 | q8_0 | int8 | fp32 |
@@ -128,9 +127,13 @@ def conforms(
     pairs: list[tuple[str, str]],
     theirs: Logits,
     alone_bounds: dict[str, float],
+    requests: int = 64,
     **options: str | None,
 ) -> None:
-    """Assert that `model` on `backend` scores pairs like the reference, in any batch."""
+    """Assert that `model` on `backend` scores pairs like the reference, in any batch.
+
+    `requests` is how many come at once.
+    """
     format, _, precision = backend.partition("-")
     scale = max(1.0, float(np.ptp(theirs)))
     assert np.ptp(theirs) > 1, "the reference's order means nothing"
@@ -140,9 +143,10 @@ def conforms(
         alone = np.concatenate([reranker.score([pair], raw=True) for pair in pairs])
         backwards = reranker.score(pairs[::-1], raw=True)[::-1]
         # Include a single pair, for which a backend may take every idle thread.
-        few = [[pairs[i % len(pairs)] for i in places] for places in FEW]
-        with ThreadPoolExecutor(64) as threads:
-            crowd = list(threads.map(lambda some: reranker.score(some, raw=True), few * 32))
+        places = FEW * (requests // len(FEW))
+        few = [[pairs[i % len(pairs)] for i in some] for some in places]
+        with ThreadPoolExecutor(requests) as threads:
+            crowd = list(threads.map(lambda some: reranker.score(some, raw=True), few))
 
     assert together.dtype == np.float32
     for way, found in {"together": together, "alone": alone, "backwards": backwards}.items():
@@ -152,6 +156,6 @@ def conforms(
     company = "a logit depends on the pairs beside it"
     np.testing.assert_allclose(alone, together, rtol=0, atol=bound, err_msg=company)
     np.testing.assert_allclose(backwards, together, rtol=0, atol=bound, err_msg=company)
-    for found, places in zip(crowd, FEW * 32, strict=True):
-        expected = together[[i % len(pairs) for i in places]]
+    for found, some in zip(crowd, places, strict=True):
+        expected = together[[i % len(pairs) for i in some]]
         np.testing.assert_allclose(found, expected, rtol=0, atol=bound, err_msg=company)

@@ -568,6 +568,35 @@ def test_a_forked_child_is_told_to_load_its_own(bundle: Path) -> None:
     assert all("make the Reranker after the fork" in line for line in lines)
 
 
+CLOSED = """
+import signal, sys
+from qrank import Reranker
+from qrank.system.signal_stack import SignalStack
+
+def stack():
+    now = SignalStack()._now
+    return now.start, now.size
+
+before = stack()
+first, second = (Reranker(sys.argv[1], backend="openvino-int8", threads=2) for _ in range(2))
+first.close()
+second.close()
+assert stack() == before
+signal.signal(signal.SIGTERM, lambda number, frame: print("handled"))
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="OpenVINO replaces it on Linux alone")
+@pytest.mark.parametrize("stack", [[], ["-X", "faulthandler"]], ids=["none", "faulthandler"])
+def test_a_signal_is_handled_after_models_were_closed(bundle: Path, stack: list[str]) -> None:
+    """It was a segmentation fault, unless the last one opened was closed first."""
+    done = subprocess.run(
+        [sys.executable, *stack, "-c", CLOSED, str(bundle)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+
+
 def test_weights_that_a_graph_computes_get_one_stream(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,7 +128,7 @@ finally:
 
 @pytest.mark.parametrize("name", SIGNALS)
 def test_a_signal_ends_a_command_in_one_line(bundle: Path, documents: Path, name: str) -> None:
-    """In a process of its own, because libraries that other tests import handle SIGINT too."""
+    """In a process of its own, as a shell starts it."""
     command: list[str | Path] = [sys.executable, "-c", SIGNALLED, name]
     command += ["score", "-m", bundle, "-q", "a", documents]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)

@@ -23,6 +23,7 @@ from qrank.errors import TargetError
 from qrank.scoring.batching import CPU_BATCHES, DEVICE_BATCHES, TILE_BATCHES, default_batch
 from qrank.system import cache, machine
 from qrank.system.extras import need
+from qrank.system.signal_stack import SignalStack
 
 if TYPE_CHECKING:
     import openvino
@@ -43,6 +44,9 @@ log = logging.getLogger("qrank")
 
 _opened_in: list[int] = []
 """Process ids that opened a model, the first one first; a forked child inherits the list."""
+
+_never_closed: list[openvino.Core] = []
+"""Those whose signal stack a thread has to keep."""
 
 
 def version() -> str:
@@ -219,7 +223,14 @@ def _core() -> openvino.Core:
     # The bindings build tables on first use, under a lock that ignores Python's GIL: two streams
     # that need a table at the same time deadlock. So the tables are built here.
     need("openvino", extra="openvino").Tensor(np.zeros(1, np.int64)).element_type.to_dtype()
-    return core()
+    stack, made = SignalStack(), core()
+    # The CPU plugin, which this loads, replaces the signal stack (2026.4) and unmaps its own when it
+    # is closed. If several are closed in any order but the reverse, or in another thread, the
+    # unmapped one stays in use: Ctrl-C or SIGTERM was a segmentation fault.
+    made.get_property("CPU", "FULL_DEVICE_NAME")
+    if not stack.restore():
+        _never_closed.append(made)
+    return made
 
 
 def _require(core: openvino.Core, device: str) -> None:
