@@ -4,7 +4,7 @@
 
 | kinds | onnx | openvino | gguf | mlx | torch |
 |---|---|---|---|---|---|
-| encoders: `tiny.CHECKPOINTS` (here; mlx in int4: test_mlx.py) | but int4 | but int4 | all | all | fp32 |
+| encoders: `tiny.CHECKPOINTS` (here, and test_mlx.py) | but int4 | but int4 | all | all | fp32 |
 | decoders: `tiny_decoders.CHECKPOINTS` (there) | all | but int8-w8a8 | all | all | fp32 |
 | nemotron (its own file) | but int4 | but int4 | all | but int4 | fp32 |
 | encoders: `tiny_encoders.CHECKPOINTS` (test_encoders.py) | int8 | int8 | q8_0 | int8 | fp32 |

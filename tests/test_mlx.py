@@ -99,9 +99,7 @@ def logits(bundle: Path, precision: str, device: str, **options: Any) -> Logits:
 def test_conformance_of_encoders_in_4_bits(
     kind: str, made: Callable[[str], Path], checkpoint_of: Callable[[str], Path]
 ) -> None:
-    """But BERT with two token types, whose random weights 4 bits reorder. `mini`, which has them
-    too and is trained, has a Kendall tau of 0.96 to its original in 4 bits.
-    """
+    """But BERT with two token types: 4 bits reorder random weights; `mini`'s keep a tau of 0.96."""
     theirs, _ = reference(checkpoint_of(kind))
     # On a CPU, MLX expands 4 bits again for every product.
     conforms(made(kind), "mlx-int4", PAIRS, theirs, ALONE, requests=4)

@@ -224,8 +224,8 @@ def _core() -> openvino.Core:
     # that need a table at the same time deadlock. So the tables are built here.
     need("openvino", extra="openvino").Tensor(np.zeros(1, np.int64)).element_type.to_dtype()
     stack, made = SignalStack(), core()
-    # The CPU plugin, which this loads, replaces the signal stack (2026.4) and unmaps its own when it
-    # is closed. If several are closed in any order but the reverse, or in another thread, the
+    # The CPU plugin, which this loads, replaces the signal stack (2026.4), and unmaps its own when
+    # it is closed. If several are closed in any order but the reverse, or in another thread, the
     # unmapped one stays in use: Ctrl-C or SIGTERM was a segmentation fault.
     made.get_property("CPU", "FULL_DEVICE_NAME")
     if not stack.restore():
