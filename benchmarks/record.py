@@ -23,7 +23,13 @@ from common import arguments
 from qrank.system.machine import cpu_name, instruction_sets, processors
 
 HERE = Path(__file__).parent
-SIZES = ("MiniLM-L6", "MiniLM-L12", "ettin-reranker-150m", "bge-reranker-v2-m3")
+SIZES = (
+    "MiniLM-L6",
+    "MiniLM-L12",
+    "gte-reranker-modernbert-base",
+    "ettin-reranker-150m",
+    "bge-reranker-v2-m3",
+)
 MINI = {"onnx": ("int8",), "openvino": ("int8", "fp16", "int8-w8a8"), "gguf": ("q8_0", "q4_k_m")}
 VARIANTS = ("onnx-int8", "openvino-int8", "openvino-fp16", "openvino-int8-w8a8", "gguf-q8_0")
 
