@@ -36,6 +36,7 @@ from qrank.converters.checkpoint.read import Checkpoint
 from qrank.converters.convert import convert
 from qrank.converters.onnx import export as onnx_converter
 from qrank.system import paths
+from qrank.system.signal_stack import SignalStack
 
 # A slow run on a busy machine is not a failure.
 settings.register_profile("qrank", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -59,6 +60,22 @@ worker is left alone with one at the end."""
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the files; within a file, the order stays."""
     items.sort(key=lambda item: (*FIRST, item.path.name).index(item.path.name))
+
+
+STACK = pytest.StashKey[SignalStack]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Take note of the signal stack (pytest's, by faulthandler)."""
+    session.config.stash[STACK] = SignalStack()
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Return to it: OpenVINO cores that tests make themselves leave unmapped ones behind.
+
+    A test that sends its own process a signal would end the run.
+    """
+    item.config.stash[STACK].restore()
 
 
 def pytest_unconfigure() -> None:
