@@ -128,6 +128,7 @@ def conforms(
     theirs: Logits,
     alone_bounds: dict[str, float],
     requests: int = 64,
+    /,
     **options: str | None,
 ) -> None:
     """Assert that `model` on `backend` scores pairs like the reference, in any batch.
