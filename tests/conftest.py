@@ -1,5 +1,6 @@
 """Shared fixtures: temporary cache folders, no network, tiny models converted once per run."""
 
+import gc
 import os
 import shutil
 import signal
@@ -82,6 +83,16 @@ def pytest_unconfigure() -> None:
     """Remove the run's folders."""
     for name in ("QRANK_CACHE", "QRANK_DATA"):
         shutil.rmtree(os.environ[name], ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collected() -> Iterator[None]:
+    """Collect what a file's tests leave, such as clients' sockets, under its own warning filters.
+
+    Otherwise the collector warns of it in any later test, of another file.
+    """
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -145,18 +145,20 @@ def resident():
         return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
 
 documents = ["mars is red " * count for count in (1, 5, 40)]
-for number in range(20):
+for _ in range(20):
     Reranker(sys.argv[1], backend=sys.argv[2], threads=2).rank("which planet is red?", documents)
-    if number == 2:
-        after_three = resident()
-print(after_three, resident())
+    print(resident())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is told in other ways here")
 @pytest.mark.parametrize("backend", ["onnx-int8", "openvino-int8", "gguf-f16", "mlx-int8"])
 def test_one_that_is_dropped_frees_its_model(bundle: Path, backend: str) -> None:
-    """After opening 20 without closing any, memory is at most 10 % above that of three."""
+    """After opening 20 without closing any, memory is at most 10 % above that of three.
+
+    What the heap keeps differs by some megabytes from one opening to the next: one that stayed is
+    in the least of the last ones too.
+    """
     done = subprocess.run(
         [sys.executable, "-c", DROP, str(bundle), backend],
         capture_output=True,
@@ -164,8 +166,8 @@ def test_one_that_is_dropped_frees_its_model(bundle: Path, backend: str) -> None
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    after_three, after_twenty = map(int, done.stdout.split())
-    assert after_twenty < 1.1 * after_three
+    resident = [int(line) for line in done.stdout.splitlines()]
+    assert min(resident[-5:]) < 1.1 * max(resident[:3]), resident
 
 
 FORK = """
