@@ -219,7 +219,45 @@ def test_int8_products_have_a_scale_for_each_token(size: float) -> None:
     assert np.array_equal(np.array(compiled([given[:1, 1:]])[0]), found[:1, 1:])
 
 
+def constants(compiled: Any, least: int = 2**12) -> set[str]:
+    """Precisions in which a compiled CPU graph keeps its large constants."""
+    found = set()
+    for node in compiled.get_runtime_model().get_ops():
+        info = node.get_rt_info()
+        is_constant = info["layerType"].astype(str) == "Const"
+        if is_constant and np.prod(list(node.output(0).shape)) >= least:
+            found.add(info["outputPrecisions"].astype(str).lower())
+    return found
+
+
+@tiny.needs_vnni
+@pytest.mark.parametrize("computed", ["f32", "bf16"])
+def test_tables_beside_int8_products_stay_in_8_bits(computed: str) -> None:
+    ov, rng = need("openvino"), np.random.default_rng(0)
+    weights = [rng.standard_normal((n, 64), np.float32) for n in (96, 80)]
+    opset, ids = ov.opset13, np.array([[3, 95, 3], [0, 1, 50]])
+    given = opset.parameter([-1, -1], np.int64, name="ids")
+    rows = opset.gather(opset.constant(weights[0]), given, np.int64(0))
+    rows.set_friendly_name("rows")
+    product = opset.matmul(rows, opset.constant(weights[1]), False, True)
+    graph = ov.Model([rows, product], [given])
+    shrink(graph, "int8-w8a8", keep=set())
+    compiled = ov.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": computed})
+    assert constants(compiled) == {"u8", "i8"}
+    found, _ = compiled([ids]).values()
+    step = np.ptp(weights[0], axis=1)[ids][..., None] / 255
+    assert (np.abs(found - weights[0][ids]) <= 0.51 * step + 0.01).all()
+
+
 # Running
+
+
+def test_16_bit_weights_are_not_kept_in_fp32_beside_those_packed_for_bf16(bundle: Path) -> None:
+    variant = Manifest.load(bundle).variants["openvino-fp16"]
+    backend = openvino.open(bundle, variant, "cpu", Options(1, compute_dtype="bf16"))
+    # The score head, 64 x 64, stays in fp32.
+    assert constants(backend._model(None), least=2**12 + 1) == {"f16"}
+    backend.close()
 
 
 def static(folder: Path, variant: Variant, device: str, options: Options) -> Backend:

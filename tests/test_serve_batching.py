@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrank import Reranker
+from qrank.bundle.sequences import Logits
 from qrank.scoring.inputs import LongDocuments, ModelInput, stops_by_size
 from qrank.serve.batcher import Batcher
 from qrank.serve.metrics import Metrics
@@ -129,6 +130,38 @@ def test_the_oldest_moves_on_beside_a_stream_of_short_ones(plodding: Reranker) -
 
     # It takes 0.6 s alone, and half of the machine is reserved for it.
     assert run(scene()) < 10 * 0.6
+
+
+@pytest.mark.parametrize("budget", [None, 30.0])
+def test_a_slice_holds_inputs_of_similar_length(
+    plodding: Reranker, monkeypatch: pytest.MonkeyPatch, budget: float | None
+) -> None:
+    """They are padded to the longest of their batch. With a budget, the first documents count."""
+    counts = [1 + 7 * i % 10 for i in range(10)]
+    pairs = [("q", "a " * count) for count in counts]
+    expected = plodding.score(pairs, raw=True)
+    slices: list[list[int]] = []
+    logits = plodding.engine.logits
+
+    def noted(inputs: Sequence[ModelInput]) -> Logits:
+        slices.append([each.owner for each in inputs])
+        return logits(inputs)
+
+    monkeypatch.setattr(plodding.engine, "logits", noted)
+
+    async def scene() -> RerankOutcome:
+        async with queue(plodding) as batcher:
+            return await batcher.score(RerankTask(None, pairs, None, "truncate", None, budget), 30)
+
+    outcome = run(scene())
+    order = list(range(10))
+    if budget is None:
+        order.sort(key=lambda i: -counts[i])
+    # Two slices are with the engine at a time: either may begin first.
+    slices.sort(key=lambda each: order.index(each[0]))
+    assert [owner for each in slices for owner in each] == order
+    assert len(slices) > 1
+    assert outcome.logits == expected.tolist()
 
 
 def test_scores_of_mixed_requests_are_those_of_each() -> None:

@@ -54,7 +54,10 @@ def shrink(graph: openvino.Model, precision: str, *, keep: set[str]) -> None:
         if rows.size < _LARGE:
             continue
         name = constant.get_friendly_name()
-        if place == 0:
+        if place == 0 and tokens is not None:
+            made[name] = made[name] if name in made else _levels(rows)
+            _replace(node, _looked_up(made[name], node))
+        elif place == 0:
             made[name] = made[name] if name in made else table(rows)
             node.input(0).replace_source_output(made[name].output(0))
         else:
@@ -67,9 +70,14 @@ def shrink(graph: openvino.Model, precision: str, *, keep: set[str]) -> None:
             else:
                 make = table if _is_summed(node) else matrix
                 product = ov.opset13.matmul(given, make(rows), False, True)
-            product.set_friendly_name(node.get_friendly_name())
-            for user in node.output(0).get_target_inputs():
-                user.replace_source_output(product.output(0))
+            _replace(node, product)
+
+
+def _replace(node: Any, by: Any) -> None:
+    """Give a node's name and users to another."""
+    by.set_friendly_name(node.get_friendly_name())
+    for user in node.output(0).get_target_inputs():
+        user.replace_source_output(by.output(0))
 
 
 def _constant(node: Any) -> tuple[Any, bool]:
@@ -146,6 +154,14 @@ def _half(rows: Floats) -> Any:
 def _int8(rows: Floats) -> Any:
     """rows -> (uint8 - zero point) * scale, with a zero point and a scale per row."""
     opset = need("openvino").opset13
+    integers, zeros, scales = _levels(rows)
+    shifted = opset.subtract(opset.convert(integers, "f16"), opset.convert(zeros, "f16"))
+    return opset.convert(opset.multiply(shifted, scales), "f32")
+
+
+def _levels(rows: Floats) -> tuple[Any, Any, Any]:
+    """Constants: rows as uint8, and each row's zero point, in uint8, and scale, in fp16."""
+    opset = need("openvino").opset13
     low = np.minimum(rows.min(axis=1, keepdims=True), 0)
     scale = (np.maximum(rows.max(axis=1, keepdims=True), 0) - low) / 255
     # Round the scale to fp16 as it will be used; that of tiny weights may be below fp16's range.
@@ -154,10 +170,25 @@ def _int8(rows: Floats) -> Any:
     rows = rows / scale
     rows += zero
     np.clip(np.rint(rows, out=rows), 0, 255, out=rows)
-    integers = opset.convert(opset.constant(rows.astype(np.uint8)), "f16")
-    zeros = opset.convert(opset.constant(zero.astype(np.uint8)), "f16")
-    shifted = opset.subtract(integers, zeros)
-    return opset.convert(opset.multiply(shifted, opset.constant(scale.astype(np.float16))), "f32")
+    return (
+        opset.constant(rows.astype(np.uint8)),
+        opset.constant(zero.astype(np.uint8)),
+        opset.constant(scale.astype(np.float16)),
+    )
+
+
+def _looked_up(table: tuple[Any, Any, Any], gather: Any) -> Any:
+    """What a Gather reads from a table's levels, as fp32.
+
+    The rows are made of their levels after they are read: beside products in int8, OpenVINO's CPU
+    plugin would otherwise make fp32 of a whole table when it compiles (2026.4).
+    """
+    opset = need("openvino").opset13
+    ids, axis = (gather.input(place).get_source_output() for place in (1, 2))
+    integers, zeros, scales = (
+        opset.convert(opset.gather(part, ids, axis), "f32") for part in table
+    )
+    return opset.multiply(opset.subtract(integers, zeros), scales)
 
 
 def _int4(rows: Floats) -> Any:

@@ -15,7 +15,7 @@ from qrank.backends.contract import GRAPH_STEMS, BackendSpec, Format, Options, P
 from qrank.backends.mapped import LARGE, dropping_pages
 from qrank.backends.openvino_cache import compile_or_load
 from qrank.backends.openvino_graph import OpenvinoBackend
-from qrank.backends.openvino_nodes import computed_weights, has_fused_mlp, may_fuse_mlp
+from qrank.backends.openvino_nodes import computed_weights, has_fused_mlp, keep_halves, may_fuse_mlp
 from qrank.bundle.fidelity import BFLOAT16, EIGHT_BITS, FLOAT16, FLOAT32, FOUR_BITS
 from qrank.bundle.manifest import Variant
 from qrank.bundle.sequences import Floats
@@ -153,6 +153,8 @@ def open(folder: Path, variant: Variant, device: str, options: Options) -> Openv
                 return compile_or_load(core, model, every, place)
 
             in_bf16 = options.compute_dtype == "bf16"
+            if in_bf16:
+                keep_halves(model)
             if in_bf16 and decoder and _has_tiles() and may_fuse_mlp(model):
                 if options.threads < 2:
                     raise two_threads

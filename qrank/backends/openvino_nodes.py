@@ -1,4 +1,4 @@
-"""Nodes of a compiled OpenVINO CPU graph that only run safely in one stream."""
+"""Nodes of OpenVINO graphs that its CPU plugin treats in a way of its own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,23 @@ _WIDE = 64
 
 _NOT_IN_PLACE = ("Const", "Convert", "Reorder")
 """Layer types of constant nodes that compute nothing in place."""
+
+
+def keep_halves(model: openvino.Model) -> None:
+    """Have 16-bit weights kept as they are until they are packed, for products in bf16.
+
+    The plugin makes fp32 of them when it compiles, and keeps that beside what it packs (2026.4),
+    unless their Convert is marked as a decompression: 3.4 GB instead of 1.2 for 0.6 billion
+    parameters, with the same logits.
+    """
+    for node in model.get_ops():
+        if node.get_type_name() != "Convert":
+            continue
+        source = node.input_value(0).get_node()
+        kind = source.get_element_type().get_type_name()
+        if source.get_type_name() == "Constant" and kind in ("f16", "bf16"):
+            # The value is not read.
+            node.get_rt_info()["decompression_0"] = ""
 
 
 def computed_weights(model: openvino.CompiledModel) -> list[str]:
