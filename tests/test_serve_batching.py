@@ -164,6 +164,47 @@ def test_a_slice_holds_inputs_of_similar_length(
     assert outcome.logits == expected.tolist()
 
 
+def test_a_request_that_is_alone_gets_longer_slices(
+    plodding: Reranker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 50 ms, 100 tokens are read, which are 2 documents; alone it is 4, or the last 8."""
+    slices: list[int] = []
+    logits = plodding.engine.logits
+
+    def noted(inputs: Sequence[ModelInput]) -> Logits:
+        slices.append(len(inputs))
+        return logits(inputs)
+
+    def measured(batcher: Batcher, tokens: int, started: float) -> float:
+        batcher._rate = 2000
+        return tokens / 2000
+
+    monkeypatch.setattr(plodding.engine, "logits", noted)
+    monkeypatch.setattr(Batcher, "_measure", measured)
+    document = "a " * 46  # 50 tokens with the query and three special ones
+
+    async def scene() -> list[list[int]]:
+        found = []
+        async with queue(plodding) as batcher:
+            for requests in ([1], [7], [12], [20, 20]):
+                slices.clear()
+                tasks = [
+                    RerankTask(None, [("q", document)] * count, None, "truncate", None, None)
+                    for count in requests
+                ]
+                await asyncio.gather(*(batcher.score(task, 30) for task in tasks))
+                found.append(sorted(slices))
+        return found
+
+    first, few, more, two = run(scene())
+    assert first == [1]
+    assert few == [7]
+    assert more == [4, 8]
+    # Until the second has come, and once the first is done, the other is alone.
+    assert two.count(2) > len(two) / 2
+    assert max(two) <= 8
+
+
 def test_scores_of_mixed_requests_are_those_of_each() -> None:
     async def scene(reranker: Reranker) -> list[RerankOutcome]:
         async with queue(reranker) as batcher:

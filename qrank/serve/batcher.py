@@ -33,7 +33,7 @@ from qrank.scoring.ranking import ScoredPairs
 from qrank.serve.metrics import Metrics
 from qrank.serve.request import RequestError, RerankOutcome, RerankTask
 from qrank.serve.score_cache import ScoreCache
-from qrank.serve.slices import Job, Share, marginal_tokens, next_slice
+from qrank.serve.slices import Job, Share, next_slice
 
 log = logging.getLogger("qrank.serve")
 
@@ -41,7 +41,8 @@ SLICE_SECONDS = 0.05
 """Target time of a slice: most of a short request's wait, and the granularity of a budget."""
 
 ALONE = 2
-"""A request that is alone gets slices this many times as long: fuller batches, and nobody waits."""
+"""A request that is alone gets slices this many times as long, and up to twice that if it ends so:
+batches are fuller, and nobody waits."""
 
 SLICE_TOKENS = 65_536
 """Maximum tokens of a slice, however fast the engine is."""
@@ -160,9 +161,8 @@ class Batcher:
                     deadline,
                     asyncio.get_running_loop().create_future(),
                 )
-                tokens = sum(map(marginal_tokens, job.inputs, [None, *job.inputs]))
-                self._count_queued(tokens - counted)
-                counted = tokens
+                self._count_queued(job.tokens - counted)
+                counted = job.tokens
                 if job.inputs:
                     await self._finish(job)
         except TimeoutError:
@@ -276,8 +276,7 @@ class Batcher:
             waiting = [job for job in self._jobs if job.waiting]
             if self._least_first:
                 waiting.sort(key=lambda job: job.tokens_served)
-            seconds = SLICE_SECONDS * (ALONE if len(waiting) == 1 else 1)
-            tokens = min(self._rate * seconds, SLICE_TOKENS)
+            tokens = self._slice_tokens(waiting)
             shares = next_slice(waiting, tokens, self._engine.threads, now, self._rate)
             if not shares:
                 self._wake.clear()
@@ -287,6 +286,15 @@ class Batcher:
             for share in shares:
                 share.job.in_flight += 1
             await self._run(shares)
+
+    def _slice_tokens(self, waiting: list[Job]) -> float:
+        """Maximum tokens of the next slice."""
+        tokens = self._rate * SLICE_SECONDS
+        if len(waiting) == 1:
+            tokens *= ALONE
+            if waiting[0].tokens - waiting[0].tokens_served <= 2 * tokens:
+                tokens *= 2
+        return min(tokens, SLICE_TOKENS)
 
     async def _run(self, shares: list[Share]) -> None:
         """Score a slice; if that fails, score each share separately, so that only one fails."""

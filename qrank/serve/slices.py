@@ -28,6 +28,7 @@ class Job:
         deadline: when its budget is used up; None: never.
         done: resolves when no more inputs will be scored.
         logits: of its inputs; shape [n].
+        tokens: number that is read for all inputs, the shared prefix once.
         first: number of inputs of its first pair, which are scored whatever the budget.
         stop: number of inputs to give to the engine: all, or fewer once the budget is used up.
         dispatched: number of inputs given to the engine, from the first on.
@@ -40,6 +41,7 @@ class Job:
     deadline: float | None
     done: asyncio.Future[None]
     logits: NDArray[np.float32] = field(init=False)
+    tokens: int = field(init=False)
     first: int = field(init=False)
     stop: int = field(init=False)
     dispatched: int = 0
@@ -48,6 +50,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.logits = np.zeros(len(self.inputs), np.float32)
+        self.tokens = sum(map(marginal_tokens, self.inputs, [None, *self.inputs]))
         self.first = sum(each.owner == self.inputs[0].owner for each in self.inputs)
         self.stop = len(self.inputs)
 

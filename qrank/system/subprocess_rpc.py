@@ -63,7 +63,7 @@ class HangError(TargetError):
     """The child gave no answer in time."""
 
     def __init__(self, seconds: float) -> None:
-        super().__init__(f"no answer within {seconds:g} s: stopped")
+        super().__init__(f"no answer within {round(seconds, 1):g} s: stopped")
         self.seconds = seconds
 
 
