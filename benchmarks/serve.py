@@ -32,6 +32,8 @@ from qrank.system.machine import processors
 
 Task = tuple[str, list[str]]
 HERE = Path(__file__).parent
+ENGINE = "the engine, called directly"
+OURS = "qrank serve"
 PEER = "sentence-transformers, plain FastAPI"
 INFINITY = "infinity"
 THROUGHPUT = {
@@ -42,6 +44,7 @@ THROUGHPUT = {
     "p50 ms": ",.0f",
     "p99 ms": ",.0f",
 }
+TURNS = {"system": "", "p50 ms": ",.0f", "p95 ms": ",.0f", "more than the engine": ".1%"}
 LATENCY = {"system": "", "short requests": "", "p50 ms": ",.0f", "p99 ms": ",.0f", "n": "d"}
 MEMORY = {"requests": ",d", "MB": ",.1f", "requests/s": ",.1f"}
 
@@ -83,7 +86,7 @@ def main() -> None:
     with ExitStack() as stack:
         ports = {}
         for count in options.workers:
-            name = "qrank serve" if count == 1 else f"qrank serve --workers {count}"
+            name = OURS if count == 1 else f"{OURS} --workers {count}"
             command = [*serve, "--workers", str(count)]
             ports[name] = stack.enter_context(server(command))[0]
         if options.peer_python:
@@ -102,6 +105,9 @@ def main() -> None:
             rows = throughput(engine, ports, tasks, options.clients, options.rounds)
             title = f"{options.model}: {count} documents a request, {options.threads} threads"
             report(title, THROUGHPUT, rows, as_json=options.json)
+            if one := ports.get(OURS):
+                rows = in_turns(engine, one, tasks)
+                report(f"{title}, in turns", TURNS, rows, as_json=options.json)
         if not options.long:
             return
         query, best = candidates[0]
@@ -126,21 +132,16 @@ def throughput(
 
     A request's time includes its wait for those of the other clients.
     """
-    name = "the engine, called directly"
     latencies: dict[tuple[str, int], list[float]] = {}
 
     def run(system: str, count: int) -> None:
-        if system == name:
-            found = []
-            for query, documents in tasks:
-                began = time.perf_counter()
-                engine.rank(query, documents)
-                found.append(time.perf_counter() - began)
+        if system == ENGINE:
+            found = [ranked(engine, task) for task in tasks]
         else:
             found = load(ports[system], tasks, count)
         latencies.setdefault((system, count), []).extend(found)
 
-    keys = [(name, 1), *((system, count) for system in ports for count in clients)]
+    keys = [(ENGINE, 1), *((system, count) for system in ports for count in clients)]
     cases: dict[tuple[str, int], Callable[[], object]] = {key: partial(run, *key) for key in keys}
     seconds = {case: statistics.median(s) for case, s in alternate(cases, rounds).items()}
     pairs = sum(len(documents) for _, documents in tasks)
@@ -153,12 +154,34 @@ def throughput(
                 "system": system,
                 "clients": count,
                 "pairs/s": pairs / taken,
-                "of the engine": seconds[name, 1] / taken,
+                "of the engine": seconds[ENGINE, 1] / taken,
                 "p50 ms": float(p50),
                 "p99 ms": float(p99),
             }
         )
     return rows
+
+
+def ranked(engine: Reranker, task: Task) -> float:
+    """Seconds of the engine for a task."""
+    began = time.perf_counter()
+    engine.rank(*task)
+    return time.perf_counter() - began
+
+
+def in_turns(engine: Reranker, port: int, tasks: Sequence[Task]) -> list[dict[str, object]]:
+    """Each task, after one that warms up, to the engine and over HTTP from one client."""
+    taken = np.array([[ranked(engine, t), load(port, [t], 1)[0]] for t in [tasks[0], *tasks]])[1:]
+    more = float(np.median(taken[:, 1] / taken[:, 0])) - 1
+    return [
+        {
+            "system": name,
+            "p50 ms": float(np.percentile(seconds, 50)) * 1000,
+            "p95 ms": float(np.percentile(seconds, 95)) * 1000,
+            "more than the engine": extra,
+        }
+        for name, seconds, extra in ((ENGINE, taken[:, 0], 0.0), (OURS, taken[:, 1], more))
+    ]
 
 
 def beside(port: int, tasks: Sequence[Task], long: Task) -> dict[str, dict[str, float | int]]:
