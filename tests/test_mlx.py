@@ -277,14 +277,16 @@ def test_mlx_reads_what_is_written(width: int, bits: int, seed: int) -> None:
         back = np.array(wide)
     steps = np.repeat(np.array(found["scales"], np.float32), size, axis=1)
     off = np.abs(back - rows)
-    # A bias is rounded to fp16; in 4 bits, the end of a range may be cut.
+    # A bias is rounded to fp16. In 4 bits, the end of a range may be cut, and 15 steps add up what
+    # fp16's least number leaves of a step.
     largest = np.abs(rows).max(axis=1, keepdims=True)
-    near = off <= 0.5 * steps + largest * 2.0**-10 + 2.0**-24
+    least = 2.0**-24 if bits == 8 else 15 * 2.0**-24
+    near = off <= 0.5 * steps + largest * 2.0**-10 + least
     if bits == 8:
         assert near.all()
         assert (back[rows == 0] == 0).all(), "an offset would add up over a row"
     else:
-        assert near.mean() > 0.7
+        assert near.mean() > 0.9
         assert (off <= 0.5 * largest + 2.0**-24).all()
 
 

@@ -274,7 +274,7 @@ def test_any_traffic_stays_within_the_bound_and_is_answered(openers: list[Opener
 
             async def client() -> None:
                 nonlocal most
-                for _ in range(25):
+                for _ in range(12):
                     if chance.random() < 0.2:
                         await asyncio.sleep(chance.random() / 20)
                     asking = asyncio.create_task(it.ask(chance.choice("abc")))
