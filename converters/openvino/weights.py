@@ -54,12 +54,13 @@ def shrink(graph: openvino.Model, precision: str, *, keep: set[str]) -> None:
         if rows.size < _LARGE:
             continue
         name = constant.get_friendly_name()
-        if place == 0 and tokens is not None:
-            made[name] = made[name] if name in made else _levels(rows)
-            _replace(node, _looked_up(made[name], node))
-        elif place == 0:
-            made[name] = made[name] if name in made else table(rows)
-            node.input(0).replace_source_output(made[name].output(0))
+        if place == 0:
+            if name not in made:
+                made[name] = table(rows) if tokens is None else _levels(rows)
+            if tokens is None:
+                node.input(0).replace_source_output(made[name].output(0))
+            else:
+                _replace(node, _looked_up(made[name], node))
         else:
             # Use one row per output: what the graph transposes is already stored like that.
             turned ^= node.get_attributes()["transpose_b"]
